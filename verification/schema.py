@@ -1,0 +1,157 @@
+"""The report's data model: what `verify` measured, against which bound, and what follows.
+
+`report.json` is this model and the source of every other form (HTML, Markdown, JUnit). A check passes only when it
+was evaluated and held; a leg takes the worst status of its checks; the verdict takes the worst of the legs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = "1.0"
+
+Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
+Verdict = Literal["pass", "fail", "inconclusive", "incomplete"]
+LegName = Literal["bake", "dtype", "convert", "quantise", "quality", "contract", "controls"]
+Relation = Literal["<=", ">=", "==", "!="]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Artefact(_Model):
+    """One input of the verification, bound to its bytes."""
+
+    role: Literal["reference", "candidate", "base", "adapter", "corpus", "policy"]
+    path: str
+    sha256: str  # of the file; for a directory: of the sorted list of (name, sha256) of its files
+    bytes: int
+    label: str = ""  # short name used in tables and plots, e.g. "Q4_K_M"
+
+
+class Check(_Model):
+    """One measured value held against one bound."""
+
+    name: str  # stable dotted id, e.g. "convert.mean_kld"
+    title: str  # what a person reads, e.g. "Mean KL divergence"
+    subject: str = ""  # candidate label ("Q8_0"), or "" when the check is about the reference
+    status: Status
+    value: float | int | str | None = None
+    bound: float | int | str | None = None
+    relation: Relation | None = None
+    interval: tuple[float, float] | None = None  # 95 % interval of value, where there is one
+    unit: str = ""
+    detail: str = ""  # one sentence: the tensor, the token, the diagnosis, or why it was not evaluated
+    reason: str = ""  # why it was waived
+
+
+class Leg(_Model):
+    """One step of the ladder from the trained model to the shipped file."""
+
+    name: LegName
+    title: str
+    compared: str  # "saved checkpoint (fp32) vs GGUF F16"
+    status: Status
+    checks: list[Check]
+
+
+class Divergence(_Model):
+    """Statistics of one comparison of two logit streams over the same tokens."""
+
+    reference: str
+    candidate: str
+    tokens: int  # scored positions
+    chunks: int
+    n_ctx: int
+    vocab: int
+    mean_kld: float  # nats, full support, float64
+    mean_kld_interval: tuple[float, float]  # 95 %, chunk-clustered bootstrap
+    mean_kld_llama_cpp: float  # with llama.cpp's cut at logp_base > -16
+    max_kld: float
+    kld_percentiles: dict[str, float]  # "50", "90", "95", "99", "99.9"
+    top1: float  # share of equal argmax, 0..1
+    top1_interval: tuple[float, float]
+    rms_dp: float  # root mean square of p_cand - p_ref of the corpus token, 0..1
+    ppl_reference: float
+    ppl_candidate: float
+    ppl_ratio: float
+    ppl_ratio_interval: tuple[float, float]
+    reference_entropy: float  # mean, nats
+    kld_by_position: list[tuple[int, float]]  # (first position of a bucket in its chunk, mean KLD)
+    kld_by_confidence: list[tuple[float, float, int]]  # (reference top-1 probability bucket start, mean KLD, count)
+    histogram: list[tuple[float, int]]  # (log10 KLD bucket start, count)
+
+
+class TensorRow(_Model):
+    """One tensor of a candidate file against the reference."""
+
+    candidate: str
+    name: str
+    shape: list[int]
+    nominal_type: str  # what the file type promises for it
+    actual_type: str
+    rel_error: float | None = None  # ||dequantised - reference|| / ||reference||
+    max_abs_error: float | None = None
+    bytes_equal_oracle: bool | None = None
+    layer: int | None = None
+
+
+class Report(_Model):
+    """Everything a decision needs; `so8t gate` decides again from this file alone."""
+
+    schema_version: str = SCHEMA_VERSION
+    verdict: Verdict
+    summary: str  # one sentence a person can act on
+    created: str  # ISO 8601, UTC
+    artefacts: list[Artefact]
+    legs: list[Leg]
+    divergences: list[Divergence] = Field(default_factory=list)
+    base_divergences: list[Divergence] = Field(default_factory=list)  # the base model's own quant damage, information
+    tensors: list[TensorRow] = Field(default_factory=list)
+    policy: dict[str, Any]
+    versions: dict[str, str]
+    durations: dict[str, float]  # seconds per stage
+    notes: list[str] = Field(default_factory=list)  # limits a reader must know (e.g. the base lies on a 4-bit grid)
+    training: TrainingRecord | None = None
+    answers: AnswerRecord | None = None
+
+
+class Curve(_Model):
+    name: str  # "loss", "heldout_loss", "lambda", "pet", "orthogonality", "max_angle", "mean_angle", "learning_rate"
+    unit: str = ""
+    points: list[tuple[int, float]]  # (optimiser step, value)
+
+
+class TrainingRecord(_Model):
+    """What training did, for the report's curves."""
+
+    steps: int
+    seconds: float
+    trainable_parameters: int
+    rotation_parameters: int
+    heldout_loss_before: float
+    heldout_loss_after: float
+    curves: list[Curve]
+    angles_by_layer: list[tuple[int, float, float]] = Field(default_factory=list)  # layer, mean |angle|, max |angle|, rad
+    so8t_only: dict[str, float] | None = None  # the rotation alone: heldout_loss_before/after, steps, max_angle
+    heldout_loss_rotation_off: float | None = None  # trained adapter, rotation replaced by the identity
+
+
+class AnswerRecord(_Model):
+    """Held-out prompts answered by the shipped file, before and after training."""
+
+    model_before: str
+    model_after: str
+    prompts: int
+    form_before: float  # share in /think form
+    form_after: float
+    exact_before: float  # share with exactly the right answer
+    exact_after: float
+    by_family: dict[str, tuple[int, int, int]] = Field(default_factory=dict)  # family: prompts, in form, exact (after)
+    samples: list[dict[str, str]] = Field(default_factory=list)  # prompt, expected, before, after
+
+
+Report.model_rebuild()
