@@ -63,7 +63,9 @@ def explain_os_errors(target: Path) -> Iterator[None]:
         }.get(error.errno or 0)
         if reason is None:
             raise
-        raise InputError(f"cannot write {target}: {reason}. Nothing was left half-written; choose another place.") from None
+        raise InputError(
+            f"cannot write {target}: {reason}. Nothing was left half-written; choose another place."
+        ) from None
 
 
 @contextmanager

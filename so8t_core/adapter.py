@@ -1,0 +1,218 @@
+"""SO8T as a PEFT method: every `o_proj` becomes SO8TLinear, y = inner(gate(x)), the inner being a Linear or LoRA.
+
+The order is fixed by construction: rotation outside, LoRA inside, so the function is (W + s B A) @ R. Every target is
+wrapped, the chosen layers alone get gates: so adapters with different layers can live side by side.
+State-dict names: <module>.lora_so8t.theta (n, 28), and <module>.base_layer.lora_{A,B}.weight for a LoRA inside.
+Source: PEFT's BaseTuner contract (peft 0.21).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import PeftType, register_peft_method
+from torch import Tensor, nn
+
+from so8t_core.config import METHOD, SO8TConfig
+from so8t_core.errors import InputError
+from so8t_core.gate import RotationGate, rotate_weight
+from so8t_core.rounding import round_once
+
+PREFIX = "lora_"  # see SO8TLinear.adapter_layer_names and transformers.load_adapter
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+class SO8TLinear(nn.Module, BaseTunerLayer):
+    """gate, then the wrapped layer. forward: x (..., in) -> (..., out)."""
+
+    adapter_layer_names: tuple[str, ...] = ("lora_so8t",)
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_so8t = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+        linear = self.get_base_layer()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def add_gate(self, adapter_name: str, *, init_scale: float, layer: str) -> None:
+        """Give adapter `adapter_name` a rotation here."""
+        gate = RotationGate(self.in_features, init_scale=init_scale, layer=layer)
+        self.lora_so8t[adapter_name] = gate.to(self.weight.device)
+
+    def active_gates(self) -> list[RotationGate]:
+        """Gates in the order in which x passes through them."""
+        return [self.lora_so8t[name] for name in self.active_adapters if name in self.lora_so8t]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.disable_adapters and not self.merged:
+            for gate in self.active_gates():
+                x = gate(x)
+        elif self.disable_adapters and self.merged:
+            self.unmerge()
+        return self.base_layer(x, *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold into the weight in place: LoRA first, then W @ R; one rounding for the rotation."""
+        names = [n for n in (adapter_names or self.active_adapters) if n not in self.merged_adapters]
+        if isinstance(self.base_layer, BaseTunerLayer):
+            self.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for name in reversed(names):  # x meets the first gate first: W' = W @ R_last @ ... @ R_first
+            if name in self.lora_so8t:
+                self._turn_weight(self.lora_so8t[name].theta)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo `merge` within one rounding of the weight's dtype."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.lora_so8t:
+                self._turn_weight(-self.lora_so8t[name].theta)  # R^-1 = exp(-A)
+        if isinstance(self.base_layer, BaseTunerLayer):
+            self.base_layer.unmerge()
+
+    def _turn_weight(self, theta: Tensor) -> None:
+        linear = self.get_base_layer()
+        if type(linear) is not nn.Linear:
+            raise InputError(
+                f"{type(linear).__name__} holds quantised weights; a merge would bake the quantisation in. "
+                "Bake from the original checkpoint: bake_checkpoint(base_dir, adapter_dir, out_dir)"
+            )
+        linear.weight.data = round_once(rotate_weight(linear.weight.data, theta), linear.weight.dtype)
+
+
+class SO8TModel(BaseTuner):
+    """The tuner; a LoRA inside comes from LoraModel's own layer factory, so quantised bases keep working."""
+
+    prefix: str = PREFIX
+    tuner_layer_cls = BaseTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (BaseTuner's contract)
+    _create_new_module = staticmethod(LoraModel._create_new_module)
+
+    def _prepare_adapter_config(self, peft_config: SO8TConfig, model_config: dict[str, Any]) -> SO8TConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: SO8TConfig, model: nn.Module) -> None:
+        names = [name for name, _ in model.named_modules()]
+        targets = [n for n in names if _is_target(peft_config, n)]
+        if not targets:
+            raise InputError(
+                f"no decoder layer of {type(model).__name__} has a `{peft_config.target}`; "
+                f"SO8T needs an architecture with one (target={peft_config.target!r})"
+            )
+        count = 1 + max(_layer_of(n) for n in targets)
+        self.so8t_layers = resolve_layers(peft_config.layers, count)
+        if peft_config.lora_config is not None:
+            # A name may sit below a target that an earlier adapter wrapped: strip the wrapper's own level.
+            known = {n.replace(".base_layer", "").rpartition(".")[2] for n in names}
+            missing = sorted(t for t in peft_config.lora_config.target_modules if t.rpartition(".")[2] not in known)
+            if missing:
+                linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)})
+                raise InputError(
+                    f"lora target {', '.join(missing)} matches no layer; the model's linear layers are {', '.join(linear)}"
+                )
+        width = model.get_submodule(targets[0]).in_features
+        if width % 8:
+            raise InputError(f"{targets[0]} has {width} input features, not a multiple of 8: SO8T cannot rotate it")
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SO8TConfig, key: str) -> bool:
+        lora = peft_config.lora_config
+        return _is_target(peft_config, key) or bool(lora is not None and check_target_module_exists(lora, key))
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: SO8TConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if _is_target(config, current_key):
+            if isinstance(target, LoraLayer):
+                raise InputError(
+                    f"{current_key} already carries a LoRA: the rotation must feed both of its paths. "
+                    "Give the LoRA to SO8TConfig(lora={...}) instead of adding it separately"
+                )
+            if not isinstance(target, SO8TLinear):
+                wrapper = SO8TLinear(target, adapter_name)
+                self._replace_module(parent, target_name, wrapper, target)
+                target = wrapper
+            if _layer_of(current_key) in self.so8t_layers:
+                target.add_gate(adapter_name, init_scale=config.init_scale, layer=current_key)
+            parent, target_name, target = target, "base_layer", target.base_layer
+        lora = config.lora_config
+        if lora is not None and check_target_module_exists(lora, current_key):
+            LoraModel._create_and_replace(self, lora, adapter_name, target, target_name, parent, current_key)
+
+
+def resolve_layers(layers: list[int] | None, count: int) -> set[int]:
+    """Chosen decoder layers as non-negative indices; None = all of `count`.
+
+    Raises:
+        InputError: (a ValueError) an index out of range, with how many layers there are; or an empty choice.
+    """
+    if layers is None:
+        return set(range(count))
+    for layer in layers:
+        if not -count <= layer < count:
+            raise InputError(
+                f"layer {layer} is out of range: the model has {count} layers (0 to {count - 1}, or -{count} to -1)"
+            )
+    if not layers:
+        raise InputError("layers is empty: nothing would be rotated; give indices, or null for all layers")
+    return {layer % count for layer in layers}
+
+
+def _layer_of(key: str) -> int:
+    found = _LAYER.search(key)
+    return int(found.group(1)) if found else -1
+
+
+def _is_target(config: SO8TConfig, key: str) -> bool:
+    return key.rpartition(".")[2] == config.target and _layer_of(key) >= 0
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def gates(model: nn.Module) -> dict[str, RotationGate]:
+    """Active gates by the name of the layer they rotate, e.g. "model.layers.0.self_attn.o_proj"."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SO8TLinear):
+            for gate in module.active_gates():
+                found[name.removeprefix("base_model.model.")] = gate
+    return found
+
+
+def trainable_counts(model: nn.Module) -> tuple[int, int]:
+    """(all trainable parameters, those of the rotations)."""
+    rotation = {id(p) for gate in gates(model).values() for p in gate.parameters() if p.requires_grad}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() for p in trainable), sum(p.numel() for p in trainable if id(p) in rotation)
+
+
+def orthogonality_loss(model: nn.Module) -> Tensor:
+    """Mean over all gates of ||R^T R - I||_F^2 per block: rounding noise for exp, an optional safety term in training."""
+    terms = []
+    for gate in gates(model).values():
+        R = gate.rotation()
+        terms.append((R.mT @ R - torch.eye(R.shape[-1], device=R.device)).square().sum((-2, -1)).mean())
+    if not terms:
+        raise InputError("the model has no rotation gate; attach an adapter first")
+    return torch.stack(terms).mean()
+
+
+if PeftType[METHOD] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="so8t", config_cls=SO8TConfig, model_cls=SO8TModel, prefix=PREFIX)

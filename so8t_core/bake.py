@@ -1,0 +1,272 @@
+"""Bake: fold LoRA and rotation into the ordinary weights, W' = (W + s B A) @ R, so that nothing is left at inference.
+
+Everything is computed in float64 and rounded once to the storage dtype. `bake` works on a model in memory,
+`bake_checkpoint` on the original checkpoint's files, tensor by tensor, so that memory holds one tensor and not a model.
+Shapes: W (out, in), A (r, in), B (out, r), theta (in/8, 28).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from so8t_core.adapter import SO8TLinear
+from so8t_core.config import SO8TConfig
+from so8t_core.errors import InputError
+from so8t_core.files import atomic_dir, write_text
+from so8t_core.gate import rotate_weight
+from so8t_core.rounding import round_once
+from so8t_core.safetensors_stream import SAFETENSORS_DTYPES, StreamWriter
+from so8t_core.store import KEY_PREFIX, config_of, read_adapter, replace_layers
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+@dataclass
+class Fold:
+    """What has to be folded into one weight: LoRA pairs first, then the rotation."""
+
+    loras: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)  # (A (r, in), B (out, r), scale)
+    theta: Tensor | None = None  # (in/8, 28)
+
+    def apply(self, W_OI: Tensor) -> Tensor:
+        """(out, in) any dtype -> (out, in) float64."""
+        W = W_OI.detach().double()
+        for A, B, scale in self.loras:
+            W = W + scale * (B.detach().double() @ A.detach().double())
+        return W if self.theta is None else rotate_weight(W, self.theta)
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Fold every adapter layer of `model` in place and return the plain model, standard architecture, gates gone.
+
+    Raises:
+        InputError: no SO8T adapter, a quantised base (bake from the original checkpoint instead), or a kind of adapter
+            layer that cannot be folded exactly.
+    """
+    config_of(model)
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    replace_layers(model, _folded)
+    return model
+
+
+def _folded(layer: nn.Module) -> nn.Module:
+    fold = Fold()
+    inner = layer
+    if isinstance(inner, SO8TLinear):
+        thetas = [gate.theta for gate in inner.active_gates()]
+        if len(thetas) > 1:
+            raise InputError("several rotations are active; bake them one after the other")
+        fold.theta = thetas[0] if thetas else None
+        inner = inner.base_layer
+    if isinstance(inner, LoraLayer):
+        for name in inner.active_adapters:
+            if name in inner.lora_A:
+                fold.loras.append((inner.lora_A[name].weight, inner.lora_B[name].weight, inner.scaling[name]))
+        inner = inner.base_layer
+    if type(inner) is not nn.Linear:
+        raise InputError(
+            f"cannot bake into {type(inner).__name__}: only plain linear layers hold unquantised weights. "
+            "Use bake_checkpoint(base_dir, adapter_dir, out_dir) on the original checkpoint"
+        )
+    inner.weight.data = round_once(fold.apply(inner.weight.data), inner.weight.dtype)
+    return inner
+
+
+def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str, Fold]:
+    """Weight name in the base checkpoint -> what to fold into it.
+
+    Raises:
+        InputError: a tensor name that is neither a rotation nor half of a LoRA pair.
+    """
+    folds: dict[str, Fold] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+        if name.endswith(".lora_so8t.theta"):
+            folds.setdefault(name.removesuffix(".lora_so8t.theta"), Fold()).theta = value
+        elif name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            B = tensors.get(key.replace(".lora_A.", ".lora_B."))
+            if B is None:
+                raise InputError(f"{key} has no lora_B beside it: the adapter file is incomplete")
+            folds.setdefault(module, Fold()).loras.append((value, B, _lora_scale(config, module)))
+        elif not name.endswith(".lora_B.weight"):
+            raise InputError(f"unknown tensor {key} in the adapter; it cannot be folded exactly")
+    return {f"{module}.weight": fold for module, fold in folds.items()}
+
+
+def _lora_scale(config: SO8TConfig, module: str) -> float:
+    lora = config.lora_config
+    if lora is None:
+        raise InputError(f"the adapter has a LoRA on {module}, but its config has none")
+    r = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), module), lora.r)
+    alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), module), lora.lora_alpha)
+    return float(alpha / r**0.5 if lora.use_rslora else alpha / r)
+
+
+def bake_checkpoint(
+    base_dir: str | Path,
+    adapter_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    invert: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write base + adapter as an ordinary checkpoint; every other file is copied byte for byte.
+
+    Args:
+        base_dir: the original, unquantised checkpoint in safetensors form (one file or sharded).
+        dtype: storage dtype of all floating-point tensors; None keeps each tensor's own.
+        invert: bake R^T instead of R; for negative controls only.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        InputError: no safetensors in base_dir, a quantised base, an adapter for another model, a value that overflows
+            `dtype`, or a place that cannot be written.
+    """
+    base_dir, out_dir = Path(base_dir), Path(out_dir)
+    shards = _shards(base_dir)
+    config, tensors = read_adapter(adapter_dir)
+    folds = folds_from_files(config, tensors)
+    if invert:
+        for fold in folds.values():
+            fold.theta = None if fold.theta is None else -fold.theta
+    _check_fit(shards, folds, adapter_dir)
+    with atomic_dir(out_dir) as temporary:
+        _copy_other_files(base_dir, temporary, dtype)
+        total = sum(shard.stat().st_size for shard in shards)
+        done = 0
+        sizes: dict[str, int] = {}
+        for shard in shards:
+            for name, nbytes in _bake_shard(shard, temporary / shard.name, folds, dtype):
+                sizes[name] = nbytes
+                done += nbytes
+                if progress:
+                    progress(min(done, total), total)
+        if dtype is not None:
+            _rewrite_index(temporary, sum(sizes.values()))
+        if progress:
+            progress(total, total)
+    return out_dir
+
+
+def _shards(base_dir: Path) -> list[Path]:
+    if not base_dir.is_dir():
+        raise InputError(f"base checkpoint {base_dir} is not a directory")
+    config = base_dir / "config.json"
+    if not config.is_file():
+        raise InputError(f"{base_dir} has no config.json: not a Hugging Face checkpoint")
+    if "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
+        raise InputError(f"{base_dir} is a quantised checkpoint; bake from the original, unquantised one")
+    index = base_dir / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (base_dir / name).is_file()]
+    if missing:
+        raise InputError(f"{base_dir}: {missing[0]} is missing; save the model with save_pretrained (safetensors)")
+    return [base_dir / name for name in names]
+
+
+def _open(stack: ExitStack, shard: Path) -> Any:
+    try:
+        return stack.enter_context(safe_open(shard, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{shard} is damaged: {error}") from None
+
+
+def _check_fit(shards: list[Path], folds: dict[str, Fold], adapter_dir: str | Path) -> None:
+    """Every folded weight exists and has the adapter's width, before anything is written."""
+    shapes: dict[str, list[int]] = {}
+    with ExitStack() as stack:
+        for shard in shards:
+            file = _open(stack, shard)
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                shapes[name] = file.get_slice(name).get_shape()
+    other = f"the adapter in {adapter_dir} was made for another model"
+    for name, fold in folds.items():
+        if name not in shapes:
+            raise InputError(f"{other}: the base has no {name}")
+        out, width = shapes[name]
+        if fold.theta is not None and fold.theta.shape[0] * 8 != width:
+            raise InputError(f"{other}: {name} has {width} columns, the rotation turns {fold.theta.shape[0] * 8}")
+        for A, B, _ in fold.loras:
+            if A.shape[1] != width or B.shape[0] != out:
+                raise InputError(f"{other}: {name} is {out} x {width}, its LoRA {B.shape[0]} x {A.shape[1]}")
+
+
+def _bake_shard(shard: Path, out: Path, folds: dict[str, Fold], dtype: torch.dtype | None) -> Iterator[tuple[str, int]]:
+    with ExitStack() as stack:
+        file = _open(stack, shard)
+        names = sorted(file.keys(), key=lambda n: n)
+        specs = []
+        for name in names:
+            view = file.get_slice(name)
+            stored = view.get_dtype()
+            specs.append((name, _target_dtype(stored, dtype), view.get_shape()))
+        writer = stack.enter_context(StreamWriter(out, specs, metadata=file.metadata() or {}))
+        for name, target, _ in specs:
+            tensor = file.get_tensor(name)
+            wanted = SAFETENSORS_DTYPES[target]
+            if name in folds:
+                tensor = _round_named(name, folds[name].apply(tensor), wanted)
+            elif tensor.dtype != wanted:
+                tensor = _round_named(name, tensor.double(), wanted)
+            yield name, writer.write(name, tensor)
+
+
+def _target_dtype(stored: str, dtype: torch.dtype | None) -> str:
+    if dtype is None or stored not in ("F64", "F32", "F16", "BF16"):
+        return stored
+    return next(name for name, torch_dtype in SAFETENSORS_DTYPES.items() if torch_dtype == dtype)
+
+
+def _round_named(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not bool(torch.isfinite(x).all()):
+        raise InputError(f"{name} has a NaN or Inf after baking; check the adapter and the base checkpoint")
+    try:
+        return round_once(x, dtype)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def _copy_other_files(base_dir: Path, out_dir: Path, dtype: torch.dtype | None) -> None:
+    """Tokenizer, template and licence byte for byte; config.json too, unless the dtype changes."""
+    for file in sorted(base_dir.iterdir()):
+        if (
+            not file.is_file()
+            or file.suffix in (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+            or file.name.startswith(".")
+        ):
+            continue
+        if file.name == "pytorch_model.bin.index.json":
+            continue
+        shutil.copyfile(file, out_dir / file.name)
+    if dtype is not None:
+        config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+        write_text(out_dir / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _rewrite_index(out_dir: Path, total: int) -> None:
+    path = out_dir / "model.safetensors.index.json"
+    if path.is_file():
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index.setdefault("metadata", {})["total_size"] = total
+        write_text(path, json.dumps(index, indent=2, sort_keys=True) + "\n")

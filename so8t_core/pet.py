@@ -1,0 +1,77 @@
+"""PET: a penalty on the second difference of the hidden states over time, and its three-phase schedule.
+
+d2[t] = h[t+2] - 2 h[t+1] + h[t]; penalty = mean of d2^2 (or of Huber(d2)) over the triples whose three tokens are all
+real: not padding, and of the same sequence where several are packed into a row. Straight lines in time cost nothing.
+Total loss = task + lambda(step) * penalty, lambda in three phases by share of the run: warm-up 20 %, main 40 %,
+anneal 40 %. Shapes: h (B, T, C), mask (B, T), penalty a float32 scalar.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pet_penalty(
+    h_BTC: Tensor, mask_BT: Tensor | None = None, *, segments_BT: Tensor | None = None, huber_delta: float | None = None
+) -> Tensor:
+    """Mean of d2^2 (or Huber with `huber_delta`) over valid triples and channels; 0 when there is no valid triple.
+
+    Args:
+        h_BTC: hidden states (B, T, C), any float dtype; the arithmetic is float32.
+        mask_BT: (B, T), non-zero for real tokens; None = all real.
+        segments_BT: (B, T) integers naming the sequence a token belongs to, for packed rows.
+
+    Raises:
+        ValueError: a mask or segment shape other than (B, T), or a Huber delta that is not positive.
+    """
+    B, T, C = h_BTC.shape
+    for name, other in (("mask", mask_BT), ("segments", segments_BT)):
+        if other is not None and tuple(other.shape) != (B, T):
+            raise ValueError(f"{name} has shape {tuple(other.shape)}, the hidden states need {(B, T)}")
+    if huber_delta is not None and not huber_delta > 0:
+        raise ValueError(f"huber_delta must be positive, got {huber_delta}")
+    if T < 3:
+        return h_BTC.float().sum() * 0.0
+    h = h_BTC.float()
+    d2 = h[:, 2:] - 2 * h[:, 1:-1] + h[:, :-2]  # (B, T-2, C)
+    valid = torch.ones(B, T - 2, dtype=torch.bool, device=h.device)
+    if mask_BT is not None:
+        real = mask_BT.bool()
+        valid &= real[:, 2:] & real[:, 1:-1] & real[:, :-2]
+    if segments_BT is not None:
+        valid &= (segments_BT[:, 2:] == segments_BT[:, 1:-1]) & (segments_BT[:, 1:-1] == segments_BT[:, :-2])
+    # Zero first, so that a non-finite value at a padded position cannot reach the sum as 0 * inf.
+    d2 = d2.masked_fill(~valid.unsqueeze(-1), 0.0)
+    cost = (
+        d2.square()
+        if huber_delta is None
+        else F.huber_loss(d2, torch.zeros_like(d2), reduction="none", delta=huber_delta)
+    )
+    return cost.sum() / (valid.sum().clamp(min=1) * C)
+
+
+@dataclass(frozen=True)
+class PETSchedule:
+    """lambda(step): constant in each of three phases that take 20 %, 40 % and 40 % of the run."""
+
+    warmup: float = 0.01
+    main: float = 0.05
+    anneal: float = 0.1
+    shares: tuple[float, float] = (0.2, 0.6)  # where main and anneal begin
+
+    def __post_init__(self) -> None:
+        if min(self.warmup, self.main, self.anneal) < 0:
+            raise ValueError(f"PET weights must not be negative: {self.warmup}, {self.main}, {self.anneal}")
+        if not 0 <= self.shares[0] <= self.shares[1] <= 1:
+            raise ValueError(f"PET phases must begin in order within the run: {self.shares}")
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        """lambda for optimiser step `step` (0-based) of `total_steps`."""
+        share = step / max(total_steps, 1)
+        if share < self.shares[0]:
+            return self.warmup
+        return self.main if share < self.shares[1] else self.anneal

@@ -1,0 +1,119 @@
+"""Rotations of SO(8): exponential, logarithm and their block-wise application.
+
+A block's parameters are the strictly upper triangle of a skew-symmetric A in so(8), 28 numbers in the row-major order
+of `torch.triu_indices(8, 8, 1)`: A[i, j] = +theta, A[j, i] = -theta. R = exp(A) is orthogonal with determinant +1, and
+theta = 0 gives exactly the identity. A rotation of R^8 turns up to four orthogonal planes; its angles are the
+imaginary parts of A's eigenvalues.
+Shapes: theta (..., 28), A and R (..., 8, 8), x (..., D) with D = 8 n.
+Source: Moler and Van Loan, Nineteen dubious ways to compute the exponential of a matrix (2003), for exp; the real
+Schur form of a normal matrix (Golub and Van Loan, section 7.4) for log.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.linalg import schur
+from torch import Tensor
+
+BLOCK = 8
+PARAMETERS = BLOCK * (BLOCK - 1) // 2  # 28
+
+
+def skew(theta: Tensor) -> Tensor:
+    """theta (..., 28) -> A (..., 8, 8) with A^T = -A.
+
+    Raises:
+        ValueError: the last dimension is not 28.
+    """
+    if theta.shape[-1:] != (PARAMETERS,):
+        raise ValueError(f"theta must have shape (..., {PARAMETERS}), got {tuple(theta.shape)}")
+    i, j = torch.triu_indices(BLOCK, BLOCK, 1, device=theta.device)
+    upper = theta.new_zeros(*theta.shape[:-1], BLOCK, BLOCK)
+    upper[..., i, j] = theta
+    return upper - upper.mT
+
+
+def exp_so8(theta: Tensor) -> Tensor:
+    """theta (..., 28), radians -> R = exp(A) (..., 8, 8), same dtype; differentiable.
+
+    Raises:
+        ValueError: wrong shape.
+    """
+    return torch.matrix_exp(skew(theta))
+
+
+def log_so8(R: Tensor) -> Tensor:
+    """R (..., 8, 8) in SO(8) -> theta (..., 28) with every plane's angle in [0, pi]; exp_so8 inverts it.
+
+    Computed in float64 on the CPU from each matrix's real Schur form, returned in R's dtype and device; not
+    differentiable. At an angle of exactly pi the logarithm is not unique; one of them is returned.
+
+    Raises:
+        ValueError: wrong shape, not orthogonal within the dtype's accuracy, or determinant -1.
+    """
+    if R.shape[-2:] != (BLOCK, BLOCK):
+        raise ValueError(f"R must have shape (..., {BLOCK}, {BLOCK}), got {tuple(R.shape)}")
+    matrices = R.detach().to("cpu", torch.float64)
+    error = orthogonality_error(matrices).max().item() if matrices.numel() else 0.0
+    bound = 1e3 * torch.finfo(R.dtype).eps  # a chain of products loses a few hundred roundings, a wrong matrix far more
+    if not error <= bound:
+        raise ValueError(f"R is not orthogonal: max |R^T R - I| = {error:.3g}, bound {bound:.3g}")
+    if (torch.linalg.det(matrices) < 0).any():
+        raise ValueError("R has determinant -1: a reflection has no logarithm in so(8)")
+    flat = matrices.reshape(-1, BLOCK, BLOCK).numpy()
+    logs = np.stack([_log_one(block) for block in flat]) if len(flat) else flat
+    i, j = torch.triu_indices(BLOCK, BLOCK, 1)
+    A = torch.from_numpy(logs).reshape(matrices.shape)
+    return A[..., i, j].to(R)
+
+
+def _log_one(R: np.ndarray) -> np.ndarray:
+    """Logarithm of one rotation: R = Z T Z^T with T made of 2x2 rotations and of +1/-1 entries."""
+    T, Z = schur(R, output="real")
+    L = np.zeros_like(T)
+    flipped = []  # positions of eigenvalue -1; det +1 makes their number even, any two of them span a plane turned by pi
+    k = 0
+    while k < BLOCK:
+        if (
+            k + 1 < BLOCK and abs(T[k + 1, k]) > 1e-14
+        ):  # a 2x2 block; below, rounding alone would make one of angle 0 or pi
+            angle = np.arctan2(T[k + 1, k] - T[k, k + 1], T[k, k] + T[k + 1, k + 1])
+            L[k + 1, k], L[k, k + 1] = angle, -angle
+            k += 2
+        else:
+            if T[k, k] < 0:
+                flipped.append(k)
+            k += 1
+    for p, q in zip(flipped[::2], flipped[1::2], strict=True):
+        L[q, p], L[p, q] = np.pi, -np.pi
+    return np.asarray(Z @ L @ Z.T)
+
+
+def rotate_blocks(x: Tensor, R: Tensor) -> Tensor:
+    """y_k = R_k x_k for every block k of 8 channels. x (..., D), R (D/8, 8, 8) -> (..., D) in x's dtype.
+
+    The product is taken in R's precision when x is coarser, so that a small rotation survives bfloat16.
+
+    Raises:
+        ValueError: D is not 8 times the number of rotations.
+    """
+    n = R.shape[0]
+    if x.shape[-1] != n * BLOCK:
+        raise ValueError(f"x has {x.shape[-1]} channels, but {n} rotations turn {n * BLOCK}")
+    dtype = torch.promote_types(x.dtype, R.dtype)
+    x_TNK = x.reshape(-1, n, BLOCK).to(dtype)  # (T, n, 8)
+    y_NTK = torch.bmm(x_TNK.transpose(0, 1), R.to(dtype).mT)  # (n, T, 8): row form x R^T
+    return y_NTK.transpose(0, 1).reshape(x.shape).to(x.dtype)
+
+
+def orthogonality_error(R: Tensor) -> Tensor:
+    """max |R^T R - I| of each matrix: R (..., 8, 8) -> (...)."""
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    return (R.mT @ R - eye).abs().amax(dim=(-2, -1))
+
+
+def plane_angles(theta: Tensor) -> Tensor:
+    """The four plane angles |a| of each block, largest first: theta (..., 28) -> (..., 4), radians, float64."""
+    A = skew(theta.detach().double())
+    return torch.linalg.eigvalsh(1j * A)[..., BLOCK // 2 :].flip(-1).clamp(min=0)
