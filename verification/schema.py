@@ -83,6 +83,7 @@ class Divergence(_Model):
     kld_by_position: list[tuple[int, float]]  # (first position of a bucket in its chunk, mean KLD)
     kld_by_confidence: list[tuple[float, float, int]]  # (reference top-1 probability bucket start, mean KLD, count)
     histogram: list[tuple[float, int]]  # (log10 KLD bucket start, count)
+    non_finite: int = 0  # scored positions with a NaN or Inf logit on either side; left out of every mean
 
 
 class TensorRow(_Model):
@@ -135,7 +136,9 @@ class TrainingRecord(_Model):
     heldout_loss_before: float
     heldout_loss_after: float
     curves: list[Curve]
-    angles_by_layer: list[tuple[int, float, float]] = Field(default_factory=list)  # layer, mean |angle|, max |angle|, rad
+    angles_by_layer: list[tuple[int, float, float]] = Field(
+        default_factory=list
+    )  # layer, mean |angle|, max |angle|, rad
     so8t_only: dict[str, float] | None = None  # the rotation alone: heldout_loss_before/after, steps, max_angle
     heldout_loss_rotation_off: float | None = None  # trained adapter, rotation replaced by the identity
 

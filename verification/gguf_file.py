@@ -1,0 +1,184 @@
+"""A GGUF file, read whole or refused: metadata as Python values, tensors as raw bytes in place.
+
+Layout (little endian): "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv x (string key, u32 type, value) |
+n_tensors x (string name, u32 n_dims, u64 dims innermost first, u32 type, u64 offset) | padding | data.
+The header is parsed here and not by gguf.GGUFReader: a truncated file must say what is missing, and 100,000 vocabulary
+strings take 0.1 s this way. Shapes are given in Hugging Face order (outermost first).
+Source: the GGUF specification (ggml, docs/gguf.md); block sizes and dequantisation come from the gguf package.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from so8t_core.errors import InputError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_FLOAT_TYPES = {"F32", "F16", "BF16"}
+
+# llama.cpp's enum llama_ftype (include/llama.h): the number stored in general.file_type
+FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
+    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
+    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor; `raw` is a view into the mapped file."""
+
+    name: str
+    shape: tuple[int, ...]  # Hugging Face order
+    type: str  # "F16", "Q4_K", ...
+    raw: npt.NDArray[np.uint8]
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """Dequantised to float32, in `shape`."""
+        kind = GGMLQuantizationType[self.type]
+        if self.type == "F32":
+            return self.raw.view(np.float32).reshape(self.shape)
+        if self.type == "F16":
+            return self.raw.view(np.float16).reshape(self.shape).astype(np.float32)
+        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
+        values: npt.NDArray[np.float32] = dequantize(self.raw.reshape(rows, -1), kind)
+        return values.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A complete GGUF file."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor] = field(repr=False)
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+    @property
+    def file_type(self) -> str:
+        """Name of the file's type, e.g. "Q4_K_M"; "unknown" when the key is missing or new."""
+        return FILE_TYPES.get(self.metadata.get("general.file_type", -1), "unknown")
+
+    @property
+    def is_float(self) -> bool:
+        return self.file_type in _FLOAT_TYPES
+
+    def get(self, key: str) -> Any:
+        """A value of this architecture: `key` without its "llama." prefix; None when absent."""
+        return self.metadata.get(f"{self.architecture}.{key}")
+
+
+class _Cursor:
+    """Reads forward and, where the file ends too early, says so."""
+
+    def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
+        self.path, self.data, self.at, self.inside = path, memoryview(data), 0, "the header"
+
+    def take(self, size: int) -> memoryview:
+        if size > len(self.data) - self.at:
+            raise InputError(
+                f"{self.path} is truncated: {self.inside} needs bytes up to {self.at + size}, "
+                f"the file has {len(self.data)}. Copy or convert it again."
+            )
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def unpack(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return bytes(self.take(self.unpack("Q"))).decode("utf-8", errors="surrogateescape")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            inner, count = self.unpack("I"), self.unpack("Q")
+            if inner in _SCALARS:
+                size = struct.calcsize("<" + _SCALARS[inner])
+                return list(struct.unpack(f"<{count}{_SCALARS[inner]}", self.take(size * count)))
+            return [self.value(inner) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise InputError(
+                f"{self.path}: {self.inside} has the unknown value type {kind}; the file is damaged or newer"
+            )
+        return self.unpack(_SCALARS[kind])
+
+
+def read_gguf(path: str | Path) -> GGUFFile:
+    """Open a GGUF file and check that every tensor lies inside it.
+
+    Raises:
+        InputError: missing, not GGUF, truncated, unknown tensor type; the message names file, expectation and finding.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; a GGUF file is expected here")
+    size = path.stat().st_size
+    if size < 24:
+        raise InputError(f"{path} is not a GGUF file: it has {size} bytes, the header alone needs 24")
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    cursor = _Cursor(path, data)
+    magic = bytes(cursor.take(4))
+    if magic != b"GGUF":
+        raise InputError(f"{path} is not a GGUF file: it begins with {magic!r}, expected b'GGUF'")
+    version = cursor.unpack("I")
+    if version not in (2, 3):
+        raise InputError(f"{path} has GGUF version {version}; versions 2 and 3 (little endian) can be read")
+    n_tensors, n_kv = cursor.unpack("Q"), cursor.unpack("Q")
+    metadata: dict[str, Any] = {}
+    for index in range(n_kv):
+        cursor.inside = f"metadata entry {index + 1} of {n_kv}"
+        key = cursor.string()
+        cursor.inside = f"metadata key {key!r}"
+        if key in metadata:
+            raise InputError(f"{path}: {cursor.inside} occurs twice; the file is damaged")
+        metadata[key] = cursor.value(cursor.unpack("I"))
+    infos = list(_tensor_infos(cursor, n_tensors))
+    alignment = int(metadata.get("general.alignment", 32))
+    start = -(-cursor.at // alignment) * alignment
+    tensors: dict[str, GGUFTensor] = {}
+    for name, dims, kind, offset in infos:
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        count = int(np.prod(dims, dtype=np.int64))
+        if dims and dims[0] % block:
+            raise InputError(f"{path}: tensor {name} has rows of {dims[0]}, not a multiple of {kind.name}'s {block}")
+        begin, length = start + offset, count // block * block_bytes
+        if begin + length > size:
+            raise InputError(
+                f"{path} is truncated: tensor {name} ({kind.name}, {list(reversed(dims))}) ends at byte "
+                f"{begin + length}, the file has {size}. Copy or convert it again."
+            )
+        if name in tensors:
+            raise InputError(f"{path}: tensor {name} occurs twice; the file is damaged")
+        tensors[name] = GGUFTensor(name, tuple(reversed(dims)), kind.name, data[begin : begin + length])
+    return GGUFFile(path, metadata, tensors)
+
+
+def _tensor_infos(cursor: _Cursor, count: int) -> Iterator[tuple[str, list[int], GGMLQuantizationType, int]]:
+    for index in range(count):
+        cursor.inside = f"description of tensor {index + 1} of {count}"
+        name = cursor.string()
+        cursor.inside = f"description of tensor {name}"
+        n_dims = cursor.unpack("I")
+        dims = [cursor.unpack("Q") for _ in range(n_dims)]
+        number, offset = cursor.unpack("I"), cursor.unpack("Q")
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError:
+            raise InputError(f"{cursor.path}: tensor {name} has the unknown type {number}; update `gguf`") from None
+        yield name, dims, kind, offset

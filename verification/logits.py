@@ -1,0 +1,173 @@
+"""Logits of a chunk of tokens from the Hugging Face model and from llama.cpp, for exactly the same positions.
+
+A chunk has n_ctx tokens; positions n_ctx//2 .. n_ctx-2 are scored (T = n_ctx - 1 - n_ctx//2), so that each has at least
+half a chunk of context and its target inside the chunk. Every chunk starts with an empty cache. Both streams yield
+float32 arrays (T, V), one chunk at a time. Positions: llama.cpp, tools/perplexity/perplexity.cpp.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from so8t_core.errors import InputError
+from verification.llama_engine import LlamaModel, last_words
+
+Array = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+def scored(n_ctx: int) -> tuple[int, int]:
+    """First scored position and one past the last."""
+    return n_ctx // 2, n_ctx - 1
+
+
+def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal LM from a local directory, ready for evaluation; never remote code.
+
+    Raises:
+        InputError: no such directory, no config.json, or transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} is not a Hugging Face model directory: it has no config.json")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype=dtype, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"transformers cannot load {directory}: {' '.join(str(error).split())[:300]}") from None
+    return model.eval()
+
+
+def hf_chunk(model: Any, tokens: Ids, *, first: int | None = None) -> Array:
+    """(T, V) float32 logits of one chunk; the head is applied to the scored positions only."""
+    start, stop = scored(len(tokens))
+    start = start if first is None else first
+    ids_1T = torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(model.device)
+    with torch.inference_mode():
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            keep = torch.arange(start, stop, device=ids_1T.device)
+            logits = model(input_ids=ids_1T, use_cache=False, logits_to_keep=keep).logits[0]
+        else:
+            logits = model(input_ids=ids_1T, use_cache=False).logits[0, start:stop]
+    result: Array = logits.float().cpu().numpy()
+    return result
+
+
+def hf_logits(model: Any, chunks: Iterable[Ids], *, dtype: torch.dtype = torch.float32) -> Iterator[Array]:
+    """Yield (T, V) for each chunk; `model` is a loaded model or a directory."""
+    loaded = load_hf(model, dtype=dtype) if isinstance(model, str | Path) else model
+    for tokens in chunks:
+        yield hf_chunk(loaded, tokens)
+
+
+class LlamaLogits:
+    """One GGUF file with one context, asked chunk by chunk; a context manager.
+
+    Raises:
+        InputError: llama.cpp cannot load the file or make the context.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        n_ctx: int,
+        n_batch: int | None = None,
+        n_ubatch: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.file = LlamaModel(path)
+        self.n_ctx, self.n_batch = n_ctx, min(n_batch or n_ctx, n_ctx)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_batch, min(n_ubatch or 512, self.n_batch)
+        params.n_seq_max, params.no_perf = 1, True
+        if threads:
+            params.n_threads = params.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.file.model, params)
+        if not self.context:
+            self.file.close()
+            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {last_words()}")
+        self.batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
+
+    def __enter__(self) -> LlamaLogits:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free context and model; safe to call twice."""
+        if self.context:
+            llama_cpp.llama_batch_free(self.batch)
+            llama_cpp.llama_free(self.context)
+            self.context = None
+        self.file.close()
+
+    @property
+    def vocab(self) -> int:
+        return self.file.vocab_size
+
+    def chunk(self, tokens: Ids, *, first: int | None = None) -> Array:
+        """(T, V) float32 logits of one chunk, from an empty cache."""
+        if len(tokens) > self.n_ctx:
+            raise InputError(f"a chunk of {len(tokens)} tokens does not fit the context of {self.n_ctx}")
+        if int(tokens.max()) >= self.vocab:
+            raise InputError(
+                f"{self.file.path} has a vocabulary of {self.vocab}, the reference's tokenizer gave the id "
+                f"{int(tokens.max())}: different vocabularies cannot be compared"
+            )
+        start, stop = scored(len(tokens))
+        start = start if first is None else first
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        result = np.empty((stop - start, self.vocab), dtype=np.float32)
+        filled = 0
+        for begin in range(0, len(tokens), self.n_batch):
+            part = tokens[begin : begin + self.n_batch]
+            wanted = self._fill(part, begin, start, stop)
+            if llama_cpp.llama_decode(self.context, self.batch) != 0:
+                raise InputError(f"llama.cpp failed to decode {self.file.path}: {last_words()}")
+            if wanted:
+                pointer = llama_cpp.llama_get_logits(self.context)
+                result[filled : filled + wanted] = np.ctypeslib.as_array(pointer, shape=(wanted, self.vocab))
+                filled += wanted
+        return result
+
+    def _fill(self, part: Ids, begin: int, start: int, stop: int) -> int:
+        """Write one batch; returns how many of its rows carry logits."""
+        batch, wanted = self.batch, 0
+        batch.n_tokens = len(part)
+        for i, token in enumerate(part.tolist()):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, begin + i, 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = int(start <= begin + i < stop)
+            wanted += batch.logits[i]
+        return wanted
+
+
+def llama_logits(
+    path: str | Path,
+    chunks: Iterable[Ids],
+    *,
+    n_ctx: int,
+    n_batch: int | None = None,
+    n_ubatch: int | None = None,
+    threads: int | None = None,
+) -> Iterator[Array]:
+    """Yield (T, V) for each chunk of one GGUF file."""
+    with LlamaLogits(path, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, threads=threads) as engine:
+        for tokens in chunks:
+            yield engine.chunk(tokens)
