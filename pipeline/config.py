@@ -95,7 +95,7 @@ class AnswersConfig(_Section):
 
 
 class VerifyConfig(_Section):
-    policy: str | None = None  # a policy file; null = the default policy
+    policy: str | dict[str, Any] | None = None  # a policy file or its keys; null = the default policy
     corpus: str | None = None  # text or JSONL; null = the held-out rows followed by the built-in text
     chunks: int = Field(12, ge=2)
     n_ctx: int = Field(512, ge=64)

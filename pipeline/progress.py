@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from rich.console import Console
@@ -69,3 +69,29 @@ class _LogTask:
         state = f"{elapsed:.0f} s" if finished else f"{elapsed:.0f} s, about {left:.0f} s left"
         text = f"  {self._title}: {self._done:.0f}/{self._total:.0f} ({state}) {info}".rstrip()
         self._console.print(text, markup=False)
+
+
+class StageProgress:
+    """Turns calls of (stage, done, total) into one bar a stage; a context manager."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._stack = ExitStack()
+        self._stage: str | None = None
+        self._advance: Advance | None = None
+        self._done = 0
+
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stack.close()
+            self._stage, self._done = stage, 0
+            self._advance = self._stack.enter_context(self._reporter.task(stage, total))
+        if self._advance is not None and done > self._done:
+            self._advance(done - self._done)
+            self._done = done

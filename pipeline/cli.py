@@ -1,0 +1,219 @@
+"""The `so8t` command. Exit codes: 0 passed or done, 1 not to be released, 2 bad input or could not run.
+
+Heavy imports happen inside the verbs, so that `--help` and a mistyped path answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from so8t_core.errors import InputError
+
+if TYPE_CHECKING:
+    from verification.schema import Report
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train an SO(8) rotation, bake it, ship a GGUF, and prove that what is shipped is what was trained.",
+    epilog="Exit codes: 0 passed or done, 1 not to be released, 2 bad input. First steps: so8t demo",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="run configuration; see configs/", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+
+
+def main() -> None:
+    """Entry point of the `so8t` program."""
+    _calm()
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except InputError as error:
+        _fail(str(error))
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; finished steps are kept, run the same command to go on", markup=False)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            _fail(f"{error.format_message()} (so8t --help shows the verbs, so8t VERB --help its options)")
+        raise
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"so8t: {message}", markup=False)
+    sys.exit(2)
+
+
+def _calm() -> None:
+    """Keep other libraries' chatter off the screen; their errors still raise."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # says at import which optional kernels it lacks
+    # peft 0.21.2 reads a name that transformers 5.23 deprecates; TrainingArguments likewise renames its own options.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is deprecated and will be removed in v6.*")
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as chatter
+
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+
+
+def _execute(
+    config: Path | str, overrides: list[str] | None, *, first: str | None = None, until: str | None = None,
+    force: list[str] | None = None, quiet: bool = False,
+) -> None:  # fmt: skip
+    from pipeline.config import load_config, parse_config
+
+    loaded = parse_config(config, overrides=overrides) if isinstance(config, str) else load_config(config, overrides)
+    _quiet_transformers()
+    from pipeline.progress import Reporter
+    from pipeline.run import Run
+
+    run = Run(loaded, Reporter(quiet=quiet))
+    report = run.execute(first=first, until=until, force=tuple(force or ()))
+    if report is not None:
+        _announce(report, run.report)
+
+
+def _announce(report: Report, folder: Path) -> None:
+    """Verdict table, the report's path, and the exit code that follows."""
+    from verification.console import verdict_table
+
+    console = Console(highlight=False)
+    console.print(verdict_table(report))
+    console.print(f"Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
+    raise typer.Exit(0 if report.verdict == "pass" else 1)
+
+
+@app.command(epilog="Example: so8t demo run_dir=/tmp/so8t train.steps=80")
+def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Run the whole pipeline on a real 135M model that a wheel brings along."""
+    text = (Path(__file__).parent / "configs" / "demo.yaml").read_text(encoding="utf-8")
+    _execute(text, overrides, quiet=quiet)
+
+
+@app.command(epilog="Example: so8t run configs/demo.yaml train.steps=80 --from train")
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    first: Annotated[str | None, typer.Option("--from", metavar="STEP", help="run this step and all after it again")] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="stop after this step")] = None,
+    force: Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="run this step again")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run what is not up to date: data, train, bake, convert, answers, verify."""
+    _execute(config, overrides, first=first, until=until, force=force, quiet=quiet)
+
+
+@app.command(epilog="Example: so8t data configs/demo.yaml")
+def data(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Build and check the /think dataset."""
+    _execute(config, overrides, until="data", quiet=quiet)
+
+
+@app.command(epilog="Example: so8t train configs/demo.yaml train.steps=200")
+def train(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Train the adapter, resuming from the last checkpoint (steps before it run if they must)."""
+    _execute(config, overrides, until="train", quiet=quiet)
+
+
+@app.command(epilog="Example: so8t bake configs/demo.yaml")
+def bake(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Fold the adapter into the original checkpoint (steps before it run if they must)."""
+    _execute(config, overrides, until="bake", quiet=quiet)
+
+
+@app.command(epilog="Example: so8t convert configs/demo.yaml 'convert.types=[F16, Q8_0]'")
+def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Convert the baked checkpoint to GGUF files (steps before it run if they must)."""
+    _execute(config, overrides, until="convert", quiet=quiet)
+
+
+@app.command(epilog="Example: so8t verify --reference ./my-model --candidate my-model-Q4_K_M.gguf --out report")
+def verify(
+    reference: Annotated[Path, typer.Option(metavar="HF_DIR", help="checkpoint the files were made from", show_default=False)],
+    candidate: Annotated[list[Path], typer.Option(metavar="FILE.gguf", help="file to judge; repeatable", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where the report goes", show_default=False)],
+    base: Annotated[Path | None, typer.Option(metavar="HF_DIR", help="model before training: adds its own quant damage")] = None,
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="with --base: adds the legs bake, dtype, controls")] = None,
+    policy: Annotated[Path | None, typer.Option(metavar="gate.yaml", help="bounds; default: the built-in policy")] = None,
+    corpus: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")] = None,
+    chunks: Annotated[int, typer.Option(min=1, help="chunks of n_ctx tokens")] = 12,
+    n_ctx: Annotated[int, typer.Option(min=8, help="tokens a chunk")] = 512,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Hold GGUF files against the checkpoint they were made from."""
+    for path in (reference, *candidate, base, adapter, policy, *(corpus or [])):
+        if path is not None and not path.exists():
+            raise InputError(f"{path} does not exist; check the path")
+    _quiet_transformers()
+    from pipeline.progress import Reporter, StageProgress
+    from verification import verify as measure
+
+    with StageProgress(Reporter(quiet=quiet)) as progress:
+        report = measure(
+            reference, candidate, base=base, adapter=adapter, policy=policy, out=out, corpus=corpus or None,
+            chunks=chunks, n_ctx=n_ctx, threads=threads, progress=progress,
+        )  # fmt: skip
+    _announce(report, out)
+
+
+@app.command(epilog="Example: so8t gate runs/demo/report/report.json --policy strict.yaml")
+def gate(
+    report: Annotated[Path, typer.Argument(metavar="REPORT.json", show_default=False)],
+    policy: Annotated[Path | None, typer.Option(metavar="gate.yaml", help="default: the policy inside the report")] = None,
+) -> None:
+    """Decide again from a stored report; no model is needed."""
+    from verification import decide, load_policy
+    from verification.report import load_report
+
+    stored = load_report(report)
+    decided = decide(stored, load_policy(policy) if policy else None)
+    _announce(decided, report.parent)
+
+
+@app.command(epilog="Example: so8t report runs/demo")
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]) -> None:
+    """Write report.html, .md and junit.xml again from report.json."""
+    from verification.report import load_report, write_report
+
+    folder = run_dir / "report" if (run_dir / "report").is_dir() else run_dir
+    stored = load_report(folder / "report.json")
+    write_report(stored, folder)
+    _announce(stored, folder)
+
+
+@app.command("config-schema", epilog="Example: so8t config-schema > so8t.schema.json")
+def config_schema() -> None:
+    """Print the JSON Schema of the run configuration."""
+    from pipeline.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

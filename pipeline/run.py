@@ -1,0 +1,248 @@
+"""`so8t run`: base, data, train, bake, convert, answers, verify as one resumable run.
+
+Each step declares the settings it depends on, its inputs and its outputs; it runs when one of them changed and is
+skipped otherwise (see `manifest`). A step writes under temporary names and renames at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline.base_model import DEMO_NOTE, prepare_base
+from pipeline.config import DEMO_MODEL, RunConfig
+from pipeline.manifest import StepRecord, load_manifest, locked, save_manifest, versions
+from pipeline.progress import Reporter, StageProgress
+from so8t_core.errors import InputError
+from so8t_core.files import atomic_dir, sha256_path, write_text
+from verification.schema import AnswerRecord, Report, TrainingRecord
+
+STEPS = ("base", "data", "train", "bake", "convert", "answers", "verify")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: what it depends on, what it reads and writes, and how it is done."""
+
+    settings: Callable[[RunConfig], dict[str, Any]]
+    inputs: Callable[[Run], dict[str, Path]]  # label: path
+    outputs: tuple[str, ...]  # relative to the run directory
+    work: Callable[[Run], None]
+
+
+class Run:
+    """A run directory with its configuration; paths of everything in it."""
+
+    def __init__(self, config: RunConfig, reporter: Reporter) -> None:
+        self.config, self.reporter = config, reporter
+        self.dir = Path(config.run_dir)
+        self.data, self.adapter, self.baked = self.dir / "data", self.dir / "adapter", self.dir / "baked"
+        self.gguf, self.report, self.work = self.dir / "gguf", self.dir / "report", self.dir / "work"
+        self.base_dir = Path()  # set by the base step
+
+    def execute(self, *, first: str | None = None, until: str | None = None, force: tuple[str, ...] = ()) -> Report | None:
+        """Run what is not up to date, from `first` to `until`; returns the report when verify was reached.
+
+        Args:
+            first: run this step and all after it again, up to date or not.
+            until: stop after this step.
+            force: run these steps again.
+
+        Raises:
+            InputError: an unknown step, a missing input, or whatever a step cannot do.
+        """
+        for name in (first, until, *force):
+            if name is not None and name not in STEPS:
+                raise InputError(f"unknown step {name!r}; the steps are {', '.join(STEPS)}")
+        last = STEPS.index(until) if until else len(STEPS) - 1
+        again = set(force) | (set(STEPS[STEPS.index(first) :]) if first else set())
+        with locked(self.dir):
+            resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            write_text(self.dir / "config.resolved.yaml", resolved)
+            if self.config.threads:
+                torch.set_num_threads(self.config.threads)
+            self.base_dir = prepare_base(self.config.model.base, self.dir / "base")
+            for number, name in enumerate(STEPS[1 : last + 1], start=1):
+                self._one(name, number, last, forced=name in again)
+        return self._stored_report() if last == len(STEPS) - 1 else None
+
+    def _one(self, name: str, number: int, last: int, *, forced: bool) -> None:
+        step = WORK[name]
+        manifest = load_manifest(self.dir)
+        settings = step.settings(self.config)
+        inputs = {}
+        for label, path in step.inputs(self).items():
+            if not path.exists():
+                raise InputError(f"step {name} needs {path}, which does not exist; run the steps before it first")
+            inputs[label] = sha256_path(path)
+        reason = "forced" if forced else manifest.why_stale(name, settings, inputs, self.dir)
+        if reason is None:
+            self.reporter.note(f"[{number}/{last}] {name}: up to date")
+            return
+        self.reporter.note(f"[{number}/{last}] {name}" + ("" if reason == "not done yet" else f": {reason}"))
+        started = time.monotonic()
+        step.work(self)
+        manifest.steps[name] = StepRecord(
+            key=settings,
+            inputs=inputs,
+            outputs={relative: sha256_path(self.dir / relative) for relative in step.outputs},
+            seconds=round(time.monotonic() - started, 3),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            seed=self.config.seed,
+            versions=versions(),
+        )
+        save_manifest(manifest, self.dir)
+
+    def _stored_report(self) -> Report:
+        from verification.report import load_report
+
+        return load_report(self.report / "report.json")
+
+
+def _data(run: Run) -> None:
+    from pipeline.dataset import build_dataset
+    from pipeline.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(run.base_dir)
+    generator = run.config.data.generator
+    expected = generator.rows + generator.heldout_rows if generator else 0
+    with atomic_dir(run.data) as temporary, run.reporter.task("data rows", expected) as advance:
+        build_dataset(run.config.data, tokenizer, temporary, run.config.seed, lambda n: advance(n))
+
+
+def _train(run: Run) -> None:
+    from pipeline.training import train
+
+    train(run.config, run.base_dir, run.data, run.adapter, run.work / "checkpoints", run.reporter)
+
+
+def _bake(run: Run) -> None:
+    from so8t_core import bake_checkpoint
+
+    dtype = getattr(torch, run.config.model.dtype) if run.config.model.dtype else None
+    with run.reporter.task("baking, MB", 1) as advance:
+        done = 0.0
+
+        def progress(now: int, total: int) -> None:
+            nonlocal done
+            advance((now / max(total, 1)) - done, info=f"{now / 1e6:.0f} of {total / 1e6:.0f} MB")
+            done = now / max(total, 1)
+
+        bake_checkpoint(run.base_dir, run.adapter, run.baked, dtype=dtype, progress=progress)
+
+
+def _convert(run: Run) -> None:
+    from pipeline.conversion import convert_model
+
+    convert_model(run.config, run.base_dir, run.baked, run.gguf, run.reporter)
+
+
+def _answers(run: Run) -> None:
+    from pipeline.answers import compare_answers
+    from pipeline.jsonl import read_jsonl
+    from pipeline.tokenizer import load_tokenizer
+    from verification.oracle import Oracle
+
+    settings = run.config.answers
+    target = run.work / "answers.json"
+    rows = [row for row in read_jsonl(run.data / "heldout.jsonl") if row.get("answer")][: settings.prompts]
+    if not rows:
+        write_text(target, "null\n")
+        return
+    after = [path for path in run.gguf.glob("*.gguf") if path.stem.endswith(f"-{settings.type.upper()}")]
+    if not after:
+        raise InputError(f"answers.type = {settings.type!r} is not among convert.types {run.config.convert.types}")
+    oracle = Oracle(run.work / "oracle", converter=run.config.convert.converter, threads=run.config.threads)
+    digest = sha256_path(run.base_dir)
+    before = oracle.of_type(oracle.converted(run.base_dir, digest), settings.type.upper(), run.base_dir, digest)
+    with run.reporter.task("answers before/after", 2 * len(rows)) as advance:
+        record = compare_answers(
+            rows,
+            load_tokenizer(run.baked),
+            before,
+            after[0],
+            max_new_tokens=settings.max_new_tokens,
+            parallel=settings.parallel,
+            threads=run.config.threads,
+            advance=lambda n: advance(n),
+        )
+    write_text(target, record.model_dump_json(indent=1) + "\n")
+
+
+def _verify(run: Run) -> None:
+    from pipeline.conversion import gguf_files
+    from verification import load_policy, verify
+    from verification.corpus import DEFAULT_CORPUS
+    from verification.policy import make_policy
+
+    settings = run.config.verify
+    policy = settings.policy
+    record = json.loads((run.work / "answers.json").read_text(encoding="utf-8"))
+    with StageProgress(run.reporter) as progress:
+        verify(
+            run.baked,
+            gguf_files(run.gguf),
+            base=run.base_dir,
+            adapter=run.adapter,
+            policy=make_policy(policy, source="verify.policy") if isinstance(policy, dict) else load_policy(policy),
+            out=run.report,
+            corpus=settings.corpus or [run.data / "heldout.jsonl", DEFAULT_CORPUS],
+            chunks=settings.chunks,
+            n_ctx=settings.n_ctx,
+            threads=run.config.threads,
+            base_damage=settings.base_damage,
+            converter=run.config.convert.converter,
+            progress=progress,
+            work_dir=run.work / "oracle",
+            training=TrainingRecord.model_validate_json((run.adapter / "training.json").read_text(encoding="utf-8")),
+            answers=AnswerRecord.model_validate(record) if record else None,
+            notes=[DEMO_NOTE] if run.config.model.base == DEMO_MODEL else [],
+        )
+
+
+def _section(*names: str) -> Callable[[RunConfig], dict[str, Any]]:
+    """The named sections of the configuration, as plain data, and the seed."""
+
+    def pick(config: RunConfig) -> dict[str, Any]:
+        full = config.model_dump(mode="json")
+        return {name: full[name] for name in (*names, "seed")}
+
+    return pick
+
+
+def _data_inputs(run: Run) -> dict[str, Path]:
+    sources = [*run.config.data.sources, *run.config.data.heldout_sources]
+    return {"tokenizer": run.base_dir / "tokenizer_config.json", **{name: Path(name) for name in sources}}
+
+
+def _verify_inputs(run: Run) -> dict[str, Path]:
+    found = {"base": run.base_dir, "data": run.data, "adapter": run.adapter, "baked": run.baked, "gguf": run.gguf}
+    found["answers"] = run.work / "answers.json"
+    settings = run.config.verify
+    for label, path in (("policy", settings.policy), ("corpus", settings.corpus)):
+        if isinstance(path, str):
+            found[label] = Path(path)
+    return found
+
+
+WORK: dict[str, Step] = {
+    "data": Step(_section("data"), _data_inputs, ("data",), _data),
+    "train": Step(_section("train"), lambda run: {"base": run.base_dir, "data": run.data}, ("adapter",), _train),
+    "bake": Step(_section("model"), lambda run: {"base": run.base_dir, "adapter": run.adapter}, ("baked",), _bake),
+    "convert": Step(_section("convert"), lambda run: {"baked": run.baked}, ("gguf",), _convert),
+    "answers": Step(
+        _section("answers"),
+        lambda run: {"base": run.base_dir, "data": run.data, "gguf": run.gguf},
+        ("work/answers.json",),
+        _answers,
+    ),
+    "verify": Step(_section("verify"), _verify_inputs, ("report/report.json",), _verify),
+}
