@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pipeline.config import DataConfig, GeneratorConfig
 from pipeline.data_report import DataReport
 from pipeline.dataset import build_dataset
+from pipeline.generator import generate
 from pipeline.masking import IGNORED, encode_row
 from pipeline.rows import LABELS, split_reasoning, to_think_row
 from pipeline.thinking import SYSTEM_MESSAGE, RowError, format_assistant, parse
@@ -108,7 +109,7 @@ USELESS = {
     "no reasoning": [
         {"question": "q", "answer": "5"},
         {"question": "q", "answer": "The answer is 5."},
-        {"question": "q", "answer": "The answer is 5.\nThat was easy, was it not?"},
+        {"question": "q", "answer": "2 + 3 = 5. The answer is 5.\nThat was easy, was it not?"},
         {"question": "q", "answer": "答えを考える。5。"},
         {"question": "q", "answer": "A heading\n##### five"},
     ],
@@ -221,6 +222,20 @@ def test_a_heldout_prompt_is_never_trained_on(tmp_path: Path, phi35: Any) -> Non
     assert [row["source"] for row in read(tmp_path, "train")] == ["a.jsonl:1"]
     assert [row["source"] for row in read(tmp_path, "heldout")] == ["h.jsonl:1", "h.jsonl:2"]
     assert (report.duplicates, report.rejected) == (1, {"prompt is held out": 1})
+
+
+def test_generated_rows_are_not_trained_on_when_a_file_holds_them_out(tmp_path: Path, phi35: Any) -> None:
+    generated, _ = generate(30, 0, ["en"], 0)
+    other = [{**row, "steps": f"So: {row['steps']}"} for row in generated]  # the same prompts, no exact duplicates
+    report = build(
+        tmp_path,
+        phi35,
+        sources=[write(tmp_path / "a.jsonl", *other)],
+        heldout_share=0.2,
+        generator=GeneratorConfig(rows=30, heldout_rows=0, languages=["en"]),
+        max_tokens=1024,
+    )
+    assert (report.train_rows, report.heldout_rows, report.rejected) == (48, 6, {"prompt is held out": 6})
 
 
 def test_same_input_same_bytes_and_another_seed_differs(tmp_path: Path, smollm2: Any) -> None:

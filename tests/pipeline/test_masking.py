@@ -115,6 +115,15 @@ def test_token_prefix_is_checked_beside_the_text_prefix(smollm2: Any) -> None:
     assert reason(with_template(smollm2, template), messages) == "prompt is not a prefix of the row"
 
 
+def test_nothing_may_stand_between_the_generation_prompt_and_the_answer(phi35: Any) -> None:
+    """What generation would have to invent first; both text and tokens of the prompt are a prefix here."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}Final: {% endif %}{{ m.content }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    assert reason(with_template(phi35, template), row("42")) == "chat template alters a message"
+
+
 def test_a_template_that_drops_the_turn_is_an_error(phi35: Any) -> None:
     template = "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
     assert reason(with_template(phi35, template), row("dropped")) == "chat template alters a message"
