@@ -9,26 +9,37 @@ Source: PEFT's BaseTuner contract (peft 0.21).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.gate import RotationGate, rotate_weight
+from so8t_core.rotation import BLOCK
 from so8t_core.rounding import round_once
 
 PREFIX = "lora_"  # see SO8TLinear.adapter_layer_names and transformers.load_adapter
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-class SO8TLinear(nn.Module, BaseTunerLayer):
+class SO8TLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """gate, then the wrapped layer. forward: x (..., in) -> (..., out)."""
+
+    lora_so8t: nn.ModuleDict
+    active_adapters: list[str]  # these two are BaseTunerLayer's
+    get_base_layer: Callable[[], nn.Linear]
+    merged_adapters: list[str]
+    guard: RemovableHandle | None = None  # of the hook that _refuse_outer_adapter is
 
     adapter_layer_names: tuple[str, ...] = ("lora_so8t",)
     other_param_names: tuple[str, ...] = ()
@@ -37,7 +48,7 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.lora_so8t = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
+        self.merged_adapters = []
         self._active_adapter = adapter_name
         linear = self.get_base_layer()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -45,11 +56,17 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
     def add_gate(self, adapter_name: str, *, init_scale: float, layer: str) -> None:
         """Give adapter `adapter_name` a rotation here."""
         gate = RotationGate(self.in_features, init_scale=init_scale, layer=layer)
-        self.lora_so8t[adapter_name] = gate.to(self.weight.device)
+        device = self.get_base_layer().weight.device
+        self.lora_so8t[adapter_name] = gate if gate.theta.is_meta else gate.to(device)
 
     def active_gates(self) -> list[RotationGate]:
         """Gates in the order in which x passes through them."""
-        return [self.lora_so8t[name] for name in self.active_adapters if name in self.lora_so8t]
+        return [self._gate(name) for name in self.active_adapters if name in self.lora_so8t]
+
+    def _gate(self, name: str) -> RotationGate:
+        gate = self.lora_so8t[name]
+        assert isinstance(gate, RotationGate)
+        return gate
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.disable_adapters and not self.merged:
@@ -57,16 +74,36 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
                 x = gate(x)
         elif self.disable_adapters and self.merged:
             self.unmerge()
-        return self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold into the weight in place: LoRA first, then W @ R; one rounding for the rotation."""
+        """Fold into the weight in place: LoRA first, then W @ R; one rounding for each.
+
+        Raises:
+            InputError: quantised weights, another adapter merged already, or with `safe_merge` a non-finite rotation.
+        """
         names = [n for n in (adapter_names or self.active_adapters) if n not in self.merged_adapters]
+        if not names:
+            return
+        if self.merged_adapters:  # a second LoRA would be added to weights that are rotated already
+            raise InputError(
+                f"{', '.join(self.merged_adapters)} is merged already; unmerge first, then merge all at once"
+            )
+        linear = self.get_base_layer()
+        if type(linear) is not nn.Linear:
+            raise InputError(
+                f"{type(linear).__name__} holds quantised weights; a merge would bake the quantisation in. "
+                "Bake from the original checkpoint: bake_checkpoint(base_dir, adapter_dir, out_dir)"
+            )
+        for name in names if safe_merge else ():
+            if name in self.lora_so8t and not bool(torch.isfinite(self._gate(name).theta).all()):
+                raise InputError(f"adapter {name} has a NaN or Inf in its rotation; it cannot be merged")
         if isinstance(self.base_layer, BaseTunerLayer):
             self.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         for name in reversed(names):  # x meets the first gate first: W' = W @ R_last @ ... @ R_first
             if name in self.lora_so8t:
-                self._turn_weight(self.lora_so8t[name].theta)
+                self._turn_weight(self._gate(name).theta)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -74,21 +111,16 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.lora_so8t:
-                self._turn_weight(-self.lora_so8t[name].theta)  # R^-1 = exp(-A)
+                self._turn_weight(-self._gate(name).theta)  # R^-1 = exp(-A)
         if isinstance(self.base_layer, BaseTunerLayer):
             self.base_layer.unmerge()
 
     def _turn_weight(self, theta: Tensor) -> None:
         linear = self.get_base_layer()
-        if type(linear) is not nn.Linear:
-            raise InputError(
-                f"{type(linear).__name__} holds quantised weights; a merge would bake the quantisation in. "
-                "Bake from the original checkpoint: bake_checkpoint(base_dir, adapter_dir, out_dir)"
-            )
         linear.weight.data = round_once(rotate_weight(linear.weight.data, theta), linear.weight.dtype)
 
 
-class SO8TModel(BaseTuner):
+class SO8TModel(BaseTuner):  # type: ignore[misc]
     """The tuner; a LoRA inside comes from LoraModel's own layer factory, so quantised bases keep working."""
 
     prefix: str = PREFIX
@@ -100,34 +132,41 @@ class SO8TModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: SO8TConfig, model: nn.Module) -> None:
-        names = [name for name, _ in model.named_modules()]
-        targets = [n for n in names if _is_target(peft_config, n)]
+        """Every check of the choice, before anything is replaced: a refused model stays as it was."""
+        modules = dict(model.named_modules())
+        targets = {name: _layer_of(name) for name in modules if _is_target(peft_config, name)}
         if not targets:
             raise InputError(
                 f"no decoder layer of {type(model).__name__} has a `{peft_config.target}`; "
                 f"SO8T needs an architecture with one (target={peft_config.target!r})"
             )
-        count = 1 + max(_layer_of(n) for n in targets)
-        self.so8t_layers = resolve_layers(peft_config.layers, count)
-        if peft_config.lora_config is not None:
-            # A name may sit below a target that an earlier adapter wrapped: strip the wrapper's own level.
-            known = {n.replace(".base_layer", "").rpartition(".")[2] for n in names}
-            missing = sorted(t for t in peft_config.lora_config.target_modules if t.rpartition(".")[2] not in known)
-            if missing:
-                linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)})
+        self.so8t_layers = resolve_layers(peft_config.layers, 1 + max(map(_layer_of, modules)))
+        without = sorted(self.so8t_layers - set(targets.values()))
+        if peft_config.layers is not None and without:
+            raise InputError(f"layer {without[0]} has no `{peft_config.target}` to rotate; leave it out of `layers`")
+        for name, layer in targets.items():
+            module = modules[name]
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, SO8TLinear):
                 raise InputError(
-                    f"lora target {', '.join(missing)} matches no layer; the model's linear layers are {', '.join(linear)}"
+                    f"{name} already carries an adapter: the rotation must feed both of its paths. "
+                    "Give the LoRA to SO8TConfig(lora={...}) instead of adding it separately"
                 )
-        width = model.get_submodule(targets[0]).in_features
-        if width % 8:
-            raise InputError(f"{targets[0]} has {width} input features, not a multiple of 8: SO8T cannot rotate it")
+            width = getattr(module, "in_features", None)
+            if not isinstance(width, int):
+                raise InputError(
+                    f"{name} is a {type(module).__name__}, not a linear layer: SO8T cannot rotate its input"
+                )
+            if width % BLOCK and layer in self.so8t_layers:
+                raise InputError(f"{name} has {width} input features, not a multiple of {BLOCK}: SO8T cannot rotate it")
+        if peft_config.lora_config is not None:
+            _check_lora_targets(peft_config.lora_config, model, modules)
 
     @staticmethod
     def _check_target_module_exists(peft_config: SO8TConfig, key: str) -> bool:
         lora = peft_config.lora_config
         return _is_target(peft_config, key) or bool(lora is not None and check_target_module_exists(lora, key))
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(
         self,
         config: SO8TConfig,
         adapter_name: str,
@@ -138,11 +177,6 @@ class SO8TModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         if _is_target(config, current_key):
-            if isinstance(target, LoraLayer):
-                raise InputError(
-                    f"{current_key} already carries a LoRA: the rotation must feed both of its paths. "
-                    "Give the LoRA to SO8TConfig(lora={...}) instead of adding it separately"
-                )
             if not isinstance(target, SO8TLinear):
                 wrapper = SO8TLinear(target, adapter_name)
                 self._replace_module(parent, target_name, wrapper, target)
@@ -153,6 +187,24 @@ class SO8TModel(BaseTuner):
         lora = config.lora_config
         if lora is not None and check_target_module_exists(lora, current_key):
             LoraModel._create_and_replace(self, lora, adapter_name, target, target_name, parent, current_key)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(new_module, SO8TLinear):
+            new_module.guard = parent.register_forward_pre_hook(_refuse_outer_adapter)
+        elif isinstance(child, SO8TLinear) and child.guard is not None:
+            child.guard.remove()
+
+
+def _refuse_outer_adapter(parent: nn.Module, args: Any) -> None:
+    """An adapter wrapped around o_proj afterwards would see x unrotated: a silently different function."""
+    for name, child in parent.named_children():
+        inner = getattr(child, "base_layer", None)
+        if isinstance(inner, SO8TLinear) and not isinstance(child, SO8TLinear):
+            raise InputError(
+                f"{name}: another adapter was wrapped around the rotation and would bypass it. "
+                "Give the LoRA to SO8TConfig(lora={...}) and attach once"
+            )
 
 
 def resolve_layers(layers: list[int] | None, count: int) -> set[int]:
@@ -182,8 +234,23 @@ def _is_target(config: SO8TConfig, key: str) -> bool:
     return key.rpartition(".")[2] == config.target and _layer_of(key) >= 0
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+def _check_lora_targets(lora: LoraConfig, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Every LoRA target matches a layer that the bake can fold: PEFT itself is content when one of them matches."""
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    for target in sorted(lora.target_modules):
+        matches = [n for n in modules if f".{n}".endswith(f".{target}") and check_target_module_exists(lora, n)]
+        if not matches:
+            own = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear) and ".lora_" not in n}
+            where = "" if lora.layers_to_transform is None else f" in layers_to_transform={lora.layers_to_transform}"
+            raise InputError(
+                f"lora target {target} matches no layer{where}; the model's linear layers are {', '.join(sorted(own))}"
+            )
+        for name in matches:
+            module = modules[name]
+            if not hasattr(module, "in_features"):
+                raise InputError(f"lora target {name} is a {type(module).__name__}; only linear layers can be baked")
+            if embedding is not None and getattr(module, "weight", None) is embedding.weight:
+                raise InputError(f"lora target {name} shares its weight with the embedding; a bake would change both")
 
 
 def gates(model: nn.Module) -> dict[str, RotationGate]:
@@ -204,7 +271,7 @@ def trainable_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def orthogonality_loss(model: nn.Module) -> Tensor:
-    """Mean over all gates of ||R^T R - I||_F^2 per block: rounding noise for exp, an optional safety term in training."""
+    """Mean over all gates of ||R^T R - I||_F^2 per block: rounding noise for exp; an optional term in training."""
     terms = []
     for gate in gates(model).values():
         R = gate.rotation()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -25,12 +24,16 @@ from torch import Tensor, nn
 from so8t_core.adapter import SO8TLinear
 from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
-from so8t_core.files import atomic_dir, write_text
+from so8t_core.files import atomic_dir
 from so8t_core.gate import rotate_weight
+from so8t_core.rotation import BLOCK, PARAMETERS
 from so8t_core.rounding import round_once
 from so8t_core.safetensors_stream import SAFETENSORS_DTYPES, StreamWriter
-from so8t_core.store import KEY_PREFIX, config_of, read_adapter, replace_layers
+from so8t_core.store import KEY_PREFIX, fold_layers, read_adapter
 
+INDEX_NAME = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
@@ -53,36 +56,29 @@ def bake(model: nn.Module) -> nn.Module:
     """Fold every adapter layer of `model` in place and return the plain model, standard architecture, gates gone.
 
     Raises:
-        InputError: no SO8T adapter, a quantised base (bake from the original checkpoint instead), or a kind of adapter
-            layer that cannot be folded exactly.
+        InputError: no SO8T adapter or several active ones, one that is merged already, a NaN or Inf, or a quantised
+            base (bake from the original checkpoint instead); layers baked before the refusal stay baked.
     """
-    config_of(model)
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    replace_layers(model, _folded)
-    return model
+    return fold_layers(model, _folded)
 
 
-def _folded(layer: nn.Module) -> nn.Module:
+def _folded(name: str, layer: Any) -> nn.Module:
     fold = Fold()
     inner = layer
     if isinstance(inner, SO8TLinear):
-        thetas = [gate.theta for gate in inner.active_gates()]
-        if len(thetas) > 1:
-            raise InputError("several rotations are active; bake them one after the other")
-        fold.theta = thetas[0] if thetas else None
+        fold.theta = next((gate.theta for gate in inner.active_gates()), None)
         inner = inner.base_layer
     if isinstance(inner, LoraLayer):
-        for name in inner.active_adapters:
-            if name in inner.lora_A:
-                fold.loras.append((inner.lora_A[name].weight, inner.lora_B[name].weight, inner.scaling[name]))
+        for adapter in inner.active_adapters:
+            if adapter in inner.lora_A:
+                fold.loras.append((inner.lora_A[adapter].weight, inner.lora_B[adapter].weight, inner.scaling[adapter]))
         inner = inner.base_layer
     if type(inner) is not nn.Linear:
         raise InputError(
-            f"cannot bake into {type(inner).__name__}: only plain linear layers hold unquantised weights. "
+            f"cannot bake into {name}, a {type(inner).__name__}: only plain linear layers hold unquantised weights. "
             "Use bake_checkpoint(base_dir, adapter_dir, out_dir) on the original checkpoint"
         )
-    inner.weight.data = round_once(fold.apply(inner.weight.data), inner.weight.dtype)
+    inner.weight.data = _round_named(name, fold.apply(inner.weight.data), inner.weight.dtype)
     return inner
 
 
@@ -90,12 +86,14 @@ def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str
     """Weight name in the base checkpoint -> what to fold into it.
 
     Raises:
-        InputError: a tensor name that is neither a rotation nor half of a LoRA pair.
+        InputError: a tensor that is neither a rotation (n, 28) nor half of a LoRA pair.
     """
     folds: dict[str, Fold] = {}
     for key, value in tensors.items():
         name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
         if name.endswith(".lora_so8t.theta"):
+            if value.ndim != 2 or value.shape[1] != PARAMETERS:
+                raise InputError(f"{key} has shape {tuple(value.shape)}, a rotation is (n, {PARAMETERS})")
             folds.setdefault(name.removesuffix(".lora_so8t.theta"), Fold()).theta = value
         elif name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
@@ -126,19 +124,25 @@ def bake_checkpoint(
     invert: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write base + adapter as an ordinary checkpoint; every other file is copied byte for byte.
+    """Write base + adapter as an ordinary checkpoint; every other file that is no weights is copied byte for byte.
 
     Args:
         base_dir: the original, unquantised checkpoint in safetensors form (one file or sharded).
+        out_dir: replaced whole if it exists; absent or as it was if anything fails.
         dtype: storage dtype of all floating-point tensors; None keeps each tensor's own.
         invert: bake R^T instead of R; for negative controls only.
         progress: called with (bytes written, bytes in all).
 
     Raises:
         InputError: no safetensors in base_dir, a quantised base, an adapter for another model, a value that overflows
-            `dtype`, or a place that cannot be written.
+            `dtype`, or a place that cannot be written or would overwrite its own input.
     """
     base_dir, out_dir = Path(base_dir), Path(out_dir)
+    if dtype is not None and _name_of(dtype) not in _FLOATS:
+        raise InputError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+    for source in (base_dir, Path(adapter_dir)):
+        if source.resolve().is_relative_to(out_dir.resolve()):
+            raise InputError(f"out_dir {out_dir} would replace its own input {source}; choose another place")
     shards = _shards(base_dir)
     config, tensors = read_adapter(adapter_dir)
     folds = folds_from_files(config, tensors)
@@ -164,19 +168,32 @@ def bake_checkpoint(
     return out_dir
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} is damaged: expected an object, got {type(fields).__name__}")
+    return fields
+
+
 def _shards(base_dir: Path) -> list[Path]:
+    """The weight files that transformers would load: model.safetensors if it exists, else those of the index."""
     if not base_dir.is_dir():
         raise InputError(f"base checkpoint {base_dir} is not a directory")
     config = base_dir / "config.json"
     if not config.is_file():
         raise InputError(f"{base_dir} has no config.json: not a Hugging Face checkpoint")
-    if "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
+    if _read_json(config).get("quantization_config"):
         raise InputError(f"{base_dir} is a quantised checkpoint; bake from the original, unquantised one")
-    index = base_dir / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = ["model.safetensors"]
+    index = base_dir / INDEX_NAME
+    if not (base_dir / names[0]).is_file() and index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index} is damaged: it has no weight_map")
+        names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (base_dir / name).is_file()]
     if missing:
         raise InputError(f"{base_dir}: {missing[0]} is missing; save the model with save_pretrained (safetensors)")
@@ -192,28 +209,32 @@ def _open(stack: ExitStack, shard: Path) -> Any:
 
 def _check_fit(shards: list[Path], folds: dict[str, Fold], adapter_dir: str | Path) -> None:
     """Every folded weight exists and has the adapter's width, before anything is written."""
-    shapes: dict[str, list[int]] = {}
+    stored: dict[str, tuple[str, list[int]]] = {}
     with ExitStack() as stack:
         for shard in shards:
             file = _open(stack, shard)
             for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                shapes[name] = file.get_slice(name).get_shape()
+                view = file.get_slice(name)
+                stored[name] = view.get_dtype(), view.get_shape()
     other = f"the adapter in {adapter_dir} was made for another model"
     for name, fold in folds.items():
-        if name not in shapes:
+        if name not in stored:
             raise InputError(f"{other}: the base has no {name}")
-        out, width = shapes[name]
-        if fold.theta is not None and fold.theta.shape[0] * 8 != width:
-            raise InputError(f"{other}: {name} has {width} columns, the rotation turns {fold.theta.shape[0] * 8}")
+        kind, shape = stored[name]
+        if kind not in _FLOATS or len(shape) != 2:
+            raise InputError(f"{name} is {kind} {shape}: not a plain weight matrix; bake from the unquantised original")
+        out, width = shape
+        if fold.theta is not None and fold.theta.shape[0] * BLOCK != width:
+            raise InputError(f"{other}: {name} has {width} columns, the rotation turns {fold.theta.shape[0] * BLOCK}")
         for A, B, _ in fold.loras:
-            if A.shape[1] != width or B.shape[0] != out:
-                raise InputError(f"{other}: {name} is {out} x {width}, its LoRA {B.shape[0]} x {A.shape[1]}")
+            if (A.shape[1:], B.shape[:1], B.shape[1:]) != ((width,), (out,), A.shape[:1]):
+                raise InputError(f"{other}: {name} is {out} x {width}, its LoRA {tuple(B.shape)} @ {tuple(A.shape)}")
 
 
 def _bake_shard(shard: Path, out: Path, folds: dict[str, Fold], dtype: torch.dtype | None) -> Iterator[tuple[str, int]]:
     with ExitStack() as stack:
         file = _open(stack, shard)
-        names = sorted(file.keys(), key=lambda n: n)
+        names = sorted(file.keys())
         specs = []
         for name in names:
             view = file.get_slice(name)
@@ -231,9 +252,11 @@ def _bake_shard(shard: Path, out: Path, folds: dict[str, Fold], dtype: torch.dty
 
 
 def _target_dtype(stored: str, dtype: torch.dtype | None) -> str:
-    if dtype is None or stored not in ("F64", "F32", "F16", "BF16"):
-        return stored
-    return next(name for name, torch_dtype in SAFETENSORS_DTYPES.items() if torch_dtype == dtype)
+    return stored if dtype is None or stored not in _FLOATS else str(_name_of(dtype))
+
+
+def _name_of(dtype: torch.dtype) -> str | None:
+    return next((name for name, torch_dtype in SAFETENSORS_DTYPES.items() if torch_dtype == dtype), None)
 
 
 def _round_named(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -246,27 +269,30 @@ def _round_named(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _copy_other_files(base_dir: Path, out_dir: Path, dtype: torch.dtype | None) -> None:
-    """Tokenizer, template and licence byte for byte; config.json too, unless the dtype changes."""
-    for file in sorted(base_dir.iterdir()):
-        if (
-            not file.is_file()
-            or file.suffix in (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-            or file.name.startswith(".")
-        ):
+    """Tokenizer, templates, licence and subdirectories byte for byte; config.json too, unless the dtype changes."""
+    single = (base_dir / "model.safetensors").is_file()
+    for file in sorted(base_dir.rglob("*")):
+        name = file.relative_to(base_dir)
+        weights = file.suffix in _WEIGHT_SUFFIXES or file.name == "pytorch_model.bin.index.json"
+        unused_index = single and file.name == INDEX_NAME
+        if not file.is_file() or weights or unused_index or any(part.startswith(".") for part in name.parts):
             continue
-        if file.name == "pytorch_model.bin.index.json":
-            continue
-        shutil.copyfile(file, out_dir / file.name)
+        (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, out_dir / name)
     if dtype is not None:
-        config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+        config = _read_json(base_dir / "config.json")
         config["dtype"] = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
-        write_text(out_dir / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        _write_json(out_dir / "config.json", config)
 
 
 def _rewrite_index(out_dir: Path, total: int) -> None:
-    path = out_dir / "model.safetensors.index.json"
+    path = out_dir / INDEX_NAME
     if path.is_file():
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = _read_json(path)
         index.setdefault("metadata", {})["total_size"] = total
-        write_text(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        _write_json(path, index)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,6 +15,11 @@ from peft.utils import PeftType
 from so8t_core.errors import InputError
 
 METHOD = "SO8T"
+# LoRA options under which its function is W + s B A on the original W: all others would make the bake inexact, or
+# (init_lora_weights "pissa", "olora", ...) change W itself when the adapter is attached.
+_EXACT_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
+_EXACT_LORA |= {"init_lora_weights", "layers_to_transform", "layers_pattern", "task_type", "inference_mode"}
+_EXACT_INITS = (True, False, "gaussian", "orthogonal")
 
 
 def _add_peft_type() -> PeftType:
@@ -33,7 +38,7 @@ _add_peft_type()
 
 
 @dataclass
-class SO8TConfig(PeftConfig):
+class SO8TConfig(PeftConfig):  # type: ignore[misc]
     """What is rotated, and where.
 
     Args:
@@ -43,7 +48,8 @@ class SO8TConfig(PeftConfig):
         lora: `LoraConfig` arguments (r, lora_alpha, target_modules, ...) of a LoRA inside the rotation, or None.
 
     Raises:
-        InputError: a negative or non-finite init_scale, or LoRA arguments that the bake cannot fold exactly.
+        InputError: a negative or non-finite init_scale, layers that are no integers, or LoRA arguments that are wrong
+            or that the bake cannot fold exactly.
     """
 
     layers: list[int] | None = None
@@ -60,30 +66,41 @@ class SO8TConfig(PeftConfig):
         if not 0 <= self.init_scale < float("inf"):
             raise InputError(f"init_scale must be a finite number >= 0, got {self.init_scale}")
         if self.layers is not None:
-            self.layers = [int(layer) for layer in self.layers]
-        self.lora_config: LoraConfig | None = None  # not a field: built from `lora`, never saved twice
-        lora_modules: set[str] = set()
+            self.layers = list(self.layers)
+            if not all(type(layer) is int for layer in self.layers):
+                raise InputError(f"layers must be integers, e.g. [0, 3, -1], or null for all; got {self.layers}")
+        self._lora_config = None if self.lora is None else _lora_config(self.lora)
+        lora_modules = self._lora_config.target_modules if self._lora_config else set()
         if self.lora is not None:
-            self.lora_config = LoraConfig(**self.lora)
-            self.lora_config.inference_mode = self.inference_mode
-            for option in (
-                "use_dora",
-                "fan_in_fan_out",
-                "target_parameters",
-                "modules_to_save",
-                "exclude_modules",
-                "layer_replication",
-            ):
-                if getattr(self.lora_config, option, None):
-                    raise InputError(
-                        f"lora.{option} is not supported: the bake could not fold it exactly; leave it out"
-                    )
-            if self.lora_config.bias != "none":
-                raise InputError(f"lora.bias must be 'none', got {self.lora_config.bias!r}")
-            if not isinstance(self.lora_config.target_modules, set) or not self.lora_config.target_modules:
-                raise InputError(
-                    "lora.target_modules must be a non-empty list of layer names, e.g. ['q_proj', 'o_proj']"
-                )
-            lora_modules = self.lora_config.target_modules
             self.lora = {**self.lora, "target_modules": sorted(lora_modules)}
         self.target_modules = sorted(lora_modules | {self.target})
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """PEFT's config of the LoRA inside; not a field, so never saved twice, and frozen or not as the whole is."""
+        if self._lora_config is not None:
+            self._lora_config.inference_mode = self.inference_mode
+        return self._lora_config
+
+
+def _lora_config(arguments: dict[str, Any]) -> LoraConfig:
+    default = LoraConfig()
+    for name, value in arguments.items():
+        if name not in _EXACT_LORA and value != getattr(default, name, None):
+            raise InputError(
+                f"lora.{name}={value!r} is not supported: the bake could not fold it exactly; leave it out"
+            )
+    try:
+        config = LoraConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"lora: {error}") from None
+    if config.init_lora_weights not in _EXACT_INITS:
+        raise InputError(
+            f"lora.init_lora_weights must be one of {_EXACT_INITS}, got {config.init_lora_weights!r}: "
+            "other methods change the base weights, and a bake from the original checkpoint would be wrong"
+        )
+    if not config.r > 0:
+        raise InputError(f"lora.r must be at least 1, got {config.r}")
+    if not isinstance(config.target_modules, set) or not config.target_modules:
+        raise InputError("lora.target_modules must be a non-empty list of layer names, e.g. ['q_proj', 'o_proj']")
+    return config

@@ -32,9 +32,13 @@ def sha256_file(path: str | Path, *, progress: Callable[[int], None] | None = No
 
 
 def sha256_path(path: str | Path) -> str:
-    """Digest of a file, or of a directory: sha256 over the sorted lines `<sha256>  <relative name>`."""
+    """Digest of a file, or of a directory: sha256 over lines `<sha256>  <relative name>` in the order of the names.
+
+    Raises:
+        FileNotFoundError: nothing is there (an absent directory must not look like an empty one).
+    """
     path = Path(path)
-    if path.is_file():
+    if not path.is_dir():
         return sha256_file(path)
     names = sorted(p for p in path.rglob("*") if p.is_file())
     lines = "".join(f"{sha256_file(p)}  {p.relative_to(path).as_posix()}\n" for p in names)
@@ -42,14 +46,14 @@ def sha256_path(path: str | Path) -> str:
 
 
 def size_of(path: str | Path) -> int:
-    """Bytes of a file, or of all files below a directory."""
+    """Bytes of a file, or of all files below a directory; FileNotFoundError when nothing is there."""
     path = Path(path)
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size if not path.is_dir() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 @contextmanager
 def explain_os_errors(target: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only place or a missing right into an `InputError` that names the place."""
+    """Turn a full disk, a read-only place, a missing right or a wrong kind of path into an `InputError`."""
     try:
         yield
     except OSError as error:
@@ -59,13 +63,17 @@ def explain_os_errors(target: Path) -> Iterator[None]:
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "permission denied",
             errno.EPERM: "permission denied",
+            errno.EFBIG: "the file grows over the limit of the file system or of the user",
             errno.ENOTDIR: "a part of the path is a file, not a directory",
+            errno.EEXIST: "a part of the path is a file, not a directory",
+            errno.EISDIR: "there is a directory of this name",
         }.get(error.errno or 0)
         if reason is None:
             raise
+        culprit = f" ({error.filename})" if error.filename else ""  # may be a file that was read on the way
         raise InputError(
-            f"cannot write {target}: {reason}. Nothing was left half-written; choose another place."
-        ) from None
+            f"cannot write {target}: {reason}{culprit}. Nothing was left half-written; choose another place."
+        ) from error
 
 
 @contextmanager
@@ -95,29 +103,43 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary directory beside `path`; on success it takes `path`'s place whole.
 
+    An existing directory is replaced, whatever it holds; when anything fails, it stays as it was.
+
     Raises:
-        InputError: no space, read-only, permission denied.
+        InputError: `path` is a file, no space, read-only, permission denied.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"cannot write the directory {path}: there is a file of this name; choose another place")
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield temporary
             temporary.chmod(0o755)
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    fsync(file)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-                os.replace(path, old / "was")
-                os.replace(temporary, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, path)
+            for inside in (*temporary.rglob("*"), temporary):
+                fsync(inside)
+            _swap(temporary, path)
             fsync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; an existing `path` steps aside first and comes back if the rename fails."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    try:
+        os.replace(path, aside / "was")
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(aside / "was", path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -27,21 +27,31 @@ class RotationGate(nn.Module):
         super().__init__()
         if features <= 0 or features % BLOCK:
             raise ValueError(
-                f"{layer}: {features} input features are not a multiple of {BLOCK}; leave it out of `layers`"
+                f"{layer}: {features} input features are not a positive multiple of {BLOCK}; leave it out of `layers`"
             )
         theta = torch.zeros(features // BLOCK, PARAMETERS, dtype=torch.float32)
         self.theta = nn.Parameter(theta.normal_(std=init_scale) if init_scale else theta)
-        self._cache: tuple[tuple[Any, ...], Tensor] | None = None
+        self._cache: tuple[Any, Tensor] | None = None  # (what theta was, its R)
 
     def rotation(self) -> Tensor:
         """R (n, 8, 8), float32; with a graph when theta is being trained."""
         if torch.is_grad_enabled() and self.theta.requires_grad:
+            self._cache = None  # training: an optimiser may write theta without raising its version
             return exp_so8(self.theta)
-        key = (self.theta.data_ptr(), self.theta._version, self.theta.device)
-        if self._cache is None or self._cache[0] != key:
-            with torch.no_grad():
-                self._cache = (key, exp_so8(self.theta))
+        if self._cache is None or not self._is_current(self._cache[0]):
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve a later backward
+                theta = self.theta.detach().clone()
+                self._cache = (theta if theta.device.type == "cpu" else self._stamp(), exp_so8(theta))
         return self._cache[1]
+
+    def _is_current(self, known: Any) -> bool:
+        """On the CPU theta's values decide (even `theta.data` edits count); elsewhere its version, to avoid a sync."""
+        if isinstance(known, Tensor):
+            return known.device == self.theta.device and torch.equal(known, self.theta)
+        return bool(known == self._stamp())
+
+    def _stamp(self) -> tuple[Any, ...]:
+        return (self.theta.data_ptr(), self.theta._version, self.theta.device)
 
     def forward(self, x: Tensor) -> Tensor:
         return rotate_blocks(x, self.rotation())
@@ -51,10 +61,10 @@ class RotationGate(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotationGate:
         exact = self.theta.detach()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._cache = None
-        if self.theta.is_floating_point() and self.theta.dtype.itemsize < exact.dtype.itemsize:
-            self.theta.data = exact.to(self.theta.device)
+        if self.theta.dtype.itemsize < torch.float32.itemsize:  # .half() and the like: keep float32, from exact values
+            self.theta.data = exact.to(self.theta.device, torch.float32)
         return self
 
 

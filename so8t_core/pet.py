@@ -8,6 +8,7 @@ anneal 40 %. Shapes: h (B, T, C), mask (B, T), penalty a float32 scalar.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ def pet_penalty(
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta must be positive, got {huber_delta}")
     if T < 3:
-        return h_BTC.float().sum() * 0.0
+        return h_BTC[:, :0].float().sum()  # 0 with a graph, whatever the padding holds
     h = h_BTC.float()
     d2 = h[:, 2:] - 2 * h[:, 1:-1] + h[:, :-2]  # (B, T-2, C)
     valid = torch.ones(B, T - 2, dtype=torch.bool, device=h.device)
@@ -64,8 +65,8 @@ class PETSchedule:
     shares: tuple[float, float] = (0.2, 0.6)  # where main and anneal begin
 
     def __post_init__(self) -> None:
-        if min(self.warmup, self.main, self.anneal) < 0:
-            raise ValueError(f"PET weights must not be negative: {self.warmup}, {self.main}, {self.anneal}")
+        if not all(0 <= weight < math.inf for weight in (self.warmup, self.main, self.anneal)):
+            raise ValueError(f"PET weights must be finite and >= 0: {self.warmup}, {self.main}, {self.anneal}")
         if not 0 <= self.shares[0] <= self.shares[1] <= 1:
             raise ValueError(f"PET phases must begin in order within the run: {self.shares}")
 

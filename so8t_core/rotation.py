@@ -40,7 +40,8 @@ def exp_so8(theta: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shape.
     """
-    return torch.matrix_exp(skew(theta))
+    with torch.autocast(theta.device.type, enabled=False):  # mixed precision would round the products to bfloat16
+        return torch.matrix_exp(skew(theta))
 
 
 def log_so8(R: Tensor) -> Tensor:
@@ -72,12 +73,11 @@ def _log_one(R: np.ndarray) -> np.ndarray:
     """Logarithm of one rotation: R = Z T Z^T with T made of 2x2 rotations and of +1/-1 entries."""
     T, Z = schur(R, output="real")
     L = np.zeros_like(T)
-    flipped = []  # positions of eigenvalue -1; det +1 makes their number even, any two of them span a plane turned by pi
+    flipped = []  # positions of eigenvalue -1: an even number, as det is +1; any two span a plane turned by pi
     k = 0
     while k < BLOCK:
-        if (
-            k + 1 < BLOCK and abs(T[k + 1, k]) > 1e-14
-        ):  # a 2x2 block; below, rounding alone would make one of angle 0 or pi
+        # A 2x2 block; below 1e-14 rounding alone would make one of angle 0 or pi.
+        if k + 1 < BLOCK and abs(T[k + 1, k]) > 1e-14:
             angle = np.arctan2(T[k + 1, k] - T[k, k + 1], T[k, k] + T[k + 1, k + 1])
             L[k + 1, k], L[k, k + 1] = angle, -angle
             k += 2
@@ -93,17 +93,20 @@ def _log_one(R: np.ndarray) -> np.ndarray:
 def rotate_blocks(x: Tensor, R: Tensor) -> Tensor:
     """y_k = R_k x_k for every block k of 8 channels. x (..., D), R (D/8, 8, 8) -> (..., D) in x's dtype.
 
-    The product is taken in R's precision when x is coarser, so that a small rotation survives bfloat16.
+    The product is taken in R's precision when x is coarser, also under autocast: a small rotation survives bfloat16.
 
     Raises:
-        ValueError: D is not 8 times the number of rotations.
+        ValueError: R is not (n, 8, 8), or D is not 8 n.
     """
+    if R.ndim != 3 or R.shape[1:] != (BLOCK, BLOCK):
+        raise ValueError(f"R must have shape (n, {BLOCK}, {BLOCK}), got {tuple(R.shape)}")
     n = R.shape[0]
     if x.shape[-1] != n * BLOCK:
         raise ValueError(f"x has {x.shape[-1]} channels, but {n} rotations turn {n * BLOCK}")
     dtype = torch.promote_types(x.dtype, R.dtype)
     x_TNK = x.reshape(-1, n, BLOCK).to(dtype)  # (T, n, 8)
-    y_NTK = torch.bmm(x_TNK.transpose(0, 1), R.to(dtype).mT)  # (n, T, 8): row form x R^T
+    with torch.autocast(x.device.type, enabled=False):
+        y_NTK = torch.bmm(x_TNK.transpose(0, 1), R.to(dtype).mT)  # (n, T, 8): row form x R^T
     return y_NTK.transpose(0, 1).reshape(x.shape).to(x.dtype)
 
 
@@ -116,4 +119,5 @@ def orthogonality_error(R: Tensor) -> Tensor:
 def plane_angles(theta: Tensor) -> Tensor:
     """The four plane angles |a| of each block, largest first: theta (..., 28) -> (..., 4), radians, float64."""
     A = skew(theta.detach().double())
-    return torch.linalg.eigvalsh(1j * A)[..., BLOCK // 2 :].flip(-1).clamp(min=0)
+    eigenvalues: Tensor = torch.linalg.eigvalsh(1j * A)  # ascending, in pairs -a, +a
+    return eigenvalues[..., BLOCK // 2 :].flip(-1).clamp(min=0)

@@ -15,6 +15,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from so8t_core.errors import InputError
+
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,21 +32,25 @@ SAFETENSORS_DTYPES = {
 
 
 class StreamWriter:
-    """`specs` are (name, safetensors dtype, shape) in file order; `write` must follow that order."""
+    """`specs` are (name, safetensors dtype, shape) in file order; `write` must follow that order.
+
+    Raises:
+        InputError: a dtype that is not in SAFETENSORS_DTYPES.
+    """
 
     def __init__(self, path: Path, specs: list[tuple[str, str, list[int]]], *, metadata: dict[str, str]) -> None:
         header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
         offset = 0
         for name, dtype, shape in specs:
             if dtype not in SAFETENSORS_DTYPES:
-                raise ValueError(f"{name}: unsupported dtype {dtype}")
+                raise InputError(f"{name} has dtype {dtype}; supported are {', '.join(SAFETENSORS_DTYPES)}")
             end = offset + math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
             offset = end
         encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # readers map the data in place: keep it aligned
         self._pending = list(specs)
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, name: str, tensor: Tensor) -> int:
@@ -56,7 +62,7 @@ class StreamWriter:
         expected, dtype, shape = self._pending.pop(0)
         if (name, SAFETENSORS_DTYPES[dtype], shape) != (expected, tensor.dtype, list(tensor.shape)):
             raise ValueError(f"expected {expected} {dtype} {shape}, got {name} {tensor.dtype} {list(tensor.shape)}")
-        self._file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         return tensor.numel() * tensor.element_size()
 
     def __enter__(self) -> StreamWriter:

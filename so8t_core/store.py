@@ -7,6 +7,7 @@ Keys of the tensor file are the module names under "base_model.model.", without 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +16,10 @@ from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from so8t_core.adapter import SO8TLinear, SO8TModel, gates
+from so8t_core.adapter import SO8TLinear
 from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, write_text
@@ -40,82 +41,104 @@ def attach(model: Model, config: SO8TConfig) -> Model:
     """
     if isinstance(model, PeftModel):
         raise InputError(
-            "the model is a PeftModel already; use model.add_adapter(name, SO8TConfig(...)) or attach to the plain model"
+            "the model is a PeftModel already; use its add_adapter(name, SO8TConfig(...)) or attach to the plain model"
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InputError(
             "the model already carries an adapter; detach it first, or give the LoRA to SO8TConfig(lora={...})"
         )
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    except BaseException:
+        _replace_layers(model, lambda name, layer: layer.get_base_layer())
+        raise
     cast_adapter_dtype(model, ADAPTER, autocast_adapter_dtype=True)
-    handle = model.register_forward_pre_hook(_refuse_outer_adapter)
-    model._so8t_guard = handle
     return model
 
 
-def _refuse_outer_adapter(model: nn.Module, args: Any) -> None:
-    """An adapter wrapped around o_proj afterwards would see x unrotated: a silently different function."""
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, BaseTunerLayer)
-            and not isinstance(module, SO8TLinear)
-            and isinstance(getattr(module, "base_layer", None), SO8TLinear)
-        ):
-            raise InputError(
-                f"{name}: another adapter was wrapped around the rotation and would bypass it. "
-                "Give the LoRA to SO8TConfig(lora={...}) and attach once"
-            )
+def detach(model: nn.Module) -> nn.Module:
+    """Remove every gate and LoRA of SO8T without folding anything; returns the plain model with its original layers.
+
+    The base's parameters stay frozen, as `attach` left them.
+
+    Raises:
+        InputError: the adapter is merged into the weights, so that the original ones are gone.
+    """
+    plain = plain_model(model)
+    _replace_layers(plain, lambda name, layer: layer.get_base_layer())
+    return plain
 
 
-def detach(model: Model) -> Model:
-    """Remove every gate and LoRA of SO8T without folding anything; returns `model` with its original layers."""
-    replace_layers(model, lambda module: module.get_base_layer())
-    return model
+def plain_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel, or `model` itself."""
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
 
 
-def replace_layers(model: nn.Module, make: Any) -> None:
-    """Replace each outermost adapter layer by `make(layer)` and forget the adapter."""
-    outer: list[tuple[nn.Module, str, BaseTunerLayer]] = []
-    seen_inside: set[int] = set()
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if (
-                isinstance(child, BaseTunerLayer)
-                and id(child) not in seen_inside
-                and not isinstance(parent, BaseTunerLayer)
-            ):
-                outer.append((parent, name, child))
-    for parent, name, child in outer:
-        setattr(parent, name, make(child))
-    handle = model.__dict__.pop("_so8t_guard", None)
-    if handle is not None:
-        handle.remove()
+def _replace_layers(model: nn.Module, make: Callable[[str, Any], nn.Module]) -> None:
+    """Replace each outermost adapter layer by `make(name, layer)` and forget the adapter."""
+    outer = {
+        f"{prefix}.{name}".lstrip("."): (parent, name, child)
+        for prefix, parent in model.named_modules()
+        for name, child in parent.named_children()
+        if isinstance(child, BaseTunerLayer) and not isinstance(parent, BaseTunerLayer)
+    }
+    for full, (_, _, layer) in outer.items():
+        if any(getattr(part, "merged", False) for part in layer.modules() if isinstance(part, BaseTunerLayer)):
+            raise InputError(f"{full}: the adapter is merged into the weights already; call unmerge_adapter() first")
+    for full, (parent, name, layer) in outer.items():
+        setattr(parent, name, make(full, layer))
+        for part in layer.modules():
+            if isinstance(part, SO8TLinear) and part.guard is not None:
+                part.guard.remove()
     model.__dict__.pop("peft_config", None)
     if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = False
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def fold_layers(model: nn.Module, fold: Callable[[str, Any], nn.Module]) -> nn.Module:
+    """Replace each adapter layer of the active adapter by `fold(name, layer)`; returns the plain model."""
+    active_adapter(model)
+    plain = plain_model(model)
+    _replace_layers(plain, fold)
+    return plain
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Name of the one active SO8T adapter.
+
+    Raises:
+        InputError: there is none, or several are active.
+    """
+    layer = next((module for module in model.modules() if isinstance(module, SO8TLinear)), None)
+    if layer is None:
+        raise InputError("the model carries no SO8T adapter; attach or load one first")
+    names = layer.active_adapters
+    if len(names) != 1:
+        raise InputError(f"{len(names)} adapters are active ({', '.join(names)}); choose one with set_adapter(name)")
+    return names[0]
 
 
 def config_of(model: nn.Module) -> SO8TConfig:
-    """The SO8T config of a model that carries an adapter.
+    """The config of the active SO8T adapter.
 
     Raises:
-        InputError: it carries none.
+        InputError: there is none, or several are active.
     """
-    configs = getattr(model, "peft_config", None) or {}
-    for config in configs.values():
-        if isinstance(config, SO8TConfig):
-            return config
-    raise InputError("the model carries no SO8T adapter; attach or load one first")
+    name = active_adapter(model)
+    configs: Any = getattr(model, "peft_config", None) or {}
+    config = configs.get(name)
+    if not isinstance(config, SO8TConfig):
+        raise InputError(f"the active adapter {name} is no SO8T adapter; choose one with set_adapter(name)")
+    return config
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under their file names, contiguous and on the CPU."""
-    if isinstance(model, PeftModel):
-        state = get_peft_model_state_dict(model)
-    else:
-        state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-        state = {KEY_PREFIX + key: value for key, value in state.items()}
-    return {key: value.detach().cpu().contiguous() for key, value in sorted(state.items())}
+    """The active adapter's tensors under their file names, contiguous and on the CPU."""
+    # An adapter file holds the adapter alone: PEFT would add the embedding whenever lm_head is a LoRA target.
+    state = get_peft_model_state_dict(model, adapter_name=active_adapter(model), save_embedding_layers=False)
+    prefix = "" if isinstance(model, PeftModel) else KEY_PREFIX
+    return {prefix + key: value.detach().cpu().contiguous() for key, value in sorted(state.items())}
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -127,7 +150,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     config = config_of(model)
     directory = Path(directory)
     with atomic_dir(directory) as temporary:
-        save_file(adapter_state(model), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        (temporary / WEIGHTS_NAME).write_bytes(save(adapter_state(model), metadata={"format": "pt"}))
         write_text(temporary / CONFIG_NAME, json.dumps(_config_dict(config, model), indent=2, sort_keys=True) + "\n")
     return directory
 
@@ -143,7 +166,7 @@ def read_adapter(directory: str | Path) -> tuple[SO8TConfig, dict[str, Tensor]]:
     """Config and tensors of a saved adapter.
 
     Raises:
-        InputError: missing or damaged files, or not an SO8T adapter.
+        InputError: missing or damaged files, a NaN or Inf, or not an SO8T adapter.
     """
     directory = Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -153,6 +176,8 @@ def read_adapter(directory: str | Path) -> tuple[SO8TConfig, dict[str, Tensor]]:
         fields = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{directory / CONFIG_NAME} is damaged: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{directory / CONFIG_NAME} is damaged: expected an object, got {type(fields).__name__}")
     if fields.get("peft_type") != METHOD:
         raise InputError(f"{directory} holds a {fields.get('peft_type')} adapter, expected {METHOD}")
     known = SO8TConfig.__dataclass_fields__
@@ -166,47 +191,56 @@ def read_adapter(directory: str | Path) -> tuple[SO8TConfig, dict[str, Tensor]]:
         tensors = load_file(directory / WEIGHTS_NAME)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{directory / WEIGHTS_NAME} is damaged: {error}") from None
-    return SO8TConfig(**fields), tensors
+    broken = sorted(key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+    if broken:
+        raise InputError(
+            f"the adapter in {directory} has a NaN or Inf in {broken[0]}; train it again or take an earlier checkpoint"
+        )
+    try:
+        return SO8TConfig(**fields), tensors
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{directory / CONFIG_NAME}: {error}") from None
 
 
 def load_adapter(model: Model, directory: str | Path, *, trainable: bool = False) -> Model:
     """Attach the saved adapter to `model` in place; returns `model`.
 
     Raises:
-        InputError: damaged files, or an adapter for another model (the first missing or misfitting name is given).
+        InputError: damaged files, or an adapter for another model (the first missing or misfitting name is given);
+            `model` is then as it was.
     """
     config, tensors = read_adapter(directory)
     config.inference_mode = not trainable
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     attach(model, config)
     expected = adapter_state(model)
     missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     misfit = [k for k in sorted(set(expected) & set(tensors)) if expected[k].shape != tensors[k].shape]
     if missing or unexpected or misfit:
         detach(model)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
         if misfit:
             key = misfit[0]
             what = f"{key} is {tuple(tensors[key].shape)}, this model needs {tuple(expected[key].shape)}"
         else:
-            what = f"{len(missing)} tensors are missing, {len(unexpected)} have no place, first {(missing + unexpected)[0]}"
+            first = (missing + unexpected)[0]
+            what = f"{len(missing)} tensors are missing, {len(unexpected)} have no place, first {first}"
         raise InputError(f"the adapter in {directory} was made for another model: {what}")
     state = {key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}
     set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
     for parameter in model.parameters() if not trainable else ():
         parameter.requires_grad_(False)
-    for name, gate in gates(model).items():
-        if not bool(torch.isfinite(gate.theta).all()):
-            raise InputError(
-                f"the adapter in {directory} has a NaN or Inf in {name}; train it again or take an earlier checkpoint"
-            )
     return model
 
 
 __all__ = [
-    "SO8TModel",
+    "active_adapter",
     "adapter_state",
     "attach",
     "config_of",
     "detach",
+    "fold_layers",
     "load_adapter",
     "read_adapter",
     "save_adapter",

@@ -173,7 +173,7 @@ class DivergenceAccumulator:
         )
 
     def _empty(self) -> Divergence:
-        """Nothing finite to average: zero tokens, zero everywhere; `non_finite` says why, and no check may pass on it."""
+        """Nothing finite to average: zero tokens and zeros, on which no check may pass; `non_finite` says why."""
         nothing = (0.0, 0.0)
         return Divergence(
             reference=self.reference, candidate=self.candidate, tokens=0, chunks=self._chunks, n_ctx=self.n_ctx,

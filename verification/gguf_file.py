@@ -86,7 +86,7 @@ class _Cursor:
     """Reads forward and, where the file ends too early, says so."""
 
     def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
-        self.path, self.data, self.at, self.inside = path, memoryview(data), 0, "the header"
+        self.path, self.data, self.at, self.inside = path, data.data, 0, "the header"
 
     def take(self, size: int) -> memoryview:
         if size > len(self.data) - self.at:

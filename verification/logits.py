@@ -8,6 +8,7 @@ float32 arrays (T, V), one chunk at a time. Positions: llama.cpp, tools/perplexi
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,11 @@ from verification.llama_engine import LlamaModel, last_words
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def scored(n_ctx: int) -> tuple[int, int]:
@@ -93,8 +99,8 @@ class LlamaLogits:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_batch, min(n_ubatch or 512, self.n_batch)
         params.n_seq_max, params.no_perf = 1, True
-        if threads:
-            params.n_threads = params.n_threads_batch = threads
+        # llama.cpp's default is 4 whatever the machine: more threads than cores spin at each other's barriers
+        params.n_threads = params.n_threads_batch = threads or usable_cores()
         self.context = llama_cpp.llama_init_from_model(self.file.model, params)
         if not self.context:
             self.file.close()

