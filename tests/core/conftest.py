@@ -2,5 +2,7 @@
 
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("core", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.differing_executors])
+settings.register_profile(
+    "core", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.differing_executors]
+)
 settings.load_profile("core")

@@ -16,7 +16,9 @@ def gate_of(angle: float = 0.3) -> RotationGate:
     return RotationGate(24, init_scale=angle)
 
 
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", lambda m: m.to(torch.bfloat16), lambda m: m.double().half()])
+@pytest.mark.parametrize(
+    "cast", ["half", "bfloat16", "float", lambda m: m.to(torch.bfloat16), lambda m: m.double().half()]
+)
 def test_a_cast_of_the_model_leaves_theta_exact_in_float32(cast):
     model = nn.Sequential(gate_of(), nn.Linear(24, 24))
     before = model[0].theta.detach().clone()
@@ -111,5 +113,7 @@ def test_baking_the_weight_commutes_with_the_rotation_and_its_wrong_variants_do_
 
 @pytest.mark.parametrize("features", [0, 12, -8])
 def test_a_width_that_is_no_multiple_of_8_is_refused_by_the_layers_name(features):
-    with pytest.raises(ValueError, match=f"layers.5.o_proj: {features} input features are not a positive multiple of 8"):
+    with pytest.raises(
+        ValueError, match=f"layers.5.o_proj: {features} input features are not a positive multiple of 8"
+    ):
         RotationGate(features, layer="layers.5.o_proj")

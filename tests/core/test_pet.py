@@ -15,7 +15,10 @@ BAD = [0.0, 1e4, float("nan"), float("inf")]
 @given(seed=st.integers(0, 2**32 - 1), T=st.integers(0, 12))
 def test_a_straight_line_costs_nothing(seed, T):
     generator = torch.Generator().manual_seed(seed)
-    start, slope = torch.randint(-8, 9, (2, 1, 4), generator=generator), torch.randint(-8, 9, (2, 1, 4), generator=generator)
+    start, slope = (
+        torch.randint(-8, 9, (2, 1, 4), generator=generator),
+        torch.randint(-8, 9, (2, 1, 4), generator=generator),
+    )
     h = (start + slope * torch.arange(T).view(1, T, 1)).float()  # integers: exact in float32
     assert pet_penalty(h).item() == 0
 
@@ -23,7 +26,9 @@ def test_a_straight_line_costs_nothing(seed, T):
 def test_a_bend_costs_the_mean_square_of_the_second_difference():
     h = torch.tensor([0.0, 0.0, 1.0, 4.0]).view(1, 4, 1)  # d2 = 1, 2
     assert pet_penalty(h).item() == pytest.approx((1 + 4) / 2)
-    assert pet_penalty(h, huber_delta=1.0).item() == pytest.approx((0.5 + 1.5) / 2)  # 1/2 d^2, then delta (|d| - delta/2)
+    assert pet_penalty(h, huber_delta=1.0).item() == pytest.approx(
+        (0.5 + 1.5) / 2
+    )  # 1/2 d^2, then delta (|d| - delta/2)
     assert pet_penalty(h.bfloat16()).dtype == torch.float32
 
 

@@ -112,7 +112,7 @@ def test_exp_inverts_log_at_the_degenerate_rotations(turns, dtype):
     assert (exp_so8(theta) - R).abs().max() < 100 * torch.finfo(dtype).eps
     want = torch.tensor(sorted(turns, reverse=True), dtype=torch.float64).expand(5, 4)
     # An eigenvalue's phase is as accurate as R; where the planes coincide LAPACK may split them by sqrt(eps).
-    assert (plane_angles(theta) - want).abs().max() < 100 * torch.finfo(dtype).eps**0.5
+    assert (plane_angles(theta) - want).abs().max() < 100 * torch.finfo(dtype).eps ** 0.5
 
 
 def test_log_keeps_leading_dimensions_and_takes_none():

@@ -98,7 +98,9 @@ def test_infinities_and_nan_pass_through(dtype):
 def test_the_largest_value_is_kept_and_the_next_one_is_refused(dtype):
     largest = torch.finfo(dtype).max
     half_step = (largest - torch.nextafter(torch.tensor(largest, dtype=dtype), torch.zeros((), dtype=dtype)).item()) / 2
-    inside = torch.nextafter(torch.tensor(largest + half_step, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    inside = torch.nextafter(
+        torch.tensor(largest + half_step, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    )
     assert rounded(inside.item(), dtype) == largest
     for sign in (1, -1):
         with pytest.raises(ValueError, match=r"does not fit .*largest .*choose a wider dtype"):
