@@ -241,15 +241,8 @@ def test_generated_rows_are_not_trained_on_when_a_file_holds_them_out(tmp_path: 
 def test_same_input_same_bytes_and_another_seed_differs(tmp_path: Path, smollm2: Any) -> None:
     source = write(tmp_path / "a.jsonl", *(qa(n) for n in range(20)))
     for out, seed in (("one", 0), ("two", 0), ("three", 1)):
-        build(
-            tmp_path,
-            smollm2,
-            sources=[source],
-            heldout_share=0.1,
-            generator=GeneratorConfig(rows=60, heldout_rows=30),
-            seed=seed,
-            out=out,
-        )
+        made = GeneratorConfig(rows=60, heldout_rows=30)
+        build(tmp_path, smollm2, sources=[source], heldout_share=0.1, generator=made, seed=seed, out=out)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["data_card.md", "heldout.jsonl", "report.json", "train.jsonl"]
     for name in files:

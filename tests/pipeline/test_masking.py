@@ -118,7 +118,7 @@ def test_token_prefix_is_checked_beside_the_text_prefix(smollm2: Any) -> None:
 def test_nothing_may_stand_between_the_generation_prompt_and_the_answer(phi35: Any) -> None:
     """What generation would have to invent first; both text and tokens of the prompt are a prefix here."""
     template = (
-        "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}Final: {% endif %}{{ m.content }}<|end|>"
+        "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}So: {% endif %}{{ m.content }}<|end|>"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
     assert reason(with_template(phi35, template), row("42")) == "chat template alters a message"
