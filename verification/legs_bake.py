@@ -52,15 +52,15 @@ def bake_legs(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit
 
     used = list(chunks[:BAKE_CHUNKS])
     model = load_hf(base)
-    plain = [hf_chunk(model, tokens) for tokens in used]
+    plain = [hf_chunk(model, tokens) for tokens in used[:1]]
     model = load_adapter(model, adapter)
     gated = [hf_chunk(model, tokens) for tokens in used]
     baked = bake(model)
     own = [hf_chunk(baked, tokens) for tokens in used]
-    wrong = _logits_of_transposed(base, adapter, used)
+    wrong = _logits_of_transposed(base, adapter, used[:1])
     positions = sum(len(rows) for rows in own)
-    right_by, wrong_by = _largest(gated, own), _largest(gated, wrong)
-    flips, wrong_flips = (_flips(gated, other, 2 * max_abs_logit) for other in (own, wrong))
+    right_by, wrong_by = _largest(gated, own), _largest(gated[:1], wrong)
+    flips, wrong_flips = _flips(gated, own, 2 * max_abs_logit), _flips(gated[:1], wrong, 2 * max_abs_logit)
     where = f"{positions} positions, fp32"
     return BakeResult(
         bake=[
@@ -76,8 +76,8 @@ def bake_legs(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit
             plain_check(
                 "controls.differs_from_base",
                 "Baked model differs from its base (largest logit difference)",
-                _largest(plain, own),
-                detail=f"{where}; an adapter that changes nothing proves nothing",
+                _largest(plain, own[:1]),
+                detail="an adapter that changes nothing proves nothing",
             ),
             plain_check(
                 "controls.transposed",
