@@ -1,0 +1,185 @@
+"""Laws of training: resuming changes nothing, the right tokens are learned, mistakes are found before the first step."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipeline.trainer as trainer_module
+from pipeline.collate import Collator, EncodedRows
+from pipeline.config import RunConfig, parse_config
+from pipeline.dataset import build_dataset
+from pipeline.progress import Reporter
+from pipeline.tokenizer import load_tokenizer
+from pipeline.training import adapter_config, heldout_loss, load_base, rotation_off, train
+from pipeline.trainer import last_complete_checkpoint, unit_rms
+from so8t_core import attach, gates, load_adapter, pet_penalty
+from so8t_core.errors import InputError
+from verification.schema import TrainingRecord
+
+TEXT = """
+data: {generator: {rows: 24, heldout_rows: 6}}
+train:
+  steps: 6
+  batch_size: 2
+  learning_rate: 5.0e-3
+  checkpoint_every: 2
+  heldout_rows: 4
+  lora: {r: 4, alpha: 8, targets: [q_proj, o_proj]}
+"""
+
+
+@pytest.fixture(scope="session")
+def data_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("think-data")
+    build_dataset(parse_config(TEXT).data, load_tokenizer(tiny_dir), folder, 0)
+    return folder
+
+
+def _train(config: RunConfig, base: Path, data: Path, out: Path) -> TrainingRecord:
+    return train(config, base, data, out / "adapter", out / "checkpoints", Reporter(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingRecord]:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return out / "adapter", _train(parse_config(TEXT), tiny_dir, data_dir, out)
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_training_lowers_the_heldout_loss_and_turns_the_blocks(trained: tuple[Path, TrainingRecord]) -> None:
+    _, record = trained
+    assert record.heldout_loss_after < record.heldout_loss_before
+    assert max(angle for _, _, angle in record.angles_by_layer) > 1e-3
+    assert {"loss", "heldout_loss", "lambda", "pet", "orthogonality", "max_angle"} <= {c.name for c in record.curves}
+    assert record.rotation_parameters == 2 * 32 * 28  # two layers, 256 / 8 blocks, 28 each
+
+
+def test_resumed_run_equals_uninterrupted_run(
+    trained: tuple[Path, TrainingRecord], tiny_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    watch = trainer_module.Watch.on_step_end
+
+    def die_at_five(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == 5:
+            raise Killed
+        return watch(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(trainer_module.Watch, "on_step_end", die_at_five)
+    with pytest.raises(Killed):
+        _train(parse_config(TEXT), tiny_dir, data_dir, tmp_path)
+    checkpoint = last_complete_checkpoint(tmp_path / "checkpoints" / "main")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-4"
+    monkeypatch.undo()
+    record = _train(parse_config(TEXT), tiny_dir, data_dir, tmp_path)
+    expected, found = _tensors(trained[0]), _tensors(tmp_path / "adapter")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert {c.name: c.points for c in record.curves} == {c.name: c.points for c in trained[1].curves}
+
+
+def test_another_seed_gives_other_weights(
+    trained: tuple[Path, TrainingRecord], tiny_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """So that equality above means something."""
+    _train(parse_config(TEXT, overrides=["seed=1"]), tiny_dir, data_dir, tmp_path)
+    expected, found = _tensors(trained[0]), _tensors(tmp_path / "adapter")
+    assert any(not torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_complete_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-2" / trainer_module.CURVES_NAME).write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_reloaded_adapter_has_the_recorded_loss(
+    trained: tuple[Path, TrainingRecord], tiny_dir: Path, data_dir: Path
+) -> None:
+    adapter, record = trained
+    tokenizer = load_tokenizer(tiny_dir)
+    rows = EncodedRows(data_dir / "heldout.jsonl", tokenizer, limit=4)
+    model = load_adapter(load_base(tiny_dir), adapter)
+    loss = heldout_loss(model, rows, Collator(tokenizer.pad_token_id), 2)
+    assert loss == pytest.approx(record.heldout_loss_after, rel=1e-6)
+    with rotation_off(model):
+        assert heldout_loss(model, rows, Collator(tokenizer.pad_token_id), 2) != pytest.approx(loss, rel=1e-6)
+    assert heldout_loss(model, rows, Collator(tokenizer.pad_token_id), 2) == pytest.approx(loss, rel=1e-6)
+
+
+def test_padding_changes_neither_loss_nor_mask_when_pad_is_eos() -> None:
+    rows = [{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}, {"input_ids": [5, 6, 7, 8, 2], "labels": [-100, -100, 7, 8, 2]}]
+    batch = Collator(pad_id=2)(rows)
+    assert batch["labels"][0].tolist() == [-100, 6, 2, -100, -100]  # the real eos stays, the padding is out
+    assert batch["attention_mask"][0].tolist() == [1, 1, 1, 0, 0]
+
+
+def test_unit_rms_makes_the_penalty_independent_of_scale() -> None:
+    h = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    small, large = pet_penalty(unit_rms(h)), pet_penalty(unit_rms(h * 1000))
+    assert torch.isclose(small, large, rtol=1e-5)  # the 1e-6 inside the root is 1e-6 of a mean square of 1
+    assert pet_penalty(h * 1000) > 1e5 * pet_penalty(h)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.lora.targets=[q_proj, qkv_proj]"], ["qkv_proj", "matches no layer", "q_proj"]),
+        (["train.layers=[0, 2]"], ["layer 2", "2 layers"]),
+    ],
+)
+def test_wrong_target_or_layer_is_found_before_training(tiny_dir: Path, overrides: list[str], words: list[str]) -> None:
+    config = parse_config(TEXT, overrides=overrides)
+    with pytest.raises(InputError) as caught:
+        attach(load_base(tiny_dir), adapter_config(config.train))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_only_chosen_layers_turn(tiny_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    config = parse_config(TEXT, overrides=["train.layers=[-1]", "train.lora=null", "train.steps=2"])
+    record = _train(config, tiny_dir, data_dir, tmp_path)
+    assert [layer for layer, _, _ in record.angles_by_layer] == [1]
+    assert list(gates(load_adapter(load_base(tiny_dir), tmp_path / "adapter"))) == ["model.layers.1.self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_quantised_base_learns(kind: str, tiny_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    config = parse_config(TEXT, overrides=[f"train.quantization={kind}"])
+    record = _train(config, tiny_dir, data_dir, tmp_path)
+    assert record.heldout_loss_after < record.heldout_loss_before
+
+
+def test_gradient_checkpointing_gives_the_same_adapter(
+    trained: tuple[Path, TrainingRecord], tiny_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    _train(parse_config(TEXT, overrides=["train.gradient_checkpointing=true"]), tiny_dir, data_dir, tmp_path)
+    expected, found = _tensors(trained[0]), _tensors(tmp_path / "adapter")
+    # Recomputing takes the same operations in the same order; Adam could amplify only a last-bit difference.
+    assert all(torch.allclose(expected[k], found[k], atol=1e-5) for k in expected)
+
+
+def test_loss_that_is_not_finite_stops_with_the_way_out(tiny_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_dir, broken)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"loss became nan.*learning_rate"):
+        _train(parse_config(TEXT), broken, data_dir, tmp_path)
