@@ -1,8 +1,20 @@
-"""Hypothesis without a deadline (a shared machine stalls) and with few examples (every property runs in a second)."""
+"""Hypothesis without a deadline (a shared machine stalls) and with few examples; one thread, as the models are tiny."""
 
+from collections.abc import Iterator
+
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "core", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.differing_executors]
 )
 settings.load_profile("core")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,150 @@
+"""Files are whole or absent, and what was there before survives a failure."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from core_models import tiny_llama
+
+from so8t_core import InputError, SO8TConfig, attach, save_adapter
+from so8t_core.files import atomic_dir, atomic_file, sha256_file, sha256_path, size_of, write_text
+
+
+class Stop(Exception):
+    pass
+
+
+def leftovers(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
+
+
+def test_a_finished_file_replaces_the_old_one(tmp_path):
+    write_text(tmp_path / "deep" / "f.txt", "old")
+    write_text(tmp_path / "deep" / "f.txt", "new: 回転")
+    assert (tmp_path / "deep" / "f.txt").read_text(encoding="utf-8") == "new: 回転"
+    assert leftovers(tmp_path / "deep") == ["f.txt"]
+
+
+def test_a_failed_file_leaves_the_old_one_and_nothing_else(tmp_path):
+    write_text(tmp_path / "f", "old")
+    with pytest.raises(Stop), atomic_file(tmp_path / "f") as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise Stop
+    assert (tmp_path / "f").read_text() == "old"
+    assert leftovers(tmp_path) == ["f"]
+
+
+def test_a_finished_directory_replaces_the_old_one_whole(tmp_path):
+    for name in ("old", "new"):
+        with atomic_dir(tmp_path / "d") as temporary:
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / name).write_text(name)
+    assert leftovers(tmp_path) == ["d"]
+    assert leftovers(tmp_path / "d" / "sub") == ["new"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failed_directory_leaves_the_old_one_and_nothing_else(tmp_path, existing):
+    if existing:
+        write_text(tmp_path / "d" / "old", "old")
+    with pytest.raises(Stop), atomic_dir(tmp_path / "d") as temporary:  # noqa: PT012
+        (temporary / "half").write_text("half")
+        raise Stop
+    assert leftovers(tmp_path) == (["d"] if existing else [])
+    assert not existing or leftovers(tmp_path / "d") == ["old"]
+
+
+def test_the_old_directory_comes_back_when_the_rename_fails(tmp_path, monkeypatch):
+    write_text(tmp_path / "d" / "old", "old")
+    rename = os.replace
+
+    def failing(source, target):
+        if Path(target) == tmp_path / "d" and Path(source).suffix == ".tmp":
+            raise OSError(errno.ENOSPC, "full")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(InputError, match="no space left"), atomic_dir(tmp_path / "d") as temporary:
+        (temporary / "new").write_text("new")
+    assert leftovers(tmp_path) == ["d"]
+    assert leftovers(tmp_path / "d") == ["old"]
+
+
+def test_a_file_of_that_name_is_not_replaced_by_a_directory(tmp_path):
+    write_text(tmp_path / "f", "keep")
+    with pytest.raises(InputError, match="there is a file of this name"), atomic_dir(tmp_path / "f"):
+        pass
+    assert (tmp_path / "f").read_text() == "keep"
+    for path in (tmp_path / "f" / "below", tmp_path / "f" / "deep" / "below"):
+        with pytest.raises(InputError, match="a part of the path is a file"):
+            write_text(path, "x")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(InputError, match="there is a directory of this name"):
+        write_text(tmp_path / "d", "x")
+    assert leftovers(tmp_path) == ["d", "f"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG])
+def test_a_full_or_read_only_disk_is_the_users_error(tmp_path, code):
+    with pytest.raises(InputError, match=f"cannot write {tmp_path / 'f'}: .* choose another place"):  # noqa: SIM117
+        with atomic_file(tmp_path / "f"):
+            raise OSError(code, os.strerror(code))
+    assert leftovers(tmp_path) == []
+
+
+def test_an_unrelated_os_error_is_not_disguised(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "f"):
+        (tmp_path / "absent").read_bytes()
+    assert leftovers(tmp_path) == []
+
+
+@pytest.fixture
+def limited_file_size():
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_an_adapter_that_does_not_fit_is_the_users_error_and_keeps_the_old_one(tmp_path, limited_file_size):
+    model = attach(tiny_llama(), SO8TConfig())
+    save_adapter(model, tmp_path / "a")
+    before = sha256_path(tmp_path / "a")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "theta" in n).add_(1)
+    limited_file_size(1000)  # a real failing write, half-way through the tensor file
+    with pytest.raises(InputError, match="over the limit"):
+        save_adapter(model, tmp_path / "a")
+    limited_file_size(resource.RLIM_INFINITY)
+    assert leftovers(tmp_path) == ["a"]
+    assert sha256_path(tmp_path / "a") == before
+    save_adapter(model, tmp_path / "a")
+    assert sha256_path(tmp_path / "a") != before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_place_is_the_users_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="permission denied"):
+        write_text(tmp_path / "f", "x")
+    tmp_path.chmod(0o700)
+
+
+def test_digests_see_names_and_bytes(tmp_path):
+    write_text(tmp_path / "d" / "x", "1")
+    write_text(tmp_path / "d" / "y" / "z", "22")
+    lines = "".join(f"{hashlib.sha256(t).hexdigest()}  {n}\n" for n, t in (("x", b"1"), ("y/z", b"22")))
+    assert sha256_path(tmp_path / "d") == hashlib.sha256(lines.encode()).hexdigest()
+    assert sha256_path(tmp_path / "d" / "x") == sha256_file(tmp_path / "d" / "x") == hashlib.sha256(b"1").hexdigest()
+    assert size_of(tmp_path / "d") == 3
+    before = sha256_path(tmp_path / "d")
+    (tmp_path / "d" / "x").rename(tmp_path / "d" / "w")
+    assert sha256_path(tmp_path / "d") != before
+    for function in (sha256_path, sha256_file, size_of):
+        with pytest.raises(FileNotFoundError):
+            function(tmp_path / "absent")
