@@ -43,7 +43,7 @@ def read_corpus(
     """Read, tokenise and cut a corpus.
 
     Args:
-        source: a file, several files in order, or None for the built-in text.
+        source: a file, several files in order, or None for the built-in text (then `chunks` is an upper limit).
         bos: id that replaces the first token of every chunk; None leaves it.
 
     Raises:
@@ -55,6 +55,8 @@ def read_corpus(
         raise InputError(f"n_ctx = {n_ctx} and chunks = {chunks}: need at least 8 tokens and 1 chunk")
     text = "\n".join(_read(path, tokenizer) for path in paths)
     ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    if source is None:  # the built-in text is as long as it is; a tokenizer with a large vocabulary makes fewer of it
+        chunks = min(chunks, max(len(ids) // n_ctx, 2))
     needed = n_ctx * chunks
     if len(ids) < needed:
         names = ", ".join(str(path) for path in paths)

@@ -43,6 +43,7 @@ class GGUFTensor:
     shape: tuple[int, ...]  # Hugging Face order
     type: str  # "F16", "Q4_K", ...
     raw: npt.NDArray[np.uint8]
+    offset: int = 0  # of its first byte in the file
 
     def values(self) -> npt.NDArray[np.float32]:
         """Dequantised to float32, in `shape`."""
@@ -165,7 +166,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
             )
         if name in tensors:
             raise InputError(f"{path}: tensor {name} occurs twice; the file is damaged")
-        tensors[name] = GGUFTensor(name, tuple(reversed(dims)), kind.name, data[begin : begin + length])
+        tensors[name] = GGUFTensor(name, tuple(reversed(dims)), kind.name, data[begin : begin + length], begin)
     return GGUFFile(path, metadata, tensors)
 
 

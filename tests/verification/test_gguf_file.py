@@ -1,0 +1,74 @@
+"""A GGUF file is read whole or refused; values agree with upstream's reader."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from verification_models import Family, rewrite
+
+from so8t_core.errors import InputError
+from verification.gguf_file import read_gguf
+from verification.quantise import nominal_types, quantise
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
+def test_reading_agrees_with_upstreams_reader(family: Family, kind: str) -> None:
+    ours, theirs = read_gguf(family.files[kind]), GGUFReader(family.files[kind])
+    assert ours.file_type == kind
+    assert list(ours.tensors) == [t.name for t in theirs.tensors]
+    for tensor in theirs.tensors:
+        mine = ours.tensors[tensor.name]
+        assert mine.shape == tuple(reversed(tensor.shape.tolist()))
+        expected = dequantize(tensor.data, tensor.tensor_type).reshape(mine.shape)
+        assert np.array_equal(mine.values(), expected.astype(np.float32))
+    for name, field in theirs.fields.items():
+        if not name.startswith("GGUF."):
+            assert ours.metadata[name] == field.contents()
+
+
+@pytest.mark.parametrize("keep", [0, 3, 10, 100, 5000, 1_500_000, -1])
+def test_every_truncation_is_refused_with_sizes(family: Family, tmp_path: Path, keep: int) -> None:
+    data = family.files["Q8_0"].read_bytes()
+    short = tmp_path / "short.gguf"
+    short.write_bytes(data[:keep])
+    with pytest.raises(InputError, match=r"short\.gguf.*(truncated|not a GGUF file).*\d"):
+        read_gguf(short)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(InputError, match="expected b'GGUF'"):
+        read_gguf(path)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 99, 0, 0))
+    with pytest.raises(InputError, match="version 99"):
+        read_gguf(path)
+    with pytest.raises(InputError, match="is not a file"):
+        read_gguf(tmp_path / "none.gguf")
+
+
+def test_quantising_is_the_same_for_any_number_of_threads(family: Family, tmp_path: Path) -> None:
+    one, two = (quantise(family.files["F16"], tmp_path / f"{n}.gguf", "Q4_K_M", threads=n) for n in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_quantising_refuses_a_quant_and_an_unknown_type(family: Family, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="never from a quant"):
+        quantise(family.files["Q8_0"], tmp_path / "x.gguf", "Q4_K_M")
+    with pytest.raises(InputError, match=r"unknown quantisation type 'Q9_9'; known: F32"):
+        quantise(family.files["F16"], tmp_path / "x.gguf", "Q9_9")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_a_multiple_of_256_need_no_fallback(family: Family) -> None:
+    assert not any(row.is_fallback for row in nominal_types(read_gguf(family.files["Q4_K_M"])))
+
+
+def test_the_fault_injector_alone_changes_nothing(family: Family, tmp_path: Path) -> None:
+    copy = read_gguf(rewrite(family.files["F16"], tmp_path / "copy.gguf"))
+    assert copy.metadata == read_gguf(family.files["F16"]).metadata

@@ -1,0 +1,142 @@
+"""Weights against the checkpoint: healthy within one rounding, every small injected change seen and named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from verification_models import Family, rewrite
+
+from so8t_core.errors import InputError
+from verification.gguf_file import read_gguf
+from verification.legs_file import Candidate, weight_checks
+from verification.tensors import Checkpoint, _halves_to_pairs, inventory
+
+
+def checks(family: Family, path: Path, kind: str = "F16") -> dict[str, object]:
+    oracle = read_gguf(family.files[kind])
+    result = weight_checks(Candidate(kind, read_gguf(path)), oracle, Checkpoint(family.reference))
+    return {check.name: check for check in [*result.contract, *result.convert, *result.quantise]}
+
+
+def test_healthy_files_are_fully_explained(family: Family) -> None:
+    for kind, path in family.files.items():
+        found = checks(family, path, kind)
+        assert found["contract.inventory"].value == 0
+        assert found["contract.finite_weights"].value == 0
+        if kind == "F16":
+            assert found["convert.rounding"].value <= 1.0
+        else:
+            assert found["quantise.tensors_differ"].value == 0
+
+
+def test_every_tensor_is_mapped_by_principle(family: Family) -> None:
+    file = read_gguf(family.files["F16"])
+    found = inventory(Checkpoint(family.reference), file)
+    assert set(found.source_of) == set(file.tensors)
+    assert found.unmapped == found.missing == found.extra == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("blk.1.attn_output.weight", lambda w: w.T),
+        ("blk.0.attn_q.weight", lambda w: np.roll(w, 1, axis=0)),
+        ("blk.0.attn_norm.weight", lambda w: w * np.float32(1.0001)),
+        ("blk.1.ffn_down.weight", lambda w: w + (np.arange(w.size).reshape(w.shape) == 77) * np.float16(0.01)),
+        ("token_embd.weight", lambda w: np.nan_to_num(w) * np.float16(1.002)),
+    ],
+)
+def test_a_changed_tensor_fails_and_is_named(family: Family, tmp_path: Path, name: str, change) -> None:
+    found = checks(family, rewrite(family.files["F16"], tmp_path / "f.gguf", tensors={name: change}))
+    assert found["convert.rounding"].value > 1.0
+    assert name in found["convert.rounding"].detail
+
+
+def test_a_non_finite_weight_fails_and_is_named(family: Family, tmp_path: Path) -> None:
+    def poison(w):
+        w[3, 5] = np.inf
+        return w
+
+    path = rewrite(family.files["F16"], tmp_path / "f.gguf", tensors={"blk.0.ffn_up.weight": poison})
+    found = checks(family, path)["contract.finite_weights"]
+    assert (found.value, found.detail) == (1, "blk.0.ffn_up.weight")
+
+
+def test_one_flipped_bit_of_a_quant_differs_from_the_oracle(family: Family, tmp_path: Path) -> None:
+    data = bytearray(family.files["Q4_K_M"].read_bytes())
+    file = read_gguf(family.files["Q4_K_M"])
+    data[file.tensors["blk.1.attn_k.weight"].offset + 20] ^= 1
+    path = tmp_path / "f.gguf"
+    path.write_bytes(data)
+    found = checks(family, path, "Q4_K_M")["quantise.tensors_differ"]
+    assert found.value == 1
+    assert "blk.1.attn_k.weight" in found.detail
+
+
+def test_a_lost_tensor_is_missing(family: Family) -> None:
+    file = read_gguf(family.files["F16"])
+    del file.tensors["blk.0.ffn_gate.weight"]
+    result = weight_checks(Candidate("F16", file), read_gguf(family.files["F16"]), Checkpoint(family.reference))
+    assert result.contract[0].value == 1
+    assert "missing blk.0.ffn_gate.weight" in result.contract[0].detail
+
+
+def test_a_tensor_nobody_expects_is_unexplained(family: Family) -> None:
+    file = read_gguf(family.files["F16"])
+    file.tensors["blk.9.extra.weight"] = replace(file.tensors["blk.0.attn_norm.weight"], name="blk.9.extra.weight")
+    result = weight_checks(Candidate("F16", file), read_gguf(family.files["F16"]), Checkpoint(family.reference))
+    assert "unexplained blk.9.extra.weight" in result.contract[0].detail
+
+
+def test_the_rope_permutation_pairs_the_halves() -> None:
+    rows = np.arange(8, dtype=np.float32)[:, None]  # two heads of four rows: r0 r1 i0 i1
+    assert _halves_to_pairs(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_a_rotation_of_a_milliradian_in_one_layer_is_seen(family: Family, tmp_path: Path) -> None:
+    """1e-3 rad moves weights by 1e-3 of themselves, twice the F16 grid; logits would not show it."""
+
+    def rotate(w):
+        w = w.astype(np.float64)
+        c, s = np.cos(1e-3), np.sin(1e-3)
+        w[:, :2] = w[:, :2] @ np.array([[c, -s], [s, c]])
+        return w
+
+    path = rewrite(family.files["F16"], tmp_path / "f.gguf", tensors={"blk.0.attn_output.weight": rotate})
+    assert checks(family, path)["convert.rounding"].value > 1.0
+
+
+def test_a_damaged_or_absent_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="holds no"):
+        Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(InputError, match=r"model\.safetensors is not a readable"):
+        Checkpoint(tmp_path)
+    with pytest.raises(InputError, match=r"config\.json"):
+        Checkpoint(tmp_path / "none")
+
+
+def test_saving_a_stale_checkpoint_is_seen(family: Family, tmp_path: Path) -> None:
+    from so8t_core import bake, load_adapter
+    from verification.legs_bake import saved_rounding
+    from verification.logits import load_hf
+
+    baked = bake(load_adapter(load_hf(family.base), family.adapter))
+    assert saved_rounding(baked, Checkpoint(family.reference))[0] <= 1.01
+    stale, where = saved_rounding(baked, Checkpoint(family.base))
+    assert stale > 10
+    assert "o_proj" in where
+    state = load_file(family.reference / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    (tmp_path / "config.json").write_bytes((family.reference / "config.json").read_bytes())
+    save_file({k: v.to(torch.bfloat16) for k, v in state.items()}, tmp_path / "model.safetensors")
+    assert saved_rounding(baked, Checkpoint(tmp_path)) == (
+        float("inf"),
+        "model.layers.1.mlp.up_proj.weight is not in the saved checkpoint",
+    )
