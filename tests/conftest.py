@@ -40,11 +40,14 @@ def tiny_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
-        initializer_range=0.06,  # logits spread over several nats, far from uniform
+        initializer_range=0.06,  # 1 / sqrt(256): activations keep their size
         dtype="bfloat16",
     )
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 4  # tied head: logits of standard deviation 4, far from uniform
+    model.to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(smollm2_dir / name, folder / name)
     return folder

@@ -1,0 +1,214 @@
+"""Laws of the run: finished steps are kept, changed ones run again, a failed one leaves nothing; the road ends in a verdict."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipeline.run as run_module
+from pipeline.config import RunConfig, parse_config
+from pipeline.manifest import load_manifest, locked
+from pipeline.progress import Reporter
+from pipeline.run import STEPS, Run
+from so8t_core.errors import InputError
+from so8t_core.files import sha256_path
+from verification.schema import Report
+
+TEXT = """
+data: {generator: {rows: 16, heldout_rows: 24}}
+train: {steps: 3, batch_size: 2, learning_rate: 2.0e-2, checkpoint_every: 2, heldout_rows: 2, so8t_only_steps: 2}
+convert: {types: [F16, Q8_0, Q4_K_M]}
+answers: {prompts: 3, max_new_tokens: 8}
+verify: {chunks: 3, n_ctx: 128}
+"""
+
+
+def _config(base: Path, run_dir: Path, *overrides: str) -> RunConfig:
+    return parse_config(TEXT, overrides=[f"model.base={base}", f"run_dir={run_dir}", *overrides])
+
+
+def _execute(base: Path, run_dir: Path, *overrides: str, **options: Any) -> Report | None:
+    return Run(_config(base, run_dir, *overrides), Reporter(quiet=True)).execute(**options)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    run_dir = tmp_path_factory.mktemp("run") / "demo"
+    report = _execute(tiny_dir, run_dir)
+    assert report is not None
+    return run_dir, report
+
+
+@pytest.fixture
+def copy(finished: tuple[Path, Report], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def _ran(monkeypatch: pytest.MonkeyPatch, *, changing: bool = False) -> list[str]:
+    """Names of the steps that work from now on; `changing`: they only make a small difference to their outputs."""
+    names: list[str] = []
+    for name, step in run_module.WORK.items():
+
+        def work(run: Run, name: str = name, step: run_module.Step = step) -> None:
+            names.append(name)
+            if not changing:
+                step.work(run)
+                return
+            for output in (run.dir / relative for relative in step.outputs):
+                target = output / "changed.txt" if output.is_dir() else output
+                target.write_text((target.read_text() if target.exists() else "") + "\n")
+
+        monkeypatch.setitem(run_module.WORK, name, run_module.Step(step.settings, step.inputs, step.outputs, work))
+    return names
+
+
+def test_run_directory_holds_what_the_contract_names(finished: tuple[Path, Report]) -> None:
+    run_dir, _ = finished
+    for name in ("config.resolved.yaml", "manifest.json", "data", "adapter", "baked", "gguf", "report"):
+        assert (run_dir / name).exists(), name
+    for name in ("report.json", "report.html", "report.md", "junit.xml"):
+        assert (run_dir / "report" / name).is_file(), name
+    assert {p.name for p in (run_dir / "gguf").iterdir()} >= {"Modelfile", "README.md", "SHA256SUMS", "types.json"}
+    manifest = load_manifest(run_dir)
+    assert list(manifest.steps) == list(STEPS[1:])
+    assert all(record.seconds > 0 and record.inputs and record.outputs for record in manifest.steps.values())
+
+
+def test_every_exact_leg_passes_on_the_tiny_model(finished: tuple[Path, Report]) -> None:
+    """The quality bounds are for trained models; what must be exact is exact on any."""
+    legs = {leg.name: leg for leg in finished[1].legs}
+    for name in ("bake", "dtype", "convert", "quantise", "contract", "controls"):
+        bad = [check for check in legs[name].checks if check.status != "pass"]
+        assert bad == [], name
+    assert {row.actual_type for row in finished[1].tensors if row.candidate == "Q4_K_M"} >= {"Q4_K"}  # no fallback
+
+
+def test_report_carries_training_and_answers(finished: tuple[Path, Report]) -> None:
+    _, report = finished
+    assert report.training is not None
+    assert report.answers is not None
+    assert report.training.so8t_only is not None
+    assert report.answers.prompts == 3
+
+
+def test_second_run_does_nothing(copy: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sha256_path(copy / "report" / "report.json")
+    names = _ran(monkeypatch)
+    report = _execute(tiny_dir, copy)
+    assert names == []
+    assert report is not None
+    assert sha256_path(copy / "report" / "report.json") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("answers.max_new_tokens=9", ["answers", "verify"]),
+        ("verify.chunks=2", ["verify"]),
+        ("train.steps=4", ["train", "bake", "convert", "answers", "verify"]),
+    ],
+)
+def test_changed_setting_runs_its_step_and_what_depends_on_it(
+    override: str, expected: list[str], copy: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = _ran(monkeypatch, changing=True)
+    _execute(tiny_dir, copy, override)
+    assert names == expected
+
+
+def test_same_inputs_give_the_same_artefacts(copy: Path, tiny_dir: Path, finished: tuple[Path, Report]) -> None:
+    _execute(tiny_dir, copy, first="data", until="convert")
+    for name in ("data", "adapter/adapter_model.safetensors", "baked", "gguf"):
+        assert sha256_path(copy / name) == sha256_path(finished[0] / name), name
+
+
+def test_artefact_changed_by_something_else_is_made_again(copy: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = next((copy / "gguf").glob("*-Q8_0.gguf"))
+    with open(target, "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    names = _ran(monkeypatch)
+    _execute(tiny_dir, copy)
+    assert names == ["convert"]  # which gives the same bytes again, so nothing after it has to run
+
+
+def test_from_until_and_force(copy: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = _ran(monkeypatch, changing=True)
+    assert _execute(tiny_dir, copy, first="bake", until="convert") is None
+    assert names == ["bake", "convert"]
+    names.clear()
+    _execute(tiny_dir, copy, force=("data",), until="train")
+    assert names == ["data", "train"]
+    with pytest.raises(InputError, match=r"unknown step 'cook'.*train"):
+        _execute(tiny_dir, copy, until="cook")
+
+
+@pytest.mark.parametrize("step", ["data", "bake", "convert"])
+def test_failed_step_leaves_nothing_half_written(
+    step: str, tiny_dir: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = {"data": copy / "data", "bake": copy / "baked", "convert": copy / "gguf"}
+    before = {name: sha256_path(path) for name, path in outputs.items()}
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device", str(outputs[step]))
+
+    target = {
+        "data": "pipeline.dataset.build_dataset",
+        "bake": "so8t_core.bake._bake_shard",
+        "convert": "pipeline.conversion.quantise",
+    }[step]
+    module, _, name = target.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(module), name, fail)
+    with pytest.raises(InputError, match="no space left"):
+        _execute(tiny_dir, copy, first=step)
+    assert {name: sha256_path(path) for name, path in outputs.items()} == before
+    assert [p.name for p in copy.iterdir() if p.name.endswith((".tmp", ".old"))] == []
+
+
+def test_two_runs_in_one_directory_are_refused(tiny_dir: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="another so8t run is working"):
+        _execute(tiny_dir, tmp_path / "run")
+
+
+def test_damaged_manifest_says_what_to_do(copy: Path, tiny_dir: Path) -> None:
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest\.json is damaged; delete it"):
+        _execute(tiny_dir, copy)
+
+
+def test_baked_checkpoint_loads_without_so8t(finished: tuple[Path, Report]) -> None:
+    code = (
+        "import sys; sys.modules['so8t_core'] = None; sys.path = [p for p in sys.path if p]\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(finished[0] / 'baked')!r})\n"
+        "print(type(m).__name__, sum('so8t' in n or 'lora' in n for n, _ in m.named_parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.split() == ["LlamaForCausalLM", "0"]
+
+
+def test_wrong_adapter_is_found_by_the_gate(copy: Path, tiny_dir: Path) -> None:
+    """The adapter beside the files is not the one that was baked: its fp32 bake is not what was saved."""
+    from safetensors.torch import load_file, save_file
+
+    path = copy / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors = {k: v + 0.01 * torch.sign(v) if k.endswith("theta") else v for k, v in tensors.items()}
+    save_file(tensors, path)
+    run = Run(_config(tiny_dir, copy), Reporter(quiet=True))
+    run.base_dir = tiny_dir
+    run_module.WORK["verify"].work(run)
+    report = json.loads((copy / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["verdict"] == "fail"
+    assert next(leg for leg in report["legs"] if leg["name"] == "dtype")["status"] == "fail"
