@@ -103,7 +103,8 @@ class Policy(_Section):
             "convert.rounding": ("<=", self.convert.rounding),
             "quantise.tensors_differ": ("<=", self.quantise.tensors_differ),
             "controls.differs_from_base": (">=", self.controls.differs_from_base),
-            "controls.transposed": (">=", self.controls.transposed),
+            # never below the bake leg's own bound: a loosened bake leg must still refuse the wrong bake
+            "controls.transposed": (">=", max(self.controls.transposed, 2 * self.bake.max_abs_logit)),
         }
         for name in ("float32", "float16", "bfloat16"):
             table[f"dtype.mean_kld.{name}"] = ("<=", getattr(self.dtype, name))

@@ -153,3 +153,9 @@ def test_a_bad_policy_is_named(tmp_path: Path, text: str, message: str) -> None:
 def test_something_that_is_no_report_is_refused() -> None:
     with pytest.raises(InputError, match="not an SO8T report"):
         decide({"verdict": "pass"})
+
+
+def test_a_loosened_bake_leg_must_still_refuse_the_wrong_bake() -> None:
+    control = plain_check("controls.transposed", "R transposed", 0.5)
+    assert verdict(*healthy(), control) == "pass"
+    assert verdict(*healthy(), control, bake={"max_abs_logit": 1.0}) == "fail"
