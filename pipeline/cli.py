@@ -23,25 +23,28 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Train an SO(8) rotation, bake it, ship a GGUF, and prove that what is shipped is what was trained.",
     epilog="Exit codes: 0 passed or done, 1 not to be released, 2 bad input. First steps: so8t demo",
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="run configuration; see configs/", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100", show_default=False)]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG.yaml", help="run configuration; see configs/", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. train.steps=100", show_default=False)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 
 
 def main() -> None:
     """Entry point of the `so8t` program."""
     _calm()
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(app(standalone_mode=False))  # without standalone mode `typer.Exit(1)` comes back as a return value
     except InputError as error:
         _fail(str(error))
     except typer.Abort:
@@ -110,7 +113,7 @@ def _announce(report: Report, folder: Path) -> None:
 
 @app.command(epilog="Example: so8t demo run_dir=/tmp/so8t train.steps=80")
 def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Run the whole pipeline on a real 135M model that a wheel brings along."""
+    """Run the whole road on a real 135M model."""
     text = (Path(__file__).parent / "configs" / "demo.yaml").read_text(encoding="utf-8")
     _execute(text, overrides, quiet=quiet)
 
@@ -119,12 +122,14 @@ def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
-    first: Annotated[str | None, typer.Option("--from", metavar="STEP", help="run this step and all after it again")] = None,
+    first: Annotated[
+        str | None, typer.Option("--from", metavar="STEP", help="run this step and all after it again")
+    ] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="stop after this step")] = None,
     force: Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="run this step again")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run what is not up to date: data, train, bake, convert, answers, verify."""
+    """Run every step that is not up to date."""
     _execute(config, overrides, first=first, until=until, force=force, quiet=quiet)
 
 
@@ -136,37 +141,58 @@ def data(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) 
 
 @app.command(epilog="Example: so8t train configs/demo.yaml train.steps=200")
 def train(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Train the adapter, resuming from the last checkpoint (steps before it run if they must)."""
+    """Train the adapter; resumes.
+
+    Goes on from the last checkpoint; steps before it run if they must.
+    """
     _execute(config, overrides, until="train", quiet=quiet)
 
 
 @app.command(epilog="Example: so8t bake configs/demo.yaml")
 def bake(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Fold the adapter into the original checkpoint (steps before it run if they must)."""
+    """Fold the adapter into the checkpoint.
+
+    Always into the original, unquantised one; steps before it run if they must.
+    """
     _execute(config, overrides, until="bake", quiet=quiet)
 
 
 @app.command(epilog="Example: so8t convert configs/demo.yaml 'convert.types=[F16, Q8_0]'")
 def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Convert the baked checkpoint to GGUF files (steps before it run if they must)."""
+    """Make the GGUF files.
+
+    Out of the baked checkpoint; steps before it run if they must.
+    """
     _execute(config, overrides, until="convert", quiet=quiet)
 
 
 @app.command(epilog="Example: so8t verify --reference ./my-model --candidate my-model-Q4_K_M.gguf --out report")
 def verify(
-    reference: Annotated[Path, typer.Option(metavar="HF_DIR", help="checkpoint the files were made from", show_default=False)],
-    candidate: Annotated[list[Path], typer.Option(metavar="FILE.gguf", help="file to judge; repeatable", show_default=False)],
+    reference: Annotated[
+        Path, typer.Option(metavar="HF_DIR", help="checkpoint the files were made from", show_default=False)
+    ],
+    candidate: Annotated[
+        list[Path], typer.Option(metavar="FILE.gguf", help="file to judge; repeatable", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="where the report goes", show_default=False)],
-    base: Annotated[Path | None, typer.Option(metavar="HF_DIR", help="model before training: adds its own quant damage")] = None,
-    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="with --base: adds the legs bake, dtype, controls")] = None,
-    policy: Annotated[Path | None, typer.Option(metavar="gate.yaml", help="bounds; default: the built-in policy")] = None,
-    corpus: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="HF_DIR", help="model before training: adds its own quant damage")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="with --base: adds the legs bake, dtype, controls")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="gate.yaml", help="bounds; default: the built-in policy")
+    ] = None,
+    corpus: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
+    ] = None,
     chunks: Annotated[int, typer.Option(min=1, help="chunks of n_ctx tokens")] = 12,
     n_ctx: Annotated[int, typer.Option(min=8, help="tokens a chunk")] = 512,
     threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Hold GGUF files against the checkpoint they were made from."""
+    """Hold GGUF files against their checkpoint."""
     for path in (reference, *candidate, base, adapter, policy, *(corpus or [])):
         if path is not None and not path.exists():
             raise InputError(f"{path} does not exist; check the path")
@@ -185,9 +211,11 @@ def verify(
 @app.command(epilog="Example: so8t gate runs/demo/report/report.json --policy strict.yaml")
 def gate(
     report: Annotated[Path, typer.Argument(metavar="REPORT.json", show_default=False)],
-    policy: Annotated[Path | None, typer.Option(metavar="gate.yaml", help="default: the policy inside the report")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="gate.yaml", help="default: the policy inside the report")
+    ] = None,
 ) -> None:
-    """Decide again from a stored report; no model is needed."""
+    """Decide again from a stored report."""
     from verification import decide, load_policy
     from verification.report import load_report
 
@@ -198,7 +226,7 @@ def gate(
 
 @app.command(epilog="Example: so8t report runs/demo")
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]) -> None:
-    """Write report.html, .md and junit.xml again from report.json."""
+    """Write the report again from report.json."""
     from verification.report import load_report, write_report
 
     folder = run_dir / "report" if (run_dir / "report").is_dir() else run_dir
@@ -209,7 +237,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_defau
 
 @app.command("config-schema", epilog="Example: so8t config-schema > so8t.schema.json")
 def config_schema() -> None:
-    """Print the JSON Schema of the run configuration."""
+    """Print the configuration's JSON Schema."""
     from pipeline.config import RunConfig
 
     print(json.dumps(RunConfig.model_json_schema(), indent=2))

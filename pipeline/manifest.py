@@ -111,5 +111,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another so8t run is working in {run_dir}; wait for it or choose another run_dir") from None
+            raise InputError(
+                f"another so8t run is working in {run_dir}; wait for it or choose another run_dir"
+            ) from None
         yield

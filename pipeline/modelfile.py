@@ -58,7 +58,10 @@ def stop_tokens(directory: Path, tokenizer: Any) -> list[str]:
 
 def modelfile(gguf_name: str, directory: Path, tokenizer: Any, n_ctx: int) -> str:
     """Text of the Modelfile for one GGUF file that lies beside it."""
-    lines = [f"# Made by so8t. Use: ollama create NAME -f {gguf_name.removesuffix('.gguf')}.Modelfile", f"FROM ./{gguf_name}"]
+    lines = [
+        f"# Made by so8t. Use: ollama create NAME -f {gguf_name.removesuffix('.gguf')}.Modelfile",
+        f"FROM ./{gguf_name}",
+    ]
     template = go_template(tokenizer)
     if template is None:
         lines.append("# No TEMPLATE: this model's turns are not uniform; Ollama reads the template inside the GGUF.")

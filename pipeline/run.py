@@ -48,7 +48,9 @@ class Run:
         self.gguf, self.report, self.work = self.dir / "gguf", self.dir / "report", self.dir / "work"
         self.base_dir = Path()  # set by the base step
 
-    def execute(self, *, first: str | None = None, until: str | None = None, force: tuple[str, ...] = ()) -> Report | None:
+    def execute(
+        self, *, first: str | None = None, until: str | None = None, force: tuple[str, ...] = ()
+    ) -> Report | None:
         """Run what is not up to date, from `first` to `until`; returns the report when verify was reached.
 
         Args:

@@ -149,11 +149,11 @@ class Watch(TrainerCallback):
             if name in extra:
                 self.add(name, step, extra[name])
         found = gates(self.trainer.model)
-        angles = torch.stack([plane_angles(gate.theta).max() for gate in found.values()])
+        angles = torch.cat([plane_angles(gate.theta) for gate in found.values()])  # (all blocks, 4)
         with torch.no_grad():
             error = max(orthogonality_error(gate.rotation()).max().item() for gate in found.values())
         if not torch.isfinite(angles).all():
-            bad = list(found)[int((~torch.isfinite(angles)).nonzero()[0])]
+            bad = next(name for name, gate in found.items() if not bool(torch.isfinite(gate.theta).all()))
             raise InputError(f"theta of {bad} is NaN or Inf at step {step}; lower train.rotation_learning_rate")
         self.add("max_angle", step, angles.max().item())
         self.add("mean_angle", step, angles.mean().item())

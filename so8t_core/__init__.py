@@ -1,14 +1,38 @@
-"""SO8T's core: block rotations of SO(8) as an adapter on `o_proj`, and their exact bake into the weights."""
+"""SO8T's core: block rotations of SO(8) as an adapter on `o_proj`, and their exact bake into the weights.
 
-from so8t_core.adapter import SO8TLinear, SO8TModel, gates, orthogonality_loss, resolve_layers, trainable_counts
-from so8t_core.bake import bake, bake_checkpoint
-from so8t_core.config import SO8TConfig
-from so8t_core.errors import InputError
-from so8t_core.gate import RotationGate, rotate_weight
-from so8t_core.pet import PETSchedule, pet_penalty
-from so8t_core.rotation import exp_so8, log_so8, orthogonality_error, plane_angles, rotate_blocks, skew
-from so8t_core.rounding import round_once
-from so8t_core.store import attach, detach, load_adapter, save_adapter
+Names are loaded when first used, so that a program that only needs `InputError` does not wait for torch and peft. The
+PEFT method "so8t" is registered by any of them, and at once where peft is loaded already.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from so8t_core.adapter import SO8TLinear, SO8TModel, gates, orthogonality_loss, resolve_layers, trainable_counts
+    from so8t_core.baking import bake, bake_checkpoint
+    from so8t_core.config import SO8TConfig
+    from so8t_core.errors import InputError
+    from so8t_core.gate import RotationGate, rotate_weight
+    from so8t_core.pet import PETSchedule, pet_penalty
+    from so8t_core.rotation import exp_so8, log_so8, orthogonality_error, plane_angles, rotate_blocks, skew
+    from so8t_core.rounding import round_once
+    from so8t_core.store import attach, detach, load_adapter, save_adapter
+
+_HOME = {
+    "adapter": ("SO8TLinear", "SO8TModel", "gates", "orthogonality_loss", "resolve_layers", "trainable_counts"),
+    "baking": ("bake", "bake_checkpoint"),
+    "config": ("SO8TConfig",),
+    "errors": ("InputError",),
+    "gate": ("RotationGate", "rotate_weight"),
+    "pet": ("PETSchedule", "pet_penalty"),
+    "rotation": ("exp_so8", "log_so8", "orthogonality_error", "plane_angles", "rotate_blocks", "skew"),
+    "rounding": ("round_once",),
+    "store": ("attach", "detach", "load_adapter", "save_adapter"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "InputError",
@@ -37,3 +61,18 @@ __all__ = [
     "skew",
     "trainable_counts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'so8t_core' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"so8t_core.{_MODULE_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "peft" in sys.modules:
+    import_module("so8t_core.adapter")

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def read_corpus(
     """Read, tokenise and cut a corpus.
 
     Args:
-        source: a file, several files in order, or None for the built-in text (then `chunks` is an upper limit).
+        source: a file, several files (a chunk of each in turn), or None for the built-in text (then `chunks` is an upper limit).
         bos: id that replaces the first token of every chunk; None leaves it.
 
     Raises:
@@ -53,21 +54,27 @@ def read_corpus(
     paths = tuple(Path(path) for path in given)
     if n_ctx < 8 or chunks < 1:
         raise InputError(f"n_ctx = {n_ctx} and chunks = {chunks}: need at least 8 tokens and 1 chunk")
-    text = "\n".join(_read(path, tokenizer) for path in paths)
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    cuts = [_chunks(_read(path, tokenizer), tokenizer, n_ctx) for path in paths]
     if source is None:  # the built-in text is as long as it is; a tokenizer with a large vocabulary makes fewer of it
-        chunks = min(chunks, max(len(ids) // n_ctx, 2))
-    needed = n_ctx * chunks
-    if len(ids) < needed:
+        chunks = min(chunks, max(len(cuts[0]), 2))
+    found = sum(map(len, cuts))
+    if found < chunks:
         names = ", ".join(str(path) for path in paths)
         raise InputError(
-            f"corpus {names} has {len(ids)} tokens; {chunks} chunks of {n_ctx} need {needed}. "
-            f"Give more text or at most {len(ids) // n_ctx} chunks."
+            f"corpus {names} holds {found} whole chunks of {n_ctx} tokens, but {chunks} ({n_ctx * chunks} tokens) are "
+            f"wanted. Give more text or at most {found} chunks."
         )
-    cut = ids[:needed].reshape(chunks, n_ctx).copy()  # (chunks, n_ctx)
+    turns = zip_longest(*cuts)  # one chunk of each file in turn, so that every file is scored
+    cut = np.stack([chunk for turn in turns for chunk in turn if chunk is not None][:chunks])  # (chunks, n_ctx)
     if bos is not None:
         cut[:, 0] = bos
     return Corpus(paths, tuple(cut), hashlib.sha256(cut.astype("<i4").tobytes()).hexdigest())
+
+
+def _chunks(text: str, tokenizer: Any, n_ctx: int) -> list[Ids]:
+    """Whole chunks of a text; the rest at its end is dropped."""
+    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    return [ids[start : start + n_ctx] for start in range(0, len(ids) - n_ctx + 1, n_ctx)]
 
 
 def _read(path: Path, tokenizer: Any) -> str:

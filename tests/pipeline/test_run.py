@@ -130,7 +130,9 @@ def test_same_inputs_give_the_same_artefacts(copy: Path, tiny_dir: Path, finishe
         assert sha256_path(copy / name) == sha256_path(finished[0] / name), name
 
 
-def test_artefact_changed_by_something_else_is_made_again(copy: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artefact_changed_by_something_else_is_made_again(
+    copy: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = next((copy / "gguf").glob("*-Q8_0.gguf"))
     with open(target, "r+b") as file:
         file.seek(-1, 2)
@@ -165,7 +167,7 @@ def test_failed_step_leaves_nothing_half_written(
 
     target = {
         "data": "pipeline.dataset.build_dataset",
-        "bake": "so8t_core.bake._bake_shard",
+        "bake": "so8t_core.baking._bake_shard",
         "convert": "pipeline.conversion.quantise",
     }[step]
     module, _, name = target.rpartition(".")

@@ -65,7 +65,11 @@ def test_training_lowers_the_heldout_loss_and_turns_the_blocks(trained: tuple[Pa
 
 
 def test_resumed_run_equals_uninterrupted_run(
-    trained: tuple[Path, TrainingRecord], tiny_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, TrainingRecord],
+    tiny_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Killed(Exception):
         pass
@@ -123,7 +127,10 @@ def test_reloaded_adapter_has_the_recorded_loss(
 
 
 def test_padding_changes_neither_loss_nor_mask_when_pad_is_eos() -> None:
-    rows = [{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}, {"input_ids": [5, 6, 7, 8, 2], "labels": [-100, -100, 7, 8, 2]}]
+    rows = [
+        {"input_ids": [5, 6, 2], "labels": [-100, 6, 2]},
+        {"input_ids": [5, 6, 7, 8, 2], "labels": [-100, -100, 7, 8, 2]},
+    ]
     batch = Collator(pad_id=2)(rows)
     assert batch["labels"][0].tolist() == [-100, 6, 2, -100, -100]  # the real eos stays, the padding is out
     assert batch["attention_mask"][0].tolist() == [1, 1, 1, 0, 0]

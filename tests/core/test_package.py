@@ -1,0 +1,28 @@
+"""Laws of the package: every public name loads, importing it is quick, and the PEFT method is there when it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import so8t_core
+
+
+def _python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_every_public_name_loads() -> None:
+    assert all(getattr(so8t_core, name) is not None for name in so8t_core.__all__)
+    assert set(so8t_core.__all__) == set(so8t_core._MODULE_OF)
+
+
+def test_errors_load_without_torch() -> None:
+    assert _python("import sys, so8t_core.errors; print('torch' in sys.modules)") == "False"
+
+
+def test_method_is_registered_beside_a_loaded_peft_and_by_any_name() -> None:
+    check = "print('SO8T' in peft.utils.PeftType.__members__)"
+    assert _python(f"import peft, so8t_core; {check}") == "True"
+    assert _python(f"import so8t_core; so8t_core.SO8TConfig; so8t_core.attach; import peft; {check}") == "True"
+    assert _python(f"import peft; {check}") == "False"

@@ -1,0 +1,193 @@
+"""Laws of the command line: a user's mistake gives one or two lines that name the value and the way out, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import cli
+from tests.pipeline.test_run import TEXT  # the tiny run's settings
+
+
+def so8t(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
+    """Run the command in this process; (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["so8t", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_dir: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: {tmp_path / 'run'}\nmodel: {{base: {tiny_dir}}}\n{TEXT}", encoding="utf-8")
+    return path
+
+
+def _bad_jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n{oops\n', encoding="utf-8")
+    return path
+
+
+def _latin(tmp_path: Path) -> Path:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    return path
+
+
+def _empty(tmp_path: Path) -> Path:
+    path = tmp_path / "empty.jsonl"
+    path.touch()
+    return path
+
+
+SOURCES = {"bad": _bad_jsonl, "latin": _latin, "empty": _empty}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nowhere.yaml"], ["nowhere.yaml does not exist", "configs/demo.yaml"]),
+        (["run", "{config}", "train.stepz=3"], ["train.stepz", "unknown key"]),
+        (["run", "{config}", "train.steps=many"], ["train.steps", "many"]),
+        (["run", "{config}", "--until", "cook"], ["cook", "train"]),
+        (["run", "{config}", "--surprise"], ["--surprise", "--help"]),
+        (["data", "{config}", "data.sources=[gone.jsonl]"], ["gone.jsonl"]),
+        (["data", "{config}", "data.sources=[{bad}]"], ["bad.jsonl", "2"]),
+        (["data", "{config}", "data.sources=[{latin}]"], ["latin.jsonl", "UTF-8"]),
+        (["data", "{config}", "data.sources=[{empty}]", "data.generator=null"], ["no training rows", "0 read"]),
+        (["train", "{config}", "train.layers=[7]"], ["layer 7", "2 layers"]),
+        (["train", "{config}", "train.lora={{targets: [qkv_proj]}}"], ["qkv_proj", "matches no"]),
+        (["convert", "{config}", "convert.types=[Q9_9]"], ["Q9_9", "Q8_0"]),
+        (["run", "{config}", "model.base=./no-such-model"], ["no-such-model"]),
+        (["verify", "--reference", "gone", "--candidate", "x.gguf", "--out", "o"], ["gone does not exist"]),
+        (["gate", "gone.json"], ["gone.json"]),
+        (["report", "gone"], ["gone"]),
+        (["cook"], ["cook"]),
+    ],
+)
+def test_mistake_gets_one_clear_line_and_exit_2(
+    arguments: list[str], words: list[str], config: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = {name: make(tmp_path) for name, make in SOURCES.items() if any(f"{{{name}}}" in a for a in arguments)}
+    code, _, err = so8t(capfd, monkeypatch, *(a.format(config=config, **made) for a in arguments))
+    said = [line for line in err.splitlines() if line.startswith("so8t: ")]
+    assert code == 2, err
+    assert len(said) == 1, err
+    assert "Traceback" not in err
+    assert all(word in err for word in words), err
+
+
+def test_width_that_is_no_multiple_of_8_names_the_layer(
+    config: Path, tmp_path: Path, tiny_dir: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    odd = tmp_path / "odd"
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=36,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            head_dim=12,
+            vocab_size=49152,
+            pad_token_id=2,
+        )  # fmt: skip
+    ).save_pretrained(odd)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(tiny_dir / name, odd / name)
+    code, _, err = so8t(capfd, monkeypatch, "train", config, f"model.base={odd}", "--quiet")
+    assert code == 2
+    assert "o_proj" in err
+    assert "36" in err
+    assert "multiple of 8" in err
+
+
+@pytest.fixture(scope="session")
+def candidate(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from verification.converter import convert
+
+    return convert(tiny_dir, tmp_path_factory.mktemp("candidate") / "tiny-F16.gguf", outtype="f16")
+
+
+def test_truncated_gguf_is_refused(
+    tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(candidate.read_bytes()[:-1000])
+    code, _, err = so8t(
+        capfd, monkeypatch, "verify", "--reference", tiny_dir, "--candidate", cut, "--out", tmp_path / "o", "-q"
+    )
+    assert code == 2
+    assert "cut.gguf" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_vocabulary_mismatch_is_refused(
+    tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    other = Path(shutil.copytree(tiny_dir, tmp_path / "other"))
+    fields = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps({**fields, "vocab_size": 49000}), encoding="utf-8")
+    code, _, err = so8t(
+        capfd, monkeypatch, "verify", "--reference", other, "--candidate", candidate, "--out", tmp_path / "o", "-q"
+    )
+    assert code == 2
+    assert "49152" in err
+    assert "49000" in err
+
+
+def test_verify_passes_a_healthy_file_and_gate_decides_again(
+    tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = so8t(
+        capfd, monkeypatch, "verify", "--reference", tiny_dir, "--candidate", candidate, "--out", tmp_path / "o",
+        "--chunks", 2, "--n-ctx", 128, "-q",
+    )  # fmt: skip
+    assert code == 0, out + err
+    assert "Pass" in out
+    report = tmp_path / "o" / "report.json"
+    assert so8t(capfd, monkeypatch, "gate", report)[0] == 0
+    strict = tmp_path / "strict.yaml"
+    strict.write_text("convert: {mean_kld: 1.0e-12}\n", encoding="utf-8")
+    assert so8t(capfd, monkeypatch, "gate", report, "--policy", strict)[0] == 1
+    strict.write_text("convert: {mean_kdl: 1}\n", encoding="utf-8")
+    code, _, err = so8t(capfd, monkeypatch, "gate", report, "--policy", strict)
+    assert code == 2
+    assert "mean_kdl" in err
+
+
+def test_help_answers_without_loading_torch() -> None:
+    code = "import sys; sys.argv = ['so8t', '--help']\nfrom pipeline.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_verb_has_an_example_and_fits_a_screen(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in cli.app.registered_commands:
+        name = command.name or command.callback.__name__  # type: ignore[union-attr]
+        _, out, _ = so8t(capfd, monkeypatch, name, "--help")
+        assert "Example: so8t" in out, name
+        assert len(out.splitlines()) <= 40, name
+
+
+def test_config_schema_is_json(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = so8t(capfd, monkeypatch, "config-schema")
+    assert code == 0
+    assert json.loads(out)["additionalProperties"] is False
