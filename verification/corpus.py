@@ -44,7 +44,8 @@ def read_corpus(
     """Read, tokenise and cut a corpus.
 
     Args:
-        source: a file, several files (a chunk of each in turn), or None for the built-in text (then `chunks` is an upper limit).
+        source: a file, several files (a chunk of each in turn), or None for the built-in text, which may hold fewer
+            than `chunks`.
         bos: id that replaces the first token of every chunk; None leaves it.
 
     Raises:

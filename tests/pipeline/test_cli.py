@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline import cli
-from tests.pipeline.test_run import TEXT  # the tiny run's settings
+from test_run import TEXT  # the tiny run's settings
 
 
 def so8t(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
