@@ -32,7 +32,7 @@ class ModelConfig(_Section):
 class GeneratorConfig(_Section):
     rows: int = Field(400, ge=0)  # training rows to generate
     heldout_rows: int = Field(120, ge=0)  # held-out rows, from problem families that training never sees
-    languages: list[Literal["ja", "en"]] = Field(default_factory=lambda: ["ja", "en"], min_length=1)
+    languages: list[Literal["ja", "en"]] = Field(["ja", "en"], min_length=1)
 
 
 class DataConfig(_Section):
@@ -73,7 +73,7 @@ class TrainConfig(_Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     orthogonality_weight: float = Field(0.0, ge=0)
-    pet: PetSection | None = Field(default_factory=PetSection)
+    pet: PetSection | None = PetSection()
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(20, ge=1)
     log_every: int = Field(1, ge=1)
@@ -106,12 +106,12 @@ class RunConfig(_Section):
     run_dir: str = "runs/so8t"
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1)  # null = all cores
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    convert: ConvertConfig = Field(default_factory=ConvertConfig)
-    answers: AnswersConfig = Field(default_factory=AnswersConfig)
-    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    convert: ConvertConfig = ConvertConfig()
+    answers: AnswersConfig = AnswersConfig()
+    verify: VerifyConfig = VerifyConfig()
 
     @model_validator(mode="after")
     def _something_to_train_on(self) -> RunConfig:

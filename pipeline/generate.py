@@ -1,7 +1,7 @@
 """Greedy answers from a GGUF file through llama.cpp, several prompts decoded together.
 
-Continuous batching: each of `parallel` slots owns one sequence of the KV cache; a finished slot takes the next prompt at
-once. Weights are read once per step for all slots, which is what a CPU spends its time on.
+Continuous batching: each of `parallel` slots owns one sequence of the KV cache; a finished slot takes the next prompt
+at once. Weights are read once per step for all slots, which is what a CPU spends its time on.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Engine:
         return [results[i] for i in range(len(prompts))]
 
     def _step(self, slots: list[_Slot | None]) -> list[tuple[int, int]]:
-        """Feed every slot's pending tokens (prompts in pieces that fit); returns (slot, next token) where one is due."""
+        """Feed the slots' pending tokens (prompts in pieces that fit); returns (slot, next token) where one is due."""
         count = 0
         due: list[tuple[int, int]] = []  # (slot, row of the batch)
         for index, slot in enumerate(slots):

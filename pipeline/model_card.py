@@ -23,13 +23,13 @@ def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n
         "",
         "Files: " + ", ".join(f"`{file}`" for file in files) + ".",
         "",
-        f"Run: `ollama create {name.lower()} -f Modelfile`, or any llama.cpp program with the chat template inside the file. "
+        f"Run: `ollama create {name.lower()} -f Modelfile`, or any llama.cpp program with the file's own template. "
         f"Keep the context at {config.convert.n_ctx} tokens or below.",
         "",
-        "The thinking stands under the first heading of a reply, the answer under the second. Show users the answer only.",
+        "The thinking stands under the first heading of a reply, the answer under the second. Show users the answer.",
         "",
-        "Whether these files are what was trained is measured, not promised: see `report/report.html` of the run that made "
-        "them; it binds every number to the files' sha256. The data are described in the run's `data/data_card.md`.",
+        "Whether these files are what was trained is measured, not promised: see `report/report.html` of the run that "
+        "made them; it binds every number to the files' sha256. The run's `data/data_card.md` describes the data.",
     ]
     limits = [f"* {note}" for note in notes]
     return "\n".join([*header, "", *body, *(["", "Limits:", "", *limits] if limits else [])]) + "\n"

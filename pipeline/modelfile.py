@@ -1,7 +1,7 @@
 """An Ollama Modelfile: template, stop set, context length and the shared system message.
 
-The Go template is derived from the model's own chat template by rendering probes: with the system text S, prompts U, V
-and answer A, rendering S U A V gives  a S b U c A d V c ; where b == d one line serves every turn. Where it does not, no
+The Go template is derived from the model's own chat template by rendering probes: with the system text S, prompts U,
+V and answer A, rendering S U A V gives  a S b U c A d V c ; where b == d one line serves every turn. Elsewhere no
 template is guessed: the file says so and Ollama reads the one inside the GGUF.
 """
 

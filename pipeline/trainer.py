@@ -74,6 +74,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 class SO8TTrainer(Trainer):
     """Trainer over a model that carries an SO8T adapter; see the module's docstring for the loss."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *, settings: TrainConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.settings = settings

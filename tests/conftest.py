@@ -1,4 +1,4 @@
-"""Real parts shared by all tests, each made once a session: the pretrained SmolLM2-135M and a tiny model with its tokenizer."""
+"""Real parts shared by all tests, each made once a session: SmolLM2-135M and a tiny model with its tokenizer."""
 
 from __future__ import annotations
 

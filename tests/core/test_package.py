@@ -1,4 +1,4 @@
-"""Laws of the package: every public name loads, importing it is quick, and the PEFT method is there when it is needed."""
+"""Laws of the package: every public name loads, importing it is quick, and the PEFT method is there when needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the command line: a user's mistake gives one or two lines that name the value and the way out, and exit code 2."""
+"""Laws of the command line: a user's mistake gives a line that names the value and the way out, and exit code 2."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_run import TEXT  # the tiny run's settings
 
 from pipeline import cli
-from test_run import TEXT  # the tiny run's settings
 
 
 def so8t(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
@@ -107,7 +107,7 @@ def test_width_that_is_no_multiple_of_8_names_the_layer(
             head_dim=12,
             vocab_size=49152,
             pad_token_id=2,
-        )  # fmt: skip
+        )
     ).save_pretrained(odd)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(tiny_dir / name, odd / name)
@@ -175,7 +175,10 @@ def test_verify_passes_a_healthy_file_and_gate_decides_again(
 
 
 def test_help_answers_without_loading_torch() -> None:
-    code = "import sys; sys.argv = ['so8t', '--help']\nfrom pipeline.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys; sys.argv = ['so8t', '--help']\nfrom pipeline.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

@@ -1,4 +1,4 @@
-"""Laws of the run: finished steps are kept, changed ones run again, a failed one leaves nothing; the road ends in a verdict."""
+"""Laws of the run: finished steps stay, changed ones run again, a failed one leaves nothing; a verdict is the end."""
 
 from __future__ import annotations
 

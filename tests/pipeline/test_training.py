@@ -1,4 +1,4 @@
-"""Laws of training: resuming changes nothing, the right tokens are learned, mistakes are found before the first step."""
+"""Laws of training: resuming changes nothing, the right tokens are learned, mistakes are found before it starts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.config import RunConfig, parse_config
 from pipeline.dataset import build_dataset
 from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
-from pipeline.training import adapter_config, heldout_loss, load_base, rotation_off, train
 from pipeline.trainer import last_complete_checkpoint, unit_rms
+from pipeline.training import adapter_config, heldout_loss, load_base, rotation_off, train
 from so8t_core import attach, gates, load_adapter, pet_penalty
 from so8t_core.errors import InputError
 from verification.schema import TrainingRecord

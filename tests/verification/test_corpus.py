@@ -1,4 +1,4 @@
-"""Laws of the corpus: every file given is scored, in turn; the ids are the reference's own; too little text is refused."""
+"""Laws of the corpus: every file is scored, in turn; the ids are the reference's own; too little text is refused."""
 
 from __future__ import annotations
 
