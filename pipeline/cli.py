@@ -72,6 +72,7 @@ def _calm() -> None:
     """Keep other libraries' chatter off the screen; their errors still raise."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # loaders draw bars of their own; `Reporter` shows the progress here
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # says at import which optional kernels it lacks
     # peft 0.21.2 reads a name that transformers 5.23 deprecates; TrainingArguments likewise renames its own options.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is deprecated and will be removed in v6.*")

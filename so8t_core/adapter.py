@@ -32,7 +32,7 @@ PREFIX = "lora_"  # see SO8TLinear.adapter_layer_names and transformers.load_ada
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-class SO8TLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class SO8TLinear(nn.Module, BaseTunerLayer):
     """gate, then the wrapped layer. forward: x (..., in) -> (..., out)."""
 
     lora_so8t: nn.ModuleDict
@@ -120,7 +120,7 @@ class SO8TLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         linear.weight.data = round_once(rotate_weight(linear.weight.data, theta), linear.weight.dtype)
 
 
-class SO8TModel(BaseTuner):  # type: ignore[misc]
+class SO8TModel(BaseTuner):
     """The tuner; a LoRA inside comes from LoraModel's own layer factory, so quantised bases keep working."""
 
     prefix: str = PREFIX

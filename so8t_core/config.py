@@ -38,7 +38,7 @@ _add_peft_type()
 
 
 @dataclass
-class SO8TConfig(PeftConfig):  # type: ignore[misc]
+class SO8TConfig(PeftConfig):
     """What is rotated, and where.
 
     Args:
