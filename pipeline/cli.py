@@ -55,6 +55,8 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except ModuleNotFoundError as error:
+        _fail(f"the package {error.name!r} is not installed; `so8t doctor` says what is missing and how to get it")
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except Exception as error:
@@ -242,6 +244,21 @@ def config_schema() -> None:
     from pipeline.config import RunConfig
 
     print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+@app.command(epilog="Example: so8t doctor")
+def doctor() -> None:
+    """Say what is installed and what is missing."""
+    from rich.table import Table
+
+    from pipeline.doctor import examine
+
+    table = Table("What", "Found", "Needed by", "To mend it", box=None, pad_edge=False)
+    findings = examine()
+    for finding in findings:
+        table.add_row(finding.name, finding.found, finding.needed_by, finding.mend)
+    Console(highlight=False).print(table)
+    raise typer.Exit(1 if any(finding.mend for finding in findings) else 0)
 
 
 if __name__ == "__main__":

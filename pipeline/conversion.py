@@ -44,7 +44,8 @@ def convert_model(config: RunConfig, base_dir: Path, baked_dir: Path, out_dir: P
     with atomic_dir(out_dir) as temporary, report.task("converting", len(kinds) + needs_f16) as advance:
         source = temporary / f"{name}-F16.gguf"
         made = []
-        for kind in sorted({*kinds, "F16"} if needs_f16 else set(kinds), key=lambda k: k.lower() not in OUT_TYPES):
+        order = [*(["F16"] if needs_f16 else []), *kinds]
+        for kind in sorted(order, key=lambda kind: kind.lower() not in OUT_TYPES):
             target = temporary / f"{name}-{kind}.gguf"
             if kind.lower() in OUT_TYPES:
                 convert(baked_dir, target, outtype=kind.lower(), model_name=name, converter=config.convert.converter)

@@ -46,8 +46,10 @@ def verdict_table(report: Report) -> RenderableType:
     lines: list[RenderableType] = [table, Text(VERDICT_WORDS[report.verdict], style=_VERDICT_STYLES[report.verdict])]
     if report.summary:
         lines.append(Text(visible(report.summary)))
-    if found := decisive(report):
-        lines.append(Text(f"Decisive: {decisive_text(report)}" if found else ""))
+    if decisive_text(report):
+        lines.append(
+            Text(f"{'Closest to its bound' if report.verdict == 'pass' else 'Decisive'}: {decisive_text(report)}")
+        )
     lines.append(Text(f"Next: {next_action(report)}"))
     return Group(*lines)
 
@@ -66,16 +68,15 @@ def decisive_text(report: Report) -> str:
 
 
 def _compared(step: Step) -> str:
-    text = visible(step.leg.compared)
+    text = visible(step.leg.compared or step.leg.title)
     return f"{text}: {visible(step.subject)}" if step.subject and step.subject not in step.leg.compared else text
 
 
 def _value_and_bound(step: Step) -> tuple[str, str]:
     """The headline's value and bound, or how many checks held where only equalities were checked."""
-    check = step.headline
-    if check is not None and (margin(check) is not None or step.status != "pass"):
-        value, bound = texts(check)
-        return value, bound or "-"
     if not step.checks:
         return "no check", "-"
-    return f"{step.held} of {len(step.checks)} held", "all"
+    if step.headline is None or step.as_count:
+        return f"{step.held} of {len(step.checks)} held", "all"
+    value, bound = texts(step.headline)
+    return value, bound or "-"

@@ -13,6 +13,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -77,12 +78,12 @@ def kld_distribution(report: Report) -> str | None:
         for d in rows:
             style = _style(report, d.candidate)
             starts = [start for start, _ in d.histogram]
-            width = min((b - a for a, b in zip(starts, starts[1:], strict=False) if b > a), default=0.5)
+            width = min((b - a for a, b in pairwise(starts) if b > a), default=0.5)
             total = sum(count for _, count in d.histogram)
             shares = [100 * count / total for _, count in d.histogram]
             axes.stairs(shares, [*starts, starts[-1] + width], color=style["color"], fill=True, alpha=0.13)
             axes.stairs(shares, [*starts, starts[-1] + width], color=style["color"], ls=style["ls"], lw=1.4)
-            axes.plot([], [], label=visible(d.candidate), color=style["color"], ls=style["ls"])
+            axes.plot([], [], label=_short(d.candidate), color=style["color"], ls=style["ls"])
             if d.mean_kld > 0 and math.isfinite(d.mean_kld):
                 axes.axvline(math.log10(d.mean_kld), color=style["color"], lw=1, ls=":")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(float(10.0**x), 2)))
@@ -130,7 +131,7 @@ def size_tradeoff(report: Report) -> str | None:
             bars = [[max(0.0, y - low_high[0])], [max(0.0, low_high[1] - y)]]
             axes.errorbar(x, y, yerr=bars, fmt=style["marker"], color=style["color"], mfc=face, ms=7, capsize=3)
             if not hollow:
-                axes.annotate(visible(d.candidate), (x, y), xytext=(9, 5), textcoords="offset points", color=_INK)
+                axes.annotate(_short(d.candidate), (x, y), xytext=(9, 5), textcoords="offset points", color=_INK)
         axes.margins(x=0.2, y=0.16)
         axes.set(xlabel="file size (MiB)" + ("; hollow: base model's own" if base else ""), ylabel="mean KLD (nats)")
         _log_y(axes)
@@ -165,7 +166,7 @@ def angles_by_layer(report: Report) -> str | None:
         axes.set(xlabel="layer", ylabel="|angle| (rad)")
 
     text = f"Rotation angles by layer, largest {number(max((high for _, _, high in rows), default=0.0))} rad"
-    return _svg("angles-layer", text, draw) if rows else None
+    return _svg("angles-layer", text, draw, inches=(3.7, 2.5)) if rows else None
 
 
 def worst_tensors(report: Report, count: int = 12) -> list[TensorRow]:
@@ -194,11 +195,12 @@ def _curves(name: str, label: str, log: bool, curves: Sequence[Curve]) -> str | 
                 color=_SERIES[i % 6],
                 ls=_DASHES[i % 6],
                 marker=None if many else _MARKERS[i % 6],
-                label=visible(words.get(curve.name, curve.name)),
+                label=_short(words.get(curve.name, curve.name)),
             )
-        axes.set(xlabel="optimiser step", ylabel=visible(label))
+        axes.set(xlabel="optimiser step", ylabel=_short(label))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if log and all(y > 0 for curve in curves for _, y in curve.points):
+        values = [y for curve in curves for _, y in curve.points]
+        if log and min(values) > 0 and max(values) > 30 * min(values):
             _log_y(axes)
         else:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(float(y))))
@@ -206,7 +208,11 @@ def _curves(name: str, label: str, log: bool, curves: Sequence[Curve]) -> str | 
     ends = "; ".join(
         f"{words.get(c.name, c.name)} from {number(c.points[0][1])} to {number(c.points[-1][1])}" for c in curves
     )
-    return _svg(name, f"{label} over the training: {ends}", draw, legend=len(curves) > 1) if curves else None
+    return (
+        _svg(name, f"{label} over the training: {ends}", draw, legend=len(curves) > 1, inches=(3.7, 2.5))
+        if curves
+        else None
+    )
 
 
 def _lines(
@@ -218,8 +224,11 @@ def _lines(
 
     def draw(axes: Any) -> None:
         for who, points in kept:
-            axes.plot(*zip(*points, strict=True), label=visible(who), **_style(report, who))
+            axes.plot(*zip(*points, strict=True), label=_short(who), **_style(report, who))
         axes.set(xlabel=x, ylabel=y)
+        axes.xaxis.set_major_locator(
+            MaxNLocator(8, integer=all(p[0] == int(p[0]) for _, points in kept for p in points))
+        )
         _log_y(axes)
 
     text = "; ".join(
@@ -234,6 +243,12 @@ def _style(report: Report, candidate: str) -> dict[str, Any]:
     return {"color": _SERIES[i], "ls": _DASHES[i], "marker": _MARKERS[i]}
 
 
+def _short(text: str) -> str:
+    """Text that cannot push the drawing out of its own figure."""
+    text = " ".join(visible(text).split())
+    return text if len(text) <= 28 else f"{text[:25]}..."
+
+
 def _plottable(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
@@ -245,16 +260,24 @@ def _log_y(axes: Any) -> None:
     if math.log10(high / low) < 1.2:
         middle = math.sqrt(low * high)
         axes.set_ylim(middle / 5, middle * 5)
-    axes.yaxis.set_major_locator(LogLocator(numticks=7))
+    narrow = math.log10(axes.get_ylim()[1] / axes.get_ylim()[0]) < 2.2
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if narrow else (1.0,), numticks=7))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(float(y))))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _svg(name: str, description: str, draw: Callable[[Any], None], *, legend: bool = True) -> str:
-    """Draw on fresh axes and return the themed, id-safe `<svg>` element."""
+def _svg(
+    name: str,
+    description: str,
+    draw: Callable[[Any], None],
+    *,
+    legend: bool = True,
+    inches: tuple[float, float] = (4.3, 2.8),
+) -> str:
+    """Draw on fresh axes and return the themed, id-safe `<svg>` element; smaller `inches` make larger text."""
     buffer = io.StringIO()
     with mpl.rc_context({**_RC, "svg.hashsalt": name}):
-        figure = Figure(figsize=(4.8, 3.0), layout="constrained")
+        figure = Figure(figsize=inches, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes)

@@ -161,7 +161,7 @@ def _figures(report: Report) -> dict[str, Any]:
 
 def _scale(rungs: list[Step]) -> dict[str, Any]:
     """The ladder's common log axis: whole decades around all rungs, -6 .. +4 at most, and where the bound lies."""
-    margins = [m for m in (margin(step.headline) for step in rungs if step.headline) if m]
+    margins = [step.distance for step in rungs if step.distance]
     ends = [d for m in margins for d in (m.best, m.worst) if math.isfinite(d)]
     low, high = max(-6, min(-2, math.floor(min(ends, default=-2)))), min(4, max(1, math.ceil(max(ends, default=1))))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from verification.schema import Check, Leg, LegName, Report, Status, Verdict
 
-SEVERITY: tuple[Status, ...] = ("fail", "inconclusive", "not evaluated", "waived", "pass")
+SEVERITY: tuple[Status, ...] = ("fail", "not evaluated", "inconclusive", "waived", "pass")
 VERDICT_WORDS: dict[Verdict, str] = {
     "pass": "Pass: ready to release",
     "fail": "Fail: do not release",
@@ -155,6 +155,17 @@ class Step:
     branch: bool  # hangs off the GGUF file, beside its siblings
 
     @property
+    def distance(self) -> Margin | None:
+        """The headline's margin where it can be drawn: "0 of 0 allowed" holds exactly and is no distance."""
+        found = margin(self.headline) if self.headline else None
+        return found if found and found.decades > -math.inf else None
+
+    @property
+    def as_count(self) -> bool:
+        """Whether "11 of 11 held" says more than the headline: several checks that all held without a distance."""
+        return not self.headline or (self.distance is None and self.status == "pass" and len(self.checks) > 1)
+
+    @property
     def held(self) -> int:
         """Checks that were evaluated and held."""
         return sum(check.status == "pass" for check in self.checks)
@@ -168,8 +179,8 @@ def steps(report: Report) -> list[Step]:
             checks = [check for check in leg.checks if check.subject == subject]
             status = worst(check.status for check in checks) if checks else leg.status
             target = visible(subject) or _TARGETS[leg.name]
-            if leg.name == "convert" and subject:
-                target = f"GGUF {target}"
+            if subject and leg.name not in ("quantise", "quality"):
+                target = f"{_TARGETS[leg.name]} {target}"
             branch = leg.name in ("quantise", "quality")
             found.append(Step(leg, subject, target, status, checks, headline(checks), branch))
     subjects = list(dict.fromkeys(step.subject for step in found if step.branch))
@@ -195,7 +206,7 @@ def headline(checks: Sequence[Check]) -> Check | None:
     def key(check: Check) -> tuple[int, float]:
         found = margin(check)
         kind = 0 if "mean_kld" in check.name else 1 if "max_abs" in check.name or "logit" in check.name else 2
-        return kind if found else 3, -found.worst if found else 0.0
+        return (kind, -found.worst) if found and found.decades > -math.inf else (3, 0.0)
 
     return min((check for check in checks if check.status == severity), key=key, default=None)
 
@@ -216,7 +227,8 @@ def decisive(report: Report) -> tuple[Leg, Check] | None:
                 return leg, chosen
         return None
     measured = [(leg, c, margin(c)) for leg in report.legs if leg.name in _LADDER for c in leg.checks]
-    tight = [(leg, c, m.worst) for leg, c, m in measured if m and c.status == "pass"]
+    tight = [(leg, c, m.worst) for leg, c, m in measured if m and m.worst > -math.inf and c.status == "pass"]
+    tight = [entry for entry in tight if "mean_kld" in entry[1].name] or tight  # a rounding is always near its bound
     if not tight:
         return None
     chosen_leg, check, _ = max(tight, key=lambda entry: entry[2])
@@ -226,7 +238,9 @@ def decisive(report: Report) -> tuple[Leg, Check] | None:
 def next_action(report: Report) -> str:
     """What to do now, in one sentence."""
     if report.verdict == "pass":
-        return "Publish the candidates with this report; `so8t gate` decides again from report.json without a model."
+        return (
+            "Publish the candidates together with report.html and report.json: every number is bound to their digests."
+        )
     found = decisive(report)
     if report.verdict == "fail":
         return (
@@ -241,8 +255,8 @@ def _is_share(check: Check) -> bool:
     """A share in 0..1: by its unit, or a top-1 figure without one."""
     if check.unit:
         return check.unit == "share"
-    named = "top1" in check.name or "share" in check.name
-    return named and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in (check.value, check.bound))
+    numbers = [x for x in (check.value, check.bound) if x is not None]
+    return check.name.endswith("top1") and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in numbers)
 
 
 def _decades(check: Check, value: float | int | str | None) -> float | None:
@@ -255,12 +269,14 @@ def _decades(check: Check, value: float | int | str | None) -> float | None:
         above, below = value, bound
     elif check.relation == ">=":
         full = 1.0 if _is_share(check) else 100.0 if check.unit == "%" else None
-        above, below = (bound, value) if full is None or bound >= full else (full - value, full - bound)
+        above, below = (bound, value) if full is None or bound > full else (full - value, full - bound)
     else:
         return None
     if above <= 0:
         return -math.inf if below >= above else None
-    return math.inf if below <= 0 else math.log10(above) - math.log10(below) if math.isfinite(above) else math.inf
+    if below <= 0:
+        return None  # no factor leads back to a bound of zero
+    return math.log10(above) - math.log10(below) if math.isfinite(above) else math.inf
 
 
 def _times(decades: float) -> str:

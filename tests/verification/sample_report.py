@@ -219,7 +219,7 @@ def _legs(kind: Kind) -> list[Leg]:
         ]),
         "contract": ("Contract", "checkpoint folder vs every GGUF", [
             check("contract.metadata", "Metadata equal to config.json", bad, relation="==", bound="100000",
-                  value="10000" if kind == "fail" else "100000", detail="llama.rope.freq_base" if kind == "fail" else ""),
+                  value="10000" if bad == "fail" else "100000", detail="llama.rope.freq_base"),
             check("contract.token_ids", "Token ids on plain and templated text", relation="==", value=0, bound=0,
                   unit="texts differ"),
             check("contract.stop_set", "Stop set", relation="==", value="2", bound="2"),

@@ -1,0 +1,362 @@
+"""Laws of the report: the page stands alone, nothing from outside is obeyed, the forms agree, the bytes are stable.
+
+Each law is followed by a proof that its check can fail (the same check on a broken report or page).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from rich.console import Console
+from sample_report import Kind, bare_report, check, sample_report
+
+from so8t_core.errors import InputError
+from verification.console import verdict_table
+from verification.junit import junit_xml
+from verification.report import load_report, to_html, to_json, to_markdown, write_report
+from verification.report_view import VERDICT_WORDS, decisive, margin, number, percent, steps, texts
+from verification.schema import Report
+
+KINDS: tuple[Kind, ...] = ("pass", "fail", "inconclusive", "incomplete")
+HOSTILE = "<script>alert(1)</script>\"'&</details>|`x` \x00\x07\x1b[31m\u202egpj.exe $x^{"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+class Page(HTMLParser):
+    """Tags, ids, references and visible text of a page."""
+
+    VOID = frozenset({"meta", "link", "br", "wbr"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.unbalanced: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+        else:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+    @property
+    def ids(self) -> list[str]:
+        return [attrs["id"] or "" for _, attrs in self.tags if "id" in attrs]
+
+
+def faults_of_page(html: str) -> list[str]:
+    """Why a page would not stand alone: scripts, handlers, loads, clashing or dangling ids, unbalanced tags."""
+    page = Page(html)
+    faults = [f"unbalanced </{tag}>" for tag in page.unbalanced] + [f"open <{tag}>" for tag in page.open]
+    for tag, attrs in page.tags:
+        if tag in ("script", "iframe", "object", "embed", "base", "form", "img"):
+            faults.append(f"<{tag}>")
+        for name, value in attrs.items():
+            if name.startswith("on"):
+                faults.append(f"handler {name}")
+            if name in ("src", "href", "xlink:href", "data", "srcset") and not (value or "").startswith(("#", "data:")):
+                faults.append(f"{name}={value}")
+    faults += [f"twice: {name}" for name in set(page.ids) if page.ids.count(name) > 1]
+    used = re.findall(r"url\(#([^)]+)\)", html) + re.findall(r'href="#([^"]+)"', html)
+    faults += [f"dangling: {name}" for name in set(used) - set(page.ids)]
+    faults += [f"loads {found}" for found in re.findall(r"@import|url\((?!#)[^)]*\)", html)]
+    return faults
+
+
+def hostile_report() -> Report:
+    report = sample_report("fail")
+    raw = json.loads(to_json(report).replace("Q8_0", json.dumps("Q8" + HOSTILE)[1:-1]))
+    raw["summary"] = raw["notes"][0] = raw["legs"][0]["checks"][0]["detail"] = raw["legs"][2]["compared"] = HOSTILE
+    raw["versions"] = {HOSTILE: HOSTILE}
+    raw["policy"] = {HOSTILE: [HOSTILE]}
+    raw["artefacts"][0]["path"] = f"runs/{HOSTILE}"
+    raw["training"]["curves"][0]["name"] = HOSTILE
+    raw["answers"]["samples"][0]["after"] = HOSTILE
+    return Report.model_validate(raw)
+
+
+@cache
+def page_of(kind: Kind) -> str:
+    return to_html(sample_report(kind))
+
+
+def said(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_page_stands_alone_and_says_verdict_and_every_failure(kind: Kind) -> None:
+    report = sample_report(kind)
+    html = page_of(kind)
+    assert faults_of_page(html) == []
+    text = said(Page(html).text)
+    assert VERDICT_WORDS[report.verdict] in text
+    assert report.summary in text
+    open_checks = [c for leg in report.legs for c in leg.checks if c.status != "pass"]
+    assert open_checks
+    section = said(Page(html[html.index("h-attention") : html.index("h-notes")]).text)
+    for c in open_checks:
+        assert c.title in section
+        assert texts(c)[0] in section or c.value is None
+        assert c.reason in section
+    assert html.count("<figure") == html.count("</figure>") >= 10
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "<script>1</script>",
+        '<img src="https://example.org/x.png">',
+        '<p onclick="x()">a</p>',
+        '<a href="http://example.org">a</a>',
+        '<i id="h-kld"></i>',
+        '<i style="clip-path:url(#nowhere)"></i>',
+        "<style>@import 'x'</style>",
+        "<div>",
+    ],
+)
+def test_the_page_check_can_fail(bad: str) -> None:
+    html = page_of("pass")
+    assert faults_of_page(html.replace("<main>", f"<main>{bad}", 1)) != []
+
+
+def test_hostile_text_is_shown_and_never_obeyed() -> None:
+    report = hostile_report()
+    html, markdown, junit = to_html(report), to_markdown(report), junit_xml(report)
+    assert faults_of_page(html) == []
+    assert "<script" not in html + markdown + junit
+    assert "<script>alert(1)</script>" in Page(html).text  # shown as text
+    for form in (html, markdown, junit):
+        assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\u202a-\u202e\u2066-\u2069]", form)
+        assert "[U+202E]" in form.replace("\\", "")  # Markdown escapes the brackets
+    rows = [line for line in markdown.splitlines() if "✓ pass" in line and line.startswith("|")]
+    assert rows
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 9 for row in rows)  # a | in a label adds no column
+    ET.fromstring(junit)
+    out = io.StringIO()
+    Console(file=out, width=80).print(verdict_table(report))
+    assert "\x1b" not in out.getvalue()
+    assert "\u202e" not in out.getvalue()
+
+
+def faults_of_junit(report: Report, text: str) -> list[str]:
+    """Differences between the document and the report's checks."""
+    root = ET.fromstring(text)
+    cases = [case for case in root.iter("testcase") if case.get("classname") != "so8t.verdict"]
+    checks = [(leg, c) for leg in report.legs for c in leg.checks]
+    if len(cases) != len(checks):
+        return [f"{len(cases)} cases, {len(checks)} checks"]
+    expected = {
+        "pass": None,
+        "fail": ("failure", "failure"),
+        "inconclusive": ("failure", "inconclusive"),
+        "waived": ("skipped", None),
+        "not evaluated": ("skipped", None),
+    }
+    faults = []
+    for case, (leg, c) in zip(cases, checks, strict=True):
+        node = next((child for child in case if child.tag in ("failure", "skipped")), None)
+        found = None if node is None else (node.tag, node.get("type"))
+        if found != expected[c.status] or case.get("classname") != f"so8t.{leg.name}":
+            faults.append(f"{c.name}: {c.status} -> {found}")
+        if node is not None and (
+            c.title not in (node.get("message") or "") or c.reason not in (node.get("message") or "")
+        ):
+            faults.append(f"{c.name}: message {node.get('message')}")
+    for holder in [root, *root]:
+        for key, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
+            if int(holder.get(key, "-1")) != len(list(holder.iter(tag))):
+                faults.append(f"{holder.get('name')}: {key} = {holder.get(key)}")
+    names = [(case.get("classname"), case.get("name")) for case in root.iter("testcase")]
+    return faults + ([] if len(names) == len(set(names)) else ["two cases of one name"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_junit_has_one_case_a_check_and_is_red_unless_passed(kind: Kind) -> None:
+    report = sample_report(kind)
+    text = junit_xml(report)
+    assert faults_of_junit(report, text) == []
+    assert (int(ET.fromstring(text).get("failures", "0")) == 0) == (kind == "pass")
+    assert faults_of_junit(report, text.replace('failures="', 'failures="1'))
+    assert faults_of_junit(sample_report("fail" if kind == "pass" else "pass"), text)
+
+
+@pytest.mark.parametrize("kind", ["fail", "incomplete"])
+def test_json_round_trips_bit_equal_and_bytes_are_deterministic(kind: Kind, tmp_path: Path) -> None:
+    report = sample_report(kind)
+    first, second = write_report(report, tmp_path / "a"), write_report(load_report(tmp_path / "a"), tmp_path / "b")
+    assert sorted(path.name for path in first.values()) == ["junit.xml", "report.html", "report.json", "report.md"]
+    for form, path in first.items():
+        assert path.read_bytes() == second[form].read_bytes(), form
+    assert load_report(first["json"]) == report
+    changed = report.model_copy(update={"summary": "x"})
+    assert to_html(changed) != page_of(kind)
+
+
+def test_non_finite_numbers_survive_strict_json(tmp_path: Path) -> None:
+    report = bare_report()
+    report.legs[0].checks[:] = [
+        check("a", "A", "fail", value=math.inf, bound=1.0),
+        check("b", "B", "fail", value=math.nan, bound=1.0),
+        check("c", "C", value=-math.inf, bound=1.0),
+    ]
+    paths = write_report(report, tmp_path)
+    json.loads(paths["json"].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    values = [c.value for c in load_report(paths["json"]).legs[0].checks]
+    assert values[0] == math.inf
+    assert isinstance(values[1], float)
+    assert math.isnan(values[1])
+    assert values[2] == -math.inf
+    assert "infinite" in Page(to_html(report)).text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "Run `so8t verify"),
+        (b'{"schema_version": "1.0", ', "is not JSON"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[1]", "no SO8T report"),
+        (b'{"schema_version": "2.0"}', "this version reads 1.x"),
+        (b'{"schema_version": "1.0", "legs": [3]}', "not a valid report"),
+    ],
+)
+def test_a_bad_report_file_is_one_clear_line(content: bytes | None, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(says)) as caught:
+        load_report(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_optional_sections_vanish_without_holes() -> None:
+    html = to_html(bare_report())
+    page = Page(html)
+    assert faults_of_page(html) == []
+    shown = {name for name in page.ids if name.startswith("h-")}
+    assert shown == {"h-ladder", "h-checks", "h-bound"}
+    assert not {"figure", "figcaption"} & {tag for tag, _ in page.tags}
+    for word in ("None", "Undefined", "nan"):
+        assert word not in page.text
+    whole = Page(page_of("fail")).ids
+    for name in ("attention", "notes", "kld", "tensors", "training", "answers", "guards"):
+        assert f"h-{name}" in whole  # the same look finds them where they are
+
+
+def test_forms_agree_on_verdict_and_headlines() -> None:
+    for kind in KINDS:
+        report = sample_report(kind)
+        out = io.StringIO()
+        Console(file=out, width=80, no_color=True).print(verdict_table(report))
+        terminal, markdown = out.getvalue(), to_markdown(report)
+        assert max(map(len, terminal.splitlines())) <= 80
+        assert "\x1b" not in terminal
+        assert VERDICT_WORDS[report.verdict] in terminal
+        assert markdown.startswith(f"## {VERDICT_WORDS[report.verdict]}\n")
+        html = said(Page(page_of(kind)).text)
+        for step in steps(report):
+            if step.headline and not step.as_count:
+                value = texts(step.headline)[0]
+                assert value in html
+                assert value in markdown
+                assert value in said(terminal)
+
+
+def test_the_first_broken_leg_decides_and_a_pass_shows_its_tightest_divergence() -> None:
+    names = {kind: decisive(sample_report(kind)) for kind in KINDS}
+    assert {kind: pair and (pair[0].name, pair[1].subject) for kind, pair in names.items()} == {
+        "pass": ("quality", "Q4_K_M"),
+        "fail": ("convert", "F16"),
+        "inconclusive": ("quality", "Q4_K_M"),
+        "incomplete": ("quantise", "Q8_0"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "relation", "bound", "unit", "words"),
+    [
+        (5e-6, "<=", 5e-5, "nats", "10x inside"),
+        (0.165, "<=", 5e-5, "nats", "3,300x outside"),
+        (0.9993, ">=", 0.995, "share", "7.1x inside"),
+        (99.93, ">=", 99.5, "%", "7.1x inside"),
+        (41.2, ">=", 1e-3, "", "41,200x inside"),
+        (0, "<=", 0, "", "exact"),
+        (1.0, ">=", 1.0, "share", "exact"),
+        (3.0, "<=", 3.0, "", "on the bound"),
+        (math.inf, "<=", 3.0, "", "outside without limit"),
+        (2, "<=", 0, "", None),
+        ("a", "==", "a", "", None),
+        (math.nan, "<=", 1.0, "", None),
+    ],
+)
+def test_margins_in_words(value: float, relation: str, bound: float, unit: str, words: str | None) -> None:
+    found = margin(check("x", "X", value=value, relation=relation, bound=bound, unit=unit))
+    assert (found.words if found else None) == words
+
+
+def test_numbers_for_people() -> None:
+    shown = [number(x) for x in (0.0, 5.4e-6, 0.0041, 0.056, 28.44, 12920.4, 3.2e9, 49152, -1e-5, math.nan)]
+    assert shown == ["0", "5.4e-6", "0.0041", "0.056", "28.4", "12,920", "3.2e9", "49,152", "-1e-5", "NaN"]
+    assert [percent(x) for x in (0.0, 1.0, 0.9993, 0.878, 0.99999, 0.5)] == [
+        "0 %", "100 %", "99.93 %", "87.8 %", "99.999 %", "50 %"
+    ]  # fmt: skip
+    value, bound = texts(check("x", "X", "fail", value=0.0200001, bound=0.02))
+    assert value != bound.removeprefix("<= ")  # rounding never makes a failure look equal to its bound
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on this machine")
+@pytest.mark.timeout(90)
+def test_a_real_browser_renders_the_page_without_sideways_scrolling(tmp_path: Path) -> None:
+    paths = write_report(sample_report("fail"), tmp_path)
+    probe = tmp_path / "probe.html"
+    # The policy forbids scripts in the page, so a frame of phone width around it does the measuring.
+    probe.write_text(
+        f'<iframe id=f src="{paths["html"].name}" style="width:390px;height:900px;border:0"></iframe><p id=out></p>'
+        "<script>f.onload=()=>{const d=f.contentDocument,e=d.documentElement;"
+        "out.textContent=[d.querySelector('h1').textContent,e.scrollWidth,d.querySelectorAll('figure svg').length,"
+        "d.querySelector('figure svg').getBoundingClientRect().width].join(';')}</script>"
+    )
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --allow-file-access-from-files --virtual-time-budget=4000 --dump-dom"
+    )
+    assert BROWSER is not None
+    done = subprocess.run(
+        [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", probe.as_uri()],
+        capture_output=True, text=True, timeout=80, check=False,
+    )  # fmt: skip
+    found = re.search(r'<p id="out">([^<]*)</p>', done.stdout)
+    assert found, done.stderr[-500:]
+    title, width, figures, drawn = found[1].split(";")
+    assert title == VERDICT_WORDS["fail"]
+    assert int(width) <= 390
+    assert int(figures) >= 10
+    assert float(drawn) > 250
