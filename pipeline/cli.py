@@ -250,13 +250,14 @@ def config_schema() -> None:
 def doctor() -> None:
     """Say what is installed and what is missing."""
     from rich.table import Table
+    from rich.text import Text
 
     from pipeline.doctor import examine
 
     table = Table("What", "Found", "Needed by", "To mend it", box=None, pad_edge=False)
     findings = examine()
     for finding in findings:
-        table.add_row(finding.name, finding.found, finding.needed_by, finding.mend)
+        table.add_row(*map(Text, (finding.name, finding.found, finding.needed_by, finding.mend)))
     Console(highlight=False).print(table)
     raise typer.Exit(1 if any(finding.mend for finding in findings) else 0)
 

@@ -59,7 +59,7 @@ def _converter() -> Finding:
     named = os.environ.get("SO8T_CONVERTER")
     home = Path(named) if named else cache_directory()
     if (home / SCRIPT).is_file() or home.name == SCRIPT:
-        return Finding("converter", str(home), "convert, verify")
+        return Finding("converter", f"$SO8T_CONVERTER: {home}" if named else "installed", "convert, verify")
     if named:
         return Finding("converter", f"not in {named}", "convert, verify", "unset SO8T_CONVERTER or name a checkout")
     if importlib.util.find_spec("pip") is None:

@@ -23,6 +23,7 @@ from verification.schema import (
 )
 
 Kind = Literal["pass", "fail", "inconclusive", "incomplete"]
+KINDS: tuple[Kind, ...] = ("pass", "fail", "inconclusive", "incomplete")
 LAYERS = 30
 SIZES = {"F16": 270_883_904, "Q8_0": 144_811_072, "Q4_K_M": 105_454_144}
 # label: mean KLD, top-1, PPL ratio, spread of log10 KLD
