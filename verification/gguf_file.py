@@ -9,6 +9,7 @@ Source: the GGUF specification (ggml, docs/gguf.md); block sizes and dequantisat
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from so8t_core.errors import InputError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_FLOAT_TYPES = {"F32", "F16", "BF16"}
+FLOAT_TYPES = {"F32", "F16", "BF16"}
 
 # llama.cpp's enum llama_ftype (include/llama.h): the number stored in general.file_type
 FILE_TYPES = {
@@ -72,11 +73,12 @@ class GGUFFile:
     @property
     def file_type(self) -> str:
         """Name of the file's type, e.g. "Q4_K_M"; "unknown" when the key is missing or new."""
-        return FILE_TYPES.get(self.metadata.get("general.file_type", -1), "unknown")
+        number = self.metadata.get("general.file_type")
+        return FILE_TYPES.get(number, "unknown") if isinstance(number, int) else "unknown"
 
     @property
     def is_float(self) -> bool:
-        return self.file_type in _FLOAT_TYPES
+        return self.file_type in FLOAT_TYPES
 
     def get(self, key: str) -> Any:
         """A value of this architecture: `key` without its "llama." prefix; None when absent."""
@@ -109,6 +111,8 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             inner, count = self.unpack("I"), self.unpack("Q")
+            if inner == _ARRAY:
+                raise InputError(f"{self.path}: {self.inside} is an array of arrays, which llama.cpp does not read")
             if inner in _SCALARS:
                 size = struct.calcsize("<" + _SCALARS[inner])
                 return list(struct.unpack(f"<{count}{_SCALARS[inner]}", self.take(size * count)))
@@ -150,12 +154,19 @@ def read_gguf(path: str | Path) -> GGUFFile:
             raise InputError(f"{path}: {cursor.inside} occurs twice; the file is damaged")
         metadata[key] = cursor.value(cursor.unpack("I"))
     infos = list(_tensor_infos(cursor, n_tensors))
-    alignment = int(metadata.get("general.alignment", 32))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise InputError(f"{path}: general.alignment is {alignment!r}, not a positive number; the file is damaged")
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise InputError(
+            f"{path} is one part of a file split into {metadata['split.count']}; join them first: "
+            "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
+        )
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     for name, dims, kind, offset in infos:
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        count = int(np.prod(dims, dtype=np.int64))
+        count = math.prod(dims)  # Python's integers: a damaged size must not wrap around
         if dims and dims[0] % block:
             raise InputError(f"{path}: tensor {name} has rows of {dims[0]}, not a multiple of {kind.name}'s {block}")
         begin, length = start + offset, count // block * block_bytes

@@ -15,10 +15,23 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from so8t_core.errors import InputError
+from verification.gguf_file import FLOAT_TYPES
 from verification.schema import Check, Leg, LegName, Report, Status, Verdict
 
 DEFAULT_POLICY = Path(__file__).with_name("default_policy.yaml")
 _BAD_FIRST: tuple[Status, ...] = ("fail", "not evaluated", "inconclusive")
+# what a report must hold of everything it names as an input: a report that lacks one of them was cut, it did not pass
+_OF_EVERY_FILE = (
+    "contract.token_ids", "contract.added_specials", "contract.chat_template", "contract.stop_set",
+    "contract.special_ids", "contract.metadata", "contract.oracle_metadata", "contract.fallback_types",
+    "contract.inventory", "contract.finite_weights",
+)  # fmt: skip
+_OF_FLOAT_FILES = ("convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite")
+_OF_QUANTS = ("quantise.tensors_differ", "quality.mean_kld", "quality.top1", "quality.non_finite")
+_OF_ADAPTERS = (
+    "bake.max_abs_logit", "bake.top1_disagreements", "dtype.rounding", "dtype.non_finite",
+    "controls.differs_from_base", "controls.transposed",
+)  # fmt: skip
 _UPPER_END = {"quality.mean_kld"}  # decided on the interval's far end: quantisation noise is large, samples are few
 
 LEG_TITLES: dict[LegName, str] = {
@@ -75,7 +88,7 @@ class ControlBounds(_Section):
 class Waiver(_Section):
     check: str = Field(min_length=1)
     subject: str | None = None  # a candidate's label; None = every candidate
-    reason: str = Field(min_length=1)
+    reason: str = Field(min_length=1, pattern=r"\S")  # spaces alone are no reason
 
 
 class Policy(_Section):
@@ -92,7 +105,9 @@ class Policy(_Section):
     waivers: list[Waiver] = Field(default_factory=list)
 
     def bound(self, check: Check) -> tuple[str, float | int | str] | None:
-        """Relation and bound for a check, or None when the check carries its own (equalities of the contract)."""
+        """Relation and bound for a check, or None when the check carries its own (`convert.reference_entropy`)."""
+        if check.name.startswith("contract.") or check.name.endswith(".non_finite"):
+            return "<=", 0  # a count of disagreements; what a stored report says its bound was does not matter
         quality = self.quality.get(check.subject.split(" ")[0])  # "Q8_0 (name.gguf)" is a Q8_0
         table: dict[str, tuple[str, float | int | str]] = {
             "bake.max_abs_logit": ("<=", self.bake.max_abs_logit),
@@ -163,8 +178,7 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
             where = ".".join(str(part) for part in first["loc"])
             raise InputError(f"this is not an SO8T report: `{where}`: {first['msg']}") from None
     policy = policy or make_policy(report.policy, source="the report's policy")
-    measured = [leg for leg in report.legs if [check.name for check in leg.checks] != [f"{leg.name}.evaluated"]]
-    legs = [_decide_leg(leg, policy) for leg in measured]
+    legs = [_decide_leg(leg, policy) for leg in _with_gaps(report)]
     present = {leg.name for leg in legs}
     legs += [_missing(name) for name in policy.required if name not in present]
     verdict = _verdict(legs)
@@ -176,6 +190,50 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
             "policy": policy.model_dump(mode="json"),
         }
     )
+
+
+def _with_gaps(report: Report) -> list[Leg]:
+    """The measured legs, each with one check more where something that its inputs call for is not in the report."""
+    made_here = {f"{name}.{word}" for name in LEG_TITLES for word in ("evaluated", "complete")}
+    found = {leg.name: [check for check in leg.checks if check.name not in made_here] for leg in report.legs}
+    present = {(check.name, check.subject) for checks in found.values() for check in checks}
+    gaps: dict[LegName, list[str]] = {}
+    for name, subject in _called_for(report):
+        if (name, subject) not in present:
+            gaps.setdefault(_leg_of(name), []).append(f"{name} of {subject}" if subject else name)
+    for leg, names in gaps.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        found.setdefault(leg, []).append(
+            Check(
+                name=f"{leg}.complete",
+                title="All of the leg's checks are there",
+                status="not evaluated",
+                detail=f"the report has no {names[0]}{more}",
+            )
+        )
+    compared = {leg.name: leg.compared for leg in report.legs}
+    return [
+        Leg(name=leg, title=LEG_TITLES[leg], compared=compared.get(leg, ""), status="not evaluated", checks=found[leg])
+        for leg in LEG_TITLES
+        if found.get(leg)
+    ]
+
+
+def _called_for(report: Report) -> list[tuple[str, str]]:
+    """(check, subject) of everything that the report's inputs have to be held against."""
+    wanted: list[tuple[str, str]] = []
+    for artefact in report.artefacts:
+        if artefact.role == "candidate":
+            is_float = artefact.label.split(" ")[0] in FLOAT_TYPES
+            names = (*_OF_EVERY_FILE, *(_OF_FLOAT_FILES if is_float else _OF_QUANTS))
+            wanted += [(name, artefact.label) for name in names]
+        elif artefact.role == "adapter":
+            wanted += [(name, "") for name in _OF_ADAPTERS]
+    return wanted
+
+
+def _leg_of(check: str) -> LegName:
+    return next(name for name in LEG_TITLES if check.startswith(f"{name}."))
 
 
 def _missing(name: LegName) -> Leg:
@@ -209,7 +267,7 @@ def _decide_check(check: Check, policy: Policy) -> Check:
         )
     elif (known := policy.bound(check)) is not None:
         check = check.model_copy(update={"relation": known[0], "bound": known[1]})
-    elif check.name.startswith("quality.") and check.name != "quality.non_finite":
+    elif check.name in ("quality.mean_kld", "quality.top1"):
         check = check.model_copy(
             update={"relation": None, "bound": None, "detail": f"the policy has no quality bound for {check.subject}"}
         )
@@ -229,8 +287,8 @@ def _evaluate(check: Check) -> Status:
     value, bound = check.value, check.bound
     if value is None or bound is None:
         return "not evaluated"
-    if check.relation is None:
-        return "pass"  # an accepted listing, see allow_fallback_types
+    if check.relation is None:  # an accepted listing, see allow_fallback_types; nothing else may come without one
+        return "pass" if check.name == "contract.fallback_types" else "not evaluated"
     if not _holds(value, check.relation, bound):
         return "fail"
     if check.name in _UPPER_END and check.interval is not None and not _holds(check.interval[1], check.relation, bound):

@@ -72,3 +72,31 @@ def test_rows_of_a_multiple_of_256_need_no_fallback(family: Family) -> None:
 def test_the_fault_injector_alone_changes_nothing(family: Family, tmp_path: Path) -> None:
     copy = read_gguf(rewrite(family.files["F16"], tmp_path / "copy.gguf"))
     assert copy.metadata == read_gguf(family.files["F16"]).metadata
+
+
+def header(*entries: bytes, tensors: bytes = b"", n_tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, len(entries)) + b"".join(entries) + tensors + bytes(64)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def test_damaged_headers_are_refused_not_crashed_on(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    number = struct.pack("<I", 4)
+    for entry, message in (
+        (text("general.alignment") + number + struct.pack("<I", 0), "alignment is 0"),
+        (text("general.alignment") + struct.pack("<I", 8) + text("x"), "alignment is 'x'"),
+        (text("a") + struct.pack("<IIQ", 9, 9, 1) * 5000, "array of arrays"),
+        (text("split.count") + struct.pack("<IH", 2, 3), "one part of a file split into 3"),
+    ):
+        path.write_bytes(header(entry))
+        with pytest.raises(InputError, match=message):
+            read_gguf(path)
+    size = text("t") + struct.pack("<IQQIQ", 2, 1 << 32, 1 << 32, 0, 0)  # 2^64 elements: zero in 64 bits
+    path.write_bytes(header(tensors=size, n_tensors=1))
+    with pytest.raises(InputError, match="truncated"):
+        read_gguf(path)
+    path.write_bytes(header(text("general.file_type") + struct.pack("<IIQI", 9, 4, 1, 7)))
+    assert read_gguf(path).file_type == "unknown"

@@ -10,7 +10,7 @@ from so8t_core.errors import InputError
 from verification import Report, decide, load_policy
 from verification.checks import plain_check, zero_check
 from verification.policy import LEG_TITLES, make_policy
-from verification.schema import Check, Leg
+from verification.schema import Artefact, Check, Leg
 
 
 def report(*checks: Check) -> Report:
@@ -159,3 +159,50 @@ def test_a_loosened_bake_leg_must_still_refuse_the_wrong_bake() -> None:
     control = plain_check("controls.transposed", "R transposed", 0.5)
     assert verdict(*healthy(), control) == "pass"
     assert verdict(*healthy(), control, bake={"max_abs_logit": 1.0}) == "fail"
+
+
+def test_a_reason_of_spaces_is_no_reason() -> None:
+    with pytest.raises(InputError, match="reason"):
+        make_policy({"waivers": [{"check": "convert.mean_kld", "reason": "  "}]})
+
+
+@pytest.mark.parametrize("change", [{"relation": None}, {"bound": 9}, {"relation": ">="}])
+@pytest.mark.parametrize("name", ["contract.metadata", "quality.non_finite"])
+def test_an_equality_keeps_its_bound_whatever_a_stored_report_says(name: str, change: dict) -> None:
+    check = zero_check(name, "X", 1, subject="Q8_0").model_copy(update=change)
+    assert verdict(*healthy(), check) == "fail"
+
+
+def test_a_check_without_relation_does_not_pass() -> None:
+    check = zero_check("convert.reference_entropy", "X", 1, subject="F16").model_copy(update={"relation": None})
+    assert verdict(*healthy(), check) == "incomplete"
+
+
+def test_a_report_that_lacks_a_check_of_its_candidate_is_incomplete() -> None:
+    """A leg outside `required` cannot vanish: what was given as an input has to be held against everything."""
+    whole = report(
+        *[zero_check(f"contract.{name}", "X", 0, subject="Q8_0") for name in OF_A_FILE],
+        plain_check("convert.mean_kld", "KLD", 5e-6, subject="F16 (oracle)"),
+        plain_check("quantise.tensors_differ", "X", 0, subject="Q8_0"),
+        plain_check("quality.mean_kld", "KLD", 0.01, subject="Q8_0"),
+        plain_check("quality.top1", "Top", 0.99, subject="Q8_0"),
+        zero_check("quality.non_finite", "X", 0, subject="Q8_0"),
+    )
+    given = Artefact(role="candidate", path="m.gguf", sha256="0", bytes=1, label="Q8_0")
+    whole = whole.model_copy(update={"artefacts": [given]})
+    assert decide(whole, make_policy({})).verdict == "pass"
+    for leg in whole.legs:
+        for check in leg.checks:
+            if check.subject != "Q8_0":
+                continue
+            rest = [o.model_copy(update={"checks": [c for c in o.checks if c is not check]}) for o in whole.legs]
+            cut = decide(whole.model_copy(update={"legs": [o for o in rest if o.checks]}), make_policy({}))
+            assert cut.verdict == "incomplete", check.name
+            assert check.name in cut.summary
+            assert decide(cut) == cut
+
+
+OF_A_FILE = (
+    "token_ids", "added_specials", "chat_template", "stop_set", "special_ids", "metadata", "oracle_metadata",
+    "fallback_types", "inventory", "finite_weights",
+)  # fmt: skip
