@@ -115,7 +115,8 @@ def _logits_of_transposed(base: Path, adapter: Path, chunks: Sequence[Ids]) -> l
 
 
 def _largest(ours: list[Array], theirs: list[Array]) -> float:
-    return max(float(np.max(np.abs(a - b))) for a, b in zip(ours, theirs, strict=True))
+    """NaN when any logit is: the built-in max would drop a NaN that does not come first."""
+    return float(np.max([np.max(np.abs(a - b)) for a, b in zip(ours, theirs, strict=True)]))
 
 
 def _flips(reference: list[Array], other: list[Array], margin: float) -> int:
@@ -132,7 +133,10 @@ def _flips(reference: list[Array], other: list[Array], margin: float) -> int:
 
 
 def saved_rounding(baked: Any, saved: Checkpoint) -> tuple[float, str]:
-    """Worst weight of the saved checkpoint in roundings of its type, and its tensor; a missing tensor is infinite."""
+    """Worst weight of the saved checkpoint in roundings of its type, and its tensor.
+
+    Infinite for a missing tensor, another shape, a NaN or Inf, or a type that is not float32, float16 or bfloat16.
+    """
     state = baked.state_dict()
     tied = {"lm_head.weight"} if getattr(baked.config, "tie_word_embeddings", False) else set()
     worst, where = 0.0, ""
@@ -142,6 +146,10 @@ def saved_rounding(baked: Any, saved: Checkpoint) -> tuple[float, str]:
                 continue
             return float("inf"), f"{name} is not in the saved checkpoint"
         value = saved.tensor(name)
+        if value.dtype not in _UNIT or value.shape != w.shape:
+            return float("inf"), f"{name} is {list(value.shape)} in {value.dtype}, the bake gives {list(w.shape)}"
+        if not bool(torch.isfinite(value).all()):
+            return float("inf"), f"{name} holds NaN or Inf"
         allowed = _UNIT[value.dtype] * w.abs().float() + max(_SMALLEST[value.dtype], 1e-45)
         ratio = float(((value.float() - w.float()).abs() / allowed).max())
         if not ratio <= worst:

@@ -6,6 +6,8 @@ the same way equals it byte for byte, so whatever differs is explained by name o
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,10 @@ def weight_checks(candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint
 
 
 def _rounding(results: list[Comparison], label: str) -> Check:
+    """Worst rounding; infinite where a tensor has neither roundings (a quantised type) nor the oracle's bytes."""
+    results = [
+        dataclasses.replace(r, roundings=math.inf) if r.roundings is None and not r.bytes_equal else r for r in results
+    ]
     measured = [result for result in results if result.roundings is not None]
     by_oracle = sum(result.roundings is None and bool(result.bytes_equal) for result in results)
     worst = max(measured, key=lambda r: r.roundings or 0.0, default=None)

@@ -72,12 +72,23 @@ class Checkpoint(Mapping[str, Array]):
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory, with a nested text model's keys laid on top."""
-    path = directory / "config.json"
+    value = read_json(directory / "config.json")
+    return {**value, **(value.get("text_config") or {})}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint.
+
+    Raises:
+        InputError: missing, not UTF-8, not JSON, or no object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    return {**value, **value.get("text_config", {})}
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ them. U+3000 stands inside a text, never at its ends: both sides strip those dif
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from verification.gguf_file import GGUFFile
 from verification.llama_engine import LlamaModel
+from verification.tensors import read_json
 
 Finding = tuple[int, str]
 
@@ -134,7 +134,7 @@ def stop_set(directory: Path, tokenizer: Any, model: LlamaModel) -> Finding:
     wanted: set[int] = set()
     path = directory / "generation_config.json"
     if path.is_file():
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        value = read_json(path).get("eos_token_id")
         wanted |= set(value if isinstance(value, list) else [] if value is None else [value])
     if tokenizer.eos_token_id is not None:
         wanted.add(int(tokenizer.eos_token_id))
@@ -197,8 +197,15 @@ def differs_from_oracle(file: GGUFFile, oracle: GGUFFile) -> Finding:
     keys = [k for k in file.metadata.keys() | oracle.metadata.keys() if not k.startswith(_DESCRIPTIVE)]
     keys.append("general.architecture")
     wrong = sorted(key for key in keys if file.metadata.get(key) != oracle.metadata.get(key))
-    shown = [f"{key}: {_short(oracle.metadata.get(key))} became {_short(file.metadata.get(key))}" for key in wrong[:3]]
-    return len(wrong), "; ".join(shown)
+    return len(wrong), "; ".join(_change(key, oracle.metadata.get(key), file.metadata.get(key)) for key in wrong[:3])
+
+
+def _change(key: str, wanted: Any, found: Any) -> str:
+    """One key's difference; of two lists of the same length the first item that differs."""
+    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b), 0)
+        return f"{key}[{at}]: {_short(wanted[at])} became {_short(found[at])}"
+    return f"{key}: {_short(wanted)} became {_short(found)}"
 
 
 def _short(value: Any) -> str:

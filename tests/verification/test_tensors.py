@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from verification_models import Family, rewrite
 
 from so8t_core.errors import InputError
 from verification.gguf_file import read_gguf
+from verification.legs_bake import _largest, saved_rounding
 from verification.legs_file import Candidate, weight_checks
+from verification.logits import load_hf
 from verification.tensors import Checkpoint, _halves_to_pairs, inventory
 
 
@@ -140,3 +143,34 @@ def test_saving_a_stale_checkpoint_is_seen(family: Family, tmp_path: Path) -> No
         float("inf"),
         "model.layers.1.mlp.up_proj.weight is not in the saved checkpoint",
     )
+
+
+def test_a_quantised_tensor_inside_a_float_file_fails_the_rounding(family: Family) -> None:
+    """One small tensor in Q8_0 moves the logits less than the bound of a whole file: only its type gives it away."""
+    whole, quant = read_gguf(family.files["F16"]), read_gguf(family.files["Q8_0"])
+    name = "blk.0.attn_v.weight"
+    mixed = replace(whole, tensors={**whole.tensors, name: quant.tensors[name]})
+    checkpoint = Checkpoint(family.reference)
+    for file, held in ((whole, True), (mixed, False)):
+        (check,) = weight_checks(Candidate("F16", file), whole, checkpoint).convert
+        assert (check.value <= 1) == held
+    assert name in check.detail
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_saved_nan_is_not_hidden_by_the_tensors_after_it(family: Family, tmp_path: Path, bad: float) -> None:
+    folder = Path(shutil.copytree(family.reference, tmp_path / "ref"))
+    model = load_hf(folder)
+    (path,) = folder.glob("*.safetensors")
+    saved = load_file(path)
+    assert saved_rounding(model, Checkpoint(folder))[0] == 0
+    saved["model.embed_tokens.weight"][40000, 3] = bad
+    save_file(saved, path, metadata={"format": "pt"})
+    value, where = saved_rounding(model, Checkpoint(folder))
+    assert value == float("inf")
+    assert "embed_tokens" in where
+
+
+def test_the_largest_difference_is_nan_wherever_the_nan_stands() -> None:
+    clean, dirty = np.zeros((2, 3), dtype=np.float32), np.full((2, 3), np.nan, dtype=np.float32)
+    assert np.isnan(_largest([clean, dirty], [clean, clean]))
