@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
+from so8t_core.exponential import BLOCK
 from so8t_core.gate import RotationGate, rotate_weight
-from so8t_core.rotation import BLOCK
 from so8t_core.rounding import round_once
 
 PREFIX = "lora_"  # see SO8TLinear.adapter_layer_names and transformers.load_adapter

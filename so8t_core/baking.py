@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from so8t_core.adapter import SO8TLinear
 from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
+from so8t_core.exponential import BLOCK, PARAMETERS
 from so8t_core.files import atomic_dir
 from so8t_core.gate import rotate_weight
-from so8t_core.rotation import BLOCK, PARAMETERS
 from so8t_core.rounding import round_once
 from so8t_core.safetensors_stream import SAFETENSORS_DTYPES, StreamWriter
 from so8t_core.store import KEY_PREFIX, fold_layers, read_adapter
@@ -78,7 +78,7 @@ def _folded(name: str, layer: Any) -> nn.Module:
             f"cannot bake into {name}, a {type(inner).__name__}: only plain linear layers hold unquantised weights. "
             "Use bake_checkpoint(base_dir, adapter_dir, out_dir) on the original checkpoint"
         )
-    inner.weight.data = _round_named(name, fold.apply(inner.weight.data), inner.weight.dtype)
+    inner.weight.data = _fold_named(name, fold, inner.weight.data, inner.weight.dtype)
     return inner
 
 
@@ -245,7 +245,7 @@ def _bake_shard(shard: Path, out: Path, folds: dict[str, Fold], dtype: torch.dty
             tensor = file.get_tensor(name)
             wanted = SAFETENSORS_DTYPES[target]
             if name in folds:
-                tensor = _round_named(name, folds[name].apply(tensor), wanted)
+                tensor = _fold_named(name, folds[name], tensor, wanted)
             elif tensor.dtype != wanted:
                 tensor = _round_named(name, tensor.double(), wanted)
             yield name, writer.write(name, tensor)
@@ -257,6 +257,14 @@ def _target_dtype(stored: str, dtype: torch.dtype | None) -> str:
 
 def _name_of(dtype: torch.dtype) -> str | None:
     return next((name for name, torch_dtype in SAFETENSORS_DTYPES.items() if torch_dtype == dtype), None)
+
+
+def _fold_named(name: str, fold: Fold, W_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    try:
+        folded = fold.apply(W_OI)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return _round_named(name, folded, dtype)
 
 
 def _round_named(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:

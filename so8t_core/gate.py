@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from so8t_core.rotation import BLOCK, PARAMETERS, exp_so8, rotate_blocks
+from so8t_core.errors import InputError
+from so8t_core.exponential import BLOCK, PARAMETERS
+from so8t_core.rotation import exp_so8, rotate_blocks
 
 
 class RotationGate(nn.Module):
@@ -29,20 +31,31 @@ class RotationGate(nn.Module):
             raise ValueError(
                 f"{layer}: {features} input features are not a positive multiple of {BLOCK}; leave it out of `layers`"
             )
+        self.layer = layer
         theta = torch.zeros(features // BLOCK, PARAMETERS, dtype=torch.float32)
         self.theta = nn.Parameter(theta.normal_(std=init_scale) if init_scale else theta)
         self._cache: tuple[Any, Tensor] | None = None  # (what theta was, its R)
 
     def rotation(self) -> Tensor:
-        """R (n, 8, 8), float32; with a graph when theta is being trained."""
+        """R (n, 8, 8), float32; with a graph when theta is being trained.
+
+        Raises:
+            InputError: theta holds a NaN, an Inf or an absurd angle (the message names the layer).
+        """
         if torch.is_grad_enabled() and self.theta.requires_grad:
             self._cache = None  # training: an optimiser may write theta without raising its version
-            return exp_so8(self.theta)
+            return self._exp(self.theta)
         if self._cache is None or not self._is_current(self._cache[0]):
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve a later backward
                 theta = self.theta.detach().clone()
-                self._cache = (theta if theta.device.type == "cpu" else self._stamp(), exp_so8(theta))
+                self._cache = (theta if theta.device.type == "cpu" else self._stamp(), self._exp(theta))
         return self._cache[1]
+
+    def _exp(self, theta: Tensor) -> Tensor:
+        try:
+            return exp_so8(theta)
+        except InputError as error:
+            raise InputError(f"{self.layer}: {error}") from None
 
     def _is_current(self, known: Any) -> bool:
         """On the CPU theta's values decide (even `theta.data` edits count); elsewhere its version, to avoid a sync."""

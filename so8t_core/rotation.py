@@ -5,8 +5,7 @@ of `torch.triu_indices(8, 8, 1)`: A[i, j] = +theta, A[j, i] = -theta. R = exp(A)
 theta = 0 gives exactly the identity. A rotation of R^8 turns up to four orthogonal planes; its angles are the
 imaginary parts of A's eigenvalues.
 Shapes: theta (..., 28), A and R (..., 8, 8), x (..., D) with D = 8 n.
-Source: Moler and Van Loan, Nineteen dubious ways to compute the exponential of a matrix (2003), for exp; the real
-Schur form of a normal matrix (Golub and Van Loan, section 7.4) for log.
+Source: `exponential` for exp; the real Schur form of a normal matrix (Golub and Van Loan, section 7.4) for log.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import torch
 from scipy.linalg import schur
 from torch import Tensor
 
-BLOCK = 8
-PARAMETERS = BLOCK * (BLOCK - 1) // 2  # 28
+from so8t_core.exponential import BLOCK, PARAMETERS, Exponential, squarings_for
 
 
 def skew(theta: Tensor) -> Tensor:
@@ -35,13 +33,20 @@ def skew(theta: Tensor) -> Tensor:
 
 
 def exp_so8(theta: Tensor) -> Tensor:
-    """theta (..., 28), radians -> R = exp(A) (..., 8, 8), same dtype; differentiable.
+    """theta (..., 28), radians -> R = exp(A) (..., 8, 8), same dtype; differentiable once.
+
+    float32 and float64 are computed in float64: a float32 R is the correctly rounded one but for one unit in the last
+    place, at any angle. Coarser dtypes go through float32.
 
     Raises:
-        ValueError: wrong shape.
+        ValueError: the last dimension is not 28.
     """
+    if theta.shape[-1:] != (PARAMETERS,):
+        raise ValueError(f"theta must have shape (..., {PARAMETERS}), got {tuple(theta.shape)}")
+    exact = theta if theta.dtype == torch.float64 else theta.float()
     with torch.autocast(theta.device.type, enabled=False):  # mixed precision would round the products to bfloat16
-        return torch.matrix_exp(skew(theta))
+        R: Tensor = Exponential.apply(exact.reshape(-1, PARAMETERS), squarings_for(exact))  # type: ignore[no-untyped-call]
+    return R.reshape(*theta.shape[:-1], BLOCK, BLOCK).to(theta.dtype)
 
 
 def log_so8(R: Tensor) -> Tensor:

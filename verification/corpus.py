@@ -63,7 +63,7 @@ def read_corpus(
         names = ", ".join(str(path) for path in paths)
         raise InputError(
             f"corpus {names} holds {found} whole chunks of {n_ctx} tokens, but {chunks} ({n_ctx * chunks} tokens) are "
-            f"wanted. Give more text or at most {found} chunks."
+            "wanted. Give more text" + (f", or ask for at most {found}." if found else ".")
         )
     turns = zip_longest(*cuts)  # one chunk of each file in turn, so that every file is scored
     cut = np.stack([chunk for turn in turns for chunk in turn if chunk is not None][:chunks])  # (chunks, n_ctx)

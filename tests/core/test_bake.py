@@ -117,7 +117,7 @@ def test_a_model_without_or_with_a_merged_or_broken_adapter_is_not_baked():
         bake(model)
     model.unmerge_adapter()
     gates(model)["model.layers.0.self_attn.o_proj"].theta.data[0, 0] = torch.nan
-    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.o_proj has a NaN or Inf"):
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.o_proj: theta has a NaN or Inf"):
         bake(model)
 
 

@@ -117,3 +117,10 @@ def test_a_width_that_is_no_multiple_of_8_is_refused_by_the_layers_name(features
         ValueError, match=f"layers.5.o_proj: {features} input features are not a positive multiple of 8"
     ):
         RotationGate(features, layer="layers.5.o_proj")
+
+
+def test_theta_that_is_no_number_names_the_layer():
+    gate = RotationGate(16, layer="model.layers.3.self_attn.o_proj")
+    gate.theta.data[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.self_attn\.o_proj: theta has a NaN or Inf"):
+        gate(torch.zeros(1, 16))

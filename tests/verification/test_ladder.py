@@ -107,7 +107,7 @@ def test_bad_inputs_are_named(family: Family, tmp_path: Path) -> None:
         one_file(family, family.files["F16"], adapter=family.adapter)
     (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text"\n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"chunks of 128 need"):
+    with pytest.raises(InputError, match=r"holds 0 whole chunks of 128 tokens, but 3 \(384 tokens\) are wanted"):
         one_file(family, family.files["F16"], corpus=tmp_path / "short.txt")
     with pytest.raises(InputError, match=r"line 2 is not JSON"):
         one_file(family, family.files["F16"], corpus=tmp_path / "x.jsonl")
