@@ -22,7 +22,7 @@ from pipeline.config import DEMO_MODEL, RunConfig
 from pipeline.manifest import StepRecord, load_manifest, locked, save_manifest, versions
 from pipeline.progress import Reporter, StageProgress
 from so8t_core.errors import InputError
-from so8t_core.files import atomic_dir, sha256_path, write_text
+from so8t_core.files import atomic_dir, sha256_path, sweep, write_text
 from verification.schema import AnswerRecord, Report, TrainingRecord
 
 STEPS = ("base", "data", "train", "bake", "convert", "answers", "verify")
@@ -67,6 +67,8 @@ class Run:
         last = STEPS.index(until) if until else len(STEPS) - 1
         again = set(force) | (set(STEPS[STEPS.index(first) :]) if first else set())
         with locked(self.dir):
+            for folder in (self.dir, self.work, self.work / "oracle"):
+                sweep(folder)
             resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             write_text(self.dir / "config.resolved.yaml", resolved)
             if self.config.threads:

@@ -142,6 +142,15 @@ def _swap(new: Path, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def sweep(directory: Path) -> None:
+    """Remove what a killed process left under temporary names in `directory`; only for its sole user (see `locked`)."""
+    for leftover in (*directory.glob(".*.tmp"), *directory.glob(".*.old")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_file(path) as temporary:

@@ -13,7 +13,7 @@ import torch
 from core_models import tiny_llama
 
 from so8t_core import InputError, SO8TConfig, attach, save_adapter
-from so8t_core.files import atomic_dir, atomic_file, sha256_file, sha256_path, size_of, write_text
+from so8t_core.files import atomic_dir, atomic_file, sha256_file, sha256_path, size_of, sweep, write_text
 
 
 class Stop(Exception):
@@ -148,3 +148,14 @@ def test_digests_see_names_and_bytes(tmp_path):
     for function in (sha256_path, sha256_file, size_of):
         with pytest.raises(FileNotFoundError):
             function(tmp_path / "absent")
+
+
+def test_sweep_removes_what_a_killed_process_left_and_nothing_else(tmp_path):
+    (tmp_path / ".baked.x1.tmp").mkdir()
+    (tmp_path / ".baked.x1.tmp" / "half").write_text("half")
+    (tmp_path / ".manifest.json.y2.tmp").write_text("{")
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / "kept.tmp").write_text("mine")
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "kept.tmp"]
+    sweep(tmp_path / "absent")
