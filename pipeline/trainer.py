@@ -79,18 +79,29 @@ class SO8TTrainer(Trainer):
     def __init__(self, *, settings: TrainConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.settings = settings
-        self.extra: dict[str, float] = {}  # last values of the extra terms, for the curves
+        self.extra: dict[
+            str, float
+        ] = {}  # the step's task loss and last extra terms, for the curves; `Watch` empties it
         pet = settings.pet
         self._states = HiddenStates(self.model, pet.layers) if pet else None
         self._schedule = PETSchedule(pet.warmup, pet.main, pet.anneal) if pet else None
-        # The task loss must see all labels of the accumulated batch; the extra terms are means per micro-batch.
-        self.model_accepts_loss_kwargs = False
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        self.extra["task"] = loss.detach().item()
+        """The task is a mean over all labels of the accumulated batch, the extra terms are means per micro-batch.
+
+        Where the model divides by `num_items_in_batch` itself, the Trainer adds micro-batches up undivided.
+        """
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        steps = self.current_gradient_accumulation_steps
+        divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        self.extra["task"] = self.extra.get("task", 0.0) + loss.detach().item() / (1 if divided else steps)
+        share = 1 / steps if divided else 1.0
         if not torch.isfinite(loss):
             raise InputError(
                 f"the loss became {loss.item()} at step {self.state.global_step}; "
@@ -106,10 +117,10 @@ class SO8TTrainer(Trainer):
                 for h in states
             ]
             penalty = torch.stack(terms).mean()
-            loss = loss + weight * penalty
+            loss = loss + share * weight * penalty
             self.extra |= {"lambda": weight, "pet": penalty.detach().item()}
         if self.settings.orthogonality_weight > 0:
-            loss = loss + self.settings.orthogonality_weight * orthogonality_loss(model)
+            loss = loss + share * self.settings.orthogonality_weight * orthogonality_loss(model)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -166,6 +177,7 @@ class Watch(TrainerCallback):
         if step % self.every == 0 and step < args.max_steps:
             self.add("heldout_loss", step, self.heldout())
         self.advance(1, info=f"loss {extra['task']:.3f}")
+        self.trainer.extra = {}
         return control
 
 

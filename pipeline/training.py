@@ -6,6 +6,7 @@ The loss counts the assistant's turn only, its end-of-turn token included. The r
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,16 +26,17 @@ from pipeline.tokenizer import load_tokenizer
 from pipeline.trainer import SaveCurves, SO8TTrainer, Watch, last_complete_checkpoint, restore_curves
 from so8t_core import SO8TConfig, gates, plane_angles, save_adapter, trainable_counts
 from so8t_core.errors import InputError
-from so8t_core.files import write_text
+from so8t_core.files import atomic_dir, sha256_path, write_text
 from verification.schema import Curve, TrainingRecord
 
+RECORD_NAME = "training.json"
 UNITS = {"max_angle": "rad", "mean_angle": "rad", "loss": "nats", "heldout_loss": "nats"}
 
 
 def train(
     config: RunConfig, base_dir: Path, data_dir: Path, out_dir: Path, work_dir: Path, report: Reporter
 ) -> TrainingRecord:
-    """Train and write the adapter to `out_dir`; checkpoints live in `work_dir` and are used to resume.
+    """Train and write the adapter to `out_dir`; checkpoints live in `work_dir` and are used to resume the same run.
 
     Raises:
         InputError: nothing to train on, a target or layer that does not exist, a loss that is not finite.
@@ -44,13 +46,19 @@ def train(
     rows = EncodedRows(data_dir / "train.jsonl", tokenizer)
     heldout = EncodedRows(data_dir / "heldout.jsonl", tokenizer, limit=settings.heldout_rows)
     collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    _forget_other_runs(work_dir, config, base_dir, data_dir)
     started = time.monotonic()
 
-    model = _fit(config, settings, base_dir, rows, heldout, collator, work_dir / "main", report, "training")
-    record = model.record
-    with rotation_off(model.peft):
-        record.heldout_loss_rotation_off = heldout_loss(model.peft, heldout, collator, settings.batch_size)
-    save_adapter(model.peft, out_dir)
+    trained = work_dir / "adapter"  # kept until all is done: what interrupts the second fit does not cost the first
+    if not (trained / RECORD_NAME).is_file():
+        model = _fit(config, settings, base_dir, rows, heldout, collator, work_dir / "main", report, "training")
+        with rotation_off(model.peft):
+            model.record.heldout_loss_rotation_off = heldout_loss(model.peft, heldout, collator, settings.batch_size)
+        with atomic_dir(trained) as temporary:
+            save_adapter(model.peft, temporary)
+            write_text(temporary / RECORD_NAME, model.record.model_dump_json())
+        del model
+    record = TrainingRecord.model_validate_json((trained / RECORD_NAME).read_text(encoding="utf-8"))
     if settings.so8t_only_steps:
         alone = settings.model_copy(update={"lora": None, "steps": settings.so8t_only_steps})
         only = _fit(config, alone, base_dir, rows, heldout, collator, work_dir / "so8t_only", report, "rotation alone")
@@ -61,8 +69,26 @@ def train(
             "max_angle": max((a for _, _, a in only.record.angles_by_layer), default=0.0),
         }
     record.seconds = time.monotonic() - started
-    write_text(out_dir / "training.json", record.model_dump_json(indent=1) + "\n")
+    with atomic_dir(out_dir) as temporary:
+        shutil.copytree(trained, temporary, dirs_exist_ok=True)
+        write_text(temporary / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
+    shutil.rmtree(work_dir)
     return record
+
+
+def _forget_other_runs(work_dir: Path, config: RunConfig, base_dir: Path, data_dir: Path) -> None:
+    """Remove checkpoints of other settings, another base or other data: going on from them would mix two runs."""
+    key = {
+        "train": config.train.model_dump(mode="json"),
+        "seed": config.seed,
+        "base": sha256_path(base_dir),
+        "data": sha256_path(data_dir),
+    }
+    text = json.dumps(key, indent=1, sort_keys=True) + "\n"
+    stored = work_dir / "of.json"
+    if work_dir.is_dir() and not (stored.is_file() and stored.read_text(encoding="utf-8") == text):
+        shutil.rmtree(work_dir)
+    write_text(stored, text)
 
 
 class _Fitted:
