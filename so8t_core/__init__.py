@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from so8t_core.config import SO8TConfig
     from so8t_core.errors import InputError
     from so8t_core.gate import RotationGate, rotate_weight
+    from so8t_core.oft import export_oft, import_oft
     from so8t_core.pet import PETSchedule, pet_penalty
     from so8t_core.rotation import exp_so8, log_so8, orthogonality_error, plane_angles, rotate_blocks, skew
     from so8t_core.rounding import round_once
@@ -27,6 +28,7 @@ _HOME = {
     "config": ("SO8TConfig",),
     "errors": ("InputError",),
     "gate": ("RotationGate", "rotate_weight"),
+    "oft": ("export_oft", "import_oft"),
     "pet": ("PETSchedule", "pet_penalty"),
     "rotation": ("exp_so8", "log_so8", "orthogonality_error", "plane_angles", "rotate_blocks", "skew"),
     "rounding": ("round_once",),
@@ -46,7 +48,9 @@ __all__ = [
     "bake_checkpoint",
     "detach",
     "exp_so8",
+    "export_oft",
     "gates",
+    "import_oft",
     "load_adapter",
     "log_so8",
     "orthogonality_error",

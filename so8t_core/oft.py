@@ -1,0 +1,138 @@
+"""Exact exchange with stock PEFT OFT adapters (block size 8, exact Cayley map): users need not install SO8T.
+
+OFT turns rows, x_row @ P with P = R^T, and stores P = (I - Q)(I + Q)^-1 by the upper triangle of the skew Q. So
+Q = (I + P)^-1 (I - P), computed in float64. Q grows like tan(angle / 2): at an angle of pi there is none, and near it
+float32 cannot hold it, so angles above 3.1 are refused. Import takes the logarithm of R.
+Shapes: theta (n, 28), OFT's weight (n, 28). Source: Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal
+Finetuning (2023); the layout is PEFT 0.21's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import OFTConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from so8t_core.config import SO8TConfig
+from so8t_core.errors import InputError
+from so8t_core.exponential import BLOCK, PARAMETERS
+from so8t_core.files import atomic_dir, write_text
+from so8t_core.rotation import exp_so8, log_so8, plane_angles, skew
+from so8t_core.store import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+
+LARGEST_ANGLE = 3.1  # rad; tan(1.55) = 48, and float32 still gives the angle back to 1e-6
+_OURS, _THEIRS = ".lora_so8t.theta", ".oft_R.weight"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def export_oft(adapter_dir: str | Path, out_dir: str | Path) -> Path:
+    """Write the adapter as a stock PEFT OFT adapter with the same function; returns `out_dir`.
+
+    Raises:
+        InputError: the adapter has a LoRA inside (OFT has none: bake instead), or an angle above 3.1 rad.
+    """
+    config, tensors = read_adapter(adapter_dir)
+    if config.lora is not None:
+        raise InputError(
+            f"{adapter_dir} has a LoRA inside the rotation, which an OFT adapter cannot hold; bake it instead"
+        )
+    exported = {key.removesuffix(_OURS) + _THEIRS: _to_oft(key, theta) for key, theta in tensors.items()}
+    layers = sorted(int(found[1]) for key in tensors if (found := _LAYER.search(key)))
+    stock = OFTConfig(
+        r=0,
+        oft_block_size=BLOCK,
+        use_cayley_neumann=False,
+        target_modules=[config.target],
+        layers_to_transform=layers,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    with atomic_dir(Path(out_dir)) as temporary:
+        save_file(exported, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        _write_config(temporary, stock.to_dict())
+    return Path(out_dir)
+
+
+def import_oft(oft_dir: str | Path, out_dir: str | Path) -> Path:
+    """Write a stock PEFT OFT adapter as an SO8T adapter with the same function; returns `out_dir`.
+
+    Raises:
+        InputError: not an OFT adapter of block size 8, or one whose map is not the exact Cayley map: Cayley-Neumann
+            truncates a series (not orthogonal, and turning the other way), constrained or shared blocks likewise.
+    """
+    folder = Path(oft_dir)
+    fields, tensors = _read_oft(folder)
+    refused = {
+        "use_cayley_neumann": "its truncated series is not a rotation; train with use_cayley_neumann=False",
+        "coft": "constrained OFT projects its weights while it runs",
+        "block_share": "its blocks are shared",
+    }
+    for option, why in refused.items():
+        if fields.get(option, option == "use_cayley_neumann"):
+            raise InputError(f"{folder} was trained with {option}=True: {why}")
+    imported = {}
+    for key, weight in tensors.items():
+        if not key.endswith(_THEIRS) or weight.ndim != 2 or weight.shape[1] != PARAMETERS:
+            raise InputError(f"{folder}: {key} {tuple(weight.shape)} is no OFT rotation of block size {BLOCK}")
+        imported[key.removesuffix(_THEIRS) + _OURS] = _from_oft(weight)
+    modules = {key.removesuffix(_OURS).rpartition(".")[2] for key in imported}
+    if len(modules) != 1:
+        raise InputError(f"{folder} turns {', '.join(sorted(modules))}; an SO8T adapter turns one kind of layer")
+    config = SO8TConfig(
+        layers=sorted(int(found[1]) for key in imported if (found := _LAYER.search(key))),
+        target=modules.pop(),
+        task_type=fields.get("task_type"),
+        base_model_name_or_path=fields.get("base_model_name_or_path"),
+        inference_mode=True,
+    )
+    with atomic_dir(Path(out_dir)) as temporary:
+        save_file(imported, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        _write_config(temporary, config.to_dict())
+    return Path(out_dir)
+
+
+def _to_oft(key: str, theta: Tensor) -> Tensor:
+    """theta (n, 28) -> OFT's weight (n, 28), float32."""
+    R = exp_so8(theta.double())
+    # The angles of R itself, at most pi: theta may have gone around more than once.
+    largest = plane_angles(log_so8(R)).max().item() if theta.numel() else 0.0
+    if largest > LARGEST_ANGLE:
+        raise InputError(
+            f"{key.removesuffix(_OURS)} turns a plane by {largest:.4f} rad; above {LARGEST_ANGLE} OFT's Cayley map "
+            "is too close to its singularity at pi. Bake the adapter instead"
+        )
+    eye = torch.eye(BLOCK, dtype=torch.float64)
+    Q: Tensor = torch.linalg.solve(eye + R.mT, eye - R.mT)
+    i, j = torch.triu_indices(BLOCK, BLOCK, 1)
+    return Q[:, i, j].float().contiguous()
+
+
+def _from_oft(weight: Tensor) -> Tensor:
+    """OFT's weight (n, 28) -> theta (n, 28), float32."""
+    Q, eye = skew(weight.double()), torch.eye(BLOCK, dtype=torch.float64)
+    P = torch.linalg.solve(eye + Q, eye - Q)
+    return log_so8(P.mT).float().contiguous()
+
+
+def _read_oft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS_NAME)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} is no readable adapter directory: {error}") from None
+    if fields.get("peft_type") != "OFT":
+        raise InputError(f"{folder} holds a {fields.get('peft_type')} adapter, expected OFT")
+    return fields, tensors
+
+
+def _write_config(folder: Path, fields: dict[str, Any]) -> None:
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+    write_text(folder / CONFIG_NAME, json.dumps(plain, indent=2, sort_keys=True) + "\n")
