@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,12 +45,13 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        sys.exit(app(standalone_mode=False))  # without standalone mode `typer.Exit(1)` comes back as a return value
+        code = app(standalone_mode=False)  # without standalone mode `typer.Exit(1)` comes back as a return value
+        if code == 130:  # and so does ctrl-C inside a verb
+            raise KeyboardInterrupt
+        sys.exit(code)
     except InputError as error:
         _fail(str(error))
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         Console(stderr=True).print("interrupted; finished steps are kept, run the same command to go on", markup=False)
         sys.exit(130)
     except BrokenPipeError:
@@ -62,7 +64,8 @@ def main() -> None:
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             _fail(f"{error.format_message()} (so8t --help shows the verbs, so8t VERB --help its options)")
-        raise
+        traceback.print_exc()  # a fault of ours: shown whole, but as "could not run", never as "not to be released"
+        sys.exit(2)
 
 
 def _fail(message: str) -> None:
@@ -230,10 +233,11 @@ def gate(
 @app.command(epilog="Example: so8t report runs/demo")
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]) -> None:
     """Write the report again from report.json."""
+    from verification import decide
     from verification.report import load_report, write_report
 
     folder = run_dir / "report" if (run_dir / "report").is_dir() else run_dir
-    stored = load_report(folder / "report.json")
+    stored = decide(load_report(folder / "report.json"))  # its values count, not what it says of itself
     write_report(stored, folder)
     _announce(stored, folder)
 

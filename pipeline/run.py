@@ -23,6 +23,8 @@ from pipeline.manifest import StepRecord, load_manifest, locked, save_manifest, 
 from pipeline.progress import Reporter, StageProgress
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, sweep, write_text
+from verification.policy import Policy, load_policy, make_policy
+from verification.quantise import type_number
 from verification.schema import AnswerRecord, Report, TrainingRecord
 
 STEPS = ("base", "data", "train", "bake", "convert", "answers", "verify")
@@ -65,6 +67,7 @@ class Run:
             if name is not None and name not in STEPS:
                 raise InputError(f"unknown step {name!r}; the steps are {', '.join(STEPS)}")
         last = STEPS.index(until) if until else len(STEPS) - 1
+        _check_early(self.config, last)
         again = set(force) | (set(STEPS[STEPS.index(first) :]) if first else set())
         with locked(self.dir):
             for folder in (self.dir, self.work, self.work / "oracle"):
@@ -183,12 +186,10 @@ def _answers(run: Run) -> None:
 
 def _verify(run: Run) -> None:
     from pipeline.conversion import gguf_files
-    from verification import load_policy, verify
+    from verification import verify
     from verification.corpus import DEFAULT_CORPUS
-    from verification.policy import make_policy
 
     settings = run.config.verify
-    policy = settings.policy
     record = json.loads((run.work / "answers.json").read_text(encoding="utf-8"))
     with StageProgress(run.reporter) as progress:
         verify(
@@ -196,7 +197,7 @@ def _verify(run: Run) -> None:
             gguf_files(run.gguf),
             base=run.base_dir,
             adapter=run.adapter,
-            policy=make_policy(policy, source="verify.policy") if isinstance(policy, dict) else load_policy(policy),
+            policy=_policy(settings.policy),
             out=run.report,
             corpus=settings.corpus or [run.data / "heldout.jsonl", DEFAULT_CORPUS],
             chunks=settings.chunks,
@@ -212,6 +213,28 @@ def _verify(run: Run) -> None:
         )
 
 
+def _check_early(config: RunConfig, last: int) -> None:
+    """What only the late steps read, found before the long ones start.
+
+    Raises:
+        InputError: an unknown file type, answers from a type that is not made, a policy or corpus that cannot be read.
+    """
+    if last >= STEPS.index("convert"):
+        kinds = [kind.upper() for kind in config.convert.types]
+        for kind in kinds:
+            type_number(kind)
+        if config.answers.prompts and config.answers.type.upper() not in kinds:
+            raise InputError(f"answers.type = {config.answers.type!r} is not among convert.types {kinds}")
+    if last >= STEPS.index("verify"):
+        _policy(config.verify.policy)
+        if config.verify.corpus is not None and not Path(config.verify.corpus).is_file():
+            raise InputError(f"verify.corpus = {config.verify.corpus!r} is not a file; leave it out for the default")
+
+
+def _policy(given: str | dict[str, Any] | None) -> Policy:
+    return make_policy(given, source="verify.policy") if isinstance(given, dict) else load_policy(given)
+
+
 def _section(*names: str) -> Callable[[RunConfig], dict[str, Any]]:
     """The named sections of the configuration, as plain data, and the seed."""
 
@@ -224,7 +247,9 @@ def _section(*names: str) -> Callable[[RunConfig], dict[str, Any]]:
 
 def _data_inputs(run: Run) -> dict[str, Path]:
     sources = [*run.config.data.sources, *run.config.data.heldout_sources]
-    return {"tokenizer": run.base_dir / "tokenizer_config.json", **{name: Path(name) for name in sources}}
+    parts = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")  # rows are checked against all of them
+    found = {name: run.base_dir / name for name in parts if (run.base_dir / name).is_file()}
+    return {**found, **{name: Path(name) for name in sources}}
 
 
 def _verify_inputs(run: Run) -> dict[str, Path]:

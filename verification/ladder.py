@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from so8t_core.errors import InputError
+from so8t_core.files import explain_os_errors
 from verification.corpus import Corpus, read_corpus
 from verification.gguf_file import GGUFFile, read_gguf
 from verification.legs_bake import bake_legs, base_control, dtype_name, saved_rounding
@@ -109,6 +110,8 @@ def verify(
     reference, files = Path(reference), _label([read_gguf(path) for path in candidates])
     if not files:
         raise InputError("no candidate file was given; name at least one GGUF file")
+    if out is not None:
+        _must_be_writable(Path(out))
     if adapter is not None and base is None:
         raise InputError("an adapter was given without its base; give both or neither")
     tell: Progress = progress or (lambda stage, done, total: None)
@@ -162,6 +165,13 @@ def verify(
     if interrupted:
         raise KeyboardInterrupt
     return report
+
+
+def _must_be_writable(out: Path) -> None:
+    """A place that cannot hold the report is found before the measuring, not after it."""
+    with explain_os_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
 
 
 @dataclass(frozen=True)
@@ -228,7 +238,10 @@ def _measure_all(s: _Settings, files: list[Candidate], run: _Run, tell: Progress
     del model_ref, baked
     if s.base_damage and s.base is not None:
         with run.timed("base damage"):
-            run.base_divergences = base_damage_of(s.base, files, s.oracle, text, threads=s.threads, tell=tell)
+            try:
+                run.base_divergences = base_damage_of(s.base, files, s.oracle, text, threads=s.threads, tell=tell)
+            except InputError as error:  # information only: what was decided stands without it
+                run.notes.append(f"The base's own quantisation damage was not measured: {error}")
 
 
 def _before_saving(

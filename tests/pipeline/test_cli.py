@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,3 +214,71 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(capfd: Any, monkeypatch:
     code, out, _ = so8t(capfd, monkeypatch, "doctor")
     assert code == 1
     assert "so8t[demo]" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("answers.type=Q5_0", ["answers.type = 'Q5_0'", "convert.types"]),
+        ("convert.types=[Q8_0, Q9]", ["'Q9'", "known: F32"]),
+        ("verify.policy=nope.yaml", ["nope.yaml", "does not exist"]),
+        ("verify.policy={bake: {max_abs: 1}}", ["verify.policy", "bake.max_abs", "unknown key"]),
+        ("verify.corpus=nope.txt", ["verify.corpus", "nope.txt"]),
+    ],
+)
+def test_what_only_the_last_steps_read_is_checked_before_the_first(
+    override: str, words: list[str], config: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = so8t(capfd, monkeypatch, "run", config, override, "-q")
+    assert code == 2
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fault_of_the_program_is_never_a_verdict(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("pipeline.doctor.examine", broken)
+    code, _, err = so8t(capfd, monkeypatch, "doctor")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_ctrl_c_says_that_finished_steps_are_kept(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.doctor.examine", stopped)
+    code, _, err = so8t(capfd, monkeypatch, "doctor")
+    assert code == 130
+    assert "finished steps are kept" in err
+
+
+def test_report_decides_by_values_not_by_what_the_file_says_of_itself(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verification.checks import plain_check, zero_check
+    from verification.report import write_report
+    from verification.schema import Leg, Report
+
+    legs = [
+        Leg(name="convert", title="C", compared="", status="pass", checks=[plain_check("convert.mean_kld", "K", 1.0)]),
+        Leg(name="contract", title="C", compared="", status="pass", checks=[zero_check("contract.metadata", "M", 0)]),
+    ]
+    empty: dict[str, Any] = {"artefacts": [], "policy": {}, "versions": {}, "durations": {}}
+    write_report(Report(verdict="pass", summary="", created="2026-01-01T00:00:00+00:00", legs=legs, **empty), tmp_path)
+    assert so8t(capfd, monkeypatch, "report", tmp_path)[0] == 1
+
+
+def test_a_place_that_cannot_hold_the_report_is_found_before_the_measuring(
+    tiny_dir: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "x.gguf").write_bytes(b"never read to its end" * 10)
+    monkeypatch.setattr("verification.ladder.artefacts", lambda *a, **k: pytest.fail("measuring began"))
+    monkeypatch.setattr("verification.ladder.read_gguf", lambda path: SimpleNamespace(path=path, file_type="F16"))
+    arguments = ("--reference", tiny_dir, "--candidate", tmp_path / "x.gguf", "--out", tmp_path / "file" / "out")
+    code, _, err = so8t(capfd, monkeypatch, "verify", *arguments, "-q")
+    assert code == 2
+    assert "a part of the path is a file" in err
