@@ -52,7 +52,8 @@ def main() -> None:
     except InputError as error:
         _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
-        Console(stderr=True).print("interrupted; finished steps are kept, run the same command to go on", markup=False)
+        kept = "; what verify had measured is in its report" if "verify" in sys.argv else "; finished steps are kept"
+        Console(stderr=True).print(f"interrupted{kept}", markup=False)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -193,8 +194,8 @@ def verify(
     corpus: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
     ] = None,
-    chunks: Annotated[int, typer.Option(min=1, help="chunks of n_ctx tokens")] = 12,
-    n_ctx: Annotated[int, typer.Option(min=8, help="tokens a chunk")] = 512,
+    chunks: Annotated[int, typer.Option(min=2, help="chunks of n_ctx tokens")] = 12,
+    n_ctx: Annotated[int, typer.Option(min=64, help="tokens a chunk")] = 512,
     threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -221,11 +222,17 @@ def gate(
         Path | None, typer.Option(metavar="gate.yaml", help="default: the policy inside the report")
     ] = None,
 ) -> None:
-    """Decide again from a stored report."""
+    """Decide again from a stored report.
+
+    No model is needed; files of the report that are still here must be the ones that were measured.
+    """
     from verification import decide, load_policy
+    from verification.provenance import changed_artefacts
     from verification.report import load_report
 
     stored = load_report(report)
+    if changed := changed_artefacts(stored):
+        raise InputError(f"{', '.join(changed)} changed since {report} was written; verify again")
     decided = decide(stored, load_policy(policy) if policy else None)
     _announce(decided, report.parent)
 

@@ -76,7 +76,6 @@ class TrainConfig(_Section):
     pet: PetSection | None = PetSection()
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(20, ge=1)
-    log_every: int = Field(1, ge=1)
     heldout_rows: int = Field(40, ge=1)  # rows used for the held-out loss
     so8t_only_steps: int = Field(0, ge=0)  # also train the rotation alone this long, to show what it does by itself
 

@@ -51,7 +51,7 @@ def complete(
         InputError: llama.cpp cannot load or run the file.
     """
     with LlamaModel(gguf) as model:
-        encoded = [model.tokenize(text, add_special=model.add_bos, parse_special=True) for text in prompts]
+        encoded = [_with_bos(model, model.tokenize(text)) for text in prompts]
         if not encoded:
             return []
         per_sequence = -(-(max(map(len, encoded)) + max_new_tokens) // 256) * 256
@@ -60,6 +60,11 @@ def complete(
             return engine.run(encoded, max_new_tokens, advance or (lambda n: None))
         finally:
             engine.close()
+
+
+def _with_bos(model: LlamaModel, ids: list[int]) -> list[int]:
+    """BOS in front where the file asks for one and the template has not written it already: twice changes the model."""
+    return [model.bos, *ids] if model.add_bos and ids[:1] != [model.bos] else ids
 
 
 class _Engine:

@@ -106,12 +106,14 @@ def verify(
         InputError: an input that cannot be used; nothing is decided then.
         KeyboardInterrupt: after the report of what was done has been written.
     """
+    if out is not None:
+        _clear(Path(out))
     rules = policy if isinstance(policy, Policy) else load_policy(policy)
     reference, files = Path(reference), _label([read_gguf(path) for path in candidates])
     if not files:
         raise InputError("no candidate file was given; name at least one GGUF file")
-    if out is not None:
-        _must_be_writable(Path(out))
+    if chunks < 2 or n_ctx < 64:
+        raise InputError(f"chunks = {chunks} and n_ctx = {n_ctx} score too little to decide on; at least 2 and 64")
     if adapter is not None and base is None:
         raise InputError("an adapter was given without its base; give both or neither")
     tell: Progress = progress or (lambda stage, done, total: None)
@@ -167,11 +169,16 @@ def verify(
     return report
 
 
-def _must_be_writable(out: Path) -> None:
-    """A place that cannot hold the report is found before the measuring, not after it."""
+def _clear(out: Path) -> None:
+    """Take away an earlier report, so that a verification that cannot run never leaves another one's pass behind.
+
+    A place that cannot hold the report is found here too, before the measuring and not after it.
+    """
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
+        for name in ("report.json", "report.html", "report.md", "junit.xml"):
+            (out / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -306,7 +313,7 @@ def _label(files: list[GGUFFile]) -> list[Candidate]:
     types = [file.file_type for file in files]
     labels = [t if types.count(t) == 1 else f"{t} ({file.path.name})" for t, file in zip(types, files, strict=True)]
     if len(set(labels)) < len(labels):
-        raise InputError(f"the same candidate was given twice: {', '.join(labels)}")
+        raise InputError(f"two candidates have the same type and file name ({', '.join(labels)}); rename one of them")
     return [Candidate(label, file) for label, file in zip(labels, files, strict=True)]
 
 

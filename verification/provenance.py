@@ -14,7 +14,7 @@ from verification.converter import CONVERTER_VERSION
 from verification.corpus import DEFAULT_CORPUS
 from verification.legs_file import Candidate
 from verification.policy import DEFAULT_POLICY, Policy
-from verification.schema import Artefact
+from verification.schema import Artefact, Report
 
 Role = Literal["reference", "candidate", "base", "adapter", "corpus", "policy"]
 _PARTS = ("so8t", "torch", "transformers", "peft", "gguf", "llama-cpp-python", "numpy")
@@ -49,6 +49,12 @@ def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
     if not path.exists():
         raise InputError(f"{role} {path} does not exist")
     return Artefact(role=role, path=str(path), sha256=sha256_path(path), bytes=size_of(path), label=label)
+
+
+def changed_artefacts(report: Report) -> list[str]:
+    """Paths of the report's models and files that are here but are no longer what was measured."""
+    bound = [a for a in report.artefacts if a.role in ("reference", "candidate", "base", "adapter")]
+    return [a.path for a in bound if Path(a.path).exists() and sha256_path(a.path) != a.sha256]
 
 
 def versions() -> dict[str, str]:

@@ -79,7 +79,7 @@ def _run(source: Path, target: Path, number: int, threads: int | None) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = number
     params.nthread = threads or os.cpu_count() or 1
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params)
+    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), params)
     if status != 0:
         raise InputError(f"llama.cpp cannot quantise {source} to {FILE_TYPES[number]}: {last_words()}")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.answers import judge, normalised
-from pipeline.generate import Completion, complete
+from pipeline.generate import Completion, _with_bos, complete
 from pipeline.thinking import format_assistant
 from so8t_core.errors import InputError
 from verification.converter import convert
@@ -71,3 +71,15 @@ def test_only_a_finished_think_turn_counts() -> None:
 def test_seeded_noise_is_not_in_form() -> None:
     letters = "".join(map(chr, np.random.default_rng(0).integers(33, 126, 200)))
     assert judge(Completion(letters, True), "2") == (False, False)
+
+
+def test_bos_stands_once_whether_the_template_wrote_it_or_not() -> None:
+    class Model:
+        bos = 1
+
+        def __init__(self, add_bos: bool) -> None:
+            self.add_bos = add_bos
+
+    assert _with_bos(Model(True), [5, 6]) == [1, 5, 6]  # type: ignore[arg-type]
+    assert _with_bos(Model(True), [1, 5, 6]) == [1, 5, 6]  # type: ignore[arg-type]
+    assert _with_bos(Model(False), [5, 6]) == [5, 6]  # type: ignore[arg-type]

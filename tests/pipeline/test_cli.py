@@ -136,7 +136,7 @@ def test_truncated_gguf_is_refused(
     )
     assert code == 2
     assert "cut.gguf" in err
-    assert not (tmp_path / "o").exists()
+    assert list((tmp_path / "o").iterdir()) == []  # no report: nothing was decided
 
 
 def test_vocabulary_mismatch_is_refused(
@@ -282,3 +282,26 @@ def test_a_place_that_cannot_hold_the_report_is_found_before_the_measuring(
     code, _, err = so8t(capfd, monkeypatch, "verify", *arguments, "-q")
     assert code == 2
     assert "a part of the path is a file" in err
+
+
+def test_gate_refuses_a_report_whose_files_changed(
+    tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.gguf"
+    mine.write_bytes(candidate.read_bytes())
+    arguments = ("verify", "--reference", tiny_dir, "--candidate", mine, "--out", tmp_path / "o", "--chunks", 2)
+    assert so8t(capfd, monkeypatch, *arguments, "--n-ctx", 128, "-q")[0] == 0
+    report = tmp_path / "o" / "report.json"
+    with open(mine, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    code, _, err = so8t(capfd, monkeypatch, "gate", report)
+    assert code == 2
+    assert "mine.gguf changed since" in err
+    mine.unlink()  # a file that is not here cannot be held against the report: its digest stands in it
+    assert so8t(capfd, monkeypatch, "gate", report)[0] == 0
+    # A verification that cannot run takes the old pass away.
+    broken = (*arguments[:4], report, *arguments[5:])
+    code, _, _ = so8t(capfd, monkeypatch, *broken, "-q")
+    assert code == 2
+    assert not report.exists()
