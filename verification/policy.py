@@ -61,19 +61,18 @@ class DtypeBounds(_Section):
     rounding: float = Field(gt=0)
 
 
-class ConvertBounds(_Section):
+class LogitBounds(_Section):
     mean_kld: float = Field(gt=0)
     top1: float = Field(ge=0, le=1)
+
+
+class ConvertBounds(LogitBounds):
     rounding: float = Field(gt=0)
+    BF16: LogitBounds  # of bfloat16 files, whose kernels round the activations too
 
 
 class QuantiseBounds(_Section):
     tensors_differ: int = Field(ge=0)
-
-
-class QualityBounds(_Section):
-    mean_kld: float = Field(gt=0)
-    top1: float = Field(ge=0, le=1)
 
 
 class ContractBounds(_Section):
@@ -99,7 +98,7 @@ class Policy(_Section):
     dtype: DtypeBounds
     convert: ConvertBounds
     quantise: QuantiseBounds
-    quality: dict[str, QualityBounds]
+    quality: dict[str, LogitBounds]
     contract: ContractBounds
     controls: ControlBounds
     waivers: list[Waiver] = Field(default_factory=list)
@@ -108,13 +107,15 @@ class Policy(_Section):
         """Relation and bound for a check, or None when the check carries its own (`convert.reference_entropy`)."""
         if check.name.startswith("contract.") or check.name.endswith(".non_finite"):
             return "<=", 0  # a count of disagreements; what a stored report says its bound was does not matter
-        quality = self.quality.get(check.subject.split(" ")[0])  # "Q8_0 (name.gguf)" is a Q8_0
+        kind = check.subject.split(" ")[0]  # "Q8_0 (name.gguf)" is a Q8_0
+        quality = self.quality.get(kind)
+        convert = self.convert.BF16 if kind == "BF16" else self.convert
         table: dict[str, tuple[str, float | int | str]] = {
             "bake.max_abs_logit": ("<=", self.bake.max_abs_logit),
             "bake.top1_disagreements": ("<=", self.bake.top1_disagreements),
             "dtype.rounding": ("<=", self.dtype.rounding),
-            "convert.mean_kld": ("<=", self.convert.mean_kld),
-            "convert.top1": (">=", self.convert.top1),
+            "convert.mean_kld": ("<=", convert.mean_kld),
+            "convert.top1": (">=", convert.top1),
             "convert.rounding": ("<=", self.convert.rounding),
             "quantise.tensors_differ": ("<=", self.quantise.tensors_differ),
             "controls.differs_from_base": (">=", self.controls.differs_from_base),

@@ -206,3 +206,12 @@ OF_A_FILE = (
     "token_ids", "added_specials", "chat_template", "stop_set", "special_ids", "metadata", "oracle_metadata",
     "fallback_types", "inventory", "finite_weights",
 )  # fmt: skip
+
+
+def test_bfloat16_files_have_bounds_of_their_own_and_no_other_file_borrows_them() -> None:
+    for subject, expected in (("BF16", "pass"), ("BF16 (a.gguf)", "pass"), ("F16", "fail"), ("F32", "fail")):
+        assert verdict(plain_check("convert.mean_kld", "KLD", 7e-5, subject=subject)) == expected
+        assert verdict(plain_check("convert.top1", "Top-1", 0.993, subject=subject)) == expected
+    assert verdict(plain_check("convert.mean_kld", "KLD", 3.1e-4, subject="BF16")) == "fail"
+    assert verdict(plain_check("convert.top1", "Top-1", 0.984, subject="BF16")) == "fail"
+    assert verdict(plain_check("convert.rounding", "Weights", 1.01, subject="BF16")) == "fail"
