@@ -23,10 +23,10 @@ def _date(language: str, month: int, day: int) -> str:
 
 
 def _weekday_chain(language: str, day: int, moves: int, direction: int) -> tuple[str, str]:
-    """The days passed through, and the last of them."""
+    """The days passed through, counted (without the count a small model never stops going round), and the last."""
     names = [WEEKDAYS[language][(day + direction * k) % 7] for k in range(moves + 1)]
     shown = [name[0] for name in names] if language == "ja" else names
-    return " → ".join(shown), names[-1]
+    return " → ".join([shown[0], *(f"{k} {name}" for k, name in enumerate(shown[1:], start=1))]), names[-1]
 
 
 def _weekday_after(language: str, day: int, days: int) -> Solution:

@@ -174,7 +174,10 @@ def test_weekday_chains_walk_one_day_at_a_time() -> None:
         for language, names in (("ja", list(JA_DAYS)), ("en", list(day_name))):
             sign = 1 if family.name == "weekday_after" else -1
             for row in all_rows(family, language):
-                chain = [names.index(name) for name in row["steps"].splitlines()[-1].split(" → ")]
+                first, *rest = row["steps"].splitlines()[-1].split(" → ")
+                counts, days = zip(*(part.split(" ") for part in rest), strict=True) if rest else ((), ())
+                assert [int(count) for count in counts] == list(range(1, len(rest) + 1))
+                chain = [names.index(name) for name in (first, *days)]
                 assert all((b - a) % 7 == sign % 7 for a, b in itertools.pairwise(chain))
                 assert row["answer"].startswith(names[chain[-1]])
 
