@@ -43,6 +43,7 @@ def compare_answers(
     before: Path,
     after: Path,
     *,
+    before_name: str,
     max_new_tokens: int,
     parallel: int,
     threads: int | None = None,
@@ -70,7 +71,7 @@ def compare_answers(
     count = max(len(rows), 1)
     stride = max(1, len(rows) // SAMPLES)
     return AnswerRecord(
-        model_before=before.name,
+        model_before=before_name,
         model_after=after.name,
         prompts=len(rows),
         form_before=sum(form for form, _ in scores_before) / count,

@@ -176,6 +176,7 @@ def _answers(run: Run) -> None:
             load_tokenizer(run.baked),
             before,
             after[0],
+            before_name=f"{run.config.model.base} as {settings.type.upper()}",
             max_new_tokens=settings.max_new_tokens,
             parallel=settings.parallel,
             threads=run.config.threads,

@@ -281,9 +281,12 @@ def _svg(
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes)
-        handles, _ = axes.get_legend_handles_labels()
+        handles, labels = axes.get_legend_handles_labels()
         if legend and handles:
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=min(4, len(handles)))
+            # A legend wider than the figure would be cut off; a line and its gaps take the room of about six letters.
+            letters = sum(len(label) + 6 for label in labels)
+            columns = len(handles) if letters <= 11 * inches[0] else 2
+            figure.legend(handles, labels, loc="outside upper left", ncols=columns)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _theme(buffer.getvalue(), name, description)
 
