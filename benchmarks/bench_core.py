@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from so8t_core import exp_so8, rotate_weight, round_once, skew
+from so8t_core import exp_so8, skew
+from so8t_core.baking import Fold
 
 BLOCKS = 12288
 
@@ -68,7 +69,7 @@ def bench_bake_of_one_weight(benchmark: Any, peer: str) -> None:
     weight = (torch.randn(3072, 3072) * 0.02).bfloat16()
     theta = 0.1 * torch.randn(384, 28)
     if peer == "so8t":
-        benchmark.pedantic(lambda: round_once(rotate_weight(weight, theta), torch.bfloat16), rounds=9, warmup_rounds=1)
+        benchmark.pedantic(lambda: Fold(theta=theta).apply(weight, torch.bfloat16), rounds=9, warmup_rounds=1)
     else:
         benchmark.pedantic(
             lambda model: model.merge_adapter(), setup=lambda: ((_peft_merge(weight),), {}), rounds=5, warmup_rounds=1

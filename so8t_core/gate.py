@@ -83,6 +83,10 @@ class RotationGate(nn.Module):
 
 def rotate_weight(W_OI: Tensor, theta: Tensor) -> Tensor:
     """W @ blockdiag(exp(theta)) in float64: W (out, 8 n), theta (n, 28) -> (out, 8 n) float64."""
-    R = exp_so8(theta.detach().double())  # (n, 8, 8)
+    return rotate_rows(W_OI, exp_so8(theta.detach().double()))
+
+
+def rotate_rows(W_OI: Tensor, R: Tensor) -> Tensor:
+    """W @ blockdiag(R) in float64, for any number of rows: W (out, 8 n), R (n, 8, 8) float64 -> (out, 8 n) float64."""
     W_NOK = W_OI.detach().double().reshape(W_OI.shape[0], -1, BLOCK).transpose(0, 1)  # (n, out, 8)
     return torch.bmm(W_NOK, R).transpose(0, 1).reshape(W_OI.shape)
