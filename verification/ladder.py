@@ -312,8 +312,10 @@ def _label(files: list[GGUFFile]) -> list[Candidate]:
     """Short unique names: the file type, with the file's name behind it where two share one."""
     types = [file.file_type for file in files]
     labels = [t if types.count(t) == 1 else f"{t} ({file.path.name})" for t, file in zip(types, files, strict=True)]
+    if len({file.path.resolve() for file in files}) < len(files):
+        raise InputError(f"the same candidate was given twice: {', '.join(labels)}")
     if len(set(labels)) < len(labels):
-        raise InputError(f"two candidates have the same type and file name ({', '.join(labels)}); rename one of them")
+        raise InputError(f"two candidates have the same type and file name: {', '.join(labels)}; rename one of them")
     return [Candidate(label, file) for label, file in zip(labels, files, strict=True)]
 
 
