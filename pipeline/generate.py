@@ -15,6 +15,7 @@ import numpy as np
 
 from so8t_core.errors import InputError
 from verification.llama_engine import LlamaModel, last_words
+from verification.logits import usable_cores
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class _Engine:
         params.n_ctx = per_sequence * parallel
         params.n_seq_max = parallel
         params.n_batch = params.n_ubatch = 512
-        if threads:
-            params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = threads or usable_cores()
         self.context = llama_cpp.llama_init_from_model(model.model, params)
         if not self.context:
             raise InputError(f"llama.cpp cannot open a context of {params.n_ctx} tokens: {last_words()}")
