@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK
-from so8t_core.gate import RotationGate, rotate_weight
+from so8t_core.gate import RotationGate, rotate_weight, share, unshare
 from so8t_core.rounding import round_once
 
 PREFIX = "lora_"  # see SO8TLinear.adapter_layer_names and transformers.load_adapter
@@ -188,12 +188,17 @@ class SO8TModel(BaseTuner):
         if lora is not None and check_target_module_exists(lora, current_key):
             LoraModel._create_and_replace(self, lora, adapter_name, target, target_name, parent, current_key)
 
+    def _post_injection_hook(self, model: nn.Module, config: SO8TConfig, adapter_name: str) -> None:
+        share(model)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         super()._replace_module(parent, child_name, new_module, child)
         if isinstance(new_module, SO8TLinear):
             new_module.guard = parent.register_forward_pre_hook(_refuse_outer_adapter)
-        elif isinstance(child, SO8TLinear) and child.guard is not None:
-            child.guard.remove()
+        elif isinstance(child, SO8TLinear):
+            unshare(self.model)
+            if child.guard is not None:
+                child.guard.remove()
 
 
 def _refuse_outer_adapter(parent: nn.Module, args: Any) -> None:

@@ -4,14 +4,16 @@ B = A A is symmetric with the four eigenvalues -a^2 (a: a plane's angle), each t
 degree 4: chi(B) = 0, its coefficients Newton's identities of the traces of B, B^2, B^3, B^4 (Cayley, Hamilton). Hence
 exp(A) = P(B) + A Q(B), with P = sum z^k/(2k)! mod chi and Q = sum z^k/(2k+1)! mod chi of degree 3: four matrix products
 at any usual angle, and the power series runs over four numbers a block instead of 64. The backward is reverse mode.
-Angles beyond REACH are halved first and squared back (Moler, Van Loan 2003). float64 for float32 parameters costs 1.3
-times the float32 products on a CPU and gives R correctly rounded but for one unit in the last place.
+Angles out of the series' reach are halved first and squared back (Moler, Van Loan 2003). float64 for float32 parameters
+costs 1.3 times the float32 products on a CPU and gives R correctly rounded but for one unit in the last place.
 Shapes: theta (n, 28), A, B, R (n, 8, 8), polynomials mod chi (..., 4, n), lowest coefficient first.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,12 +27,11 @@ PARAMETERS = BLOCK * (BLOCK - 1) // 2  # 28
 LARGEST = 1e4  # rad; each doubling of the angle doubles the rounding error, here to 1e4 * 1e-16 = 1e-12
 CHUNK = 2048  # blocks at a time on a CPU: a megabyte a tensor, few enough calls
 
-# By theta's dtype: the largest |theta| that is not halved, and the first power of B left out. Left out is at most
-# REACH^(2k)/(2k)!: 6.5^34/34! = 1.5e-11 for float32 parameters (rounding: 6e-8), 2^28/28! = 9e-22 for float64 (1e-16).
-# 6.5 is just above 2 pi, the length of four planes turned by pi. float64 stays at 2, because terms up to
-# REACH^(2k)/(2k)! cancel in the cosine: two digits at 6.5.
-REACH = {torch.float32: 6.5, torch.float64: 2.0}
-_TERMS = {torch.float32: 17, torch.float64: 14}
+# By theta's dtype: how far |theta| may reach with how many terms of the series; beyond the last, A is halved. Left out
+# is at most reach^(2k)/(2k)!: 2^20/20! = 4e-13 and 6.5^34/34! = 1.5e-11 for float32 parameters (rounding: 6e-8),
+# 2^28/28! = 9e-22 for float64 ones (1e-16). 6.5 is just above 2 pi, the length of four planes turned by pi. float64
+# stays at 2, because terms of up to reach^(2k)/(2k)! cancel in the cosine: two digits at 6.5.
+TERMS = {torch.float32: ((2.0, 10), (6.5, 17)), torch.float64: ((2.0, 14),)}
 
 
 @cache
@@ -43,28 +44,49 @@ def generators(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _series(dtype: torch.dtype, device: torch.device) -> Tensor:
+def _series(terms: int, device: torch.device) -> Tensor:
     """(2, terms) float64: 1/(2k)! and 1/(2k+1)!."""
-    terms = range(_TERMS[dtype])
-    return torch.tensor(
-        [[1.0 / math.factorial(2 * k + odd) for k in terms] for odd in (0, 1)], dtype=torch.float64, device=device
-    )
+    rows = [[1.0 / math.factorial(2 * k + odd) for k in range(terms)] for odd in (0, 1)]
+    return torch.tensor(rows, dtype=torch.float64, device=device)
 
 
-def squarings_for(theta: Tensor) -> int:
-    """How often to halve A so that no plane's angle exceeds REACH. |theta|_2 bounds the angle: |A|_F^2 = 2 |theta|^2.
+class Plan(NamedTuple):
+    """How exp is computed for a theta of some length."""
+
+    squarings: int
+    terms: int
+
+
+def plans(thetas: Sequence[Tensor], names: Sequence[str] = ()) -> list[Plan]:
+    """How to compute each exp; waits for the device once for all of them.
+
+    |theta|_2 bounds every plane's angle: |A|_F^2 = 2 |theta|^2.
 
     Raises:
-        InputError: (a ValueError) NaN, Inf, or a block beyond LARGEST.
+        InputError: (a ValueError) NaN, Inf, or a block beyond LARGEST, after its name (if there are names).
     """
-    if theta.numel() == 0:
-        return 0
-    largest = float(torch.linalg.vector_norm(theta.detach().double(), dim=-1).max())
-    if not largest <= LARGEST:
-        length = f"is {largest:.3g} rad long, the limit is {LARGEST:g}"
-        what = length if math.isfinite(largest) else "has a NaN or Inf"
-        raise InputError(f"theta {what}; lower the learning rate, or start again from an earlier checkpoint")
-    return max(0, math.ceil(math.log2(largest / REACH[theta.dtype]))) if largest > 0 else 0
+    found = []
+    for k, length in enumerate(_lengths(thetas)):
+        if not length <= LARGEST:
+            what = (
+                f"is {length:.3g} rad long, the limit is {LARGEST:g}" if math.isfinite(length) else "has a NaN or Inf"
+            )
+            where = f"{names[k]}: " if names else ""
+            raise InputError(f"{where}theta {what}; lower the learning rate, or start again from an earlier checkpoint")
+        choices = TERMS[thetas[k].dtype]
+        reach, most = choices[-1]
+        squarings = math.ceil(math.log2(length / reach)) if length > reach else 0
+        found.append(Plan(squarings, next((terms for far, terms in choices if length <= far), most)))
+    return found
+
+
+def _lengths(thetas: Sequence[Tensor]) -> list[float]:
+    """The longest block of each theta."""
+    longest = [
+        torch.linalg.vector_norm(t, dim=-1, dtype=torch.float64).max() if t.numel() else torch.zeros(()).double()
+        for t in (theta.detach() for theta in thetas)
+    ]
+    return torch.stack([length.to(longest[0].device) for length in longest]).tolist() if longest else []
 
 
 class Workings(NamedTuple):
@@ -79,52 +101,81 @@ class Workings(NamedTuple):
     remainders: Tensor  # (2, 4, n): P and Q
     quotients: Tensor  # (2, 4, n): (series - remainder) / chi, mod chi: how P and Q change with chi
 
+    def of(self, blocks: slice) -> Workings:
+        matrices, polynomials = self[:5], self[5:]
+        return Workings(*(M[blocks] for M in matrices), *(p[..., blocks] for p in polynomials))
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """exp of one theta, and what the way back needs."""
+
+    R: Tensor  # (n, 8, 8) in theta's dtype
+    plan: Plan
+    workings: tuple[Workings, ...]  # consecutive blocks; empty if they were not asked for
+
 
 class Exponential(torch.autograd.Function):
-    """theta (n, 28), s -> R (n, 8, 8) in theta's dtype."""
+    """theta (n, 28), its evaluation -> R (n, 8, 8), connected to theta."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, squarings: int) -> Tensor:
-        R, workings = exponential(theta, squarings, workings=ctx.needs_input_grad[0])
-        ctx.squarings = squarings
-        ctx.save_for_backward(*(tensor for part in workings for tensor in part))
-        return R
+    def forward(ctx: Any, theta: Tensor, known: Evaluated) -> Tensor:
+        ctx.known = known
+        return known.R.detach()  # another tensor on the same values: autograd marks what is returned
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        saved = ctx.saved_tensors
-        width = len(Workings._fields)
-        workings = [Workings(*saved[k : k + width]) for k in range(0, len(saved), width)]
-        return pull_back(workings, grad, ctx.squarings), None
+        known: Evaluated = ctx.known
+        parts = torch.split(grad, [w.A.shape[0] for w in known.workings])
+        pulled = [_pull_back(w, g, known.plan.squarings) for w, g in zip(known.workings, parts, strict=True)]
+        return pulled[0] if len(pulled) == 1 else torch.cat(pulled), None
 
 
-def exponential(theta: Tensor, squarings: int, *, workings: bool) -> tuple[Tensor, list[Workings]]:
-    """theta (n, 28) -> R (n, 8, 8) in theta's dtype, and per chunk what `pull_back` needs (if wanted)."""
-    parts = [_exponential(part, squarings, workings) for part in _chunks(theta)]  # n = 0 is one empty piece
-    return torch.cat([R for R, _ in parts]), [kept for _, kept in parts if kept is not None]
+def evaluate(thetas: Sequence[Tensor], *, workings: bool, names: Sequence[str] = ()) -> list[Evaluated]:
+    """exp of several thetas (n_k, 28), float32 or float64, a few large batches for all; each result as if alone.
+
+    Raises:
+        InputError: see `plans`.
+    """
+    planned = plans(thetas, names)
+    batches: dict[Any, list[list[tuple[int, Tensor]]]] = {}  # of equal plan, (owner, blocks) up to CHUNK blocks in all
+    for owner, theta in enumerate(thetas):
+        alike = batches.setdefault((planned[owner], theta.dtype, theta.device), [[]])
+        most = CHUNK if theta.device.type == "cpu" else max(1, len(theta) * len(thetas))
+        for piece in torch.split(theta.detach(), most):
+            if sum(len(other) for _, other in alike[-1]) + len(piece) > most:
+                alike.append([])
+            alike[-1].append((owner, piece))
+    results: list[list[tuple[Tensor, Workings | None]]] = [[] for _ in thetas]
+    for (plan, _, _), alike in batches.items():
+        for batch in alike:
+            R, kept = _exponential(torch.cat([piece for _, piece in batch]), plan, workings)
+            start = 0
+            for owner, piece in batch:
+                part = slice(start, start + len(piece))
+                results[owner].append((R[part], None if kept is None else kept.of(part)))
+                start += len(piece)
+    return [
+        Evaluated(
+            R=parts[0][0] if len(parts) == 1 else torch.cat([R for R, _ in parts]),
+            plan=planned[owner],
+            workings=tuple(kept for _, kept in parts if kept is not None),
+        )
+        for owner, parts in enumerate(results)
+    ]
 
 
-def pull_back(workings: list[Workings], grad: Tensor, squarings: int) -> Tensor:
-    """dL/dR (n, 8, 8) -> dL/dtheta (n, 28), in grad's dtype."""
-    parts = zip(workings, _chunks(grad), strict=True)
-    return torch.cat([_pull_back(kept, part, squarings) for kept, part in parts])
-
-
-def _chunks(x: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(x, CHUNK) if x.device.type == "cpu" else (x,)
-
-
-def _exponential(theta: Tensor, squarings: int, workings: bool) -> tuple[Tensor, Workings | None]:
-    A = (theta @ generators(theta.device, theta.dtype)).double().mul_(0.5**squarings).view(-1, BLOCK, BLOCK)  # exact
+def _exponential(theta: Tensor, plan: Plan, workings: bool) -> tuple[Tensor, Workings | None]:
+    A = (theta @ generators(theta.device, theta.dtype)).double().mul_(0.5**plan.squarings).view(-1, BLOCK, BLOCK)
     B = A @ A
     B2 = B @ B
     B3 = B @ B2
     chi = _characteristic(B, B2)
-    polynomials = _reduced_series(chi, _series(theta.dtype, theta.device), quotients=workings)  # (2, 4 or 8, n)
+    polynomials = _reduced_series(chi, _series(plan.terms, theta.device), quotients=workings)  # (2, 4 or 8, n)
     P = _polynomial(polynomials[0], B, B2, B3)
     Q = _polynomial(polynomials[1], B, B2, B3)
-    R = _finish(P.baddbmm_(A, Q), squarings, theta.dtype).to(theta.dtype)
+    R = _finish(P.baddbmm_(A, Q), plan.squarings, theta.dtype).to(theta.dtype)
     if not workings:
         return R, None
     return R, Workings(A, B, B2, B3, Q, chi, polynomials[:, :4], polynomials[:, 4:])
@@ -220,13 +271,11 @@ def _dots(X: Tensor, B: Tensor, B2: Tensor, B3: Tensor) -> Tensor:
 
 def _quotient_step(chi: Tensor, quotients: Tensor, bars: Tensor) -> Tensor:
     """dL/d(z^4 mod chi) (4, n): a change d of it changes a remainder by d(z) quotient(z) mod chi."""
-    q, out = quotients, []
-    for power in range(4):
-        out.append((bars * q).sum((0, 1)))
-        if power < 3:
-            shifted = torch.cat([torch.zeros_like(q[:, :1]), q[:, :3]], dim=1)
-            q = torch.addcmul(shifted, chi, q[:, 3:])
-    return torch.stack(out)
+    times = chi.new_zeros(4, 2, 5, chi.shape[1])  # z^k quotient mod chi; row 0 stays zero, see `_reduced_series`
+    times[0, :, 1:] = quotients
+    for k in range(1, 4):
+        torch.addcmul(times[k - 1, :, :4], chi, times[k - 1, :, 4:], out=times[k, :, 1:])
+    return (bars * times[:, :, 1:]).sum((1, 2))
 
 
 def _trace_weights(chi: Tensor, bar: Tensor) -> Tensor:

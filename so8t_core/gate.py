@@ -1,20 +1,21 @@
 """RotationGate: the rotation of one layer, y_k = R_k x_k on the input of `o_proj`, and its bake W' = W @ R.
 
 It owns theta (n, 28) in float32, whatever dtype the model is cast to: at bfloat16's 8 bits an angle below 0.004 rad
-beside 1 would vanish. R (n, 8, 8) is cached while theta does not change and no gradient is wanted.
+beside 1 would vanish. R (n, 8, 8) is computed when theta has changed, for all gates of a model in one batch
+(`share`), and shared by micro-batches, evaluation and decoding.
 Source: DESIGN: o_proj(gate(x)) = (W @ blockdiag(R)) x, hence W'[:, 8k:8k+8] = W[:, 8k:8k+8] @ R_k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from so8t_core.errors import InputError
-from so8t_core.exponential import BLOCK, PARAMETERS
+from so8t_core.exponential import BLOCK, PARAMETERS, Evaluated, Exponential, evaluate
 from so8t_core.rotation import exp_so8, rotate_blocks
 
 
@@ -32,9 +33,10 @@ class RotationGate(nn.Module):
                 f"{layer}: {features} input features are not a positive multiple of {BLOCK}; leave it out of `layers`"
             )
         self.layer = layer
-        theta = torch.zeros(features // BLOCK, PARAMETERS, dtype=torch.float32)
+        self.blocks = features // BLOCK
+        theta = torch.zeros(self.blocks, PARAMETERS, dtype=torch.float32)
         self.theta = nn.Parameter(theta.normal_(std=init_scale) if init_scale else theta)
-        self._cache: tuple[Any, Tensor] | None = None  # (what theta was, its R)
+        self._known: tuple[Any, Evaluated] | None = None  # (what theta was, its exponential)
 
     def rotation(self) -> Tensor:
         """R (n, 8, 8), float32; with a graph when theta is being trained.
@@ -42,43 +44,94 @@ class RotationGate(nn.Module):
         Raises:
             InputError: theta holds a NaN, an Inf or an absurd angle (the message names the layer).
         """
-        if torch.is_grad_enabled() and self.theta.requires_grad:
-            self._cache = None  # training: an optimiser may write theta without raising its version
-            return self._exp(self.theta)
-        if self._cache is None or not self._is_current(self._cache[0]):
-            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve a later backward
-                theta = self.theta.detach().clone()
-                self._cache = (theta if theta.device.type == "cpu" else self._stamp(), self._exp(theta))
-        return self._cache[1]
+        if not self._is_current():
+            refresh([self])
+        assert self._known is not None
+        known = self._known[1]
+        return Exponential.apply(self.theta, known) if self._is_trained() else known.R  # type: ignore[no-untyped-call]
 
-    def _exp(self, theta: Tensor) -> Tensor:
-        try:
-            return exp_so8(theta)
-        except InputError as error:
-            raise InputError(f"{self.layer}: {error}") from None
-
-    def _is_current(self, known: Any) -> bool:
-        """On the CPU theta's values decide (even `theta.data` edits count); elsewhere its version, to avoid a sync."""
-        if isinstance(known, Tensor):
-            return known.device == self.theta.device and torch.equal(known, self.theta)
-        return bool(known == self._stamp())
-
-    def _stamp(self) -> tuple[Any, ...]:
-        return (self.theta.data_ptr(), self.theta._version, self.theta.device)
-
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         return rotate_blocks(x, self.rotation())
 
+    def is_whole(self) -> bool:
+        """theta is an ordinary tensor of its full shape: not sharded over processes, not on the meta device."""
+        theta = self.theta
+        return type(theta.data) is Tensor and theta.shape == (self.blocks, PARAMETERS) and not theta.is_meta
+
+    def _is_trained(self) -> bool:
+        return torch.is_grad_enabled() and self.theta.requires_grad
+
+    def _is_current(self) -> bool:
+        """On the CPU theta's values decide (even `theta.data` edits count); elsewhere its stamp, to avoid a wait."""
+        if self._known is None or (self._is_trained() and not self._known[1].workings):
+            return False
+        was = self._known[0]
+        if isinstance(was, Tensor):
+            return was.device == self.theta.device and torch.equal(was, self.theta)
+        return bool(was == self._stamp())
+
+    def _stamp(self) -> tuple[Any, ...]:
+        """Changes with every write by PyTorch, and after every step of any optimiser, whose kernels may tell no one."""
+        return (self.theta.data_ptr(), self.theta._version, self.theta.device, _OPTIMISER_STEPS[0])
+
     def extra_repr(self) -> str:
-        return f"blocks={self.theta.shape[0]}"
+        return f"blocks={self.blocks}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotationGate:
         exact = self.theta.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._cache = None
+        self._known = None
         if self.theta.dtype.itemsize < torch.float32.itemsize:  # .half() and the like: keep float32, from exact values
             self.theta.data = exact.to(self.theta.device, torch.float32)
         return self
+
+
+_OPTIMISER_STEPS = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _OPTIMISER_STEPS[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def refresh(gates: Iterable[RotationGate]) -> None:
+    """Compute the rotations of all gates whose theta has changed, in one go: once an optimiser step, whoever asks.
+
+    Raises:
+        InputError: a theta holds a NaN, an Inf or an absurd angle (the message names the layer).
+    """
+    stale = [gate for gate in gates if not gate._is_current()]
+    if not stale:
+        return
+    # An inference tensor could not serve a later backward, and mixed precision would round the products.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(stale[0].theta.device.type, enabled=False):
+        thetas = [gate.theta.detach().clone() for gate in stale]
+        trained = any(gate.theta.requires_grad for gate in stale)
+        results = evaluate(thetas, workings=trained, names=[gate.layer for gate in stale])
+    for gate, theta, known in zip(stale, thetas, results, strict=True):
+        gate._known = (theta if theta.device.type == "cpu" else gate._stamp(), known)
+
+
+def share(model: nn.Module) -> None:
+    """Before every forward of `model`, refresh all of its gates in one batch."""
+    unshare(model)
+    model.__dict__["_so8t_gates"] = [module for module in model.modules() if isinstance(module, RotationGate)]
+    model.register_forward_pre_hook(_refresh_shared)
+
+
+def unshare(model: nn.Module) -> None:
+    """Undo `share`."""
+    model.__dict__.pop("_so8t_gates", None)
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _refresh_shared]:
+        del model._forward_pre_hooks[key]
+
+
+def _refresh_shared(model: nn.Module, _: Any) -> None:
+    refresh(gate for gate in model.__dict__["_so8t_gates"] if gate.is_whole())
 
 
 def rotate_weight(W_OI: Tensor, theta: Tensor) -> Tensor:

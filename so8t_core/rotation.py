@@ -5,7 +5,8 @@ of `torch.triu_indices(8, 8, 1)`: A[i, j] = +theta, A[j, i] = -theta. R = exp(A)
 theta = 0 gives exactly the identity. A rotation of R^8 turns up to four orthogonal planes; its angles are the
 imaginary parts of A's eigenvalues.
 Shapes: theta (..., 28), A and R (..., 8, 8), x (..., D) with D = 8 n.
-Source: `exponential` for exp; the real Schur form of a normal matrix (Golub and Van Loan, section 7.4) for log.
+Source: `exponential` for exp, `block_product` for its application; the real Schur form of a normal matrix (Golub and
+Van Loan, section 7.4) for log.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from scipy.linalg import schur
 from torch import Tensor
 
-from so8t_core.exponential import BLOCK, PARAMETERS, Exponential, squarings_for
+from so8t_core.block_product import BlockProduct
+from so8t_core.exponential import BLOCK, PARAMETERS, Exponential, evaluate
 
 
 def skew(theta: Tensor) -> Tensor:
@@ -44,8 +46,11 @@ def exp_so8(theta: Tensor) -> Tensor:
     if theta.shape[-1:] != (PARAMETERS,):
         raise ValueError(f"theta must have shape (..., {PARAMETERS}), got {tuple(theta.shape)}")
     exact = theta if theta.dtype == torch.float64 else theta.float()
+    flat = exact.reshape(-1, PARAMETERS)
+    trained = torch.is_grad_enabled() and flat.requires_grad
     with torch.autocast(theta.device.type, enabled=False):  # mixed precision would round the products to bfloat16
-        R: Tensor = Exponential.apply(exact.reshape(-1, PARAMETERS), squarings_for(exact))  # type: ignore[no-untyped-call]
+        (known,) = evaluate([flat], workings=trained)
+    R: Tensor = Exponential.apply(flat, known) if trained else known.R  # type: ignore[no-untyped-call]
     return R.reshape(*theta.shape[:-1], BLOCK, BLOCK).to(theta.dtype)
 
 
@@ -108,11 +113,8 @@ def rotate_blocks(x: Tensor, R: Tensor) -> Tensor:
     n = R.shape[0]
     if x.shape[-1] != n * BLOCK:
         raise ValueError(f"x has {x.shape[-1]} channels, but {n} rotations turn {n * BLOCK}")
-    dtype = torch.promote_types(x.dtype, R.dtype)
-    x_TNK = x.reshape(-1, n, BLOCK).to(dtype)  # (T, n, 8)
-    with torch.autocast(x.device.type, enabled=False):
-        y_NTK = torch.bmm(x_TNK.transpose(0, 1), R.to(dtype).mT)  # (n, T, 8): row form x R^T
-    return y_NTK.transpose(0, 1).reshape(x.shape).to(x.dtype)
+    y: Tensor = BlockProduct.apply(x, R)  # type: ignore[no-untyped-call]
+    return y
 
 
 def orthogonality_error(R: Tensor) -> Tensor:

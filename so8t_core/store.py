@@ -23,6 +23,7 @@ from so8t_core.adapter import SO8TLinear
 from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, write_text
+from so8t_core.gate import unshare
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -91,6 +92,7 @@ def _replace_layers(model: nn.Module, make: Callable[[str, Any], nn.Module]) -> 
         for part in layer.modules():
             if isinstance(part, SO8TLinear) and part.guard is not None:
                 part.guard.remove()
+    unshare(model)
     model.__dict__.pop("peft_config", None)
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False  # type: ignore[assignment]

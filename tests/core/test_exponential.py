@@ -10,10 +10,10 @@ import scipy.linalg
 import torch
 
 from so8t_core import exp_so8, skew
-from so8t_core.exponential import REACH, squarings_for
+from so8t_core.exponential import TERMS, Exponential, evaluate, plans
 
 PLANES = {"one plane": 1, "two equal planes": 2, "four equal planes": 4}
-ANGLES = [0.0, 1e-40, 1e-3, 1.0, math.pi, math.nextafter(math.pi, 4), 4.0, 6.49, 50.0]
+ANGLES = [0.0, 1e-40, 1e-3, 1.0, 1.99, math.pi, math.nextafter(math.pi, 4), 4.0, 6.49, 50.0]
 
 
 def sample(kind: str, angle: float, count: int = 64) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_float64_rotation_is_orthogonal_to_rounding(kind: str, angle: float) -> 
     assert orthogonality(exp_so8(sample(kind, angle))) <= 2e-15
 
 
-@pytest.mark.parametrize("angle", [0.0, 1e-40, 1e-3, 1.0, math.pi, 4.0, 6.49, 20.0])
+@pytest.mark.parametrize("angle", [0.0, 1e-40, 1e-3, 1.0, 1.99, math.pi, 4.0, 6.49, 20.0])
 @pytest.mark.parametrize("kind", ["generic", *PLANES])
 def test_float32_gradient_is_accurate(kind: str, angle: float) -> None:
     theta = sample(kind, angle, count=16).float().requires_grad_(True)
@@ -90,20 +90,47 @@ def test_gradcheck(angle: float) -> None:
     assert torch.autograd.gradcheck(exp_so8, (theta,))
 
 
-@pytest.mark.parametrize("dtype", REACH)
+@pytest.mark.parametrize("dtype", TERMS)
 def test_squarings_bring_every_angle_within_reach(dtype: torch.dtype) -> None:
     for angle in (0.3, 1.0, 3.0, 50.0):
         for kind in PLANES:
             theta = sample(kind, angle).to(dtype)
             largest = torch.linalg.matrix_norm(skew(theta), 2).max().item()
-            assert largest * 0.5 ** squarings_for(theta) <= REACH[dtype] * (1 + torch.finfo(dtype).eps)
-    assert squarings_for(torch.zeros(3, 28, dtype=dtype)) == 0
+            (plan,) = plans([theta])
+            reach = next(far for far, terms in TERMS[dtype] if terms == plan.terms)
+            assert largest * 0.5**plan.squarings <= reach * (1 + torch.finfo(dtype).eps)
+    assert plans([torch.zeros(3, 28, dtype=dtype)])[0].squarings == 0
 
 
 def test_angles_up_to_pi_need_no_squaring() -> None:
     for kind in PLANES:
-        assert squarings_for(sample(kind, math.pi).float()) == 0
-    assert squarings_for(sample("one plane", 7.0).float()) == 1
+        assert plans([sample(kind, math.pi).float()])[0].squarings == 0
+    assert plans([sample("one plane", 7.0).float()])[0].squarings == 1
+
+
+def test_a_batch_of_several_is_each_of_them_alone() -> None:
+    """Whatever their lengths, dtypes and sizes: the pieces find their owners again."""
+    thetas = [
+        sample("generic", angle, count).float() for angle, count in [(0.1, 700), (1.0, 700), (3.0, 2500), (0.1, 900)]
+    ]
+    thetas += [sample("one plane", 50.0, 3), torch.zeros(0, 28), sample("generic", 1.9, 5).float()]
+    weights = [torch.randn(len(theta), 8, 8, dtype=theta.dtype) for theta in thetas]
+    for theta, weight, known in zip(thetas, weights, evaluate(thetas, workings=True), strict=True):
+        theta.requires_grad_(True)
+        alone = exp_so8(theta)
+        together = Exponential.apply(theta, known)
+        eps = torch.finfo(theta.dtype).eps  # the last bit may depend on the size of a batch
+        assert together.shape == alone.shape
+        assert torch.allclose(together, alone, rtol=0, atol=eps)
+        grads = [torch.autograd.grad(R, theta, weight)[0] for R in (together, alone)]
+        assert torch.allclose(*grads, rtol=4 * eps, atol=64 * eps)
+
+
+def test_a_bad_theta_among_several_is_named() -> None:
+    bad = torch.zeros(2, 28)
+    bad[0, 0] = math.nan
+    with pytest.raises(ValueError, match="second: theta has a NaN or Inf"):
+        evaluate([torch.zeros(2, 28), bad], workings=False, names=["first", "second"])
 
 
 def test_shapes_and_chunks() -> None:

@@ -158,13 +158,65 @@ def test_rotating_blocks_is_the_dense_block_diagonal_product_and_keeps_the_norm(
         assert (y - x @ dense).abs().max() > 1e-3
 
 
-def test_rotating_bfloat16_rounds_only_the_result():
-    R = exp_so8(draw(0, 1e-3, n=2)).float()  # an angle that bfloat16 itself could not hold beside 1
-    x = torch.randn(64, 16).bfloat16()
+@pytest.mark.parametrize("rows", [1, 2, 300])
+@pytest.mark.parametrize("n", [1, 2, 4, 6])
+@pytest.mark.parametrize("angle", [1e-3, 0.3, np.pi])
+def test_rotating_bfloat16_loses_no_small_angle(angle, n, rows):
+    """Within 2^-8 (|y| + 2 |R - I| |x|): rounding y, the product and R - I once each (bfloat16 has 8 bits)."""
+    theta = draw(0, 1.0, n=n)
+    R = exp_so8(theta * angle / plane_angles(theta).max()).float()
+    dense = torch.block_diag(*R.double())
+    deviation = (dense - torch.eye(8 * n)).abs()
+    x = torch.randn(rows, 8 * n, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    g = torch.randn(rows, 8 * n, generator=torch.Generator().manual_seed(2)).bfloat16()
     y = rotate_blocks(x, R)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, (x.float() @ torch.block_diag(*R).T).bfloat16())
-    assert not torch.equal(y, (x @ torch.block_diag(*R).bfloat16().T))
+    (x_bar,) = torch.autograd.grad(y, x, g)
+    for found, value, M, D in ((y, x, dense.T, deviation.T), (x_bar, g, dense, deviation)):
+        exact = value.double() @ M
+        bound = 2**-8 * 1.01 * (exact.abs() + 2 * value.double().abs() @ D) + 1e-9
+        assert ((found.double() - exact).abs() <= bound).all()
+        wrong = value.double() @ M.T  # the bound tells the two directions apart
+        assert angle < 0.1 or not ((found.double() - wrong).abs() <= bound).all()
+
+
+def test_bfloat16_applies_a_rotation_and_not_its_rounding():
+    """The map applied, estimated over 20000 rows, is R within 2^-8 |R - I|; R rounded to bfloat16 is not."""
+    theta = draw(0, 1.0, n=1)
+    R = exp_so8(theta * 0.1 / plane_angles(theta).max()).float()
+    x = torch.randn(20000, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    eye = torch.eye(8, dtype=torch.float64)
+    for turn, close in ((R, True), (R.bfloat16().float(), False)):
+        found = torch.linalg.lstsq(x.double(), rotate_blocks(x, turn).double()).solution.T
+        # The rounding of 20000 y leaves 2^-7 / sqrt(12 * 20000); five times that is allowed.
+        bound = 2**-8 * (R.double() - eye).abs() + 5 * 2**-7 / (12 * 20000) ** 0.5
+        assert bool(((found - R[0].double()).abs() <= bound).all()) == close
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "rows"), [(3, 1), (3, 700), (4, 1), (5, 2), (48, 2500)])
+def test_the_gradient_of_the_rotation_is_the_dense_one(n, rows, dtype):
+    """In several parts and tiles; R's gradient is summed in float32 whatever x's dtype."""
+    R = exp_so8(draw(0, 1.0, n=n)).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    x = torch.randn(rows, 8 * n).to(dtype)
+    g = torch.randn(rows, 8 * n).to(dtype)
+    (R_bar,) = torch.autograd.grad(rotate_blocks(x, R), R, g)
+    blocks = [v.double().view(rows, n, 8) for v in (g, x)]
+    exact = torch.einsum("tki,tkj->kij", *blocks)
+    scale = torch.einsum("tki,tkj->kij", *(v.abs() for v in blocks))
+    assert ((R_bar - exact).abs() <= rows**0.5 * 2 * torch.finfo(R.dtype).eps * scale).all()
+
+
+def test_a_transposed_or_expanded_input_is_rotated_like_its_copy():
+    R = exp_so8(draw(0, 1.0, n=4)).float()
+    for x in (
+        torch.randn(32, 6).T,
+        torch.randn(1, 32).expand(6, 32),
+        torch.randn(6, 64)[:, ::2],
+        torch.randn(3, 2, 32).transpose(0, 1),
+    ):
+        assert torch.equal(rotate_blocks(x, R), rotate_blocks(x.contiguous(), R))
+        assert torch.equal(rotate_blocks(x[:1], R), rotate_blocks(x[:1].contiguous(), R))
 
 
 def test_autocast_does_not_coarsen_the_rotation():
