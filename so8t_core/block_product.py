@@ -3,14 +3,15 @@
 Neighbouring blocks go into one block-diagonal tile: 8-wide products leave most of a processor's vector unit idle, more
 arithmetic is faster. bfloat16 x on a processor that multiplies bfloat16: y = x + x (R - I)^T, because R - I keeps its
 relative precision in bfloat16, where a rounded R would no longer be a rotation; the error is at most 2^-8 (|y| +
-2 |R - I| |x|), of which 2^-8 |y| is the rounding of y itself. Everything else is computed in the finer dtype of x and R,
-some rows at a time, within the cache. Only x and R are kept for the backward, x in its own dtype.
+2 |R - I| |x|), of which 2^-8 |y| is the rounding of y itself. All else is computed in the finer dtype of x and R, some
+rows at a time, within the cache. Only x and R are kept for the backward, x in its own dtype.
 Shapes: x, y, g (..., 8 n), R (n, 8, 8); T rows = all leading dimensions; tiles (8 n / W, W, W).
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from functools import cache
 from typing import Any
 
@@ -57,7 +58,7 @@ def _times(x: Tensor, M: Tensor) -> Tensor:
 
 def _times_fine(x_TD: Tensor, tiles: Tensor, *, out: Tensor) -> None:
     step = _step(x_TD)
-    wide, turned = (_scratch(step, x_TD, tiles.dtype) for _ in range(2))
+    wide, turned = _scratch(step, x_TD, tiles.dtype)
     for x, y in zip(torch.split(x_TD, step), torch.split(out, step), strict=True):
         y_NTW = turned[: x.numel()].view(len(tiles), len(x), tiles.shape[-1])
         torch.bmm(_by_tile(_widened(x, wide), tiles.shape[-1]), tiles, out=y_NTW)
@@ -73,7 +74,7 @@ def _outer(g: Tensor, x: Tensor, R: Tensor) -> Tensor:
     out = torch.zeros(n // per_tile, width, width, dtype=dtype, device=x.device)
     g_TD, x_TD = g.reshape(-1, n * BLOCK), x.reshape(-1, n * BLOCK)
     step = _step(x_TD)
-    g_wide, x_wide = (_scratch(step, x_TD, dtype) for _ in range(2))
+    g_wide, x_wide = _scratch(step, x_TD, dtype)
     with torch.autocast(x.device.type, enabled=False):
         for g_part, x_part in zip(torch.split(g_TD, step), torch.split(x_TD, step), strict=True):
             out.baddbmm_(_by_tile(_widened(g_part, g_wide), width).mT, _by_tile(_widened(x_part, x_wide), width))
@@ -104,9 +105,18 @@ def _step(x_TD: Tensor) -> int:
     return max(16, ELEMENTS // max(1, x_TD.shape[1])) if x_TD.device.type == "cpu" else max(1, len(x_TD))
 
 
-def _scratch(step: int, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for `step` rows, used again by every part: fresh memory costs more than the arithmetic."""
-    return torch.empty(min(step, len(x_TD)) * x_TD.shape[1], dtype=dtype, device=x_TD.device)
+def _scratch(step: int, x_TD: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Room for `step` rows, twice, used again by every part; on a CPU by every call: the first touch of fresh memory
+    costs more than the arithmetic."""
+    elements = min(step, len(x_TD)) * x_TD.shape[1]
+    known: dict[Any, list[Tensor]] = _KEPT.__dict__ if x_TD.device.type == "cpu" else {}
+    if dtype not in known or known[dtype][0].numel() < elements:
+        with torch.inference_mode(False):  # to be written to in any mode
+            known[dtype] = [torch.empty(elements, dtype=dtype, device=x_TD.device) for _ in range(2)]
+    return known[dtype]
+
+
+_KEPT = threading.local()  # a pair of scratch tensors a thread and dtype, 3 MB in float32
 
 
 def _widened(x_TD: Tensor, scratch: Tensor) -> Tensor:

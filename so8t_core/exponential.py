@@ -280,12 +280,6 @@ def _quotient_step(chi: Tensor, quotients: Tensor, bars: Tensor) -> Tensor:
 
 def _trace_weights(chi: Tensor, bar: Tensor) -> Tensor:
     """(4, n): w_j with dL = sum_j w_j tr(B^(j-1) dB), by Newton's identities, de_k/dp_j = (-1)^(j-1) e_(k-j) / j."""
-    c, b = chi, bar
-    return 0.5 * torch.stack(
-        [
-            b[3] - b[0] * c[1] - b[1] * c[2] - b[2] * c[3],
-            b[2] - b[0] * c[2] - b[1] * c[3],
-            b[1] - b[0] * c[3],
-            b[0],
-        ]
-    )
+    _, c1, c2, c3 = chi.unbind()
+    b0, b1, b2, b3 = bar.unbind()
+    return 0.5 * torch.stack([b3 - b0 * c1 - b1 * c2 - b2 * c3, b2 - b0 * c2 - b1 * c3, b1 - b0 * c3, b0])
