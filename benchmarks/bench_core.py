@@ -1,76 +1,213 @@
-"""The core against its peers, side by side: groups of two, whose medians are to be compared as a ratio.
-
-`tox -e bench` runs it. Shapes: all 12288 rotations of a Phi-3.5, and the bake of one of its 3072 x 3072 weights.
-"""
+"""The core against its peers. Shapes: the 12288 rotations of a Phi-3.5, its o_proj (2048 tokens x 3072) and SmolLM2's
+(2048 x 576), decoding of one token, and a whole training step of a Llama 768 x 6 in bfloat16."""
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from so8t_core import exp_so8, skew
-from so8t_core.baking import Fold
+from benchmarks.side_by_side import Comparison
+from so8t_core import SO8TConfig, exp_so8, skew
 
 BLOCKS = 12288
+OFT = {"r": 0, "oft_block_size": 8, "target_modules": ["o_proj"]}  # PEFT's own defaults otherwise
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def _theta(angle: float) -> torch.Tensor:
+def _theta(angle: float) -> Tensor:
     theta = torch.randn(BLOCKS, 28, generator=torch.Generator().manual_seed(0))
     return theta / torch.linalg.matrix_norm(skew(theta), 2)[:, None] * angle
 
 
-PEERS = {"so8t": exp_so8, "torch.matrix_exp": lambda theta: torch.matrix_exp(skew(theta))}
-
-
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("angle", [1.0, 3.14159])
-def bench_exponential_forward(benchmark: Any, angle: float, peer: str) -> None:
-    benchmark.group = f"exponential of 12288 blocks, forward, angle {angle:g}"
+@pytest.mark.parametrize(("angle", "bar"), [(1.0, 2.5), (math.pi, 1.9)], ids=["1", "pi"])
+def bench_exponential_forward(figures: Any, angle: float, bar: float) -> None:
     theta = _theta(angle)
     with torch.no_grad():
-        benchmark.pedantic(PEERS[peer], (theta,), rounds=15, warmup_rounds=2)
+        figures(
+            f"exponential of 12288 blocks, forward, angle {angle:.3g}",
+            {"so8t": lambda: exp_so8(theta), "torch.matrix_exp": lambda: torch.matrix_exp(skew(theta))},
+            rounds=15,
+            bar=bar,
+        )
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("angle", [1.0, 3.14159])
-def bench_exponential_with_gradient(benchmark: Any, angle: float, peer: str) -> None:
-    benchmark.group = f"exponential of 12288 blocks, forward and backward, angle {angle:g}"
+@pytest.mark.parametrize(("angle", "bar"), [(1.0, 5.0), (math.pi, 3.8)], ids=["1", "pi"])
+def bench_exponential_with_gradient(figures: Any, angle: float, bar: float) -> None:
     theta, weight = _theta(angle).requires_grad_(True), torch.randn(BLOCKS, 8, 8)
-    benchmark.pedantic(lambda: torch.autograd.grad(PEERS[peer](theta), theta, weight), rounds=9, warmup_rounds=1)
+    figures(
+        f"exponential of 12288 blocks, forward and backward, angle {angle:.3g}",
+        {
+            "so8t": lambda: torch.autograd.grad(exp_so8(theta), theta, weight),
+            "torch.matrix_exp": lambda: torch.autograd.grad(torch.matrix_exp(skew(theta)), theta, weight),
+        },
+        rounds=9,
+        bar=bar,
+    )
 
 
-def _peft_merge(weight: torch.Tensor) -> torch.Tensor:
-    """Stock PEFT OFT (block 8) merged into one linear layer of this weight."""
-    from peft import OFTConfig, get_peft_model
+class Projections(nn.Module):
+    """Some layers whose o_proj is next to nothing (8 outputs), so that the adapter alone is measured."""
 
-    class One(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.o_proj = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-            self.o_proj.weight.data = weight.clone()
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Module() for _ in range(layers))
+        for layer in self.layers:
+            layer.o_proj = nn.Linear(width, 8, bias=False)
 
-    config = OFTConfig(r=0, oft_block_size=8, target_modules=["o_proj"])
-    return get_peft_model(One(), config)  # type: ignore[return-value, arg-type]
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer.o_proj(x) for layer in self.layers]).sum(0)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("peer", ["so8t", "peft"])
-def bench_bake_of_one_weight(benchmark: Any, peer: str) -> None:
-    benchmark.group = "bake of one 3072 x 3072 bfloat16 weight"
-    weight = (torch.randn(3072, 3072) * 0.02).bfloat16()
-    theta = 0.1 * torch.randn(384, 28)
-    if peer == "so8t":
-        benchmark.pedantic(lambda: Fold(theta=theta).apply(weight, torch.bfloat16), rounds=9, warmup_rounds=1)
-    else:
-        benchmark.pedantic(
-            lambda model: model.merge_adapter(), setup=lambda: ((_peft_merge(weight),), {}), rounds=5, warmup_rounds=1
+def _adapted(config: PeftConfig, width: int, layers: int, dtype: torch.dtype) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: nn.Module = get_peft_model(Projections(width, layers).to(dtype), config)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def _step(model: nn.Module, x: Tensor, g: Tensor) -> Callable[[], Any]:
+    """Forward and backward to x and the parameters, then the optimiser's write, which outdates what was cached."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> None:
+        torch.autograd.grad(model(x), [x, *parameters], g)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(1.0001)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("width", "layers", "bar"), [(3072, 2, 4.0), (576, 8, 3.0)])
+def bench_adapter_training(figures: Any, width: int, layers: int, bar: float, dtype: torch.dtype) -> None:
+    x, g = torch.randn(1, 2048, width).to(dtype).requires_grad_(), torch.randn(1, 2048, 8).to(dtype)
+    figures(
+        f"adapter, training step, {layers} layers, 2048 x {width} {dtype}".replace("torch.", ""),
+        {
+            "so8t": _step(_adapted(SO8TConfig(), width, layers, dtype), x, g),
+            "PEFT OFT": _step(_adapted(OFTConfig(**OFT), width, layers, dtype), x, g),
+        },
+        rounds=15,
+        bar=bar if dtype == torch.bfloat16 else None,
+    )
+
+
+@pytest.mark.parametrize(("tokens", "width", "bar"), [(2048, 3072, 4.0), (2048, 576, 4.0), (1, 3072, 2.0)])
+def bench_adapter_inference(figures: Any, tokens: int, width: int, bar: float) -> None:
+    x = torch.randn(1, tokens, width).bfloat16()
+    ours, oft = (_adapted(c, width, 4, torch.bfloat16).eval() for c in (SO8TConfig(), OFTConfig(**OFT)))
+    repeat = range(100 if tokens == 1 else 1)
+    with torch.no_grad():
+        figures(
+            f"adapter, inference, 4 layers, {tokens} x {width} bfloat16",
+            {"so8t": lambda: [ours(x) for _ in repeat], "PEFT OFT": lambda: [oft(x) for _ in repeat]},
+            rounds=21,
+            bar=bar,
+        )
+
+
+def _llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).bfloat16()
+
+
+def _methods() -> dict[str, nn.Module]:
+    """The frozen base, and each method on its o_proj. The base's embeddings need a gradient so that all go backward."""
+    models: dict[str, nn.Module] = {"so8t": get_peft_model(_llama(), SO8TConfig(init_scale=0.05))}
+    models["frozen base"] = _llama().requires_grad_(False)
+    models["LoRA r=8"] = get_peft_model(_llama(), LoraConfig(r=8, target_modules=["o_proj"]))
+    models["PEFT OFT"] = get_peft_model(_llama(), OFTConfig(**OFT))
+    for model in models.values():
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return models
+
+
+def bench_whole_training_step(figures: Any) -> None:
+    ids = torch.randint(0, 4096, (2, 512), generator=torch.Generator().manual_seed(0))
+
+    def run(model: nn.Module) -> Callable[[], Any]:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+
+        def step() -> None:
+            model(input_ids=ids, labels=ids).loss.backward()
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.mul_(1.0001)
+                    parameter.grad = None
+
+        return step
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models = _methods()
+    steps = {name: run(model) for name, model in models.items()}
+    floor = "frozen base"
+    for name, bar in (("so8t", 1.04), ("LoRA r=8", None), ("PEFT OFT", None)):
+        figures(
+            f"whole training step, Llama 768 x 6 bfloat16, 1024 tokens: {name}",
+            {name: steps[name], floor: steps[floor]},
+            rounds=11,
+            bar=bar,
+            lower_is_better=True,
+        )
+
+
+def bench_saved_activations(record: Any) -> None:
+    """Bytes a token, channel and layer that the backward needs more than the frozen base's."""
+    ids = torch.randint(0, 4096, (1, 512), generator=torch.Generator().manual_seed(0))
+
+    def saved(model: nn.Module) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model(input_ids=ids)
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = model(input_ids=ids).logits
+        assert logits.requires_grad
+        return sum(kept.values())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models = _methods()
+    base = saved(models["frozen base"])
+    for name, bar in (("so8t", 2.2), ("LoRA r=8", None), ("PEFT OFT", None)):
+        per = (saved(models[name]) - base) / (512 * 768 * 6)
+        record(
+            Comparison(
+                name=f"saved activations, bytes a token, channel and layer, bfloat16: {name}",
+                ours=name,
+                peer="frozen base",
+                ratio=per,
+                quartiles=(per, per),
+                milliseconds={},
+                rounds=1,
+                bar=bar,
+                lower_is_better=True,
+            )
         )

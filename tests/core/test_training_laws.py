@@ -1,0 +1,172 @@
+"""What training relies on: the same gradients however a step is cut, one exponential a step, little memory kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from core_models import IDS, LORA, randomise, tiny_llama
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from so8t_core import SO8TConfig, attach, exponential, gates
+from so8t_core.gate import RotationGate
+
+
+def adapted(**changes: object) -> nn.Module:
+    return randomise(attach(tiny_llama(**changes), SO8TConfig(lora=LORA)))
+
+
+def gradients(model: nn.Module, *batches: Tensor, forward: Callable[..., nn.Module] | None = None) -> dict[str, Tensor]:
+    """Gradients after the batches' backward passes."""
+    model.zero_grad()
+    for ids in batches:
+        (model if forward is None else forward)(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_accumulated_gradients_are_the_sum_of_the_separate_ones():
+    model = adapted()
+    parts = [gradients(copy.deepcopy(model), ids[None]) for ids in IDS]
+    assert same(
+        gradients(model, *(ids[None] for ids in IDS)), {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    )
+    assert not same(parts[0], parts[1])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_gradient(reentrant):
+    model = adapted()
+    model.train()
+    want = gradients(model, IDS)
+    model.enable_input_require_grads()  # reentrant checkpoints need an input with a gradient
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    entered = []
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda *_: entered.append(torch.is_grad_enabled()))
+    assert same(gradients(model, IDS), want)
+    assert len(entered) == 2  # it did run again in the backward
+
+
+def test_checkpointing_and_accumulation_together_change_no_gradient():
+    model = adapted()
+    model.train()
+    want = gradients(model, *(ids[None] for ids in IDS))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert same(gradients(model, *(ids[None] for ids in IDS)), want)
+
+
+def test_a_compiled_model_has_the_same_gradients():
+    model = adapted(num_hidden_layers=1)
+    want = gradients(model, IDS)
+    torch._dynamo.reset()
+    found = gradients(model, IDS, forward=torch.compile(model, backend="aot_eager"))
+    for name, grad in want.items():  # the compiler may sum in another order
+        assert (found[name] - grad).abs().max() <= 64 * torch.finfo(torch.float32).eps * grad.abs().max(), name
+    with torch.no_grad():
+        for gate in gates(model).values():
+            gate.theta.mul_(1.5)  # as an optimiser does: a compiled step must see it
+    found = gradients(model, IDS, forward=torch.compile(model, backend="aot_eager"))
+    again = gradients(model, IDS)
+    assert not same(again, want)
+    for name, grad in again.items():
+        assert (found[name] - grad).abs().max() <= 64 * torch.finfo(torch.float32).eps * grad.abs().max(), name
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of blocks of every batch that is exponentiated from now on."""
+    calls: list[int] = []
+    original = exponential._exponential
+    monkeypatch.setattr(
+        exponential, "_exponential", lambda theta, *rest: calls.append(len(theta)) or original(theta, *rest)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_all_layers_are_exponentiated_once_an_optimiser_step(kind, monkeypatch):
+    model = adapted()
+    optimiser = kind([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    calls = counted(monkeypatch)
+    for _ in range(3):
+        gradients(model, IDS[:1], IDS[1:], IDS)
+        with torch.no_grad():
+            model(input_ids=IDS)
+        optimiser.step()
+    assert calls == [3 * 4] * 3  # three layers of four blocks, whatever the micro-batches, evaluation included
+
+
+def test_a_lone_forward_of_the_inner_model_is_right_as_well(monkeypatch):
+    model = adapted()
+    calls = counted(monkeypatch)
+    hidden = model.model(input_ids=IDS).last_hidden_state  # passes by the model's hook
+    assert calls == [4] * 3
+    assert torch.equal(model.lm_head(hidden), model(input_ids=IDS).logits)
+
+
+def test_a_sharded_theta_is_left_to_its_layer(monkeypatch):
+    model = adapted()
+    calls = counted(monkeypatch)
+    first = next(iter(gates(model).values()))
+    monkeypatch.setattr(first, "is_whole", lambda: False)
+    model(input_ids=IDS)
+    assert calls == [8, 4]
+
+
+def test_every_optimiser_step_is_noticed_where_values_are_not_compared():
+    """Off the CPU a stamp decides; some optimisers' kernels write without raising a version."""
+
+    class Silent(torch.optim.Optimizer):
+        def step(self, closure: object = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.detach().numpy()[:] += 1
+
+    gate = RotationGate(16)
+    before, version = gate._stamp(), gate.theta._version
+    Silent(gate.parameters(), {}).step()
+    assert gate.theta._version == version
+    assert gate._stamp() != before
+
+
+def saved_bytes(run: Callable[[], Tensor]) -> int:
+    """Bytes of all different storages that the graph of `run` keeps, parameters not counted."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_the_rotation_keeps_its_input_and_no_wider_copy():
+    tokens, width = 512, 256
+    gate = RotationGate(width, init_scale=0.1)
+    x = torch.randn(1, tokens, width).bfloat16().requires_grad_()
+    R_bytes = width * 8 * 4
+    assert saved_bytes(lambda: gate(x * 1.0)) - R_bytes - saved_bytes(lambda: x * 1.0) == 2 * tokens * width
+    wide = saved_bytes(lambda: (x * 1.0).float() @ torch.eye(width, requires_grad=True))  # a float32 copy would show
+    assert wide >= 4 * tokens * width
+
+
+def test_a_training_step_keeps_next_to_nothing_more_than_the_frozen_base():
+    base = tiny_llama(hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4).bfloat16()
+    base.requires_grad_(False)
+    base.enable_input_require_grads()
+    ids = torch.randint(0, 64, (1, 512), generator=torch.Generator().manual_seed(0))
+    plain = saved_bytes(lambda: base(input_ids=ids).logits)
+    model = attach(base, SO8TConfig(init_scale=0.1))
+    model(input_ids=ids)
+    extra = saved_bytes(lambda: model(input_ids=ids).logits) - plain
+    # The input is the attention's output, which attention keeps anyway: measured 0.06, the rotations themselves.
+    assert 0 < extra / (512 * 256 * 3) <= 0.1
