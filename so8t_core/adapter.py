@@ -189,6 +189,7 @@ class SO8TModel(BaseTuner):
             LoraModel._create_and_replace(self, lora, adapter_name, target, target_name, parent, current_key)
 
     def _post_injection_hook(self, model: nn.Module, config: SO8TConfig, adapter_name: str) -> None:
+        _keep_unpacked(model)
         share(model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -199,6 +200,22 @@ class SO8TModel(BaseTuner):
             unshare(self.model)
             if child.guard is not None:
                 child.guard.remove()
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU's bfloat16 unit.
+
+    bitsandbytes 0.50 does it in the first forward in evaluation mode and never undoes it: from then on the backward
+    through the layer, and its dequantised weight, are garbage. Training after an evaluation would learn nothing.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise InputError(
+                    f"{name}: bitsandbytes has repacked the 4-bit weights in an evaluation on this CPU, and gradients "
+                    "through them would be wrong; load the model again and attach before it is run"
+                )
+            module.support_avx512bf16_for_cpu = False
 
 
 def _refuse_outer_adapter(parent: nn.Module, args: Any) -> None:

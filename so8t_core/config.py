@@ -6,20 +6,43 @@ The method "so8t" becomes a true member of PEFT's `PeftType` when this module is
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft
 from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from so8t_core.errors import InputError
 
 METHOD = "SO8T"
+TESTED_PEFT = (0, 21)
 # LoRA options under which its function is W + s B A on the original W: all others would make the bake inexact, or
 # (init_lora_weights "pissa", "olora", ...) change W itself when the adapter is attached.
 _EXACT_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
 _EXACT_LORA |= {"init_lora_weights", "layers_to_transform", "layers_pattern", "task_type", "inference_mode"}
 _EXACT_INITS = (True, False, "gaussian", "orthogonal")
+
+
+def check_peft(version: str) -> None:
+    """Refuse a peft whose merges are wrong, warn of one that was never tried.
+
+    Raises:
+        InputError: older than 0.21. Up to 0.20 it merged OFT into quantised layers without the rotation, silently.
+    """
+    series = tuple(int(part) for part in version.split(".")[:2])
+    if series < TESTED_PEFT:
+        raise InputError(
+            f"peft {version} is too old: its merges into quantised layers are silently wrong; "
+            "pip install 'peft>=0.21,<0.22'"
+        )
+    if series > TESTED_PEFT:
+        warnings.warn(
+            f"peft {version} was not tested with SO8T, which extends peft's own tables; tested is 0.21. If attaching or "
+            "loading fails, pip install 'peft>=0.21,<0.22'",
+            stacklevel=2,
+        )
 
 
 def _add_peft_type() -> PeftType:
@@ -34,6 +57,7 @@ def _add_peft_type() -> PeftType:
     return PeftType[METHOD]
 
 
+check_peft(peft.__version__)
 _add_peft_type()
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+
+import pytest
 
 import so8t_core
+from so8t_core.config import check_peft
 
 
 def _python(code: str) -> str:
@@ -26,3 +30,21 @@ def test_method_is_registered_beside_a_loaded_peft_and_by_any_name() -> None:
     assert _python(f"import peft, so8t_core; {check}") == "True"
     assert _python(f"import so8t_core; so8t_core.SO8TConfig; so8t_core.attach; import peft; {check}") == "True"
     assert _python(f"import peft; {check}") == "False"
+
+
+@pytest.mark.parametrize("version", ["0.20.3", "0.5.0"])
+def test_an_old_peft_is_refused_with_the_reason(version: str) -> None:
+    with pytest.raises(ValueError, match=f"peft {version} is too old: .* silently wrong; pip install"):
+        check_peft(version)
+
+
+@pytest.mark.parametrize("version", ["0.22.0", "1.0.0.dev0"])
+def test_a_newer_peft_is_used_with_a_warning(version: str) -> None:
+    with pytest.warns(UserWarning, match=f"peft {version} was not tested"):
+        check_peft(version)
+
+
+def test_the_tested_peft_is_used_without_a_word() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_peft("0.21.2")
