@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from so8t_core.adapter import SO8TLinear, SO8TModel, gates, orthogonality_loss, resolve_layers, trainable_counts
-    from so8t_core.baking import bake, bake_checkpoint
+    from so8t_core.baking import bake, bake_checkpoint, unbake
     from so8t_core.config import SO8TConfig
     from so8t_core.errors import InputError
-    from so8t_core.gate import RotationGate, rotate_weight
+    from so8t_core.folding import rotate_weight
+    from so8t_core.gate import RotationGate
     from so8t_core.oft import export_oft, import_oft
     from so8t_core.pet import PETSchedule, pet_penalty
     from so8t_core.rotation import exp_so8, log_so8, orthogonality_error, plane_angles, rotate_blocks, skew
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
 _HOME = {
     "adapter": ("SO8TLinear", "SO8TModel", "gates", "orthogonality_loss", "resolve_layers", "trainable_counts"),
-    "baking": ("bake", "bake_checkpoint"),
+    "baking": ("bake", "bake_checkpoint", "unbake"),
     "config": ("SO8TConfig",),
     "errors": ("InputError",),
-    "gate": ("RotationGate", "rotate_weight"),
+    "folding": ("rotate_weight",),
+    "gate": ("RotationGate",),
     "oft": ("export_oft", "import_oft"),
     "pet": ("PETSchedule", "pet_penalty"),
     "rotation": ("exp_so8", "log_so8", "orthogonality_error", "plane_angles", "rotate_blocks", "skew"),
@@ -64,6 +66,7 @@ __all__ = [
     "save_adapter",
     "skew",
     "trainable_counts",
+    "unbake",
 ]
 
 

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK
-from so8t_core.gate import RotationGate, rotate_weight, share, unshare
-from so8t_core.rounding import round_once
+from so8t_core.folding import Fold
+from so8t_core.gate import RotationGate, share, unshare
 
 PREFIX = "lora_"  # see SO8TLinear.adapter_layer_names and transformers.load_adapter
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -117,7 +117,7 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
 
     def _turn_weight(self, theta: Tensor) -> None:
         linear = self.get_base_layer()
-        linear.weight.data = round_once(rotate_weight(linear.weight.data, theta), linear.weight.dtype)
+        linear.weight.data = Fold(theta=theta).apply(linear.weight.data)
 
 
 class SO8TModel(BaseTuner):

@@ -1,8 +1,7 @@
 """Bake: fold LoRA and rotation into the ordinary weights, W' = (W + s B A) @ R, so that nothing is left at inference.
 
-Everything is computed in float64 and rounded once to the storage dtype. `bake` works on a model in memory,
-`bake_checkpoint` on the original checkpoint's files, tensor by tensor, so that memory holds one tensor and not a model.
-Shapes: W (out, in), A (r, in), B (out, r), theta (in/8, 28).
+`bake` works on a model in memory and `unbake` undoes it; `bake_checkpoint` works on the original checkpoint's files,
+tensor by tensor, so that memory holds one tensor and not a model. The arithmetic is in `folding`.
 """
 
 from __future__ import annotations
@@ -10,15 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from so8t_core.adapter import SO8TLinear
@@ -26,55 +23,13 @@ from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
 from so8t_core.files import atomic_dir
-from so8t_core.gate import rotate_rows
-from so8t_core.rotation import exp_so8
-from so8t_core.rounding import round_once
-from so8t_core.safetensors_stream import SAFETENSORS_DTYPES, StreamWriter
+from so8t_core.folding import Fold, named
+from so8t_core.safetensors_stream import FLOATS, read_entries, rewrite
 from so8t_core.store import KEY_PREFIX, fold_layers, read_adapter
 
 INDEX_NAME = "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")
-ROWS = 64  # of a weight folded at a time: 1.5 MB of float64 at 3072 columns
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-
-
-@dataclass
-class Fold:
-    """What has to be folded into one weight: LoRA pairs first, then the rotation."""
-
-    loras: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)  # (A (r, in), B (out, r), scale)
-    theta: Tensor | None = None  # (in/8, 28)
-
-    def apply(self, W_OI: Tensor, dtype: torch.dtype) -> Tensor:
-        """W (out, in) of any dtype -> (out, in) in `dtype`, computed in float64 and rounded once.
-
-        Rows are independent, so a few at a time stay in the processor's cache: four times as fast as the whole, and
-        float64 memory for those rows only.
-
-        Raises:
-            ValueError: a NaN or Inf, or a value that overflows `dtype`.
-        """
-        R = None if self.theta is None else exp_so8(self.theta.detach().double())  # (in/8, 8, 8)
-        out = torch.empty(W_OI.shape, dtype=dtype, device=W_OI.device)
-        for start in range(0, W_OI.shape[0], ROWS):
-            rows = slice(start, start + ROWS)
-            W = W_OI.detach()[rows].double()
-            for A, B, scale in self.loras:
-                W = W + scale * (B.detach()[rows].double() @ A.detach().double())
-            out[rows] = rounded(W if R is None else rotate_rows(W, R), dtype)
-        return out
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 x rounded once to `dtype`.
-
-    Raises:
-        ValueError: a NaN or Inf, or a value that overflows `dtype`.
-    """
-    if not bool(torch.isfinite(x).all()):
-        raise InputError("a NaN or Inf after baking; check the adapter and the base checkpoint")
-    return round_once(x, dtype)
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -103,9 +58,40 @@ def _folded(name: str, layer: Any) -> nn.Module:
             f"cannot bake into {name}, a {type(inner).__name__}: only plain linear layers hold unquantised weights. "
             "Use bake_checkpoint(base_dir, adapter_dir, out_dir) on the original checkpoint"
         )
-    with _named(name):
-        inner.weight.data = fold.apply(inner.weight.data, inner.weight.dtype)
+    with named(name):
+        inner.weight.data = fold.apply(inner.weight.data)
     return inner
+
+
+def unbake(model: nn.Module, adapter_dir: str | Path) -> nn.Module:
+    """Undo `bake`, or what `bake_checkpoint` wrote: W = W' @ R^T - s B A on the baked, plain `model`, in place.
+
+    Each block of eight weights w comes back within |w_j - original| <= u |w + s B A|_2 + u |w_j|, u = eps / 2 of the
+    weight's dtype: the bake's rounding, turned back, and that of the result. The adapter's LoRA may be large beside w.
+
+    Raises:
+        InputError: (before anything is changed) a model that carries an adapter, damaged files, or an adapter for
+            another model (the first misfitting weight is named).
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InputError("the model carries an adapter; unbake takes the plain model that bake returned")
+    modules = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    kinds = {dtype: kind for kind, dtype in FLOATS.items()}
+    stored = {}
+    for name, module in modules.items():
+        kind = kinds.get(module.weight.dtype, "") if type(module) is nn.Linear else type(module).__name__
+        stored[name] = kind, tuple(module.weight.shape)
+    folds = _read_folds(adapter_dir)
+    _check_fit(stored, folds, adapter_dir)
+    for name, fold in folds.items():
+        with named(name):
+            modules[name].weight.data = fold.apply(modules[name].weight.data, undo=True)
+    return model
+
+
+def _read_folds(adapter_dir: str | Path) -> dict[str, Fold]:
+    """Weight name in the base -> what to fold into it."""
+    return folds_from_files(*read_adapter(adapter_dir))
 
 
 def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str, Fold]:
@@ -164,34 +150,34 @@ def bake_checkpoint(
             `dtype`, or a place that cannot be written or would overwrite its own input.
     """
     base_dir, out_dir = Path(base_dir), Path(out_dir)
-    if dtype is not None and _name_of(dtype) not in _FLOATS:
+    if dtype is not None and dtype not in FLOATS.values():
         raise InputError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     for source in (base_dir, Path(adapter_dir)):
         if source.resolve().is_relative_to(out_dir.resolve()):
             raise InputError(f"out_dir {out_dir} would replace its own input {source}; choose another place")
     shards = _shards(base_dir)
-    config, tensors = read_adapter(adapter_dir)
-    folds = folds_from_files(config, tensors)
+    folds = _read_folds(adapter_dir)
     if invert:
         for fold in folds.values():
             fold.theta = None if fold.theta is None else -fold.theta
-    _check_fit(shards, folds, adapter_dir)
+    entries = {entry.name: entry for shard in shards for entry in read_entries(shard)}
+    _check_fit({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, folds, adapter_dir)
     with atomic_dir(out_dir) as temporary:
         _copy_other_files(base_dir, temporary, dtype)
         total = sum(shard.stat().st_size for shard in shards)
         done = 0
-        sizes: dict[str, int] = {}
         for shard in shards:
-            for name, nbytes in _bake_shard(shard, temporary / shard.name, folds, dtype):
-                sizes[name] = nbytes
+            for nbytes in _bake_shard(shard, temporary / shard.name, folds, dtype):
                 done += nbytes
                 if progress:
-                    progress(min(done, total), total)
+                    progress(done, total)
         if dtype is not None:
-            _rewrite_index(temporary, sum(sizes.values()))
-        if progress:
-            progress(total, total)
+            _rewrite_index(temporary, [temporary / shard.name for shard in shards])
     return out_dir
+
+
+def _bake_shard(source: Path, target: Path, folds: dict[str, Fold], dtype: torch.dtype | None) -> Iterator[int]:
+    return rewrite(source, target, {name: fold.apply for name, fold in folds.items()}, dtype)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -226,73 +212,23 @@ def _shards(base_dir: Path) -> list[Path]:
     return [base_dir / name for name in names]
 
 
-def _open(stack: ExitStack, shard: Path) -> Any:
-    try:
-        return stack.enter_context(safe_open(shard, framework="pt"))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{shard} is damaged: {error}") from None
-
-
-def _check_fit(shards: list[Path], folds: dict[str, Fold], adapter_dir: str | Path) -> None:
-    """Every folded weight exists and has the adapter's width, before anything is written."""
-    stored: dict[str, tuple[str, list[int]]] = {}
-    with ExitStack() as stack:
-        for shard in shards:
-            file = _open(stack, shard)
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                view = file.get_slice(name)
-                stored[name] = view.get_dtype(), view.get_shape()
+def _check_fit(stored: dict[str, tuple[str, tuple[int, ...]]], folds: dict[str, Fold], adapter_dir: str | Path) -> None:
+    """Every folded weight exists and has the adapter's width, before anything is changed."""
     other = f"the adapter in {adapter_dir} was made for another model"
     for name, fold in folds.items():
         if name not in stored:
             raise InputError(f"{other}: the base has no {name}")
         kind, shape = stored[name]
-        if kind not in _FLOATS or len(shape) != 2:
-            raise InputError(f"{name} is {kind} {shape}: not a plain weight matrix; bake from the unquantised original")
+        if kind not in FLOATS or len(shape) != 2:
+            raise InputError(
+                f"{name} is {kind} {list(shape)}: not a plain weight matrix; bake from the unquantised original"
+            )
         out, width = shape
         if fold.theta is not None and fold.theta.shape[0] * BLOCK != width:
             raise InputError(f"{other}: {name} has {width} columns, the rotation turns {fold.theta.shape[0] * BLOCK}")
         for A, B, _ in fold.loras:
             if (A.shape[1:], B.shape[:1], B.shape[1:]) != ((width,), (out,), A.shape[:1]):
                 raise InputError(f"{other}: {name} is {out} x {width}, its LoRA {tuple(B.shape)} @ {tuple(A.shape)}")
-
-
-def _bake_shard(shard: Path, out: Path, folds: dict[str, Fold], dtype: torch.dtype | None) -> Iterator[tuple[str, int]]:
-    with ExitStack() as stack:
-        file = _open(stack, shard)
-        names = sorted(file.keys())
-        specs = []
-        for name in names:
-            view = file.get_slice(name)
-            stored = view.get_dtype()
-            specs.append((name, _target_dtype(stored, dtype), view.get_shape()))
-        writer = stack.enter_context(StreamWriter(out, specs, metadata=file.metadata() or {}))
-        for name, target, _ in specs:
-            tensor = file.get_tensor(name)
-            wanted = SAFETENSORS_DTYPES[target]
-            with _named(name):
-                if name in folds:
-                    tensor = folds[name].apply(tensor, wanted)
-                elif tensor.dtype != wanted:
-                    tensor = rounded(tensor.double(), wanted)
-            yield name, writer.write(name, tensor)
-
-
-def _target_dtype(stored: str, dtype: torch.dtype | None) -> str:
-    return stored if dtype is None or stored not in _FLOATS else str(_name_of(dtype))
-
-
-def _name_of(dtype: torch.dtype) -> str | None:
-    return next((name for name, torch_dtype in SAFETENSORS_DTYPES.items() if torch_dtype == dtype), None)
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Put the weight's name before what is wrong with it."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from None
 
 
 def _copy_other_files(base_dir: Path, out_dir: Path, dtype: torch.dtype | None) -> None:
@@ -313,11 +249,11 @@ def _copy_other_files(base_dir: Path, out_dir: Path, dtype: torch.dtype | None) 
         _write_json(out_dir / "config.json", config)
 
 
-def _rewrite_index(out_dir: Path, total: int) -> None:
+def _rewrite_index(out_dir: Path, shards: list[Path]) -> None:
     path = out_dir / INDEX_NAME
     if path.is_file():
         index = _read_json(path)
-        index.setdefault("metadata", {})["total_size"] = total
+        index.setdefault("metadata", {})["total_size"] = sum(e.nbytes for shard in shards for e in read_entries(shard))
         _write_json(path, index)
 
 

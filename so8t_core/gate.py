@@ -1,4 +1,4 @@
-"""RotationGate: the rotation of one layer, y_k = R_k x_k on the input of `o_proj`, and its bake W' = W @ R.
+"""RotationGate: the rotation of one layer, y_k = R_k x_k on the input of `o_proj`.
 
 It owns theta (n, 28) in float32, whatever dtype the model is cast to: at bfloat16's 8 bits an angle below 0.004 rad
 beside 1 would vanish. R (n, 8, 8) is computed when theta has changed, for all gates of a model in one batch
@@ -132,14 +132,3 @@ def unshare(model: nn.Module) -> None:
 
 def _refresh_shared(model: nn.Module, _: Any) -> None:
     refresh(gate for gate in model.__dict__["_so8t_gates"] if gate.is_whole())
-
-
-def rotate_weight(W_OI: Tensor, theta: Tensor) -> Tensor:
-    """W @ blockdiag(exp(theta)) in float64: W (out, 8 n), theta (n, 28) -> (out, 8 n) float64."""
-    return rotate_rows(W_OI, exp_so8(theta.detach().double()))
-
-
-def rotate_rows(W_OI: Tensor, R: Tensor) -> Tensor:
-    """W @ blockdiag(R) in float64, for any number of rows: W (out, 8 n), R (n, 8, 8) float64 -> (out, 8 n) float64."""
-    W_NOK = W_OI.detach().double().reshape(W_OI.shape[0], -1, BLOCK).transpose(0, 1)  # (n, out, 8)
-    return torch.bmm(W_NOK, R).transpose(0, 1).reshape(W_OI.shape)

@@ -1,40 +1,55 @@
 """One rounding from float64 to a storage dtype, to nearest, ties to even.
 
-`double.to(bfloat16)` goes through float32 and so rounds twice, which now and then lands on the wrong neighbour.
-Rounding to odd in float32 first keeps a sticky bit, and makes the second rounding the only one that counts: exact
-whenever float32 has at least two more bits than the target (24 against 8 and 11).
-Source: Boldo and Melquiond, Emulation of FMA and correctly rounded sums using rounding to odd (2008).
+`double.to(bfloat16)` goes through float32 and so rounds twice. That is wrong only where the first rounding lands on a
+tie of the target, which x itself was not: rounding is monotone, so x and its float32 are on one side of every other
+tie. A tie of bfloat16 or float16 (subnormal ones too) is a float32 whose last 12 bits are zero, one value in 4096;
+those few are moved one float32 step back towards x, which is off the tie and on x's side of it.
+Source: the same reason that makes rounding to odd exact, Boldo and Melquiond (2008), needing two more bits than 11.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TIE_BITS = 0xFFF  # float32 has 24 bits, float16 11 and bfloat16 8: a tie's last one is bit 12 or higher
+
 
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 x (any shape) -> the nearest value of `dtype` (float64, float32, bfloat16 or float16).
+    """x (any shape) -> the nearest values of `dtype`; both are float64, float32, bfloat16 or float16.
 
     Raises:
-        ValueError: x is not float64, another target dtype, or a finite value overflows it (the message gives it).
+        ValueError: another dtype, or a finite value that overflows `dtype` (the message gives it).
     """
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"round_once rounds to float64, float32, bfloat16 or float16, not to {dtype}")
-    if x.dtype != torch.float64:
-        raise ValueError(f"round_once starts from float64, got {x.dtype}")
-    if dtype in (torch.float64, torch.float32):
-        y = x.to(dtype)
-    else:
+    for given in (x.dtype, dtype):
+        if given not in FLOATS:
+            raise ValueError(f"round_once rounds float64, float32, bfloat16 and float16 to each other, not {given}")
+    if x.dtype == torch.float64 and dtype.itemsize == 2:
         single = x.to(torch.float32)
-        bits = single.view(torch.int32)
-        back = single.double()
-        away = back.abs() > x.abs()  # rounded away from zero: the truncated value is one step down in magnitude
-        truncated = bits - away.to(torch.int32)  # sign-magnitude: -1 is one step towards zero for either sign
-        sticky = truncated | (back != x).to(torch.int32)
-        y = sticky.view(torch.float32).to(dtype)
-    if bool((torch.isinf(y) & torch.isfinite(x)).any()):
+        _leave_false_ties(single, x)
+        y = single.to(dtype)
+    else:
+        y = x.to(dtype)  # float32 lies between any other two
+    if not all_finite(y) and bool((torch.isinf(y) & torch.isfinite(x)).any()):
         largest = x[torch.isfinite(x)].abs().max().item()
         raise ValueError(
             f"{largest:.6g} does not fit {dtype} (largest {torch.finfo(dtype).max:.6g}); choose a wider dtype"
         )
     return y
+
+
+def _leave_false_ties(single: Tensor, x: Tensor) -> None:
+    """Move a float32 that may be a tie one step towards the float64 it came from, in place."""
+    bits = single.view(torch.int32)
+    where = ((bits & _TIE_BITS) == 0).nonzero(as_tuple=True) if x.ndim else ...
+    magnitude, exact = single[where].double().abs(), x[where].abs()
+    # Sign and magnitude: +1 is one step away from zero for either sign, -1 one step towards it.
+    bits[where] += (exact > magnitude).to(torch.int32) - (exact < magnitude).to(torch.int32)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Neither NaN nor Inf, in one pass over x."""
+    return x.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(x))

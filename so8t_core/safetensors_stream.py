@@ -1,7 +1,8 @@
-"""Write a safetensors file tensor by tensor, holding one tensor in memory.
+"""Rewrite a safetensors file with some tensors changed and every other byte copied, a few megabytes at a time.
 
 Format: an 8-byte little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes
-without gaps in the header's order. All sizes are known before the first byte, so the header is written first.
+without gaps. All sizes are known beforehand, so the header is written first; it is the source's own, byte for byte,
+unless a dtype changes. Nothing is mapped: mapped pages would count as this process's memory.
 Source: the format section of the safetensors README.
 """
 
@@ -9,68 +10,103 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from so8t_core.errors import InputError
+from so8t_core.folding import named, rounded
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+CHUNK = 1 << 22  # bytes; a multiple of every item size
+Change = Callable[[Tensor, torch.dtype], Tensor]
 
 
-class StreamWriter:
-    """`specs` are (name, safetensors dtype, shape) in file order; `write` must follow that order.
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    name: str
+    dtype: str  # as safetensors calls it
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The tensors of a file in the order of their bytes.
 
     Raises:
-        InputError: a dtype that is not in SAFETENSORS_DTYPES.
+        InputError: the file is damaged.
     """
+    return _read(path)[1]
 
-    def __init__(self, path: Path, specs: list[tuple[str, str, list[int]]], *, metadata: dict[str, str]) -> None:
-        header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-        offset = 0
-        for name, dtype, shape in specs:
-            if dtype not in SAFETENSORS_DTYPES:
-                raise InputError(f"{name} has dtype {dtype}; supported are {', '.join(SAFETENSORS_DTYPES)}")
-            end = offset + math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-        encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # readers map the data in place: keep it aligned
-        self._pending = list(specs)
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
-    def write(self, name: str, tensor: Tensor) -> int:
-        """Append the next tensor; returns its bytes.
+def _read(path: Path) -> tuple[bytes, list[Entry], dict[str, Any]]:
+    """(length and header as stored, entries, metadata)."""
+    try:
+        with safe_open(path, framework="pt"):  # upstream's own checks: sizes, gaps, overlaps
+            pass
+        with open(path, "rb") as file:
+            length = file.read(8)
+            raw = file.read(int.from_bytes(length, "little"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    header = json.loads(raw)
+    metadata = header.pop("__metadata__", {})
+    spans = sorted((*fields["data_offsets"], name) for name, fields in header.items())
+    entries = [Entry(n, header[n]["dtype"], tuple(header[n]["shape"]), end - start) for start, end, n in spans]
+    return length + raw, entries, metadata
 
-        Raises:
-            ValueError: another name, dtype or shape than announced.
-        """
-        expected, dtype, shape = self._pending.pop(0)
-        if (name, SAFETENSORS_DTYPES[dtype], shape) != (expected, tensor.dtype, list(tensor.shape)):
-            raise ValueError(f"expected {expected} {dtype} {shape}, got {name} {tensor.dtype} {list(tensor.shape)}")
-        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        return tensor.numel() * tensor.element_size()
 
-    def __enter__(self) -> StreamWriter:
-        return self
+def rewrite(source: Path, target: Path, changes: dict[str, Change], dtype: torch.dtype | None = None) -> Iterator[int]:
+    """Write `target`, yielding after each piece how many bytes of `source` it took; their sum is the file's size.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if kind is None and self._pending:
-            raise ValueError(f"{len(self._pending)} announced tensors were never written, first {self._pending[0][0]}")
+    Args:
+        changes: by tensor name, (tensor, its dtype in `target`) -> new tensor of that dtype and the same shape; the
+            tensor is read whole. All others go by in pieces.
+        dtype: of all floating-point tensors in `target`; None keeps each one's own.
+
+    Raises:
+        InputError: the file is damaged, or (naming the tensor) a NaN, an Inf or a value that overflows `dtype`.
+    """
+    header, entries, metadata = _read(source)
+    wanted = [replace(e, dtype=_NAMES[dtype]) if dtype and e.dtype in FLOATS else e for e in entries]
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        reader.seek(len(header))
+        writer.write(header if wanted == entries else _header(wanted, metadata))
+        yield len(header)
+        for old, new in zip(entries, wanted, strict=True):
+            size = old.nbytes if old.name in changes else CHUNK
+            for start in range(0, old.nbytes, size):
+                piece = bytearray(min(size, old.nbytes - start))
+                if reader.readinto(piece) != len(piece):
+                    raise InputError(f"{source} is damaged: it ends within {old.name}")
+                if old.name in changes or new != old:
+                    with named(old.name):
+                        x = torch.frombuffer(piece, dtype=FLOATS[old.dtype])
+                        change = changes.get(old.name)
+                        y = change(x.view(old.shape), FLOATS[new.dtype]) if change else rounded(x, FLOATS[new.dtype])
+                    writer.write(y.flatten().view(torch.uint8).numpy().data)
+                else:
+                    writer.write(piece)
+                yield len(piece)
+
+
+def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
+    fields: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for entry in entries:
+        end = offset + (
+            math.prod(entry.shape) * FLOATS[entry.dtype].itemsize if entry.dtype in FLOATS else entry.nbytes
+        )
+        fields[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # readers map the data in place: keep it aligned
+    return len(encoded).to_bytes(8, "little") + encoded
