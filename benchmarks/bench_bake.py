@@ -1,0 +1,172 @@
+"""The bake against its peers, rounds interleaved: PEFT's merge of OFT for one weight, a plain copy for a checkpoint.
+
+`tox -e bench` runs it. The checkpoint is synthetic, with the shapes of Phi-3.5: all 32 layers (7.6 GB, and twice that
+free on the disk) with SO8T_BENCH_FULL=1, otherwise few and narrower ones (about 400 MB).
+Bars: one weight at least 10 times as fast as PEFT; a checkpoint at most 1.5 times copy + fsync + sha256 of the same
+files plus the fold of its o_proj, in 1 GB of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.bench_core import _peft_merge
+from so8t_core.files import fsync, sha256_file
+from so8t_core.folding import Fold
+
+FULL = os.environ.get("SO8T_BENCH_FULL") == "1"
+SHAPE = {"layers": 32, "hidden": 3072, "intermediate": 8192, "vocab": 32064}
+SMALL = {"layers": 4, "hidden": 1536, "intermediate": 4096, "vocab": 32064}
+
+CHILD = """
+import sys, time
+from so8t_core import bake_checkpoint
+start = time.perf_counter()
+bake_checkpoint(*sys.argv[1:])
+seconds = time.perf_counter() - start
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(seconds, int(peak.split()[1]) * 1024)
+"""
+
+
+def make_checkpoint(directory: Path, *, layers: int, hidden: int, intermediate: int, vocab: int) -> Path:
+    """A Phi-3-shaped bfloat16 checkpoint of random values in two files, written a tensor at a time."""
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    shapes["model.norm.weight"] = (hidden,)
+    for k in range(layers):
+        shapes |= {
+            f"model.layers.{k}.self_attn.qkv_proj.weight": (3 * hidden, hidden),
+            f"model.layers.{k}.self_attn.o_proj.weight": (hidden, hidden),
+            f"model.layers.{k}.mlp.gate_up_proj.weight": (2 * intermediate, hidden),
+            f"model.layers.{k}.mlp.down_proj.weight": (hidden, intermediate),
+            f"model.layers.{k}.input_layernorm.weight": (hidden,),
+            f"model.layers.{k}.post_attention_layernorm.weight": (hidden,),
+        }
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text('{"model_type": "phi3"}')
+    pool = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    names = list(shapes)
+    weight_map = {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
+        file_name = f"model-{number:05d}-of-00002.safetensors"
+        weight_map |= dict.fromkeys(part, file_name)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in part:
+            size = 2 * torch.Size(shapes[name]).numel()
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [offset, offset + size]}
+            offset += size
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with open(directory / file_name, "wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for shift, name in enumerate(part):
+                left = torch.Size(shapes[name]).numel()
+                while left:
+                    piece = pool.roll(997 * shift)[:left]
+                    file.write(piece.view(torch.uint8).numpy().data)
+                    left -= len(piece)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def make_adapter(directory: Path, *, layers: int, hidden: int) -> Path:
+    """A rotation for every o_proj."""
+    directory.mkdir(parents=True)
+    key = "base_model.model.model.layers.{}.self_attn.o_proj.lora_so8t.theta"
+    thetas = {key.format(k): 0.1 * torch.randn(hidden // 8, 28) for k in range(layers)}
+    save_file(thetas, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text('{"peft_type": "SO8T"}')
+    return directory
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def copy_and_hash(base: Path, out: Path) -> None:
+    """What a release does to a checkpoint anyway."""
+    out.mkdir()
+    for file in sorted(base.iterdir()):
+        subprocess.run(["cp", file, out / file.name], check=True)
+        fsync(out / file.name)
+        sha256_file(out / file.name)
+
+
+def bake_in_a_process(base: Path, adapter: Path, out: Path) -> tuple[float, int]:
+    """(seconds of bake_checkpoint alone, peak resident bytes of the whole process)."""
+    done = subprocess.run([sys.executable, "-c", CHILD, base, adapter, out], check=True, capture_output=True, text=True)
+    took, peak = done.stdout.split()
+    return float(took), int(peak)
+
+
+def show(benchmark: Any, capsys: Any, title: str, **figures: str) -> None:
+    benchmark.extra_info.update(figures)
+    with capsys.disabled():
+        print(f"\n{title}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.4g} s ({min(values):.4g} to {max(values):.4g})"
+
+
+@pytest.mark.parametrize("threads", sorted({1, torch.get_num_threads()}))
+def bench_bake_of_one_weight(benchmark: Any, capsys: Any, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    weight = (torch.randn(3072, 3072) * 0.02).bfloat16()
+    fold = Fold(theta=0.1 * torch.randn(384, 28))
+    ours, peft = [], []
+    for _ in range(10):
+        ours.append(seconds(lambda: fold.apply(weight)))
+        model: Any = _peft_merge(weight)
+        peft.append(seconds(model.merge_adapter))
+    torch.set_num_threads(before)
+    ours, peft = ours[1:], peft[1:]  # without the warm-up
+    ratio = statistics.median(peft) / statistics.median(ours)
+    title = f"one 3072 x 3072 bfloat16 weight, {threads} threads"
+    show(benchmark, capsys, title, so8t=spread(ours), peft=spread(peft), ratio=f"{ratio:.1f}")
+    benchmark.pedantic(fold.apply, (weight,), rounds=1)
+    assert ratio >= 10
+
+
+def bench_bake_of_a_checkpoint(benchmark: Any, capsys: Any, tmp_path: Path) -> None:
+    shape = SHAPE if FULL else SMALL
+    base = make_checkpoint(tmp_path / "base", **shape)
+    adapter = make_adapter(tmp_path / "adapter", layers=shape["layers"], hidden=shape["hidden"])
+    size = sum(file.stat().st_size for file in base.iterdir())
+    weight = (torch.randn(shape["hidden"], shape["hidden"]) * 0.02).bfloat16()
+    fold = Fold(theta=0.1 * torch.randn(shape["hidden"] // 8, 28))
+    copies, bakes, peaks, folds = [], [], [], []
+    for _ in range(2 if FULL else 5):
+        copies.append(seconds(lambda: copy_and_hash(base, tmp_path / "copy")))
+        shutil.rmtree(tmp_path / "copy")
+        took, peak = bake_in_a_process(base, adapter, tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+        bakes.append(took)
+        peaks.append(peak)
+        folds.append(seconds(lambda: [fold.apply(weight) for _ in range(shape["layers"])]))
+    shutil.rmtree(tmp_path / "base")
+    ratio = (statistics.median(bakes) - statistics.median(folds)) / statistics.median(copies)
+    figures = {"bake": spread(bakes), "copy + fsync + sha256": spread(copies), "folds alone": spread(folds)}
+    figures |= {"(bake - folds) / copy": f"{ratio:.2f}", "peak memory": f"{max(peaks) / 1e6:.0f} MB"}
+    show(benchmark, capsys, f"checkpoint of {size / 1e9:.2f} GB", **figures)
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert ratio <= 1.5
+    assert max(peaks) <= 1e9
