@@ -6,6 +6,7 @@ crash, ctrl-C or a full disk never leaves a half-written result under its final 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -126,10 +127,33 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Rename `new` to `path`; an existing `path` steps aside first and comes back if the rename fails."""
-    if not path.exists():
-        os.replace(new, path)
-        return
+    """`new` takes the name `path`; what was there is called `new` afterwards. At every moment something whole is there.
+
+    Several processes may do so at once: the last one wins.
+    """
+    while True:
+        try:
+            return _exchange(new, path)
+        except FileNotFoundError:  # nothing is there yet
+            pass
+        try:
+            return os.rename(new, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster: exchange with its own
+                raise
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Two names change places in one step, Linux's renameat2(2); in three where system or file system has no such."""
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        if ctypes.CDLL(None, use_errno=True).renameat2(here, os.fsencode(new), here, os.fsencode(path), both) == 0:
+            return
+        code = ctypes.get_errno()
+    except AttributeError:
+        code = errno.ENOSYS
+    if code not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(code, os.strerror(code), str(path))
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     try:
         os.replace(path, aside / "was")

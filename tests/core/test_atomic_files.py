@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,7 +63,15 @@ def test_a_failed_directory_leaves_the_old_one_and_nothing_else(tmp_path, existi
     assert not existing or leftovers(tmp_path / "d") == ["old"]
 
 
-def test_the_old_directory_comes_back_when_the_rename_fails(tmp_path, monkeypatch):
+class NoExchange:
+    """A C library without renameat2, as on macOS."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_the_old_directory_is_back_when_the_rename_fails(tmp_path, monkeypatch, exchange):
     write_text(tmp_path / "d" / "old", "old")
     rename = os.replace
 
@@ -69,11 +80,54 @@ def test_the_old_directory_comes_back_when_the_rename_fails(tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, "full")
         rename(source, target)
 
+    class Full(NoExchange):
+        def renameat2(self, *args):
+            ctypes.set_errno(errno.ENOSPC)
+            return -1
+
     monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(ctypes, "CDLL", Full if exchange else NoExchange)
     with pytest.raises(InputError, match="no space left"), atomic_dir(tmp_path / "d") as temporary:
         (temporary / "new").write_text("new")
     assert leftovers(tmp_path) == ["d"]
     assert leftovers(tmp_path / "d") == ["old"]
+
+
+def test_without_an_exchange_of_names_a_directory_is_replaced_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", NoExchange)
+    for name in ("old", "new"):
+        with atomic_dir(tmp_path / "d") as temporary:
+            (temporary / name).write_text(name)
+    assert leftovers(tmp_path) == ["d"]
+    assert leftovers(tmp_path / "d") == ["new"]
+
+
+def test_a_directory_that_is_replaced_is_there_at_every_moment(tmp_path):
+    """Replaced again and again by two threads, a third finds it always: it would see a step between."""
+    write_text(tmp_path / "d" / "whole", "")
+    missed, done = [], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            missed.extend([] if (tmp_path / "d").exists() else ["absent"])
+
+    def replace() -> None:
+        for _ in range(50):
+            with atomic_dir(tmp_path / "d") as temporary:
+                (temporary / "whole").write_text("")
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(replace) for _ in range(2)]:
+                future.result()
+    finally:
+        done.set()
+        watcher.join()
+    assert missed == []
+    assert leftovers(tmp_path) == ["d"]
+    assert leftovers(tmp_path / "d") == ["whole"]
 
 
 def test_a_file_of_that_name_is_not_replaced_by_a_directory(tmp_path):
