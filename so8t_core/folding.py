@@ -112,5 +112,5 @@ def rotate_weight(W_OI: Tensor, theta: Tensor) -> Tensor:
 
 def rotate_rows(W_OI: Tensor, R: Tensor) -> Tensor:
     """W @ blockdiag(R) for any number of rows: W (out, 8 n), R (n, 8, 8), both float64 -> (out, 8 n)."""
-    W_NOK = W_OI.view(W_OI.shape[0], -1, BLOCK).transpose(0, 1)  # (n, out, 8), strided: bmm needs no copy
+    W_NOK = W_OI.reshape(W_OI.shape[0], -1, BLOCK).transpose(0, 1)  # (n, out, 8), strided: bmm needs no copy
     return torch.bmm(W_NOK, R).transpose(0, 1).reshape(W_OI.shape)

@@ -82,7 +82,7 @@ def rewrite(source: Path, target: Path, changes: dict[str, Change], dtype: torch
         writer.write(header if wanted == entries else _header(wanted, metadata))
         yield len(header)
         for old, new in zip(entries, wanted, strict=True):
-            size = old.nbytes if old.name in changes else CHUNK
+            size = max(old.nbytes, 1) if old.name in changes else CHUNK
             for start in range(0, old.nbytes, size):
                 piece = bytearray(min(size, old.nbytes - start))
                 if reader.readinto(piece) != len(piece):
@@ -102,9 +102,8 @@ def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
     fields: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for entry in entries:
-        end = offset + (
-            math.prod(entry.shape) * FLOATS[entry.dtype].itemsize if entry.dtype in FLOATS else entry.nbytes
-        )
+        kind = FLOATS.get(entry.dtype)
+        end = offset + (math.prod(entry.shape) * kind.itemsize if kind else entry.nbytes)
         fields[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()

@@ -73,6 +73,26 @@ def test_the_plain_cast_rounds_twice_and_is_wrong_there(dtype):
     assert torch.equal(x.to(dtype).double(), want.sign())
 
 
+def rounded_to_odd_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Boldo and Melquiond: truncate to float32, set its last bit if anything was lost, then round once."""
+    single = x.to(torch.float32)
+    truncated = single.view(torch.int32) - (single.double().abs() > x.abs()).to(torch.int32)
+    return (truncated | (single.double() != x).to(torch.int32)).view(torch.float32).to(dtype)
+
+
+@targets
+def test_a_million_values_around_ties_agree_with_rounding_to_odd(dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor(VALUES[dtype], dtype=torch.float64)
+    ties = ((values[1:] + values[:-1]) / 2).repeat(32)
+    steps = torch.randint(-3, 4, ties.shape, generator=generator)
+    x = ties * (1 + steps * 2.0 ** torch.randint(-52, -22, ties.shape, generator=generator).double())
+    x = torch.cat([x, -x, torch.randn(2**16, dtype=torch.float64, generator=generator)])
+    got, want = round_once(x, dtype), rounded_to_odd_first(x, dtype)
+    assert torch.equal(got.view(torch.int16), want.view(torch.int16))  # the signs of zeros too
+    assert (x.to(dtype) != want).sum() > 1000  # planted: the plain cast
+
+
 @targets
 def test_every_value_of_the_type_is_kept(dtype):
     values = torch.tensor(VALUES[dtype], dtype=torch.float64)
