@@ -22,6 +22,7 @@ from so8t_core.rotation import exp_so8
 from so8t_core.rounding import all_finite, round_once
 
 ROWS = 64  # folded at a time: 1.5 MB of float64 at 3072 columns
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -60,14 +61,14 @@ class Fold:
                 W = rotate_rows(W, R)
             out[rows] = rounded(W, out.dtype)
 
-        with _mapping(W_OI.device) as run:
+        with mapping(W_OI.device) as run:
             turns = list(run(exponential, [] if self.theta is None else [self.theta]))
             list(run(fold, range(0, W_OI.shape[0], ROWS)))
         return out
 
 
 @contextmanager
-def _mapping(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
+def mapping(device: torch.device = CPU) -> Iterator[Callable[..., Iterator[Any]]]:
     """A `map` with as many threads as torch uses, each of which does whole items by itself.
 
     torch's own threads would meet after every operation of some 50 microseconds, and whenever another process takes one

@@ -1,4 +1,4 @@
-"""Rewrite a safetensors file with some tensors changed and every other byte copied, a few megabytes at a time.
+"""Rewrite a safetensors file with some tensors changed and every other byte copied, a megabyte at a time.
 
 Format: an 8-byte little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes
 without gaps. All sizes are known beforehand, so the header is written first; it is the source's own, byte for byte,
@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from so8t_core.errors import InputError
-from so8t_core.folding import named, rounded
+from so8t_core.folding import mapping, named, rounded
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
-CHUNK = 1 << 22  # bytes; a multiple of every item size
+CHUNK = 1 << 20  # bytes; a multiple of every item size
 Change = Callable[[Tensor, torch.dtype], Tensor]
 
 
@@ -77,7 +77,7 @@ def rewrite(source: Path, target: Path, changes: dict[str, Change], dtype: torch
     """
     header, entries, metadata = _read(source)
     wanted = [replace(e, dtype=_NAMES[dtype]) if dtype and e.dtype in FLOATS else e for e in entries]
-    with open(source, "rb") as reader, open(target, "wb") as writer:
+    with open(source, "rb") as reader, open(target, "wb") as writer, mapping() as run:
         reader.seek(len(header))
         writer.write(header if wanted == entries else _header(wanted, metadata))
         yield len(header)
@@ -91,7 +91,8 @@ def rewrite(source: Path, target: Path, changes: dict[str, Change], dtype: torch
                     with named(old.name):
                         x = torch.frombuffer(piece, dtype=FLOATS[old.dtype])
                         change = changes.get(old.name)
-                        y = change(x.view(old.shape), FLOATS[new.dtype]) if change else rounded(x, FLOATS[new.dtype])
+                        kind = FLOATS[new.dtype]
+                        y = change(x.view(old.shape), kind) if change else next(run(rounded, [x], [kind]))
                     writer.write(y.flatten().view(torch.uint8).numpy().data)
                 else:
                     writer.write(piece)
