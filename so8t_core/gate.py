@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from so8t_core.exponential import BLOCK, PARAMETERS, Evaluated, Exponential, evaluate
-from so8t_core.rotation import exp_so8, rotate_blocks
+from so8t_core.rotation import rotate_blocks
 
 
 class RotationGate(nn.Module):
