@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -21,9 +20,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import OFTConfig, get_peft_model
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from benchmarks.bench_core import _peft_merge
+from benchmarks.side_by_side import comparisons, measured
 from so8t_core.files import fsync, sha256_file
 from so8t_core.folding import Fold
 
@@ -116,57 +117,53 @@ def bake_in_a_process(base: Path, adapter: Path, out: Path) -> tuple[float, int]
     return float(took), int(peak)
 
 
-def show(benchmark: Any, capsys: Any, title: str, **figures: str) -> None:
-    benchmark.extra_info.update(figures)
-    with capsys.disabled():
-        print(f"\n{title}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+def peft_merge(weight: Tensor) -> nn.Module:
+    """A linear layer of this weight with stock PEFT OFT (block 8) on it, ready to be merged."""
+    one = nn.Module()
+    one.o_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    one.o_proj.weight.data = weight.clone()
+    config = OFTConfig(r=0, oft_block_size=8, target_modules=["o_proj"])
+    model: nn.Module = get_peft_model(one, config)  # type: ignore[arg-type]
+    return model
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.4g} s ({min(values):.4g} to {max(values):.4g})"
-
-
-@pytest.mark.parametrize("threads", sorted({1, torch.get_num_threads()}))
-def bench_bake_of_one_weight(benchmark: Any, capsys: Any, threads: int) -> None:
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("threads", sorted({1, os.cpu_count() or 1}))
+def bench_bake_of_one_weight(figures: Any, threads: int) -> None:
     torch.set_num_threads(threads)
     weight = (torch.randn(3072, 3072) * 0.02).bfloat16()
     fold = Fold(theta=0.1 * torch.randn(384, 28))
-    ours, peft = [], []
-    for _ in range(10):
-        ours.append(seconds(lambda: fold.apply(weight)))
-        model: Any = _peft_merge(weight)
-        peft.append(seconds(model.merge_adapter))
-    torch.set_num_threads(before)
-    ours, peft = ours[1:], peft[1:]  # without the warm-up
-    ratio = statistics.median(peft) / statistics.median(ours)
-    title = f"one 3072 x 3072 bfloat16 weight, {threads} threads"
-    show(benchmark, capsys, title, so8t=spread(ours), peft=spread(peft), ratio=f"{ratio:.1f}")
-    benchmark.pedantic(fold.apply, (weight,), rounds=1)
-    assert ratio >= 10
+    figures(
+        f"bake of one 3072 x 3072 bfloat16 weight, {threads} threads",
+        {
+            "so8t": lambda: fold.apply(weight),
+            "PEFT OFT merge": (lambda: peft_merge(weight), lambda model: model.merge_adapter()),
+        },
+        rounds=9,
+        bar=10.0,
+    )
 
 
-def bench_bake_of_a_checkpoint(benchmark: Any, capsys: Any, tmp_path: Path) -> None:
+def bench_bake_of_a_checkpoint(record: Any, tmp_path: Path) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
     shape = SHAPE if FULL else SMALL
     base = make_checkpoint(tmp_path / "base", **shape)
     adapter = make_adapter(tmp_path / "adapter", layers=shape["layers"], hidden=shape["hidden"])
     size = sum(file.stat().st_size for file in base.iterdir())
     weight = (torch.randn(shape["hidden"], shape["hidden"]) * 0.02).bfloat16()
     fold = Fold(theta=0.1 * torch.randn(shape["hidden"] // 8, 28))
-    copies, bakes, peaks, folds = [], [], [], []
+    ours, floor, peaks = [], [], []
     for _ in range(2 if FULL else 5):
-        copies.append(seconds(lambda: copy_and_hash(base, tmp_path / "copy")))
+        copied = seconds(lambda: copy_and_hash(base, tmp_path / "copy"))
         shutil.rmtree(tmp_path / "copy")
         took, peak = bake_in_a_process(base, adapter, tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
-        bakes.append(took)
+        folds = seconds(lambda: [fold.apply(weight) for _ in range(shape["layers"])])
+        ours.append(took - folds)
+        floor.append(copied)
         peaks.append(peak)
-        folds.append(seconds(lambda: [fold.apply(weight) for _ in range(shape["layers"])]))
     shutil.rmtree(tmp_path / "base")
-    ratio = (statistics.median(bakes) - statistics.median(folds)) / statistics.median(copies)
-    figures = {"bake": spread(bakes), "copy + fsync + sha256": spread(copies), "folds alone": spread(folds)}
-    figures |= {"(bake - folds) / copy": f"{ratio:.2f}", "peak memory": f"{max(peaks) / 1e6:.0f} MB"}
-    show(benchmark, capsys, f"checkpoint of {size / 1e9:.2f} GB", **figures)
-    benchmark.pedantic(lambda: None, rounds=1)
-    assert ratio <= 1.5
-    assert max(peaks) <= 1e9
+    name = f"bake_checkpoint of {size / 1e9:.2f} GB without its folds"
+    times = {"so8t": ours, "copy + fsync + sha256": floor}
+    for figure in comparisons(name, times, bar=1.5, lower_is_better=True, bytes=size):
+        record(figure)
+    record(measured(f"bake_checkpoint of {size / 1e9:.2f} GB, peak memory, GB", max(peaks) / 1e9, bar=1.0))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.side_by_side import Comparison
+from benchmarks.side_by_side import measured
 from so8t_core import SO8TConfig, exp_so8, skew
 
 BLOCKS = 12288
@@ -198,16 +198,5 @@ def bench_saved_activations(record: Any) -> None:
     base = saved(models["frozen base"])
     for name, bar in (("so8t", 2.2), ("LoRA r=8", None), ("PEFT OFT", None)):
         per = (saved(models[name]) - base) / (512 * 768 * 6)
-        record(
-            Comparison(
-                name=f"saved activations, bytes a token, channel and layer, bfloat16: {name}",
-                ours=name,
-                peer="frozen base",
-                ratio=per,
-                quartiles=(per, per),
-                milliseconds={},
-                rounds=1,
-                bar=bar,
-                lower_is_better=True,
-            )
-        )
+        title = f"saved activations, bytes a token, channel and layer, bfloat16: {name}"
+        record(measured(title, per, bar=bar, peer="frozen base"))

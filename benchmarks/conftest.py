@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.side_by_side import Comparison, compare
+from benchmarks.side_by_side import Comparison, Run, compare
 
 _FIGURES: list[Comparison] = []
 RESULTS = Path(__file__).parent / "results"
@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 def figures(request: pytest.FixtureRequest) -> Callable[..., list[Comparison]]:
     """`compare`, whose results are kept for the table."""
 
-    def run(name: str, contenders: dict[str, Callable[[], Any]], *, rounds: int, **rest: Any) -> list[Comparison]:
+    def run(name: str, contenders: dict[str, Run], *, rounds: int, **rest: Any) -> list[Comparison]:
         rounds = max(5, rounds // 3) if request.config.getoption("--quick") else rounds
         found = compare(name, contenders, rounds=rounds, **rest)
         _FIGURES.extend(found)

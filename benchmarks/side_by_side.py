@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+Run = Callable[[], Any] | tuple[Callable[[], Any], Callable[[Any], Any]]  # or (what is prepared untimed, what is timed)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -40,11 +42,11 @@ class Comparison:
         return {**asdict(self), "met": self.met}
 
 
-def interleave(contenders: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleave(contenders: dict[str, Run], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of every contender in every round; the order turns around from round to round."""
     for run in contenders.values():
         for _ in range(warmup):
-            run()
+            _timed(run)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     collecting = gc.isenabled()
     gc.collect()
@@ -53,18 +55,23 @@ def interleave(contenders: dict[str, Callable[[], Any]], *, rounds: int, warmup:
         for number in range(rounds):
             order = list(contenders) if number % 2 == 0 else list(reversed(contenders))
             for name in order:
-                start = time.perf_counter()
-                contenders[name]()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(_timed(contenders[name]))
     finally:
         if collecting:
             gc.enable()
     return seconds
 
 
+def _timed(run: Run) -> float:
+    prepared, timed = ((), run) if callable(run) else ((run[0](),), run[1])
+    start = time.perf_counter()
+    timed(*prepared)
+    return time.perf_counter() - start
+
+
 def compare(
     name: str,
-    contenders: dict[str, Callable[[], Any]],
+    contenders: dict[str, Run],
     *,
     rounds: int,
     bar: float | None = None,
@@ -101,3 +108,8 @@ def comparisons(
             )
         )
     return found
+
+
+def measured(name: str, value: float, *, bar: float | None = None, peer: str = "") -> Comparison:
+    """A figure that is no time (bytes, memory); lower is better."""
+    return Comparison(name, "so8t", peer, value, (value, value), {}, rounds=1, bar=bar, lower_is_better=True)
