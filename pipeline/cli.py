@@ -237,6 +237,49 @@ def gate(
     _announce(decided, report.parent)
 
 
+@app.command("kld-base", epilog="Example: so8t kld-base ./my-model --out my-model.kld")
+def kld_base(
+    reference: Annotated[Path, typer.Argument(metavar="HF_DIR", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the base file to write", show_default=False)],
+    corpus: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
+    ] = None,
+    chunks: Annotated[int, typer.Option(min=1, help="chunks of n_ctx tokens")] = 12,
+    n_ctx: Annotated[int, typer.Option(min=8, help="tokens a chunk")] = 512,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint's logits for llama-perplexity.
+
+    The file is what `llama-perplexity --kl-divergence --kl-divergence-base FILE` and `so8t kld FILE` read.
+    """
+    _quiet_transformers()
+    from pipeline.progress import Reporter, StageProgress
+    from verification.kld_verbs import write_base_of
+
+    with StageProgress(Reporter(quiet=quiet)) as progress:
+        write_base_of(reference, out, corpus=corpus or None, chunks=chunks, n_ctx=n_ctx, progress=progress)
+    Console(highlight=False).print(f"Base file: {out}", markup=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: so8t kld my-model.kld --candidate my-model-Q4_K_M.gguf")
+def kld(
+    base: Annotated[Path, typer.Argument(metavar="FILE", help="a base file", show_default=False)],
+    candidate: Annotated[Path, typer.Option(metavar="FILE.gguf", show_default=False)],
+    threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Print llama-perplexity's KL statistics.
+
+    A missing, cut or foreign base file is refused here (exit code 2); the stock tool exits 0. To decide, use verify.
+    """
+    from pipeline.progress import Reporter, StageProgress
+    from verification.kld_verbs import candidate_statistics
+
+    with StageProgress(Reporter(quiet=quiet)) as progress:
+        result = candidate_statistics(base, candidate, threads=threads, progress=progress)
+    print(result.text, end="")
+
+
 @app.command(epilog="Example: so8t report runs/demo")
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]) -> None:
     """Write the report again from report.json."""
