@@ -194,13 +194,16 @@ def verify(
     corpus: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
     ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="importance matrix the candidates were quantised with")
+    ] = None,
     chunks: Annotated[int, typer.Option(min=2, help="chunks of n_ctx tokens")] = 12,
     n_ctx: Annotated[int, typer.Option(min=64, help="tokens a chunk")] = 512,
     threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Hold GGUF files against their checkpoint."""
-    for path in (reference, *candidate, base, adapter, policy, *(corpus or [])):
+    for path in (reference, *candidate, base, adapter, policy, imatrix, *(corpus or [])):
         if path is not None and not path.exists():
             raise InputError(f"{path} does not exist; check the path")
     _quiet_transformers()
@@ -210,7 +213,7 @@ def verify(
     with StageProgress(Reporter(quiet=quiet)) as progress:
         report = measure(
             reference, candidate, base=base, adapter=adapter, policy=policy, out=out, corpus=corpus or None,
-            chunks=chunks, n_ctx=n_ctx, threads=threads, progress=progress,
+            imatrix=imatrix, chunks=chunks, n_ctx=n_ctx, threads=threads, progress=progress,
         )  # fmt: skip
     _announce(report, out)
 
@@ -221,16 +224,26 @@ def gate(
     policy: Annotated[
         Path | None, typer.Option(metavar="gate.yaml", help="default: the policy inside the report")
     ] = None,
+    policy_sha256: Annotated[
+        str | None, typer.Option(metavar="HEX", help="refuse a report that was decided under another policy")
+    ] = None,
+    statement: Annotated[
+        bool, typer.Option("--statement/--no-statement", help="the report must match report.intoto.json beside it")
+    ] = True,
 ) -> None:
     """Decide again from a stored report.
 
     No model is needed; files of the report that are still here must be the ones that were measured.
     """
     from verification import decide, load_policy
+    from verification.attestation import check_statement
     from verification.provenance import changed_artefacts
     from verification.report import load_report
 
     stored = load_report(report)
+    if statement:
+        path = report / "report.json" if report.is_dir() else report
+        check_statement(stored, path, policy_sha256=policy_sha256)
     if changed := changed_artefacts(stored):
         raise InputError(f"{', '.join(changed)} changed since {report} was written; verify again")
     decided = decide(stored, load_policy(policy) if policy else None)
@@ -281,13 +294,22 @@ def kld(
 
 
 @app.command(epilog="Example: so8t report runs/demo")
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    statement: Annotated[
+        bool, typer.Option("--statement/--no-statement", help="report.json must match report.intoto.json beside it")
+    ] = True,
+) -> None:
     """Write the report again from report.json."""
     from verification import decide
+    from verification.attestation import check_statement
     from verification.report import load_report, write_report
 
     folder = run_dir / "report" if (run_dir / "report").is_dir() else run_dir
-    stored = decide(load_report(folder / "report.json"))  # its values count, not what it says of itself
+    found = load_report(folder / "report.json")
+    if statement:  # writing again makes a new statement: an edited report must not get one
+        check_statement(found, folder / "report.json")
+    stored = decide(found)  # its values count, not what it says of itself
     write_report(stored, folder)
     _announce(stored, folder)
 

@@ -63,3 +63,60 @@ def write_tiny(path: Path, *, nudge: float = 0.0) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+WIDE = 256  # one K-quant block a row
+
+
+def bell(count: int, seed: int) -> np.ndarray:
+    """float32 near a normal distribution: the sum of six uniform numbers, in a fixed order."""
+    total = numbers(count, 7919 * seed)
+    for more in range(1, 6):
+        total = total + numbers(count, 7919 * seed + more)
+    return total * np.float32(np.sqrt(2) * WIDE**-0.5)
+
+
+def write_wide(path: Path, *, rotate: float = 0.0) -> Path:
+    """F16 Llama of two layers with rows of 256; `rotate` turns neighbours of one layer's o_proj by that angle (rad)."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDE)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(WIDE)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(1)
+    writer.add_vocab_size(32)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"t{i}" for i in range(32)])
+    writer.add_token_types([1] * 32)
+    writer.add_token_merges(["t 0"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = ["token_embd", "output", *(f"blk.{i}.{x}" for i in (0, 1) for x in _MATRICES)]
+    for seed, name in enumerate(names):
+        rows = 32 if seed < 2 else WIDE
+        values = bell(rows * WIDE, seed).reshape(rows, WIDE)
+        if rotate and name == "blk.1.attn_output":
+            pairs = values.reshape(rows, -1, 2).astype(np.float64)  # (rows, pair, 2)
+            cos, sin = np.cos(rotate), np.sin(rotate)
+            values = (pairs @ np.array([[cos, sin], [-sin, cos]])).reshape(rows, WIDE)
+        writer.add_tensor(f"{name}.weight", values.astype(np.float16))
+    for name in ("output_norm", *(f"blk.{i}.{x}_norm" for i in (0, 1) for x in ("attn", "ffn"))):
+        writer.add_tensor(f"{name}.weight", np.float32(1) + numbers(WIDE, len(name)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def importance() -> dict[str, np.ndarray]:
+    """An importance matrix for `write_wide`'s tensors: positive, uneven, exact."""
+    names = [f"blk.{i}.{x}.weight" for i in (0, 1) for x in _MATRICES]
+    return {name: (numbers(WIDE, 500 + n) + np.float32(0.53)) ** 2 for n, name in enumerate(names)}
