@@ -236,14 +236,16 @@ def gate(
     No model is needed; files of the report that are still here must be the ones that were measured.
     """
     from verification import decide, load_policy
-    from verification.attestation import check_statement
+    from verification.attestation import check_policy, check_statement
     from verification.provenance import changed_artefacts
     from verification.report import load_report
 
     stored = load_report(report)
     if statement:
         path = report / "report.json" if report.is_dir() else report
-        check_statement(stored, path, policy_sha256=policy_sha256)
+        check_statement(stored, path)
+    if policy_sha256 is not None:
+        check_policy(stored, policy_sha256)
     if changed := changed_artefacts(stored):
         raise InputError(f"{', '.join(changed)} changed since {report} was written; verify again")
     decided = decide(stored, load_policy(policy) if policy else None)

@@ -65,16 +65,25 @@ def write_statement(report: Report, report_file: Path) -> Path:
     return path
 
 
-def check_statement(report: Report, report_file: Path, *, policy_sha256: str | None = None) -> None:
-    """Refuse a report that is not the one its statement speaks of.
-
-    Args:
-        report: what was read from `report_file`.
-        policy_sha256: the policy that the report must have been decided under; None accepts any.
+def check_policy(report: Report, wanted: str) -> None:
+    """Refuse a report that was decided under another policy than the one of this digest.
 
     Raises:
-        InputError: no statement, not a statement of ours, bytes of the report changed, a digest, the verdict or the
-            policy contradicts it.
+        InputError: with both digests.
+    """
+    if policy_digest(report.policy) != wanted.lower():
+        raise InputError(
+            f"the report was decided under the policy {policy_digest(report.policy)}, asked for is {wanted}. "
+            "Verify with that policy, or leave --policy-sha256 out."
+        )
+
+
+def check_statement(report: Report, report_file: Path) -> None:
+    """Refuse a report, read from `report_file`, that is not the one its statement speaks of.
+
+    Raises:
+        InputError: no statement, not a statement of ours, bytes of the report changed, a digest or the verdict
+            contradicts it.
     """
     path = statement_path(report_file)
     again = "Verify again" if report_file.name != "report.json" else f"Run `so8t verify --out {report_file.parent}`"
@@ -91,11 +100,6 @@ def check_statement(report: Report, report_file: Path, *, policy_sha256: str | N
     if kind != (STATEMENT_TYPE, PREDICATE_TYPE):
         raise InputError(f"{path} is no in-toto statement of SO8T: it says {kind}. {again}.")
     expected = make_statement(report, report_file)
-    if policy_sha256 is not None and policy_digest(report.policy) != policy_sha256.lower():
-        raise InputError(
-            f"{report_file} was decided under the policy {policy_digest(report.policy)}, asked for is "
-            f"{policy_sha256}. Verify with that policy, or leave --policy-sha256 out."
-        )
     if stated != expected:
         raise InputError(
             f"{report_file} and {path.name} do not belong together: {_difference(stated, expected)}. {again}."

@@ -62,8 +62,11 @@ def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
 
 
 def changed_artefacts(report: Report) -> list[str]:
-    """Paths of the report's models and files that are here but are no longer what was measured."""
-    bound = [a for a in report.artefacts if a.role in ("reference", "candidate", "base", "adapter", "imatrix")]
+    """Paths of the report's inputs that are here but are no longer what was measured.
+
+    The policy is not among them, its bounds are in the report; nor is the built-in text, which versions may change.
+    """
+    bound = [a for a in report.artefacts if a.role != "policy" and Path(a.path) != DEFAULT_CORPUS]
     return [a.path for a in bound if Path(a.path).exists() and sha256_path(a.path) != a.sha256]
 
 
