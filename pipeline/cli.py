@@ -111,7 +111,9 @@ def _execute(
 def _announce(report: Report, folder: Path) -> None:
     """Verdict table, the report's path, and the exit code that follows."""
     from verification.console import verdict_table
+    from verification.step_summary import append_step_summary
 
+    append_step_summary(report)
     console = Console(highlight=False)
     console.print(verdict_table(report))
     console.print(f"Report: {folder / 'report.html'}", markup=False, soft_wrap=True)

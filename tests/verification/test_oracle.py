@@ -239,54 +239,37 @@ def test_a_type_that_needs_an_importance_matrix_says_so(floats: tuple[Path, Path
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fp32 weights, so that F32, F16 and BF16 files of it hold three different roundings."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=0.6,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("middle") / "checkpoint"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def middle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+def middle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     return Oracle(tmp_path_factory.mktemp("middle-work"))
 
 
-def test_the_intermediate_type_is_found_by_its_bytes(checkpoint: Path, middle: Oracle, tmp_path: Path) -> None:
-    digest = sha256_path(checkpoint)
+def test_the_intermediate_type_is_found_by_its_bytes(small_checkpoint: Path, middle: Oracle, tmp_path: Path) -> None:
+    digest = sha256_path(small_checkpoint)
     for kind in ("F16", "BF16", "F32"):
-        source = middle.converted(checkpoint, digest, kind)
+        source = middle.converted(small_checkpoint, digest, kind)
         candidate = read_gguf(quantise(source, tmp_path / f"{kind}.gguf", "Q8_0"))
-        check = quantise_checks(Candidate("Q8_0", candidate), middle.twin(candidate, checkpoint, digest))[0]
+        check = quantise_checks(Candidate("Q8_0", candidate), middle.twin(candidate, small_checkpoint, digest))[0]
         assert check.value == 0
         assert f"re-quantised here from {kind}, byte for byte" in check.detail
 
 
 def test_verify_takes_an_importance_matrix_and_binds_the_report_to_it(
-    checkpoint: Path, middle: Oracle, tmp_path: Path
+    small_checkpoint: Path, middle: Oracle, tmp_path: Path
 ) -> None:
     """Given, it explains the file; not given, the file is refused and the way out named."""
     from verification import verify
 
-    digest = sha256_path(checkpoint)
-    source = middle.converted(checkpoint, digest, "F32")
+    digest = sha256_path(small_checkpoint)
+    source = middle.converted(small_checkpoint, digest, "F32")
     entries = {"blk.0.ffn_down.weight": (np.arange(64) % 5 + 1).astype(np.float32)}
     matrix = legacy_imatrix(tmp_path / "i.dat", entries)
     path = quantise(source, tmp_path / "q.gguf", "Q4_0", imatrix=read_imatrix(matrix))
-    report = verify(checkpoint, [path], imatrix=matrix, chunks=2, n_ctx=64, work_dir=middle.directory)
+    report = verify(small_checkpoint, [path], imatrix=matrix, chunks=2, n_ctx=64, work_dir=middle.directory)
     check = next(check for leg in report.legs for check in leg.checks if check.name == "quantise.tensors_differ")
     assert (check.status, "from F32 with the imatrix" in check.detail) == ("pass", True)
     assert [a.path for a in report.artefacts if a.role == "imatrix"] == [str(matrix)]
     candidate = read_gguf(path)
     candidate.metadata["quantize.imatrix.file"] = "mine.dat"  # llama-quantize writes this key
-    without = quantise_checks(Candidate("Q4_0", candidate), middle.twin(candidate, checkpoint, digest))[0]
+    without = quantise_checks(Candidate("Q4_0", candidate), middle.twin(candidate, small_checkpoint, digest))[0]
     assert without.value != 0
     assert "importance matrix mine.dat: give it with --imatrix" in without.detail
