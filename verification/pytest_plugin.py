@@ -60,14 +60,14 @@ def _asked(config: pytest.Config) -> bool:
 
 
 def _measure(config: pytest.Config) -> Report:
-    from so8t_core.errors import InputError
-    from verification import verify
-    from verification.step_summary import append_step_summary
-
     option = config.getoption
     for path in (option("so8t_reference"), *option("so8t_candidate"), *option("so8t_corpus")):
         if not Path(path).exists():
             raise pytest.UsageError(f"so8t: {path} does not exist; check the path")
+    from so8t_core.errors import InputError
+    from verification import verify
+    from verification.step_summary import append_step_summary
+
     try:
         report = verify(
             option("so8t_reference"), option("so8t_candidate"), base=option("so8t_base"),

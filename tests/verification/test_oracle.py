@@ -44,7 +44,12 @@ WITH = (
     "IQ3_XXS",
     "IQ3_XS",
 )
-CASES = [*((kind, False) for kind in WITHOUT), *((kind, True) for kind in WITH)]
+SLOW = {"IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS"}  # llama.cpp first builds a grid: seconds each
+CASES = [
+    pytest.param((kind, use), id=f"{kind}{'+imatrix' if use else ''}", marks=[pytest.mark.soak] if kind in SLOW else [])
+    for kinds, use in ((WITHOUT, False), (WITH, True))
+    for kind in kinds
+]
 # where a block keeps its float16 scale; IQ1_M spreads it over the top nibbles of four words
 SCALE_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208, "TQ1_0": 52, "TQ2_0": 64}
 TURNED = "blk.1.attn_output.weight"
@@ -70,7 +75,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_wide(root / "w.gguf"), write_wide(root / "r.gguf", rotate=1e-3)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[f"{kind}{'+imatrix' if use else ''}" for kind, use in CASES])
+@pytest.fixture(scope="module", params=CASES)
 def made(request: Any, floats: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
     kind, use = request.param
     root, matrix = tmp_path_factory.mktemp(kind), importance() if use else None
@@ -149,16 +154,19 @@ def test_a_norm_may_not_differ_at_all(made: Made, tmp_path: Path) -> None:
     assert check.value == 1
 
 
-def recorded() -> Iterator[tuple[str, bool, str, np.ndarray, np.ndarray]]:
+def recorded() -> Iterator[Any]:
     with np.load(RECORDED) as data:
         for key in data.files:
             kind, name, what = key.split("|")
             if what == "rows":
                 base = kind.removesuffix("+imatrix")
-                yield base, kind != base, name, data[key], data[f"{kind}|{name}|blocks"]
+                marks = [pytest.mark.soak] if base in SLOW else []
+                yield pytest.param(
+                    base, kind != base, name, data[key], data[f"{kind}|{name}|blocks"], id=kind, marks=marks
+                )
 
 
-@pytest.mark.parametrize(("kind", "use", "name", "rows", "blocks"), list(recorded()), ids=lambda v: str(v)[:12])
+@pytest.mark.parametrize(("kind", "use", "name", "rows", "blocks"), list(recorded()))
 def test_what_a_contracting_build_really_wrote_is_explained(
     floats: tuple[Path, Path], tmp_path: Path, kind: str, use: bool, name: str, rows: Any, blocks: Any
 ) -> None:
