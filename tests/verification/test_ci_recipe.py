@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> P
     folder = tmp_path_factory.mktemp("ci")
     (folder / "checkpoint").symlink_to(small_checkpoint)
     quantise(convert(small_checkpoint, folder / "f16.gguf"), folder / "model-Q8_0.gguf", "Q8_0")
-    # a random model of width 32: its logits depend on every weight alike, so that roundings show more than in a trained one
+    # a random model: its logits depend on every weight alike, so roundings show more than in a trained one
     bounds = "quality: {Q8_0: {mean_kld: 0.5, top1: 0.5}}\nconvert: {mean_kld: 1.0e-3, top1: 0.9}\n"
     (folder / "gate.yaml").write_text(bounds, encoding="utf-8")
     programs = folder / "bin"
