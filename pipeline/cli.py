@@ -111,7 +111,9 @@ def _execute(
 def _announce(report: Report, folder: Path) -> None:
     """Verdict table, the report's path, and the exit code that follows."""
     from verification.console import verdict_table
+    from verification.step_summary import append_step_summary
 
+    append_step_summary(report)
     console = Console(highlight=False)
     console.print(verdict_table(report))
     console.print(f"Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
@@ -194,13 +196,16 @@ def verify(
     corpus: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
     ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="importance matrix the candidates were quantised with")
+    ] = None,
     chunks: Annotated[int, typer.Option(min=2, help="chunks of n_ctx tokens")] = 12,
     n_ctx: Annotated[int, typer.Option(min=64, help="tokens a chunk")] = 512,
     threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Hold GGUF files against their checkpoint."""
-    for path in (reference, *candidate, base, adapter, policy, *(corpus or [])):
+    for path in (reference, *candidate, base, adapter, policy, imatrix, *(corpus or [])):
         if path is not None and not path.exists():
             raise InputError(f"{path} does not exist; check the path")
     _quiet_transformers()
@@ -210,7 +215,7 @@ def verify(
     with StageProgress(Reporter(quiet=quiet)) as progress:
         report = measure(
             reference, candidate, base=base, adapter=adapter, policy=policy, out=out, corpus=corpus or None,
-            chunks=chunks, n_ctx=n_ctx, threads=threads, progress=progress,
+            imatrix=imatrix, chunks=chunks, n_ctx=n_ctx, threads=threads, progress=progress,
         )  # fmt: skip
     _announce(report, out)
 
@@ -221,30 +226,94 @@ def gate(
     policy: Annotated[
         Path | None, typer.Option(metavar="gate.yaml", help="default: the policy inside the report")
     ] = None,
+    policy_sha256: Annotated[
+        str | None, typer.Option(metavar="HEX", help="refuse a report that was decided under another policy")
+    ] = None,
+    statement: Annotated[
+        bool, typer.Option("--statement/--no-statement", help="the report must match report.intoto.json beside it")
+    ] = True,
 ) -> None:
     """Decide again from a stored report.
 
     No model is needed; files of the report that are still here must be the ones that were measured.
     """
     from verification import decide, load_policy
+    from verification.attestation import check_policy, check_statement
     from verification.provenance import changed_artefacts
     from verification.report import load_report
 
     stored = load_report(report)
+    if statement:
+        path = report / "report.json" if report.is_dir() else report
+        check_statement(stored, path)
+    if policy_sha256 is not None:
+        check_policy(stored, policy_sha256)
     if changed := changed_artefacts(stored):
         raise InputError(f"{', '.join(changed)} changed since {report} was written; verify again")
     decided = decide(stored, load_policy(policy) if policy else None)
     _announce(decided, report.parent)
 
 
+@app.command("kld-base", epilog="Example: so8t kld-base ./my-model --out my-model.kld")
+def kld_base(
+    reference: Annotated[Path, typer.Argument(metavar="HF_DIR", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the base file to write", show_default=False)],
+    corpus: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
+    ] = None,
+    chunks: Annotated[int, typer.Option(min=1, help="chunks of n_ctx tokens")] = 12,
+    n_ctx: Annotated[int, typer.Option(min=8, help="tokens a chunk")] = 512,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint's logits for llama-perplexity.
+
+    The file is what `llama-perplexity --kl-divergence --kl-divergence-base FILE` and `so8t kld FILE` read.
+    """
+    _quiet_transformers()
+    from pipeline.progress import Reporter, StageProgress
+    from verification.kld_verbs import write_base_of
+
+    with StageProgress(Reporter(quiet=quiet)) as progress:
+        write_base_of(reference, out, corpus=corpus or None, chunks=chunks, n_ctx=n_ctx, progress=progress)
+    Console(highlight=False).print(f"Base file: {out}", markup=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: so8t kld my-model.kld --candidate my-model-Q4_K_M.gguf")
+def kld(
+    base: Annotated[Path, typer.Argument(metavar="FILE", help="a base file", show_default=False)],
+    candidate: Annotated[Path, typer.Option(metavar="FILE.gguf", show_default=False)],
+    threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Print llama-perplexity's KL statistics.
+
+    A missing, cut or foreign base file is refused here (exit code 2); the stock tool exits 0. To decide, use verify.
+    """
+    from pipeline.progress import Reporter, StageProgress
+    from verification.kld_verbs import candidate_statistics
+
+    with StageProgress(Reporter(quiet=quiet)) as progress:
+        result = candidate_statistics(base, candidate, threads=threads, progress=progress)
+    print(result.text, end="")
+
+
 @app.command(epilog="Example: so8t report runs/demo")
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    statement: Annotated[
+        bool, typer.Option("--statement/--no-statement", help="report.json must match report.intoto.json beside it")
+    ] = True,
+) -> None:
     """Write the report again from report.json."""
     from verification import decide
+    from verification.attestation import check_statement
     from verification.report import load_report, write_report
 
     folder = run_dir / "report" if (run_dir / "report").is_dir() else run_dir
-    stored = decide(load_report(folder / "report.json"))  # its values count, not what it says of itself
+    found = load_report(folder / "report.json")
+    if statement:  # writing again makes a new statement: an edited report must not get one
+        check_statement(found, folder / "report.json")
+    stored = decide(found)  # its values count, not what it says of itself
     write_report(stored, folder)
     _announce(stored, folder)
 

@@ -25,11 +25,12 @@ from verification.gguf_file import GGUFFile, read_gguf
 from verification.legs_bake import bake_legs, base_control, dtype_name, saved_rounding
 from verification.legs_file import Candidate, contract_checks, weight_checks
 from verification.legs_logits import base_damage_of, files_leg, measure
+from verification.legs_quantise import quantise_checks
 from verification.llama_engine import LlamaModel
 from verification.logits import load_hf
 from verification.oracle import Oracle
 from verification.policy import LEG_TITLES, Policy, decide, load_policy
-from verification.provenance import artefacts, versions
+from verification.provenance import artefacts, imatrix_artefact, versions
 from verification.schema import AnswerRecord, Check, Divergence, Leg, LegName, Report, TensorRow, TrainingRecord
 from verification.tensors import Checkpoint
 
@@ -57,6 +58,7 @@ class _Run:
     durations: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     planned: list[LegName] = field(default_factory=list)
+    tokens_sha256: str = ""
 
     def add(self, leg: LegName, checks: Sequence[Check]) -> None:
         self.checks.setdefault(leg, []).extend(checks)
@@ -84,6 +86,7 @@ def verify(
     threads: int | None = None,
     base_damage: bool = True,
     converter: str | Path | None = None,
+    imatrix: str | Path | None = None,
     progress: Progress | None = None,
     work_dir: str | Path | None = None,
     training: TrainingRecord | None = None,
@@ -97,8 +100,9 @@ def verify(
         candidates: GGUF files; float files fill the leg `convert`, quantised ones `quantise` and `quality`.
         base, adapter: what the reference was baked from; both together add the legs `bake`, `dtype`, `controls`.
         policy: a policy, a file, or None for the default.
-        out: directory for report.json, .html, .md and junit.xml; None writes nothing.
+        out: directory for report.json, .html, .md, report.intoto.json and junit.xml; None writes nothing.
         corpus: text or JSONL to score; None is the built-in text.
+        imatrix: the importance matrix that the quantised candidates were made with, GGUF or legacy form.
         base_damage: also measure what the same quantisation does to the base (information, never decided on).
         work_dir: keeps the oracle's files between runs, named by the reference's digest; None uses a temporary one.
 
@@ -127,9 +131,10 @@ def verify(
         stack.callback(torch.set_num_threads, before)
         torch.set_num_threads(threads or before)
         inputs = artefacts(reference, files, base=base, adapter=adapter, corpus=corpus, policy=policy)
+        inputs += imatrix_artefact(imatrix)
         settings = _Settings(
             reference, Path(base) if base else None, Path(adapter) if adapter else None, rules, corpus, chunks, n_ctx,
-            threads, base_damage, Oracle(work, converter=converter, threads=threads), inputs[0].sha256,
+            threads, base_damage, Oracle(work, converter=converter, threads=threads, imatrix=imatrix), inputs[0].sha256,
         )  # fmt: skip
         try:
             _measure_all(settings, files, run, tell)
@@ -153,6 +158,7 @@ def verify(
             base_divergences=run.base_divergences,
             tensors=run.tensors,
             policy=rules.model_dump(mode="json"),
+            tokens_sha256=run.tokens_sha256,
             versions=versions(),
             durations={stage: round(seconds, 3) for stage, seconds in run.durations.items()},
             notes=run.notes,
@@ -177,7 +183,7 @@ def _clear(out: Path) -> None:
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-        for name in ("report.json", "report.html", "report.md", "junit.xml"):
+        for name in ("report.json", "report.html", "report.md", "junit.xml", "report.intoto.json"):
             (out / name).unlink(missing_ok=True)
 
 
@@ -213,15 +219,16 @@ def _measure_all(s: _Settings, files: list[Candidate], run: _Run, tell: Progress
     with run.timed("files"):
         for number, candidate in enumerate(files):
             tell("files", number, len(files))
-            twin = read_gguf(s.oracle.of_type(source, candidate.file.file_type, s.reference, s.digest))
-            run.add("contract", contract_checks(candidate, twin, checkpoint, tokenizer, s.reference))
-            weights = weight_checks(candidate, twin, checkpoint)
+            twin = s.oracle.twin(candidate.file, s.reference, s.digest)
+            run.add("contract", contract_checks(candidate, twin.file, checkpoint, tokenizer, s.reference))
+            weights = weight_checks(candidate, twin.file, checkpoint)
             run.add("contract", weights.contract)
             run.add("convert", weights.convert)
-            run.add("quantise", weights.quantise)
+            run.add("quantise", quantise_checks(candidate, twin))
             run.tensors += weights.rows
     run.planned = [leg for leg in run.planned if leg not in ("contract", "quantise")]
     text = read_corpus(s.corpus, tokenizer, n_ctx=s.n_ctx, chunks=s.chunks, bos=bos)
+    run.tokens_sha256 = text.sha256
     model_ref = load_hf(s.reference)
     baked = _before_saving(s, text, model_ref, checkpoint, run, tell)
     with run.timed("logits"):

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from verification import tokens
 from verification.checks import plain_check, zero_check
 from verification.gguf_file import GGUFFile
@@ -79,12 +77,11 @@ class WeightResult:
 
     contract: list[Check]
     convert: list[Check]
-    quantise: list[Check]
     rows: list[TensorRow]
 
 
 def weight_checks(candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint) -> WeightResult:
-    """Inventory, roundings (float files) or bytes (quantised files) of every tensor.
+    """Inventory, and the roundings of a float file's tensors; a quantised file's bytes are the leg `quantise`.
 
     Args:
         oracle: the reference converted and quantised here, in the candidate's own file type.
@@ -119,8 +116,7 @@ def weight_checks(candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint
         ),
     ]
     convert = [_rounding(results, label)] if file.is_float else []
-    quantise = [] if file.is_float else [_oracle_bytes(results, candidate, oracle)]
-    return WeightResult(contract, convert, quantise, rows)
+    return WeightResult(contract, convert, rows)
 
 
 def _rounding(results: list[Comparison], label: str) -> Check:
@@ -138,35 +134,3 @@ def _rounding(results: list[Comparison], label: str) -> Check:
     return plain_check(
         "convert.rounding", "Worst weight, in roundings of its type", value, subject=label, detail=detail
     )
-
-
-def _oracle_bytes(results: list[Comparison], candidate: Candidate, oracle: GGUFFile) -> Check:
-    differing = [result for result in results if not result.bytes_equal]
-    detail = f"{len(results)} tensors equal the reference re-quantised here"
-    if differing:
-        worst, error = _worst_difference(differing, candidate.file, oracle)
-        detail = (
-            f"worst {worst}, {error:.2g} relative to the oracle's values, first {differing[0].name}. "
-            "Other weights, another llama.cpp build, another intermediate type or an imatrix made this file"
-        )
-    return plain_check(
-        "quantise.tensors_differ",
-        "Tensors whose bytes differ from the oracle",
-        len(differing),
-        subject=candidate.label,
-        detail=detail,
-    )
-
-
-def _worst_difference(differing: list[Comparison], file: GGUFFile, oracle: GGUFFile) -> tuple[str, float]:
-    worst, where = -1.0, differing[0].name
-    for result in differing:
-        mine, twin = file.tensors[result.name], oracle.tensors.get(result.name)
-        if twin is None or twin.shape != mine.shape:
-            return result.name, float("inf")
-        theirs = twin.values()
-        norm = float(np.linalg.norm(theirs)) or 1.0
-        error = float(np.linalg.norm(mine.values() - theirs)) / norm
-        if error > worst:
-            worst, where = error, result.name
-    return where, worst

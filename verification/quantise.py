@@ -2,17 +2,22 @@
 
 The output depends on the source's bytes, the type and the build, not on the number of threads: rows are quantised
 independently. K-quants need rows that are multiples of 256; elsewhere llama.cpp silently takes another type, so the
-nominal type of every tensor is kept beside the actual one. Source: llama.cpp, src/llama-quant.cpp.
+nominal type of every tensor is kept beside the actual one. An importance matrix is handed over as the C struct array
+of llama.h. Source: llama.cpp, src/llama-quant.cpp.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from so8t_core.errors import InputError
@@ -20,12 +25,15 @@ from so8t_core.files import atomic_file
 from verification.gguf_file import FILE_TYPES, GGUFFile, read_gguf
 from verification.llama_engine import last_words, quiet
 
-# what llama.cpp writes instead when a row is not a multiple of the type's block
-FALLBACKS = {
-    "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL", "IQ2_S": "IQ4_NL",
-    "IQ2_XS": "IQ4_NL", "IQ2_XXS": "IQ4_NL", "IQ1_S": "IQ4_NL", "IQ1_M": "IQ4_NL", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
-    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+# what llama.cpp writes instead when a row is not a multiple of the type's block; Q2_K and Q3_K in older builds: IQ4_NL
+FALLBACKS: dict[str, tuple[str, ...]] = {
+    "Q2_K": ("Q4_0", "IQ4_NL"), "Q3_K": ("Q4_0", "IQ4_NL"), "IQ4_XS": ("IQ4_NL",), "IQ3_S": ("IQ4_NL",),
+    "IQ3_XXS": ("IQ4_NL",), "IQ2_S": ("IQ4_NL",), "IQ2_XS": ("IQ4_NL",), "IQ2_XXS": ("IQ4_NL",), "IQ1_S": ("IQ4_NL",),
+    "IQ1_M": ("IQ4_NL",), "TQ1_0": ("Q4_0",), "TQ2_0": ("Q4_0",), "Q4_K": ("Q5_0",), "Q5_K": ("Q5_1",),
+    "Q6_K": ("Q8_0",),
 }  # fmt: skip
+# main type of the file types that are not named after it (llama_ftype_get_default_type)
+_MAIN_TYPES = {"IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,21 @@ def type_number(name: str) -> int:
     raise InputError(f"unknown quantisation type {name!r}; known: {', '.join(FILE_TYPES.values())}")
 
 
-def quantise(source: str | Path, target: str | Path, type_name: str, *, threads: int | None = None) -> Path:
+Importance = Mapping[str, npt.NDArray[np.float32]]
+
+
+def quantise(
+    source: str | Path,
+    target: str | Path,
+    type_name: str,
+    *,
+    threads: int | None = None,
+    imatrix: Importance | None = None,
+) -> Path:
     """Write `source` (F32, F16 or BF16) as `type_name` to `target`, whole or not at all.
+
+    Args:
+        imatrix: tensor name -> importance of each input channel, see `read_imatrix`.
 
     Raises:
         InputError: unknown type, source not a float file, llama.cpp's own refusal.
@@ -69,19 +90,33 @@ def quantise(source: str | Path, target: str | Path, type_name: str, *, threads:
         if origin.file_type == type_name.upper():
             shutil.copyfile(source, temporary)
         else:
-            _run(source, temporary, number, threads)
+            _run(source, temporary, number, threads, imatrix or {})
         read_gguf(temporary)
     return target
 
 
-def _run(source: Path, target: Path, number: int, threads: int | None) -> None:
+def _run(source: Path, target: Path, number: int, threads: int | None, imatrix: Importance) -> None:
     quiet()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = number
     params.nthread = threads or os.cpu_count() or 1
+    kept = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in imatrix.items()}
+    if kept:  # `kept` and `entries` must outlive the call: C holds only pointers. The last entry's name is null
+        entries = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()
+        for entry, (name, values) in zip(entries, kept.items(), strict=False):
+            entry.name = name.encode()
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.size = values.size
+        params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), params)
     if status != 0:
-        raise InputError(f"llama.cpp cannot quantise {source} to {FILE_TYPES[number]}: {last_words()}")
+        words = last_words()
+        if not kept and "requires an imatrix" in words:
+            raise InputError(
+                f"{FILE_TYPES[number]} can only be made with an importance matrix; give the one the file was made with "
+                "(--imatrix FILE)"
+            )
+        raise InputError(f"llama.cpp cannot quantise {source} to {FILE_TYPES[number]}: {words}")
 
 
 def nominal_types(file: GGUFFile) -> list[NominalType]:
@@ -98,7 +133,7 @@ def nominal_types(file: GGUFFile) -> list[NominalType]:
         row = tensor.shape[-1] if tensor.shape else 1
         nominal = tensor.type
         if recipe and len(tensor.shape) > 1 and row % 256 and tensor.type not in ("F32", "F16", "BF16"):
-            options = [wish for wish in recipe if FALLBACKS.get(wish) == tensor.type]
+            options = [wish for wish in recipe if tensor.type in FALLBACKS.get(wish, ())]
             nominal = options[0] if options else tensor.type
         rows.append(NominalType(tensor.name, row, nominal, tensor.type))
     return rows
@@ -107,7 +142,7 @@ def nominal_types(file: GGUFFile) -> list[NominalType]:
 def _recipe(file_type: str) -> tuple[str, ...]:
     """Types with blocks of 256 that a file type's recipe uses, its main type first."""
     stem = file_type.rsplit("_", 1)[0] if file_type.endswith(("_S", "_M", "_L")) else file_type
-    main = stem if stem in GGMLQuantizationType.__members__ else file_type
+    main = stem if stem in GGMLQuantizationType.__members__ else _MAIN_TYPES.get(file_type, file_type)
     if main not in GGMLQuantizationType.__members__ or GGML_QUANT_SIZES[GGMLQuantizationType[main]][0] != 256:
         return ()
     return (main, *(other for other in ("Q4_K", "Q5_K", "Q6_K") if other != main))

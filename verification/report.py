@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from so8t_core.errors import InputError
 from so8t_core.files import write_text
 from verification import plots, report_view
+from verification.attestation import write_statement
 from verification.console import decisive_text
 from verification.junit import junit_xml
 from verification.report_view import Step, margin, number, texts, visible
@@ -32,7 +33,7 @@ _SIGNS = {"<=": "≤", ">=": "≥", "==": "=", "!=": "≠"}
 
 
 def write_report(report: Report, out_dir: Path) -> dict[str, Path]:
-    """Write report.json, report.html, report.md and junit.xml into `out_dir`; returns {"json": path, ...}.
+    """Write report.json, .html, .md, junit.xml and the statement into `out_dir`; returns {"json": path, ...}.
 
     Raises:
         InputError: the directory cannot be written.
@@ -47,6 +48,7 @@ def write_report(report: Report, out_dir: Path) -> dict[str, Path]:
     for kind, (name, text) in rendered.items():
         written[kind] = Path(out_dir) / name
         write_text(written[kind], text)
+    written["statement"] = write_statement(report, written["json"])
     return written
 
 

@@ -25,7 +25,7 @@ class _Model(BaseModel):
 class Artefact(_Model):
     """One input of the verification, bound to its bytes."""
 
-    role: Literal["reference", "candidate", "base", "adapter", "corpus", "policy"]
+    role: Literal["reference", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
     path: str
     sha256: str  # of the file; for a directory: of the sorted list of (name, sha256) of its files
     bytes: int
@@ -113,6 +113,7 @@ class Report(_Model):
     base_divergences: list[Divergence] = Field(default_factory=list)  # the base model's own quant damage, information
     tensors: list[TensorRow] = Field(default_factory=list)
     policy: dict[str, Any]
+    tokens_sha256: str = ""  # of the scored ids as int32, chunk after chunk
     versions: dict[str, str]
     durations: dict[str, float]  # seconds per stage
     notes: list[str] = Field(default_factory=list)  # limits a reader must know (e.g. the base lies on a 4-bit grid)

@@ -40,3 +40,20 @@ def family(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
     root = tmp_path_factory.mktemp("tiny")
     base = save_tiny(root / "base", tokenizer)
     return make_family(root, base)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fp32 weights, so that F32, F16 and BF16 files of it hold three different roundings."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=0.6,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("middle") / "checkpoint"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -153,7 +153,8 @@ def test_junit_has_one_case_a_check_and_is_red_unless_passed(kind: Kind) -> None
 def test_json_round_trips_bit_equal_and_bytes_are_deterministic(kind: Kind, tmp_path: Path) -> None:
     report = sample_report(kind)
     first, second = write_report(report, tmp_path / "a"), write_report(load_report(tmp_path / "a"), tmp_path / "b")
-    assert sorted(path.name for path in first.values()) == ["junit.xml", "report.html", "report.json", "report.md"]
+    names = ["junit.xml", "report.html", "report.intoto.json", "report.json", "report.md"]
+    assert sorted(path.name for path in first.values()) == names
     for form, path in first.items():
         assert path.read_bytes() == second[form].read_bytes(), form
     assert load_report(first["json"]) == report

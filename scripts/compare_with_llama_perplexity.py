@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Hold `so8t kld` against the real llama-perplexity, digit by digit: same base file, same model, same tokens.
+
+    python scripts/compare_with_llama_perplexity.py --binary .../llama-perplexity --candidate F.gguf --base base.kld
+    python scripts/compare_with_llama_perplexity.py --binary .../llama-perplexity --candidate F.gguf --reference HF_DIR
+
+Exit 0: every printed line is the same; 1: lines differ (they are shown); 2: could not run. The tool is asked for one
+chunk a batch and the same number of threads, so that both take the same kernels: other shapes round differently.
+Its log thread may lose the end of its output although it exits 0 (seen on 2 cores): it is run again when that happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from so8t_core.errors import InputError
+from verification.kld_file import read_base
+from verification.kld_verbs import candidate_statistics, write_base_of
+
+FIRST, LAST = "====== Perplexity statistics ======", "Same top p:"
+ATTEMPTS = 5
+
+
+def stock_lines(binary: Path, candidate: Path, base: Path, *, n_ctx: int, threads: int) -> list[str]:
+    """The statistics that the real tool prints, without empty lines."""
+    found: list[str] = []
+    for _ in range(ATTEMPTS):
+        with tempfile.TemporaryDirectory(prefix="so8t-") as work:
+            log = Path(work) / "log.txt"
+            command = [str(binary), "-m", str(candidate), "--kl-divergence", "--kl-divergence-base", str(base)]
+            command += ["-c", str(n_ctx), "-b", str(n_ctx), "-ub", str(min(n_ctx, 512)), "-t", str(threads)]
+            command += ["-ngl", "0", "--no-warmup", "--log-file", str(log)]
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            found = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        if any(line.startswith(LAST) for line in found):
+            start, stop = found.index(FIRST), next(i for i, line in enumerate(found) if line.startswith(LAST))
+            return [line.rstrip() for line in found[start : stop + 1] if line.strip()]
+    raise InputError(f"{binary} printed no statistics in {ATTEMPTS} runs (exit code {done.returncode}): {found[-2:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--binary", type=Path, required=True)
+    parser.add_argument("--candidate", type=Path, required=True)
+    parser.add_argument("--base", type=Path, help="a base file; or give --reference to write one first")
+    parser.add_argument("--reference", type=Path, help="a Hugging Face directory")
+    parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--n-ctx", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    try:
+        if not args.binary.is_file() or not (args.base or args.reference):
+            raise InputError(f"{args.binary} is not a file, or neither --base nor --reference was given")
+        with tempfile.TemporaryDirectory(prefix="so8t-") as work:
+            base = args.base or Path(work) / "base.kld"
+            if args.base is None:
+                write_base_of(args.reference, base, chunks=args.chunks, n_ctx=args.n_ctx)
+            text = candidate_statistics(base, args.candidate, threads=args.threads).text
+            ours = [line.rstrip() for line in text.splitlines() if line.strip()]
+            n_ctx = read_base(base).n_ctx
+            theirs = stock_lines(args.binary, args.candidate, base, n_ctx=n_ctx, threads=args.threads)
+    except InputError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    different = [(a, b) for a, b in zip(ours, theirs, strict=False) if a != b]
+    for a, b in different:
+        print(f"ours  {a}\nstock {b}")
+    if len(ours) != len(theirs):
+        print(f"{len(ours)} lines here, {len(theirs)} there")
+    same = not different and len(ours) == len(theirs)
+    print(f"{len(theirs) - len(different)} of {len(theirs)} lines are the same")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The leg `quantise`: a quantised file against the reference re-quantised here, byte by byte, then block by block.
+
+Counted are the tensors that neither equal the oracle's bytes nor hold their type's block bounds (`block_bounds`), so a
+file from another build or machine passes with its differences explained, and one from other weights does not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from verification.block_bounds import Held, hold
+from verification.checks import plain_check
+from verification.gguf_file import GGUFFile
+from verification.legs_file import Candidate
+from verification.oracle import Twin, same_bytes
+from verification.schema import Check
+
+_IMATRIX_KEY = "quantize.imatrix.file"  # llama-quantize writes it, among others, when it was given a matrix
+
+
+def quantise_checks(candidate: Candidate, twin: Twin) -> list[Check]:
+    """The leg's checks for one candidate; none for a float file."""
+    if candidate.file.is_float:
+        return []
+    file = candidate.file
+    differing = [name for name in file.tensors if not same_bytes(file, twin.file, name)]
+    foreign = [name for name in differing if not _comparable(file, twin, name)]
+    held = [
+        hold(file.tensors[name], twin.file.tensors[name], twin.source.tensors[name], imatrix=twin.imatrix)
+        for name in differing
+        if name not in foreign
+    ]
+    beyond = [tensor for tensor in held if not tensor.within]
+    equal = len(file.tensors) - len(differing)
+    parts = [f"{equal} of {len(file.tensors)} tensors equal the reference re-quantised here {twin.made}, byte for byte"]
+    if foreign:
+        parts.append(f"{_other_form(file, twin, foreign[0])}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}")
+    if beyond:
+        worst = max(beyond, key=lambda t: (t.beyond, t.differ / t.blocks))
+        parts.append(f"worst {worst}")
+    if within := [tensor for tensor in held if tensor.within]:
+        parts.append(f"explained by another build or machine: {_summary(within)}")
+    if foreign or beyond:
+        parts.append(_advice(file, twin))
+    return [
+        plain_check(
+            "quantise.tensors_differ",
+            "Tensors that the re-quantised reference does not explain",
+            len(foreign) + len(beyond),
+            subject=candidate.label,
+            detail=". ".join(parts),
+        )
+    ]
+
+
+def _comparable(file: GGUFFile, twin: Twin, name: str) -> bool:
+    mine, other, source = file.tensors[name], twin.file.tensors.get(name), twin.source.tensors.get(name)
+    return (
+        other is not None
+        and source is not None
+        and (mine.type, mine.shape, mine.shape) == (other.type, other.shape, source.shape)
+    )
+
+
+def _other_form(file: GGUFFile, twin: Twin, name: str) -> str:
+    mine, other = file.tensors[name], twin.file.tensors.get(name)
+    if other is None:
+        return f"{name} is not in the reference"
+    return f"{name} is {mine.type} {list(mine.shape)}, the reference re-quantised here {other.type} {list(other.shape)}"
+
+
+def _summary(tensors: list[Held]) -> str:
+    differ, blocks = Counter[str](), Counter[str]()
+    for tensor in tensors:
+        differ[tensor.type] += tensor.differ
+        blocks[tensor.type] += tensor.blocks
+    kinds = ", ".join(f"{kind} {differ[kind]} of {blocks[kind]} blocks" for kind in sorted(differ))
+    bits = sum(tensor.last_bit for tensor in tensors)
+    return (
+        f"{len(tensors)} tensors ({kinds}; {bits} of them in the scale's last bit only), largest difference "
+        f"{max(t.largest for t in tensors):.2g} of a block's rms, error at most "
+        f"{max(t.worst_ratio for t in tensors):.3g} times the oracle's"
+    )
+
+
+def _advice(file: GGUFFile, twin: Twin) -> str:
+    named = file.metadata.get(_IMATRIX_KEY)
+    if named is not None and not twin.imatrix:
+        return f"The file says it was quantised with the importance matrix {named}: give it with --imatrix"
+    if twin.imatrix:
+        return "Other weights, another importance matrix, or options of llama-quantize made this file"
+    return "Other weights, an importance matrix (--imatrix), or options of llama-quantize made this file"
