@@ -1,0 +1,148 @@
+"""Tiny random models of nine architectures, each through the real converter: what lint has to explain without a miss.
+
+Hidden size 256, so that K-quants are real; heads of 64 or 128 channels, so that `o_proj` is square in some and not in
+others; the RoPE scalings are spread over the families (llama3, linear, yarn, LongRoPE).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + i / 64 for i in range(32)],
+    "long_factor": [1.0 + i / 4 for i in range(32)], "original_max_position_embeddings": 512,
+}  # fmt: skip
+# family -> (config class, changes to SIZES)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"rope_parameters": LLAMA3, "attention_bias": True, "tie_word_embeddings": False}),
+    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 32, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2Config", {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+                            "original_max_position_embeddings": 256},
+        "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 128, "tie_word_embeddings": False}),
+    "phi3": ("Phi3Config", {"rope_parameters": LONGROPE, "sliding_window": 2047, "tie_word_embeddings": False,
+                            "original_max_position_embeddings": 512}),
+    "gemma2": ("Gemma2Config", {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 256}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 256}),
+    "olmo2": ("Olmo2Config", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+                              "tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3Config", {"tie_word_embeddings": True}),
+}  # fmt: skip
+# qwen2: transformers 5 forces Qwen2's own splitting on every tokenizer.json of this model type, so that only a real Qwen2
+# vocabulary has a hash that the converter knows; its converter takes a SentencePiece model as well
+SENTENCEPIECE = ("phi3", "gemma2", "qwen2")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PHI3_CHAT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One architecture: the checkpoint and the files made from it."""
+
+    family: str
+    reference: Path
+    files: dict[str, Path]
+
+
+def save_model(family: str, directory: Path, tokenizer: Any, *, seed: int = 0) -> Path:
+    """A random checkpoint of `family` with the tokenizer files that its converter asks for."""
+    import transformers
+
+    name, changes = FAMILIES[family]
+    torch.manual_seed(seed)
+    vocabulary = save_sentencepiece(directory, family) if family in SENTENCEPIECE else len(tokenizer)
+    config = getattr(transformers, name)(**{**SIZES, "vocab_size": vocabulary, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            else:
+                parameter.uniform_(-0.3, 0.3).add_(0 if family.startswith("gemma") else 1)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    if family not in SENTENCEPIECE:
+        tokenizer.save_pretrained(directory)
+    return directory
+
+
+def save_sentencepiece(directory: Path, family: str) -> int:
+    """Train a small SentencePiece vocabulary with the family's special tokens; returns its size."""
+    import sentencepiece
+    from tokenizers import AddedToken
+    from transformers import LlamaTokenizer
+
+    directory.mkdir(parents=True, exist_ok=True)
+    text = [f"The {a} {b} of number {i}, 東京 and code x = {i};" for i in range(400) for a, b in [("quick", "test")]]
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=stream, vocab_size=400, model_type="bpe", byte_fallback=True,
+        character_coverage=1.0, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=family == "phi3",
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (directory / "tokenizer.model").write_bytes(stream.getvalue())
+    phi = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    names = phi if family == "phi3" else ("<start_of_turn>", "<end_of_turn>")
+    tokenizer = LlamaTokenizer.from_pretrained(
+        str(directory), add_bos_token=family != "phi3", legacy=family == "phi3", add_prefix_space=family == "phi3"
+    )
+    tokenizer.add_tokens([AddedToken(n, special=True, normalized=False, rstrip=family == "phi3") for n in names])
+    tokenizer.chat_template = PHI3_CHAT if family == "phi3" else None
+    tokenizer.save_pretrained(directory)
+    # transformers 5 leaves these two out, and upstream's converter reads them from nowhere else
+    path = directory / "tokenizer_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["add_bos_token"] = family != "phi3"
+    fields["added_tokens_decoder"] = {
+        str(tokenizer.convert_tokens_to_ids(n)): {"content": n, "special": True, "normalized": False, "lstrip": False,
+                                                  "single_word": False, "rstrip": family == "phi3"}
+        for n in names
+    }  # fmt: skip
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    stop = tokenizer.convert_tokens_to_ids("<|end|>" if family == "phi3" else "<end_of_turn>")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, stop]}), encoding="utf-8")
+    return len(tokenizer)
+
+
+def make_pairs(root: Path, tokenizer: Any, families: tuple[str, ...] = tuple(FAMILIES)) -> dict[str, Pair]:
+    """Every family as F16, Q8_0 and Q4_K_M; two converters at a time."""
+    from verification.converter import convert
+    from verification.quantise import quantise
+
+    references = {family: save_model(family, root / family / "hf", tokenizer) for family in families}
+
+    def make(family: str) -> Pair:
+        folder = root / family
+        files = {"F16": convert(references[family], folder / "m-F16.gguf", model_name=f"tiny-{family}")}
+        for kind in ("Q8_0", "Q4_K_M"):
+            files[kind] = quantise(files["F16"], folder / f"m-{kind}.gguf", kind, threads=1)
+        return Pair(family, references[family], files)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(families, pool.map(make, families), strict=True))
+
+
+Edit = Callable[[dict[str, Any]], None]
