@@ -47,7 +47,7 @@ class Rendered:
 
     @property
     def starts_with_unicode_space(self) -> bool:
-        return self.name == "leading U+3000"
+        return self.name.startswith("leading U+3000")
 
 
 def render_reference(tokenizer: Any, chat: Chat, *, prompt: bool) -> str:
@@ -86,7 +86,7 @@ class FileTemplate:
         from jinja2.exceptions import TemplateError
 
         try:
-            return str(self._make[prompt](messages=chat).prompt)  # type: ignore[arg-type]
+            return str(self._make[prompt](messages=chat).prompt)
         except (TemplateError, ValueError, TypeError):
             return REFUSED
 
@@ -106,13 +106,14 @@ def template_text(tokenizer: Any, model: LlamaModel) -> list[Finding]:
         return []
     key = "tokenizer.chat_template"
     if wanted is None or actual is None:
-        return [Finding(key, *("nothing" if t is None else f"{len(t)} characters" for t in (wanted, actual)), _MEND)]
+        sizes = ["nothing" if t is None else f"{len(t)} characters" for t in (wanted, actual)]
+        return [Finding(key, sizes[0], sizes[1], _MEND, "chat template missing" if actual is None else "")]
     if not isinstance(wanted, str):
         return []  # several named templates; the rendered chats decide
     shorter = min(len(wanted), len(actual))
     at = next((i for i, (a, b) in enumerate(zip(wanted, actual, strict=False)) if a != b), shorter)
-    around = (t[max(0, at - 10) : at + 30] for t in (wanted, actual))
-    return [Finding(f"{key}, character {at}", *(show(t) for t in around), _MEND)]
+    around = [show(t[max(0, at - 10) : at + 30]) for t in (wanted, actual)]
+    return [Finding(f"{key}, character {at}", around[0], around[1], _MEND)]
 
 
 def render_both(tokenizer: Any, model: LlamaModel) -> Iterator[Rendered]:

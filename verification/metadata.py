@@ -78,8 +78,10 @@ def expected_metadata(config: dict[str, Any], architecture: str = "llama") -> di
 def unused_window(config: dict[str, Any], file: GGUFFile) -> int | None:
     """A sliding window that the reference has and llama.cpp will not apply; None when there is none."""
     window = config.get("sliding_window")
-    asked = window and config.get("use_sliding_window", True) and window < (config.get("max_position_embeddings") or 0)
-    return int(window) if asked and not file.get("attention.sliding_window") else None
+    if not window or not config.get("use_sliding_window", True):
+        return None
+    longer = int(window) < int(config.get("max_position_embeddings") or 0)
+    return int(window) if longer and not file.get("attention.sliding_window") else None
 
 
 def value_or_default(file: GGUFFile, key: str) -> Any:

@@ -45,8 +45,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                               "tie_word_embeddings": False}),
     "smollm3": ("SmolLM3Config", {"tie_word_embeddings": True}),
 }  # fmt: skip
-# qwen2: transformers 5 forces Qwen2's own splitting on every tokenizer.json of this model type, so that only a real Qwen2
-# vocabulary has a hash that the converter knows; its converter takes a SentencePiece model as well
+# qwen2: transformers 5 forces Qwen2's own splitting on every tokenizer.json of this model type, so that only a real
+# Qwen2 vocabulary has a hash that the converter knows; its converter takes a SentencePiece model as well
 SENTENCEPIECE = ("phi3", "gemma2", "qwen2")
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -116,15 +116,28 @@ def save_sentencepiece(directory: Path, family: str) -> int:
     path = directory / "tokenizer_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["add_bos_token"] = family != "phi3"
+    shared = {"special": True, "normalized": False, "lstrip": False, "single_word": False}
+    strips = {n: family == "phi3" and n != "<|endoftext|>" for n in names}
     fields["added_tokens_decoder"] = {
-        str(tokenizer.convert_tokens_to_ids(n)): {"content": n, "special": True, "normalized": False, "lstrip": False,
-                                                  "single_word": False, "rstrip": family == "phi3"}
-        for n in names
-    }  # fmt: skip
+        str(tokenizer.convert_tokens_to_ids(n)): {"content": n, "rstrip": strips[n], **shared} for n in names
+    }
     path.write_text(json.dumps(fields), encoding="utf-8")
+    if family == "phi3":
+        _as_phi3(directory / "tokenizer.json")
     stop = tokenizer.convert_tokens_to_ids("<|end|>" if family == "phi3" else "<end_of_turn>")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, stop]}), encoding="utf-8")
     return len(tokenizer)
+
+
+def _as_phi3(path: Path) -> None:
+    """Phi-3's own tokenizer.json: a space mark before every stretch of text, and rstrip on all but three specials."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    fields["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    fields["pre_tokenizer"] = None
+    for token in fields["added_tokens"]:
+        token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    path.write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
 
 
 def make_pairs(root: Path, tokenizer: Any, families: tuple[str, ...] = tuple(FAMILIES)) -> dict[str, Pair]:
