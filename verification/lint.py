@@ -234,7 +234,7 @@ class _Run:
         """Inventory and every tensor's values."""
         file, found = self.file, inventory(sources.reference, self.file)
         if not is_known(file):
-            why = f"{file.architecture or 'this architecture'} is not mapped by principle; `so8t verify` compares by oracle"
+            why = f"{file.architecture or 'this family'} is not mapped by principle; `so8t verify` has an oracle for it"
             for name in ("inventory", "weights", "hypotheses"):
                 self.skip(name, why)
             return
@@ -338,6 +338,6 @@ def _hypothesis_rows(result: Examined) -> list[LintHypothesis]:
                 residual_rms=left.rms if left else None,
                 residual_largest=left.largest if left else None,
                 standard_error=left.standard_error if left else None,
-            )  # fmt: skip
+            )
         )
     return rows

@@ -115,7 +115,8 @@ class Examination:
 
     def _float(self, tensor: GGUFTensor, wanted: Array) -> tuple[Examined, Array | None, Array | None]:
         computed = tensor.name in self.found.computed
-        if np.array_equal(quantised_bytes(wanted, tensor.type), tensor.raw) and bool(np.isfinite(wanted).all()):
+        raw = quantised_bytes(wanted, tensor.type)
+        if raw is not None and np.array_equal(raw, tensor.raw) and bool(np.isfinite(wanted).all()):
             values = tensor.values()
             if np.isfinite(values).all():
                 flushed = int(np.count_nonzero(wanted) - np.count_nonzero(values))
