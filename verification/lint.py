@@ -130,6 +130,7 @@ def lint(
     reference: str | Path | None = None,
     base: str | Path | None = None,
     adapter: str | Path | None = None,
+    oracle: str | Path | None = None,
     converter: str | Path | None = None,
 ) -> LintReport:
     """Examine one GGUF file without inference.
@@ -137,6 +138,8 @@ def lint(
     Args:
         reference: the Hugging Face directory the file was made from.
         base, adapter: what the reference was baked from; they add hypotheses about o_proj and v_proj.
+        oracle: a conversion of the reference that was made here already; None runs upstream's converter for its
+            metadata.
 
     Raises:
         InputError: a file that is no readable GGUF, a directory that is no checkpoint, a base without a reference.
@@ -153,15 +156,14 @@ def lint(
     with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory(prefix="so8t-lint-") as scratch:
         # llama.cpp's loader and the converter are other processes: they work while this one reads tensors
         loaded = pool.submit(probe, opened.path)
-        oracle: Future[Path] | None = None
         if sources is not None:
             target = Path(scratch) / "metadata.gguf"
-            oracle = pool.submit(convert_metadata, sources.reference.directory, target, converter=converter)
+            converted = pool.submit(_oracle, oracle, sources.reference.directory, target, converter)
             run.timed("weights", lambda: run.against_weights(sources))
         run.timed("file", lambda: run.itself(loaded))
-        if sources is not None and oracle is not None:
+        if sources is not None:
             run.timed("tokens", lambda: run.against_tokens(sources.reference))
-            run.timed("metadata", lambda: run.against_metadata(sources.reference, oracle))
+            run.timed("metadata", lambda: run.against_metadata(sources.reference, converted))
     digest = sha256_file(opened.path)
     run.seconds["total"] = round(time.monotonic() - start, 2)
     return LintReport(
@@ -178,6 +180,10 @@ def lint(
         hypotheses=run.hypotheses,
         seconds=run.seconds,
     )
+
+
+def _oracle(given: str | Path | None, reference: Path, target: Path, converter: str | Path | None) -> Path:
+    return Path(given) if given is not None else convert_metadata(reference, target, converter=converter)
 
 
 def _verdict(checks: Sequence[LintCheck]) -> Verdict:

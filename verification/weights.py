@@ -123,8 +123,8 @@ class Examination:
                 exact = Examined(tensor.name, tensor.type, compared=True, equal=True, size=wanted.size, flushed=flushed)
                 return exact, values, None
         values = tensor.values()
-        finite = bool(np.isfinite(values).all())
-        difference = np.abs(values - wanted) if finite else np.full_like(wanted, np.inf)
+        with np.errstate(invalid="ignore"):
+            difference = np.nan_to_num(np.abs(values - wanted), nan=np.inf, posinf=np.inf)
         worst = tensors.roundings(difference, wanted, tensor.type, computed=computed)
         norm = float(np.linalg.norm(wanted)) or 1.0
         error = float(np.linalg.norm(difference)) / norm

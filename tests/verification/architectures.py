@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +46,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 # qwen2: transformers 5 forces Qwen2's own splitting on every tokenizer.json of this model type, so that only a real
 # Qwen2 vocabulary has a hash that the converter knows; its converter takes a SentencePiece model as well
-SENTENCEPIECE = ("phi3", "gemma2", "qwen2")
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+SENTENCEPIECE = ("phi3", "gemma2", "qwen2", "llama", "mistral", "smollm3", "gemma3")
 PHI3_CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+TURNS = (
+    "{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{% endif %}"
 )
 
 
@@ -67,14 +66,20 @@ class Pair:
     files: dict[str, Path]
 
 
-def save_model(family: str, directory: Path, tokenizer: Any, *, seed: int = 0) -> Path:
-    """A random checkpoint of `family` with the tokenizer files that its converter asks for."""
+def save_model(family: str, directory: Path, tokenizer: Any = None, *, seed: int = 0, **more: Any) -> Path:
+    """A random checkpoint of `family` with the tokenizer files that its converter asks for.
+
+    Args:
+        tokenizer: None trains a small SentencePiece vocabulary, which makes everything faster.
+        more: further changes of the config.
+    """
     import transformers
 
     name, changes = FAMILIES[family]
     torch.manual_seed(seed)
-    vocabulary = save_sentencepiece(directory, family) if family in SENTENCEPIECE else len(tokenizer)
-    config = getattr(transformers, name)(**{**SIZES, "vocab_size": vocabulary, **changes})
+    small = family in SENTENCEPIECE or tokenizer is None
+    vocabulary, stops = save_sentencepiece(directory, family) if small else (len(tokenizer), [2])
+    config = getattr(transformers, name)(**{**SIZES, "vocab_size": vocabulary, **changes, **more})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,14 +87,15 @@ def save_model(family: str, directory: Path, tokenizer: Any, *, seed: int = 0) -
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
             else:
                 parameter.uniform_(-0.3, 0.3).add_(0 if family.startswith("gemma") else 1)
+    model.generation_config.eos_token_id = stops
     model.to(torch.bfloat16).save_pretrained(directory)
-    if family not in SENTENCEPIECE:
+    if not small:
         tokenizer.save_pretrained(directory)
     return directory
 
 
-def save_sentencepiece(directory: Path, family: str) -> int:
-    """Train a small SentencePiece vocabulary with the family's special tokens; returns its size."""
+def save_sentencepiece(directory: Path, family: str) -> tuple[int, list[int]]:
+    """Train a small SentencePiece vocabulary with the family's special tokens; returns its size and the stop set."""
     import sentencepiece
     from tokenizers import AddedToken
     from transformers import LlamaTokenizer
@@ -110,7 +116,7 @@ def save_sentencepiece(directory: Path, family: str) -> int:
         str(directory), add_bos_token=family != "phi3", legacy=family == "phi3", add_prefix_space=family == "phi3"
     )
     tokenizer.add_tokens([AddedToken(n, special=True, normalized=False, rstrip=family == "phi3") for n in names])
-    tokenizer.chat_template = PHI3_CHAT if family == "phi3" else None
+    tokenizer.chat_template = PHI3_CHAT if family == "phi3" else TURNS
     tokenizer.save_pretrained(directory)
     # transformers 5 leaves these two out, and upstream's converter reads them from nowhere else
     path = directory / "tokenizer_config.json"
@@ -124,9 +130,7 @@ def save_sentencepiece(directory: Path, family: str) -> int:
     path.write_text(json.dumps(fields), encoding="utf-8")
     if family == "phi3":
         _as_phi3(directory / "tokenizer.json")
-    stop = tokenizer.convert_tokens_to_ids("<|end|>" if family == "phi3" else "<end_of_turn>")
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, stop]}), encoding="utf-8")
-    return len(tokenizer)
+    return len(tokenizer), [2, tokenizer.convert_tokens_to_ids("<|end|>" if family == "phi3" else "<end_of_turn>")]
 
 
 def _as_phi3(path: Path) -> None:
@@ -158,4 +162,29 @@ def make_pairs(root: Path, tokenizer: Any, families: tuple[str, ...] = tuple(FAM
         return dict(zip(families, pool.map(make, families), strict=True))
 
 
-Edit = Callable[[dict[str, Any]], None]
+@dataclass(frozen=True)
+class Baked:
+    """base + adapter -> reference, and its files: a small Llama of three layers whose every lint takes a second."""
+
+    base: Path
+    adapter: Path
+    reference: Path
+    files: dict[str, Path]
+
+
+def make_baked(root: Path, *, square: bool = True) -> Baked:
+    """A Llama with a random rotation of 0.1 rad baked in; `o_proj` 256 x 256, or 256 x 512 when not `square`."""
+    from so8t_core import SO8TConfig, attach, bake_checkpoint, save_adapter
+    from verification.converter import convert
+    from verification.logits import load_hf
+    from verification.quantise import quantise
+
+    more = {"num_hidden_layers": 3, "attention_bias": False, "head_dim": 64 if square else 128}
+    base = save_model("llama", root / "base", **more)
+    torch.manual_seed(1)
+    save_adapter(attach(load_hf(base), SO8TConfig(init_scale=0.1)), root / "adapter")
+    reference = bake_checkpoint(base, root / "adapter", root / "reference")
+    files = {"F16": convert(reference, root / "m-F16.gguf", model_name="small")}
+    for kind in ("Q8_0", "Q4_K_M"):
+        files[kind] = quantise(files["F16"], root / f"m-{kind}.gguf", kind)
+    return Baked(base, root / "adapter", reference, files)
