@@ -21,7 +21,8 @@ from verification.gguf_file import GGUFFile
 from verification.llama_engine import LlamaModel
 from verification.quantise import nominal_types
 from verification.schema import Check, TensorRow
-from verification.tensors import Checkpoint, Comparison, compare, inventory, tensor_row
+from verification.tensors import Checkpoint, Comparison, compare, inventory, is_known, tensor_row
+from verification.weights import Examination, Sources
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,14 @@ class WeightResult:
     rows: list[TensorRow]
 
 
-def weight_checks(candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint) -> WeightResult:
-    """Inventory, roundings (float files) or bytes (quantised files) of every tensor.
+def weight_checks(
+    candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint, *, sources: Sources | None = None
+) -> WeightResult:
+    """Inventory, roundings (float files) or bytes (quantised files), and the nearest hypotheses of every tensor.
 
     Args:
         oracle: the reference converted and quantised here, in the candidate's own file type.
+        sources: the reference with its base and rotations, for the hypotheses that need them.
     """
     label, file = candidate.label, candidate.file
     found = inventory(checkpoint, file)
@@ -145,6 +149,11 @@ def weight_checks(candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint
             detail=next((result.name for result in results if result.non_finite), ""),
         ),
     ]
+    if is_known(file):
+        named = Examination(file, sources or Sources(checkpoint), found).attention(oracle)
+        findings = [finding for result in named for finding in result.findings]
+        title = "Attention tensors nearest to something else"
+        contract.append(as_check("contract.hypotheses", title, findings, subject=label))
     convert = [_rounding(results, label)] if file.is_float else []
     quantise = [] if file.is_float else [_oracle_bytes(results, candidate, oracle)]
     return WeightResult(contract, convert, quantise, rows)

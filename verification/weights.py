@@ -98,6 +98,21 @@ class Examination:
         same_maker = blocks > 0 and 1 - sum(r.blocks_differ for r in results) / blocks >= SAME_MAKER
         return [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
 
+    def attention(self, oracle: GGUFFile) -> list[Examined]:
+        """Only what the attention tensors are nearest to; `oracle` holds the reference in the file's own types."""
+        results = []
+        for tensor in self.file.tensors.values():
+            wanted = self.expected(tensor.name) if _is_attention(tensor) else None
+            if wanted is None or wanted.shape != tensor.shape:
+                continue
+            twin = oracle.tensors.get(tensor.name)
+            twin = twin if twin is not None and twin.type == tensor.type and twin.shape == tensor.shape else None
+            equal = twin is not None and bool(np.array_equal(twin.raw, tensor.raw))
+            own = None if equal or twin is None else twin.values()
+            bare = Examined(tensor.name, tensor.type, compared=True, equal=equal)
+            results.append(self._named(tensor, wanted, bare, tensor.values(), own))
+        return results
+
     def expected(self, name: str) -> Array | None:
         return tensors.expectation(name, self.found, self.sources.reference, self.file)
 
@@ -149,18 +164,16 @@ class Examination:
         self, tensor: GGUFTensor, wanted: Array, result: Examined, values: Array | None, own: Array | None
     ) -> Examined:
         """Add the nearest hypothesis and the rotation left over; let them name the cause of a finding."""
-        kind = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
         is_weight = tensor.name.endswith(".weight") and len(tensor.shape) == 2
-        attention = is_weight and (kind in _ATTENTION or kind == "attn_qkv")
-        if (not attention and result.equal) or (not attention and not result.findings):
+        if not _is_attention(tensor) and not result.findings:
             return result
-        if values is None:
-            values = tensor.values()
+        values = tensor.values() if values is None else values
         if not np.isfinite(values).all():
             return result
         if len(tensor.shape) == 1:
             return _cause(result, _vector_cause(values, wanted))
-        parts = list(self._parts(tensor.name, wanted, values)) if is_weight else []
+        in_block = is_weight and tensor.name.startswith("blk.")
+        parts = list(self._parts(tensor.name, wanted, values)) if in_block else []
         matches = tuple(nearest(name, actual, known, others) for name, actual, known, others in parts)
         findings = [*result.findings]
         for match in matches:
@@ -169,7 +182,7 @@ class Examination:
                 text = f"{match.best}, {far}"
                 findings.append(Finding(match.name, "the reference's weight", text, _AGAIN, match.best))
         residual = None
-        if kind == "attn_output" and is_weight:
+        if is_weight and ".attn_output." in tensor.name:
             reference = own if own is not None else wanted
             residual = residual_rotation(wanted, values - reference)
             if residual is not None and residual.detected and not any(m.is_fault for m in matches) and not result.equal:
@@ -252,6 +265,13 @@ class Examination:
             for other, sample in self.samples.items()
             if other != name and other.split(".", 2)[2] == tail
         ]
+
+
+def _is_attention(tensor: GGUFTensor) -> bool:
+    """o, v, q, k, or the three fused: the tensors whose hypotheses are always asked."""
+    parts = tensor.name.split(".")
+    kinds = (*_ATTENTION, "attn_qkv")
+    return len(tensor.shape) == 2 and len(parts) == 4 and parts[0] == "blk" and parts[2] in kinds
 
 
 def _quant(tensor: GGUFTensor, wanted: Array) -> tuple[Examined, Array | None, Array | None]:
