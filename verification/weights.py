@@ -3,7 +3,7 @@
 Float types: within one rounding. Quantised types: the bytes that llama.cpp's quantiser gives for the expected values;
 where they differ (importance matrix, other build), the error may be 1.5 times the own quantiser's (measured: 1.06 with
 a random importance matrix) and no weight may be off by more than half the largest of its block (a step of a 4-bit type
-is at most an eighth of it); in a file whose other blocks are byte-equal, a block worse than its own is damage.
+is at most an eighth of it). In a file whose other tensors are byte-equal, no other maker explains a difference.
 Attention tensors are also named by the nearest hypothesis, o_proj by the rotation left over.
 """
 
@@ -33,6 +33,7 @@ Array = npt.NDArray[np.float32]
 WORSE_THAN_OWN = 1.5  # relative error of a tensor, in its own quantiser's
 OF_BLOCK = {True: 0.5, False: 1.0}  # largest error in a block, in its largest weight; key: at least 4 bits a weight
 DAMAGED = 1.2  # squared error of a block, in its own quantiser's
+SINGLE_BLOCKS = 1e-3  # share of a tensor's blocks that the last bit of another machine's arithmetic may change
 SAME_MAKER = 0.9  # share of equal blocks from which the file is taken to come from the same quantiser
 _AGAIN = "convert and quantise the reference again"
 _ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
@@ -96,7 +97,8 @@ class Examination:
             results = list(pool.map(self.examine, self.file.tensors.values()))
         blocks = sum(r.blocks for r in results)
         same_maker = blocks > 0 and 1 - sum(r.blocks_differ for r in results) / blocks >= SAME_MAKER
-        return [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
+        results = [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
+        return [_other_weights(r) if _stands_out(r, results) else r for r in results]
 
     def attention(self, oracle: GGUFFile) -> list[Examined]:
         """Only what the attention tensors are nearest to; `oracle` holds the reference in the file's own types."""
@@ -339,6 +341,33 @@ def _damage(result: Examined) -> Examined:
         _AGAIN,
         "flipped bits or edited weights",
     )
+    return dataclasses.replace(result, findings=(finding,))
+
+
+def _stands_out(result: Examined, results: list[Examined]) -> bool:
+    """Whether other bytes can only mean other weights: no other quantiser, machine or importance matrix explains them.
+
+    Q8_0 knows no importance matrix and is the same on every machine. Of another type the tensor must be the odd one
+    out: nine in ten tensors of its type equal, and more than single blocks of its own differ.
+    """
+    if result.equal or result.findings or not result.blocks_differ or result.own_error is None:
+        return False
+    if result.type == "Q8_0":
+        return True
+    alike = [r for r in results if r.type == result.type and r.name != result.name and r.blocks]
+    equal = sum(r.equal for r in alike)
+    odd = len(alike) >= 3 and equal >= SAME_MAKER * len(alike)
+    return odd and result.blocks_differ > max(1.0, SINGLE_BLOCKS * result.blocks)
+
+
+def _other_weights(result: Examined) -> Examined:
+    left = result.residual
+    rotated = f"; rotation left over {left.rms:.1g} rad" if left is not None else ""
+    text = f"{result.blocks_differ} of {result.blocks} blocks differ{rotated}"
+    finding = Finding(
+        result.name, "the bytes that the quantiser gives for the reference, as in its neighbours", text, _AGAIN,
+        "slightly other weights",
+    )  # fmt: skip
     return dataclasses.replace(result, findings=(finding,))
 
 

@@ -320,6 +320,20 @@ def test_a_lost_rotation_is_named_where_o_proj_is_not_square(oblong: Baked, tmp_
     assert text in found(report)[check]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_milliradian_in_one_plane_of_one_layer_is_refused_at_every_level(
+    baked: Baked, tmp_path: Path, kind: str
+) -> None:
+    """The quantised bytes of a file whose other tensors come from the same quantiser allow no other weights."""
+    W = Checkpoint(baked.reference)["model.layers.1.self_attn.o_proj.weight"]
+    c, s = np.cos(1e-3), np.sin(1e-3)
+    turned = W.astype(np.float64)
+    turned[:, 80:82] = turned[:, 80:82] @ np.array([[c, -s], [s, c]])
+    path = faults.edit_tensor(baked.files[kind], tmp_path / "f.gguf", OUTPUT, lambda w: turned.astype(np.float32))
+    report = examine(baked, path)
+    assert {f.where for check in report.checks if check.status == "fail" for f in check.findings} == {OUTPUT}
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 @pytest.mark.parametrize(("by", "cause"), [(-1.0, "norm + 1 missing"), (1.0, "norm + 1 applied once too often")])
 def test_gemmas_norm_without_its_one_is_named(
