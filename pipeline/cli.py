@@ -220,6 +220,36 @@ def verify(
     _announce(report, out)
 
 
+@app.command(epilog="Example: so8t lint my-model-Q4_K_M.gguf --reference ./my-model")
+def lint(
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", show_default=False)],
+    reference: Annotated[
+        Path | None, typer.Option(metavar="HF_DIR", help="checkpoint the file was made from: adds tokens, weights, ...")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="HF_DIR", help="model before training, to name what was not baked")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="adapter in the reference, to name a wrong rotation")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where lint.json goes")] = None,
+) -> None:
+    """Check a GGUF file without running it, in seconds."""
+    for path in (file, reference, base, adapter):
+        if path is not None and not path.exists():
+            raise InputError(f"{path} does not exist; check the path")
+    _quiet_transformers()
+    from verification.lint import lint as examine
+    from verification.lint_view import lint_table, write_lint
+
+    report = examine(file, reference=reference, base=base, adapter=adapter)
+    console = Console(highlight=False)
+    console.print(lint_table(report))
+    if out is not None:
+        console.print(f"Report: {write_lint(report, out)}", markup=False, soft_wrap=True)
+    raise typer.Exit(0 if report.verdict == "pass" else 1)
+
+
 @app.command(epilog="Example: so8t gate runs/demo/report/report.json --policy strict.yaml")
 def gate(
     report: Annotated[Path, typer.Argument(metavar="REPORT.json", show_default=False)],

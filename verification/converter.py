@@ -104,6 +104,26 @@ def convert(
     return out_file
 
 
+def convert_metadata(hf_dir: str | Path, out_file: str | Path, *, converter: str | Path | None = None) -> Path:
+    """Only the metadata and the vocabulary that a conversion of `hf_dir` would have: a few seconds for any size.
+
+    Raises:
+        InputError: no checkpoint, no converter, or the converter's own error (its last lines).
+    """
+    hf_dir, out_file = Path(hf_dir), Path(out_file)
+    if not (hf_dir / "config.json").is_file():
+        raise InputError(f"{hf_dir} is not a Hugging Face model directory: it has no config.json")
+    home = find_converter(converter)
+    command = [sys.executable, str(home / SCRIPT), str(hf_dir), "--vocab-only", "--outfile", str(out_file)]
+    done = subprocess.run(
+        [*command, "--model-name", default_name(hf_dir)],
+        capture_output=True, text=True, env=_environment(home), errors="replace",
+    )  # fmt: skip
+    if done.returncode != 0 or not out_file.is_file():
+        raise InputError(f"upstream's converter failed on {hf_dir}: {_tail(done.stderr)}")
+    return out_file
+
+
 def default_name(hf_dir: str | Path) -> str:
     """A general.name that keeps llama.cpp's family switches: Phi-3's tokens strip spaces only if it says so.
 

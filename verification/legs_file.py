@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verification import tokens
+from verification import chat_templates, metadata, self_check, tokens
 from verification.checks import plain_check, zero_check
+from verification.findings import Finding, as_check
 from verification.gguf_file import GGUFFile
 from verification.llama_engine import LlamaModel
 from verification.quantise import nominal_types
 from verification.schema import Check, TensorRow
-from verification.tensors import Checkpoint, Comparison, compare, inventory, tensor_row
+from verification.tensors import Checkpoint, Comparison, compare, inventory, is_known, tensor_row
+from verification.weights import Examination, Sources
 
 
 @dataclass(frozen=True)
@@ -34,27 +36,53 @@ def contract_checks(
 ) -> list[Check]:
     """Everything that is equal or wrong: ids, specials, template, stop set, metadata."""
     label, file = candidate.label, candidate.file
-    findings: list[tuple[str, str, tokens.Finding]] = []
     with LlamaModel(file.path, vocab_only=True) as model:
-        findings.append(("token_ids", "Texts with other token ids", tokens.token_ids(tokenizer, model, tokens.PLAIN)))
-        if chats := tokens.render_chats(tokenizer):
-            title = "Rendered chats with other token ids"
-            findings.append(("chat_token_ids", title, tokens.token_ids(tokenizer, model, chats)))
-        findings += [
-            ("added_specials", "BOS and EOS added by one side only", tokens.added_specials(tokenizer, model)),
-            ("chat_template", "Chat template differs", tokens.chat_template(tokenizer, model)),
-            ("stop_set", "Stop tokens that llama.cpp does not know", tokens.stop_set(directory, tokenizer, model)),
-        ]
-    findings += [
-        ("special_ids", "Special ids that differ", tokens.special_ids(tokenizer, file)),
-        ("metadata", "Metadata that contradicts config.json", tokens.metadata(checkpoint.config, file, len(tokenizer))),
-        ("oracle_metadata", "Metadata that differs from the oracle", tokens.differs_from_oracle(file, oracle)),
-    ]
-    checks = [
-        zero_check(f"contract.{name}", title, count, subject=label, detail=detail)
-        for name, title, (count, detail) in findings
-    ]
+        found = token_findings(tokenizer, model, file, directory)
+    found["metadata"] = metadata.against_config(checkpoint.config, file, tokenizer_size=len(tokenizer))
+    found["oracle_metadata"] = metadata.against_oracle(file, oracle)
+    found["layout"] = self_check.layout(file)
+    checks = [as_check(f"contract.{name}", TITLES[name], findings, subject=label) for name, findings in found.items()]
     return [*checks, _fallbacks(candidate)]
+
+
+TITLES = {
+    "token_ids": "Texts with other token ids",
+    "chat_render": "Chats rendered otherwise by llama-cpp-python's Jinja",
+    "chat_token_ids": "Rendered chats with other token ids",
+    "added_specials": "BOS and EOS added by one side only",
+    "chat_template": "Chat template differs",
+    "end_of_turn": "Ends of an answer at which llama.cpp goes on",
+    "stop_set": "Stop tokens that llama.cpp does not know",
+    "special_ids": "Special ids that differ",
+    "metadata": "Metadata that contradicts config.json",
+    "oracle_metadata": "Metadata that differs from the oracle",
+    "layout": "Tensor data out of place",
+}
+
+
+def token_findings(tokenizer: Any, model: LlamaModel, file: GGUFFile, directory: Path) -> dict[str, list[Finding]]:
+    """Everything about the tokenizer and the chat template, by check; see `TITLES`.
+
+    A leading Unicode space is left out of the chats' ids where the reference drops it and llama.cpp keeps it: a
+    difference of the engine that no file can mend (the data is stripped instead).
+    """
+    found = {"token_ids": tokens.token_ids(tokenizer, model, tokens.corpus(tokenizer))}
+    try:
+        chats = list(chat_templates.render_both(tokenizer, model))
+        found["chat_render"] = chat_templates.rendered_text(chats)
+        if chat_templates.strips_unicode_space(tokenizer):
+            chats = [chat for chat in chats if not chat.starts_with_unicode_space]
+        if chats:
+            found["chat_token_ids"] = chat_templates.rendered_ids(tokenizer, model, chats)
+    except ValueError as error:
+        found["chat_render"] = [Finding("tokenizer.chat_template", "a Jinja template", str(error))]
+    return found | {
+        "added_specials": tokens.added_specials(tokenizer, model),
+        "chat_template": chat_templates.template_text(tokenizer, model),
+        "end_of_turn": chat_templates.end_of_turn(model),
+        "stop_set": tokens.stop_set(directory, tokenizer, model),
+        "special_ids": tokens.special_ids(tokenizer, file),
+    }
 
 
 def _fallbacks(candidate: Candidate) -> Check:
@@ -80,11 +108,16 @@ class WeightResult:
     rows: list[TensorRow]
 
 
-def weight_checks(candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint) -> WeightResult:
-    """Inventory, and the roundings of a float file's tensors; a quantised file's bytes are the leg `quantise`.
+def weight_checks(
+    candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint, *, sources: Sources | None = None
+) -> WeightResult:
+    """Inventory, a float file's roundings, and the nearest hypothesis of every attention tensor.
+
+    A quantised file's bytes are the leg `quantise`.
 
     Args:
         oracle: the reference converted and quantised here, in the candidate's own file type.
+        sources: the reference with its base and rotations, for the hypotheses that need them.
     """
     label, file = candidate.label, candidate.file
     found = inventory(checkpoint, file)
@@ -115,6 +148,11 @@ def weight_checks(candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint
             detail=next((result.name for result in results if result.non_finite), ""),
         ),
     ]
+    if is_known(file):
+        named = Examination(file, sources or Sources(checkpoint), found).attention(oracle)
+        findings = [finding for result in named for finding in result.findings]
+        title = "Attention tensors nearest to something else"
+        contract.append(as_check("contract.hypotheses", title, findings, subject=label))
     convert = [_rounding(results, label)] if file.is_float else []
     return WeightResult(contract, convert, rows)
 

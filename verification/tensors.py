@@ -3,14 +3,15 @@
 Float files: each weight lies within one rounding of its type, |g - w| <= u |w| + s, with u = 2^-p for p significant
 bits (round to nearest: F32 exact because w is at most F32; F16 p = 11; BF16 p = 8) and s half the smallest subnormal
 (F16 2^-25, BF16 2^-134). Names come from gguf's TensorNameMap; llama's q/k rows are permuted from two halves to pairs;
-Gemma stores norm + 1. What cannot be mapped by principle is left to the oracle, the verifier's own conversion.
+Gemma stores norm + 1; RoPE factors are computed from config.json. What cannot be mapped by principle (experts, families
+not in KNOWN) is left to the oracle, the verifier's own conversion.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,25 @@ from gguf.tensor_mapping import get_tensor_name_map
 from safetensors import safe_open
 
 from so8t_core.errors import InputError
+from verification import rope
 from verification.gguf_file import GGUFFile
 from verification.schema import TensorRow
 
 Array = npt.NDArray[np.float32]
 
 # architectures whose checkpoint-to-GGUF transformation is written down here; for others only the oracle decides
-KNOWN = frozenset({"llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "olmo2", "starcoder2", "stablelm"})
+KNOWN = frozenset({"llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "olmo2", "smollm3"})
+PERMUTED = frozenset({"llama", "smollm3"})  # q and k rows stand in pairs for RoPE on neighbours
 _NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
 _ROUNDING: dict[str, tuple[float, float]] = {
     "F32": (0.0, 0.0),
     "F16": (2.0**-11, 2.0**-25),
     "BF16": (2.0**-8, 2.0**-134),
 }
+# llama3's factors amplify the 4 ulp by which float32 powers of two libraries differ by at most factor * high/(high-low)
+_COMPUTED = 2.0**-18
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_OTHER_TOWERS = ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "audio_tower.")
 
 
 class Checkpoint(Mapping[str, Array]):
@@ -99,6 +105,12 @@ class Inventory:
     unmapped: list[str]  # checkpoint tensors without a GGUF name
     missing: list[str]  # GGUF names that should exist and do not
     extra: list[str]  # GGUF tensors that no checkpoint tensor explains
+    computed: dict[str, Array] = field(default_factory=dict)  # GGUF tensors that config.json explains: RoPE factors
+
+
+def is_known(file: GGUFFile) -> bool:
+    """Whether every tensor of this file can be derived from its checkpoint here; mixtures of experts cannot."""
+    return file.architecture in KNOWN and not file.get("expert_count")
 
 
 def inventory(checkpoint: Checkpoint, file: GGUFFile) -> Inventory:
@@ -109,32 +121,50 @@ def inventory(checkpoint: Checkpoint, file: GGUFFile) -> Inventory:
     unmapped: list[str] = []
     if architecture is None:
         return Inventory({}, sorted(checkpoint), [], sorted(file.tensors))
-    names = get_tensor_name_map(architecture, int(file.get("block_count") or 0))
+    blocks = file.get("block_count")
+    names = get_tensor_name_map(architecture, blocks if isinstance(blocks, int) and 0 <= blocks < 10_000 else 0)
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     for name in checkpoint:
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if any(part in name for part in _OTHER_TOWERS):
+            continue
+        target = names.get_name(name.replace("language_model.", ""), try_suffixes=(".weight", ".bias"))
         if target is None:
             unmapped.append(name)
         elif not (tied and target == "output.weight" and target not in file.tensors):
             source_of[target] = name
-    missing = sorted(set(source_of) - set(file.tensors))
-    extra = sorted(set(file.tensors) - set(source_of))
+    computed = rope.factor_tensors(checkpoint.config)
+    wanted = source_of.keys() | computed.keys()
+    missing = sorted(wanted - set(file.tensors))
+    extra = sorted(set(file.tensors) - wanted)
     if tied and "output.weight" in extra:  # a tied head written out is the embedding again
         source_of["output.weight"] = source_of.get("token_embd.weight", "")
         extra.remove("output.weight")
-    return Inventory(source_of, sorted(unmapped), missing, extra)
+    return Inventory(source_of, sorted(unmapped), missing, extra, computed)
 
 
 def expected_values(name: str, source: str, checkpoint: Checkpoint, architecture: str) -> Array:
     """What a GGUF tensor should hold before rounding, in float32."""
     values = checkpoint[source]
     config = checkpoint.config
-    if architecture == "llama" and ".attn_q." in name:
+    if architecture in PERMUTED and ".attn_q." in name:
         return _halves_to_pairs(values, int(config["num_attention_heads"]))
-    if architecture == "llama" and ".attn_k." in name:
+    if architecture in PERMUTED and ".attn_k." in name:
         return _halves_to_pairs(values, int(config.get("num_key_value_heads") or config["num_attention_heads"]))
     if architecture in _NORM_PLUS_ONE and name.endswith("norm.weight"):
         return values + np.float32(1)
+    return values
+
+
+def expectation(name: str, found: Inventory, checkpoint: Checkpoint, file: GGUFFile) -> Array | None:
+    """A tensor's values before rounding, from the checkpoint or the config; None where neither explains it."""
+    if name in found.computed:
+        return found.computed[name]
+    source = found.source_of.get(name)
+    if not source or not is_known(file):
+        return None
+    values = expected_values(name, source, checkpoint, file.architecture)
+    if file.architecture == "gemma3" and name == "token_embd.weight":  # its converter leaves out rows without a token
+        return values[: len(file.metadata.get("tokenizer.ggml.tokens") or values)]
     return values
 
 
@@ -171,11 +201,10 @@ def compare(
             equal = equal and twin is not None and bool(np.array_equal(tensor.raw, twin.raw))
         actual = tensor.values()
         non_finite = int(actual.size - np.count_nonzero(np.isfinite(actual)))
-        source = found.source_of.get(name)
-        if not source or file.architecture not in KNOWN or non_finite:
+        wanted = None if non_finite else expectation(name, found, checkpoint, file)
+        if wanted is None:
             result.append(Comparison(name, None, None, None, equal, non_finite, bool(equal) and allow_unmapped))
             continue
-        wanted = expected_values(name, source, checkpoint, file.architecture)
         if wanted.size != actual.size:
             result.append(Comparison(name, None, None, np.inf, equal, 0, False))
             continue
@@ -187,7 +216,7 @@ def compare(
                 name,
                 float(np.linalg.norm(difference)) / norm if norm else float(np.linalg.norm(difference)),
                 float(difference.max(initial=0.0)),
-                _roundings(difference, wanted, tensor.type),
+                roundings(difference, wanted, tensor.type, computed=name in found.computed),
                 equal,
                 0,
                 True,
@@ -196,10 +225,17 @@ def compare(
     return result
 
 
-def _roundings(difference: Array, wanted: Array, kind: str) -> float | None:
+def roundings(difference: Array, wanted: Array, kind: str, *, computed: bool = False) -> float | None:
+    """Worst |difference| in roundings of a float type; None for a quantised one.
+
+    Args:
+        computed: `wanted` was calculated here, in the converter's float32 but by another library.
+    """
     if kind not in _ROUNDING:
         return None
     unit, smallest = _ROUNDING[kind]
+    if computed:
+        unit = max(unit, _COMPUTED)
     if unit == 0.0:
         return 0.0 if not difference.any() else float("inf")
     return float((difference / (np.float32(unit) * np.abs(wanted) + np.float32(max(smallest, 1e-45)))).max(initial=0.0))

@@ -305,3 +305,32 @@ def test_gate_refuses_a_report_whose_files_changed(
     code, _, _ = so8t(capfd, monkeypatch, *broken, "-q")
     assert code == 2
     assert not report.exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from verification.converter import convert
+
+    return convert(tiny_dir, tmp_path_factory.mktemp("gguf") / "tiny-F16.gguf")
+
+
+def test_lint_exits_by_its_verdict(
+    tiny_gguf: Path,
+    tiny_dir: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ("lint", tiny_gguf, "--reference", tiny_dir, "--out", tmp_path / "out")
+    code, out, _ = so8t(capfd, monkeypatch, *arguments)
+    assert (code, out.splitlines()[0].split(":")[0]) == (0, "PASS")
+    assert json.loads((tmp_path / "out" / "lint.json").read_text(encoding="utf-8"))["verdict"] == "pass"
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(tiny_gguf.read_bytes() + bytes(64))
+    code, out, _ = so8t(capfd, monkeypatch, "lint", bad)
+    assert (code, out.splitlines()[0].split(":")[0]) == (1, "FAIL")
+    bad.write_bytes(tiny_gguf.read_bytes()[:-1])
+    code, _, err = so8t(capfd, monkeypatch, "lint", bad)
+    assert code == 2
+    assert "truncated" in err
+    assert "Traceback" not in err

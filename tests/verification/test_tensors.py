@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf_faults import edit_tensor
 from safetensors.torch import load_file, save_file
 from verification_models import Family, rewrite
 
 from so8t_core.errors import InputError
 from verification.gguf_file import read_gguf
+from verification.hypotheses import rotated
 from verification.legs_bake import _largest, saved_rounding
 from verification.legs_file import Candidate, weight_checks
 from verification.logits import load_hf
 from verification.tensors import Checkpoint, _halves_to_pairs, inventory
+from verification.weights import Sources, rotations
 
 
 def checks(family: Family, path: Path, kind: str = "F16") -> dict[str, object]:
@@ -31,6 +34,7 @@ def test_healthy_files_are_fully_explained(family: Family) -> None:
         found = checks(family, path, kind)
         assert found["contract.inventory"].value == 0
         assert found["contract.finite_weights"].value == 0
+        assert found["contract.hypotheses"].value == 0
         if kind == "F16":
             assert found["convert.rounding"].value <= 1.0
         else:
@@ -79,6 +83,21 @@ def test_one_flipped_bit_of_a_quant_differs_from_the_oracle(family: Family, tmp_
     found = checks(family, path, "Q4_K_M")["quantise.tensors_differ"]
     assert found.value == 1
     assert "blk.1.attn_k.weight" in found.detail
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
+def test_a_wrong_rotation_is_named_in_verify(family: Family, tmp_path: Path, kind: str) -> None:
+    """The nearest hypothesis names what the bytes only count."""
+    name = "blk.1.attn_output.weight"
+    sources = Sources(Checkpoint(family.reference), Checkpoint(family.base), rotations(family.adapter))
+    R = sources.rotations["model.layers.1.self_attn.o_proj.weight"]
+    path = edit_tensor(family.files[kind], tmp_path / "f.gguf", name, lambda w: rotated(w, R, transposed=True))
+    candidate = Candidate(kind, read_gguf(path))
+    result = weight_checks(candidate, read_gguf(family.files[kind]), sources.reference, sources=sources)
+    (check,) = [check for check in result.contract if check.name == "contract.hypotheses"]
+    assert check.value == 1
+    assert f"{name}: expected the reference's weight, found " in check.detail
+    assert "not rotated" in check.detail or "nothing baked" in check.detail
 
 
 def test_a_lost_tensor_is_missing(family: Family) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from verification_models import Family, rewrite
 
-from verification import tokens
+from verification import chat_templates, metadata, tokens
 from verification.gguf_file import read_gguf
 from verification.llama_engine import LlamaModel
 from verification.tensors import read_config
@@ -23,16 +23,25 @@ def vocabulary(path: Path) -> LlamaModel:
 def test_a_healthy_file_has_no_findings(family: Family, tokenizer: Any) -> None:
     file = read_gguf(family.files["Q8_0"])
     with vocabulary(file.path) as model:
-        assert tokens.token_ids(tokenizer, model, tokens.PLAIN) == (0, "")
-        chats = tokens.render_chats(tokenizer)
-        assert len(chats) == len(tokens.CHATS)
-        assert tokens.token_ids(tokenizer, model, chats) == (0, "")
-        assert tokens.added_specials(tokenizer, model) == (0, "")
-        assert tokens.chat_template(tokenizer, model) == (0, "")
-        assert tokens.stop_set(family.reference, tokenizer, model) == (0, "")
-    assert tokens.special_ids(tokenizer, file) == (0, "")
-    assert tokens.metadata(read_config(family.reference), file, len(tokenizer)) == (0, "")
-    assert tokens.differs_from_oracle(file, read_gguf(family.files["F16"])) == (0, "")
+        assert tokens.token_ids(tokenizer, model, tokens.corpus(tokenizer)) == []
+        chats = list(chat_templates.render_both(tokenizer, model))
+        assert len(chats) == 2 * len(chat_templates.CHATS)
+        assert chat_templates.rendered_text(chats) == []
+        assert chat_templates.rendered_ids(tokenizer, model, chats) == []
+        assert chat_templates.template_text(tokenizer, model) == []
+        assert chat_templates.end_of_turn(model) == []
+        assert tokens.added_specials(tokenizer, model) == []
+        assert tokens.stop_set(family.reference, tokenizer, model) == []
+    assert tokens.special_ids(tokenizer, file) == []
+    assert metadata.against_config(read_config(family.reference), file, tokenizer_size=len(tokenizer)) == []
+    assert metadata.against_oracle(file, read_gguf(family.files["F16"])) == []
+
+
+def test_the_corpus_holds_the_tokenizers_own_special_tokens(tokenizer: Any) -> None:
+    texts = tokens.corpus(tokenizer)
+    assert any("a<|im_start|>b" in text for text in texts)
+    for part in ("\u3000", "\r\n", "\U0001f600", "か\u3099", "def f("):
+        assert any(part in text for text in texts)
 
 
 def broken(family: Family, tmp_path: Path, **fields: Any) -> Path:
@@ -43,38 +52,52 @@ def broken(family: Family, tmp_path: Path, **fields: Any) -> Path:
 
 def test_another_pre_tokenizer_changes_ids(family: Family, tokenizer: Any, tmp_path: Path) -> None:
     with vocabulary(broken(family, tmp_path, tokenizer__ggml__pre="llama-bpe")) as model:
-        count, detail = tokens.token_ids(tokenizer, model, tokens.PLAIN)
-    assert count >= 1
-    assert "in llama.cpp" in detail
+        found = tokens.token_ids(tokenizer, model, tokens.PLAIN)
+    assert found
+    assert "in llama.cpp" in found[0].sentence
 
 
 def test_an_added_bos_is_found(family: Family, tokenizer: Any, tmp_path: Path) -> None:
     with vocabulary(broken(family, tmp_path, tokenizer__ggml__add_bos_token=True)) as model:
-        assert tokens.added_specials(tokenizer, model)[0] == 1
-        assert tokens.token_ids(tokenizer, model, tokens.PLAIN)[0] > 0
+        (found,) = tokens.added_specials(tokenizer, model)
+        assert found.where == "tokenizer.ggml.add_bos_token"
+        assert tokens.token_ids(tokenizer, model, tokens.PLAIN)
 
 
 def test_a_changed_template_is_found_with_its_place(family: Family, tokenizer: Any, tmp_path: Path) -> None:
     other = tokenizer.chat_template.replace("assistant", "model")
     with vocabulary(broken(family, tmp_path, tokenizer__chat_template=other)) as model:
-        count, detail = tokens.chat_template(tokenizer, model)
-    assert count == 1
-    assert "from character" in detail
+        (found,) = chat_templates.template_text(tokenizer, model)
+        chats = list(chat_templates.render_both(tokenizer, model))
+        assert chat_templates.rendered_text(chats)
+    assert "tokenizer.chat_template, character" in found.where
     with vocabulary(broken(family, tmp_path, tokenizer__chat_template=None)) as model:
-        assert "missing in the file" in tokens.chat_template(tokenizer, model)[1]
+        assert "chat template missing" in chat_templates.template_text(tokenizer, model)[0].sentence
+
+
+def test_both_sides_may_refuse_a_chat_but_not_one_alone(family: Family, tokenizer: Any, tmp_path: Path) -> None:
+    refusing = "{{ raise_exception('no') }}"
+    with vocabulary(broken(family, tmp_path, tokenizer__chat_template=refusing)) as model:
+        chats = list(chat_templates.render_both(tokenizer, model))
+        assert len(chat_templates.rendered_text(chats)) == len(chats)
+        assert chat_templates.rendered_ids(tokenizer, model, chats) == []
+    same = [chat_templates.Rendered("x", chat_templates.REFUSED, chat_templates.REFUSED)]
+    assert chat_templates.rendered_text(same) == []
 
 
 def test_a_wrong_eos_is_found(family: Family, tokenizer: Any, tmp_path: Path) -> None:
     path = broken(family, tmp_path, tokenizer__ggml__eos_token_id=100)
-    count, detail = tokens.special_ids(tokenizer, read_gguf(path))
-    assert (count, detail) == (1, "eos is 2 in the reference and 100 in the file")
+    (found,) = tokens.special_ids(tokenizer, read_gguf(path))
+    assert (found.where, found.expected, found.found) == ("tokenizer.ggml.eos_token_id", "2", "100")
 
 
 def test_a_stop_token_that_llama_cpp_does_not_know_is_found(family: Family, tokenizer: Any, tmp_path: Path) -> None:
     directory = shutil.copytree(family.reference, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 500]}), encoding="utf-8")
     with vocabulary(family.files["F16"]) as model:
-        assert tokens.stop_set(directory, tokenizer, model) == (1, "llama.cpp goes on after [500]")
+        (found,) = tokens.stop_set(directory, tokenizer, model)
+    assert found.where.startswith("token 500 ")
+    assert found.found == "llama.cpp goes on"
 
 
 @pytest.mark.parametrize(
@@ -90,21 +113,19 @@ def test_a_stop_token_that_llama_cpp_does_not_know_is_found(family: Family, toke
 )
 def test_every_changed_key_is_named(family: Family, tokenizer: Any, tmp_path: Path, key: str, value: Any) -> None:
     file = read_gguf(rewrite(family.files["F16"], tmp_path / "f.gguf", fields={key: value}))
-    count, detail = tokens.metadata(read_config(family.reference), file, len(tokenizer))
-    assert count == 1
-    assert key in detail
-    assert tokens.differs_from_oracle(file, read_gguf(family.files["F16"]))[0] == 1
+    named = {f.where for f in metadata.against_config(read_config(family.reference), file)}
+    assert key in named
+    assert key in {f.where for f in metadata.against_oracle(file, read_gguf(family.files["F16"]))}
 
 
 def test_whatever_the_list_forgets_the_oracle_sees(family: Family, tmp_path: Path) -> None:
     scores = list(range(49152))
     file = read_gguf(rewrite(family.files["F16"], tmp_path / "f.gguf", fields={"tokenizer.ggml.token_type": scores}))
-    count, detail = tokens.differs_from_oracle(file, read_gguf(family.files["F16"]))
-    assert count == 1
-    assert "tokenizer.ggml.token_type" in detail
+    (found,) = metadata.against_oracle(file, read_gguf(family.files["F16"]))
+    assert found.where == "tokenizer.ggml.token_type[0]"
 
 
 def test_expected_metadata_reads_both_forms_of_rope_theta() -> None:
-    old = tokens.expected_metadata({"rope_theta": 5000, "rope_scaling": {"type": "linear"}})
-    new = tokens.expected_metadata({"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}})
+    old = metadata.expected_metadata({"rope_theta": 5000, "rope_scaling": {"type": "linear"}})
+    new = metadata.expected_metadata({"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}})
     assert old["rope.freq_base"] == new["rope.freq_base"] == 5000.0

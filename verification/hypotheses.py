@@ -1,0 +1,162 @@
+"""Which transformation of the reference is the tensor in the file? The nearest hypothesis, its distance and its margin.
+
+Every hypothesis is an array H of the tensor's shape; its distance is ||T - H|| / ||expected||. With noise of standard
+deviation s a weight (the distance to the best, spread over n weights), two hypotheses a, b are told apart by
+z = (d_b^2 - d_a^2) / (2 s ||H_a - H_b||): the choice holds at every quantisation level whose noise leaves z large.
+R stands for blockdiag(R_k) on o_proj's input, W' = W @ R (see so8t_core.baking). Hypotheses that need R or the base
+are left out where no adapter or base is given; transposes where the tensor is not square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from so8t_core.gate import rotate_rows
+
+Array = npt.NDArray[np.float32]
+Role = Literal["o", "v", "q", "k", "other"]
+Rotation = torch.Tensor  # (in/8, 8, 8), float64
+EXPECTED = "expected"
+DECIDED = 4.0  # z from which one hypothesis is preferred: 6e-5 by chance
+SAMPLED_ROWS = 32  # of other layers' tensors: enough to tell layers apart, whose weights are unrelated
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The outcome for one tensor."""
+
+    name: str
+    best: str
+    distance: float  # relative Frobenius distance to the best
+    second: str
+    second_distance: float
+    z: float  # by how many standard deviations the best is preferred to the second
+    expected_distance: float
+    z_expected: float  # by how many the best is preferred to the expectation; 0 where it is the best
+
+    @property
+    def is_fault(self) -> bool:
+        """Something else than the expectation fits better, and not by chance."""
+        return self.best != EXPECTED and self.z_expected >= DECIDED
+
+
+@dataclass(frozen=True)
+class Other:
+    """The same tensor of another layer: a few rows at hand, the whole on demand."""
+
+    name: str
+    sample: Array
+    load: Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one tensor: its expectation in the file's form, and what else it could have been made of."""
+
+    role: Role
+    expected: Array  # (out, in)
+    base: Array | None = None  # the base's weight in the file's form
+    rotation: Rotation | None = None  # of o_proj's input
+    in_pairs: bool = False  # q and k rows permuted for RoPE on neighbours
+    head_rows: int = 0  # rows a head, for q and k
+    siblings: tuple[tuple[str, Array], ...] = ()  # other tensors of the layer with the same shape: ("k_proj", values)
+
+
+def rotated(W: Array, R: Rotation, *, transposed: bool = False) -> Array:
+    """W @ blockdiag(R), or R^T, in float64, as float32."""
+    turned = rotate_rows(torch.from_numpy(W).double(), R.transpose(1, 2) if transposed else R)
+    result: Array = turned.float().numpy()
+    return result
+
+
+def hypotheses(known: Known) -> Iterator[tuple[str, Array]]:
+    """Every hypothesis about one tensor but other layers; "expected" first."""
+    W, R = known.expected, known.rotation
+    square = W.shape[0] == W.shape[1]
+    yield EXPECTED, W
+    if known.base is not None:
+        yield "the base's own weight (nothing baked)", known.base
+    if R is not None and known.role == "o":
+        unrotated = rotated(W, R, transposed=True)
+        yield "not rotated (R missing)", unrotated
+        yield "rotated back (R^T in place of R)", rotated(unrotated, R, transposed=True)
+        yield "rotated twice", rotated(W, R)
+        if W.shape[0] == R.shape[0] * 8:
+            yield "rotated on the wrong side (R @ W)", _left(unrotated, R)
+    if R is not None and known.role == "v" and W.shape[0] == R.shape[0] * 8:
+        yield "rotated as well (R @ v_proj)", _left(W, R)
+    if square:
+        yield "transposed", np.ascontiguousarray(W.T)
+    if known.role in ("q", "k") and known.head_rows % 2 == 0 and known.head_rows:
+        names = ("not permuted", "permuted twice") if known.in_pairs else ("un-permuted", "permuted")
+        yield f"q/k rows {names[0]}", _pairs_to_halves(W, known.head_rows)
+        yield f"q/k rows {names[1]}", halves_to_pairs(W, known.head_rows)
+    for name, values in known.siblings:
+        if values.shape == W.shape:
+            yield f"{name} of the same layer", values
+
+
+def sample_rows(values: Array) -> Array:
+    """Every n-th row, about `SAMPLED_ROWS` of them."""
+    return values[:: max(1, values.shape[0] // SAMPLED_ROWS)]
+
+
+def nearest(name: str, actual: Array, known: Known, others: Sequence[Other] = ()) -> Nearest:
+    """The hypothesis nearest to `actual` (out, in), in the file's form."""
+    W = known.expected
+    scale = float(np.linalg.norm(W)) or 1.0
+    table = [(label, H) for label, H in hypotheses(known) if H.shape == actual.shape]
+    table = [row for i, row in enumerate(table) if i == 0 or not np.array_equal(row[1], W)]
+    distances = [float(np.linalg.norm(actual - H)) for _, H in table]
+    sample = sample_rows(actual)
+    fitting = [other for other in others if other.sample.shape == sample.shape]
+    if fitting:
+        there = [float(np.linalg.norm(sample - other.sample)) for other in fitting]
+        best_here = min(float(np.linalg.norm(sample - sample_rows(H))) for _, H in table)
+        if min(there) < best_here or len(table) == 1:
+            other = fitting[int(np.argmin(there))]
+            table.append((other.name, other.load()))
+            distances.append(float(np.linalg.norm(actual - table[-1][1])))
+    order = np.argsort(distances, kind="stable")
+    first = int(order[0])
+    second = int(order[1]) if len(order) > 1 else first
+
+    def prefers(other: int) -> float:
+        noise = distances[first] / np.sqrt(actual.size)
+        apart = float(np.linalg.norm(table[first][1] - table[other][1]))
+        gap = distances[other] ** 2 - distances[first] ** 2
+        return gap / (2 * noise * apart) if noise * apart > 0 else math.inf if gap > 0 else 0.0
+
+    return Nearest(
+        name=name,
+        best=table[first][0],
+        distance=distances[first] / scale,
+        second=table[second][0] if second != first else "",
+        second_distance=distances[second] / scale,
+        z=prefers(second),
+        expected_distance=distances[0] / scale,
+        z_expected=prefers(0),
+    )
+
+
+def _left(W: Array, R: Rotation) -> Array:
+    """blockdiag(R) @ W for W (8 n, in)."""
+    return np.ascontiguousarray(rotated(np.ascontiguousarray(W.T), R, transposed=True).T)
+
+
+def halves_to_pairs(values: Array, head_rows: int) -> Array:
+    """Reorder each head's rows (r0..r[d/2-1], i0..i[d/2-1]) to (r0, i0, r1, i1, ..)."""
+    split = values.reshape(-1, 2, head_rows // 2, *values.shape[1:])  # (heads, half, d/2, ...)
+    return np.ascontiguousarray(np.swapaxes(split, 1, 2).reshape(values.shape))
+
+
+def _pairs_to_halves(values: Array, head_rows: int) -> Array:
+    split = values.reshape(-1, head_rows // 2, 2, *values.shape[1:])  # (heads, d/2, half, ...)
+    return np.ascontiguousarray(np.swapaxes(split, 1, 2).reshape(values.shape))

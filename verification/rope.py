@@ -1,0 +1,85 @@
+"""RoPE scaling as GGUF stores it, computed from config.json.
+
+llama3: one divisor a frequency in `rope_freqs.weight`, f_i = 1 for wavelengths below original/high, `factor` above
+original/low, 1 / ((1 - s)/factor + s) between with s = (original/wavelength - low) / (high - low), wavelength
+2 pi theta^(2i/d). LongRoPE: `rope_factors_long/short.weight` as given, and the attention factor
+sqrt(1 + ln(s)/ln(original)), s = max/original. linear and yarn are keys only.
+Source: llama.cpp's converter and the model families' papers (Llama 3.1, LongRoPE).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """The global layers' RoPE settings, whichever of its forms config.json uses; keys rope_theta, rope_type, ..."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = given if isinstance(given, dict) else {}
+    rope = dict(given.get("full_attention") or (given if "sliding_attention" not in given else {}))
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if rope.get(key) is None and config.get(key) is not None:
+            rope[key] = config[key]
+    rope.setdefault("rope_type", rope.get("type") or "default")
+    rope["rope_type"] = "longrope" if rope["rope_type"] == "su" else str(rope["rope_type"]).lower()
+    return rope
+
+
+def local_theta(config: dict[str, Any]) -> float | None:
+    """RoPE base of the sliding-window layers where the config gives one (Gemma-3)."""
+    given = config.get("rope_parameters") or {}
+    value = (given.get("sliding_attention") or {}).get("rope_theta", config.get("rope_local_base_freq"))
+    return None if value is None else float(value)
+
+
+def head_dim(config: dict[str, Any]) -> int | None:
+    """Channels a head; hidden / heads where config.json does not say."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    return config.get("head_dim") or (hidden // heads if hidden and heads else None)
+
+
+def factor_tensors(config: dict[str, Any]) -> dict[str, Array]:
+    """Tensors that a GGUF file holds because of the config's RoPE scaling, and no checkpoint tensor explains."""
+    rope, dim = rope_parameters(config), head_dim(config)
+    if rope["rope_type"] == "llama3" and dim:
+        return {"rope_freqs.weight": llama3_divisors(rope, dim)}
+    if rope.get("long_factor") and rope.get("short_factor"):
+        return {
+            f"rope_factors_{kind}.weight": np.asarray(rope[f"{kind}_factor"], dtype=np.float32)
+            for kind in ("long", "short")
+        }
+    return {}
+
+
+def llama3_divisors(rope: dict[str, Any], dim: int) -> Array:
+    """(dim/2,) divisors of the RoPE frequencies."""
+    # the converter computes the frequencies in float32; the same here, so that the factors agree to its last bits
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    frequencies = (1.0 / np.power(np.float32(rope.get("rope_theta", 1e4)), exponents)).astype(np.float32)
+    factor, low, high = (
+        float(rope.get(key, default))
+        for key, default in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
+    )
+    original = float(rope.get("original_max_position_embeddings", 8192))
+    wavelength = 2 * math.pi / frequencies.astype(np.float64)
+    smooth = (original / wavelength - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wavelength < original / high, 1.0, np.where(wavelength > original / low, factor, between)).astype(
+        np.float32
+    )
+
+
+def attention_factor(config: dict[str, Any]) -> float | None:
+    """LongRoPE's scale of the attention logits' inputs; None without LongRoPE."""
+    rope = rope_parameters(config)
+    original = rope.get("original_max_position_embeddings")
+    if rope["rope_type"] != "longrope" or not original or not rope.get("long_factor"):
+        return None
+    scale = float(config["max_position_embeddings"]) / float(original)
+    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0

@@ -1,0 +1,397 @@
+"""Every tensor of a file against the reference's values, without inference and without an oracle file.
+
+Float types: within one rounding. Quantised types: the bytes that llama.cpp's quantiser gives for the expected values;
+where they differ (importance matrix, other build), the error may be 1.5 times the own quantiser's (measured: 1.06 with
+a random importance matrix) and no weight may be off by more than half the largest of its block (a step of a 4-bit type
+is at most an eighth of it). In a file whose other tensors are byte-equal, no other maker explains a difference.
+Attention tensors are also named by the nearest hypothesis, o_proj by the rotation left over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from verification import tensors
+from verification.findings import Finding
+from verification.gguf_file import FLOAT_TYPES, GGUFFile, GGUFTensor
+from verification.hypotheses import Known, Nearest, Other, Role, Rotation, nearest, sample_rows
+from verification.requantise import quantised_bytes
+from verification.residual_rotation import Residual, residual_rotation
+from verification.self_check import F16_MAX
+from verification.tensors import Checkpoint, Inventory
+
+Array = npt.NDArray[np.float32]
+WORSE_THAN_OWN = 1.5  # relative error of a tensor, in its own quantiser's
+OF_BLOCK = {True: 0.5, False: 1.0}  # largest error in a block, in its largest weight; key: at least 4 bits a weight
+DAMAGED = 1.2  # squared error of a block, in its own quantiser's
+SINGLE_BLOCKS = 1e-3  # share of a tensor's blocks that the last bit of another machine's arithmetic may change
+SAME_MAKER = 0.9  # share of equal blocks from which the file is taken to come from the same quantiser
+_AGAIN = "convert and quantise the reference again"
+_ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the file can have been made of."""
+
+    reference: Checkpoint
+    base: Checkpoint | None = None
+    rotations: dict[str, Rotation] = field(default_factory=dict)  # checkpoint weight name -> R (in/8, 8, 8)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One tensor's outcome."""
+
+    name: str
+    type: str
+    compared: bool  # with the reference's values
+    equal: bool = False  # every weight is what the type's own rounding or quantiser gives
+    rel_error: float | None = None
+    own_error: float | None = None  # of the type's own quantiser on the same values
+    roundings: float | None = None  # worst weight, float types
+    blocks: int = 0
+    blocks_differ: int = 0
+    blocks_damaged: int = 0
+    size: int = 0
+    clipped: int = 0  # weights beyond F16's range
+    flushed: int = 0  # weights that became zero
+    nearest: tuple[Nearest, ...] = ()
+    residual: Residual | None = None
+    findings: tuple[Finding, ...] = ()
+
+
+def rotations(adapter: Path) -> dict[str, Rotation]:
+    """R of every rotated weight of an adapter directory, by checkpoint name.
+
+    Raises:
+        InputError: not an SO8T adapter.
+    """
+    from so8t_core.baking import folds_from_files
+    from so8t_core.rotation import exp_so8
+    from so8t_core.store import read_adapter
+
+    folds = folds_from_files(*read_adapter(adapter))
+    return {name: exp_so8(fold.theta.double()) for name, fold in folds.items() if fold.theta is not None}
+
+
+class Examination:
+    """The tensors of one file against its sources."""
+
+    def __init__(self, file: GGUFFile, sources: Sources, found: Inventory) -> None:
+        self.file, self.sources, self.found = file, sources, found
+
+    def run(self, threads: int = 2) -> list[Examined]:
+        """Examine every tensor; numpy and the quantiser release the interpreter, so two at a time pay."""
+        self.samples  # noqa: B018 (filled before the threads ask for it)
+        with ThreadPoolExecutor(threads) as pool:
+            results = list(pool.map(self.examine, self.file.tensors.values()))
+        blocks = sum(r.blocks for r in results)
+        same_maker = blocks > 0 and 1 - sum(r.blocks_differ for r in results) / blocks >= SAME_MAKER
+        results = [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
+        return [_other_weights(r) if _stands_out(r, results) else r for r in results]
+
+    def attention(self, oracle: GGUFFile) -> list[Examined]:
+        """Only what the attention tensors are nearest to; `oracle` holds the reference in the file's own types."""
+        results = []
+        for tensor in self.file.tensors.values():
+            wanted = self.expected(tensor.name) if _is_attention(tensor) else None
+            if wanted is None or wanted.shape != tensor.shape:
+                continue
+            twin = oracle.tensors.get(tensor.name)
+            twin = twin if twin is not None and twin.type == tensor.type and twin.shape == tensor.shape else None
+            equal = twin is not None and bool(np.array_equal(twin.raw, tensor.raw))
+            own = None if equal or twin is None else twin.values()
+            bare = Examined(tensor.name, tensor.type, compared=True, equal=equal)
+            results.append(self._named(tensor, wanted, bare, tensor.values(), own))
+        return results
+
+    def expected(self, name: str) -> Array | None:
+        return tensors.expectation(name, self.found, self.sources.reference, self.file)
+
+    def examine(self, tensor: GGUFTensor) -> Examined:
+        """One tensor: values first, then what it is nearest to."""
+        wanted = self.expected(tensor.name)
+        if wanted is None:
+            return Examined(tensor.name, tensor.type, compared=False)
+        if wanted.size != int(np.prod(tensor.shape)) or (len(wanted.shape) == 2 and wanted.shape != tensor.shape):
+            shape = Finding(tensor.name, f"shape {list(wanted.shape)}", f"{list(tensor.shape)}", _AGAIN)
+            return Examined(tensor.name, tensor.type, compared=True, findings=(shape,))
+        wanted = wanted.reshape(tensor.shape)
+        result, values, own = self._float(tensor, wanted) if tensor.type in FLOAT_TYPES else _quant(tensor, wanted)
+        return self._named(tensor, wanted, result, values, own)
+
+    def _float(self, tensor: GGUFTensor, wanted: Array) -> tuple[Examined, Array | None, Array | None]:
+        computed = tensor.name in self.found.computed
+        raw = quantised_bytes(wanted, tensor.type)
+        if raw is not None and np.array_equal(raw, tensor.raw) and bool(np.isfinite(wanted).all()):
+            values = tensor.values()
+            if np.isfinite(values).all():
+                flushed = int(np.count_nonzero(wanted) - np.count_nonzero(values))
+                exact = Examined(tensor.name, tensor.type, compared=True, equal=True, size=wanted.size, flushed=flushed)
+                return exact, values, None
+        values = tensor.values()
+        with np.errstate(invalid="ignore"):
+            difference = np.nan_to_num(np.abs(values - wanted), nan=np.inf, posinf=np.inf)
+        worst = tensors.roundings(difference, wanted, tensor.type, computed=computed)
+        norm = float(np.linalg.norm(wanted)) or 1.0
+        error = float(np.linalg.norm(difference)) / norm
+        overflow = int(np.count_nonzero(np.abs(wanted) > F16_MAX)) if tensor.type == "F16" else 0
+        flushed = int(np.count_nonzero((values == 0) & (wanted != 0)))
+        findings = []
+        if worst is not None and not worst <= 1:
+            at = np.unravel_index(int(np.argmax(difference)), difference.shape)
+            place = ", ".join(map(str, at))
+            findings.append(
+                Finding(tensor.name, f"{wanted[at]:.6g} at [{place}] within one rounding of {tensor.type}",
+                        f"{values[at]:.6g}, relative error of the tensor {error:.2g}", _AGAIN,
+                        "F16 overflow" if overflow else "")
+            )  # fmt: skip
+        result = Examined(
+            tensor.name, tensor.type, compared=True, equal=not findings, rel_error=error, roundings=worst,
+            size=wanted.size, clipped=overflow, flushed=flushed, findings=tuple(findings),
+        )  # fmt: skip
+        return result, values, None
+
+    def _named(
+        self, tensor: GGUFTensor, wanted: Array, result: Examined, values: Array | None, own: Array | None
+    ) -> Examined:
+        """Add the nearest hypothesis and the rotation left over; let them name the cause of a finding."""
+        is_weight = tensor.name.endswith(".weight") and len(tensor.shape) == 2
+        if not _is_attention(tensor) and not result.findings:
+            return result
+        values = tensor.values() if values is None else values
+        if not np.isfinite(values).all():
+            return result
+        if len(tensor.shape) == 1:
+            return _cause(result, _vector_cause(values, wanted))
+        in_block = is_weight and tensor.name.startswith("blk.")
+        parts = list(self._parts(tensor.name, wanted, values)) if in_block else []
+        matches = tuple(nearest(name, actual, known, others) for name, actual, known, others in parts)
+        findings = [*result.findings]
+        for match in matches:
+            if match.is_fault:
+                far = f"relative distance {match.distance:.2g} (to the expected {match.expected_distance:.2g})"
+                text = f"{match.best}, {far}"
+                findings.append(Finding(match.name, "the reference's weight", text, _AGAIN, match.best))
+        residual = None
+        if is_weight and ".attn_output." in tensor.name:
+            reference = own if own is not None else wanted
+            residual = residual_rotation(wanted, values - reference)
+            if residual is not None and residual.detected and not any(m.is_fault for m in matches) and not result.equal:
+                findings.append(
+                    Finding(tensor.name, "no rotation against the reference",
+                            f"{residual.rms:.2g} rad (root mean square; largest {residual.largest:.2g} in channels "
+                            f"{8 * residual.block}..{8 * residual.block + 7}, {residual.z_single:.0f} standard errors)",
+                            "bake the adapter again and convert that", "rotation off")
+                )  # fmt: skip
+        if findings and not any(f.cause for f in findings) and not matches:
+            findings = [dataclasses.replace(findings[0], cause=_scale_cause(values, wanted)), *findings[1:]]
+        return dataclasses.replace(result, nearest=matches, residual=residual, findings=tuple(findings))
+
+    def _parts(self, name: str, wanted: Array, values: Array) -> Iterator[tuple[str, Array, Known, list[Other]]]:
+        """The projections inside a tensor: one, or q, k and v of a fused one."""
+        prefix, kind = ".".join(name.split(".")[:2]), name.split(".")[2]
+        config = self.sources.reference.config
+        heads = int(config.get("num_attention_heads") or 1)
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        in_pairs = self.file.architecture in tensors.PERMUTED
+        source = self.found.source_of.get(name, "")
+        base = self._base_of(name, source)
+        if kind != "attn_qkv":
+            role = _ATTENTION.get(kind, "other")
+            head_rows = wanted.shape[0] // {"q": heads, "k": kv_heads}.get(role, 1) if role in ("q", "k") else 0
+            rotation = self._rotation(prefix, source, role)
+            known = Known(role, wanted, base, rotation, in_pairs, head_rows, tuple(self._siblings(name, prefix)))
+            yield name, values, known, self._others(name)
+            return
+        rows = wanted.shape[0] // (heads + 2 * kv_heads)
+        cuts = np.cumsum([0, heads * rows, kv_heads * rows, kv_heads * rows])
+        fused: tuple[Role, ...] = ("q", "k", "v")
+        slices = {kind: slice(a, b) for kind, a, b in zip(fused, cuts, cuts[1:], strict=False)}
+        for role, part in slices.items():
+            siblings = tuple((f"the {other} rows", wanted[cut]) for other, cut in slices.items() if other != role)
+            own_base = None if base is None else base[part]
+            known = Known(role, wanted[part], own_base, None, in_pairs, 0 if role == "v" else rows, siblings)
+            yield f"{name} ({role} rows)", values[part], known, []
+
+    def _base_of(self, name: str, source: str) -> Array | None:
+        base = self.sources.base
+        if base is None or source not in base:
+            return None
+        return tensors.expected_values(name, source, base, self.file.architecture)
+
+    def _rotation(self, prefix: str, source: str, role: Role) -> Rotation | None:
+        if role == "v":  # the o_proj of the same layer
+            source = self.found.source_of.get(f"{prefix}.attn_output.weight", "")
+        return self.sources.rotations.get(source) if role in ("o", "v") else None
+
+    def _siblings(self, name: str, prefix: str) -> Iterator[tuple[str, Array]]:
+        shape = self.file.tensors[name].shape
+        for other, tensor in self.file.tensors.items():
+            if other != name and other.startswith(f"{prefix}.") and tensor.shape == shape and other.endswith(".weight"):
+                values = self.expected(other)
+                if values is not None:
+                    yield other.removeprefix(f"{prefix}.").removesuffix(".weight"), values
+
+    @cached_property
+    def samples(self) -> dict[str, Array]:
+        """A few expected rows of every attention tensor, to find one of another layer."""
+        found = {}
+        for name, tensor in self.file.tensors.items():
+            if name.startswith("blk.") and name.split(".")[2] in _ATTENTION and len(tensor.shape) == 2:
+                values = self.expected(name)
+                if values is not None:
+                    found[name] = sample_rows(values).copy()
+        return found
+
+    def _others(self, name: str) -> list[Other]:
+        tail = name.split(".", 2)[2]
+
+        def loader(other: str) -> Array:
+            values = self.expected(other)
+            assert values is not None  # it was sampled
+            return values
+
+        return [
+            Other(f"the tensor of {other.rsplit('.', 2)[0]}", sample, lambda other=other: loader(other))  # type: ignore[misc]
+            for other, sample in self.samples.items()
+            if other != name and other.split(".", 2)[2] == tail
+        ]
+
+
+def _is_attention(tensor: GGUFTensor) -> bool:
+    """o, v, q, k, or the three fused: the tensors whose hypotheses are always asked."""
+    parts = tensor.name.split(".")
+    kinds = (*_ATTENTION, "attn_qkv")
+    return len(tensor.shape) == 2 and len(parts) == 4 and parts[0] == "blk" and parts[2] in kinds
+
+
+def _quant(tensor: GGUFTensor, wanted: Array) -> tuple[Examined, Array | None, Array | None]:
+    """A quantised tensor; also its values and the own quantiser's, where they had to be computed."""
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
+    blocks = tensor.raw.size // block_bytes
+    own = None
+    # llama-quantize starts from a float file: usually F16, or the values themselves (F32, BF16 of a bfloat16 reference)
+    with np.errstate(over="ignore"):
+        half = wanted.astype(np.float16).astype(np.float32)
+    for start in (half, wanted):
+        raw = quantised_bytes(start, tensor.type)
+        if raw is None:
+            break
+        differ = int(np.count_nonzero((raw != tensor.raw).reshape(blocks, -1).any(axis=1)))
+        if differ == 0 and np.isfinite(start).all():
+            return Examined(tensor.name, tensor.type, compared=True, equal=True, blocks=blocks), None, None
+        own = raw if own is None else own
+    values = tensor.values()
+    if not np.isfinite(values).all():  # counted and named by the finite check
+        return Examined(tensor.name, tensor.type, compared=True, blocks=blocks, blocks_differ=blocks), values, None
+    norm = float(np.linalg.norm(wanted)) or 1.0
+    error = float(np.linalg.norm(values - wanted)) / norm
+    findings = []
+    own_values, own_error, differ, damaged = None, None, blocks, 0
+    if own is not None:
+        own_values = dataclasses.replace(tensor, raw=own).values()
+        own_error = float(np.linalg.norm(own_values - wanted)) / norm
+        unequal = (own != tensor.raw).reshape(blocks, -1).any(axis=1)
+        mine = ((values - wanted) ** 2).reshape(blocks, -1).sum(axis=1)
+        theirs = ((own_values - wanted) ** 2).reshape(blocks, -1).sum(axis=1)
+        differ = int(np.count_nonzero(unequal))
+        damaged = int(np.count_nonzero(unequal & (mine > DAMAGED * theirs)))
+        if error > WORSE_THAN_OWN * own_error:
+            findings.append(
+                Finding(tensor.name, f"relative error near {own_error:.2g}, as {tensor.type} gives for the reference",
+                        f"{error:.2g}", _AGAIN)
+            )  # fmt: skip
+    within = np.abs(values - wanted).reshape(blocks, block).max(axis=1)
+    largest = np.abs(wanted).reshape(blocks, block).max(axis=1)
+    share = OF_BLOCK[8 * block_bytes / block >= 4]
+    outside = within > share * largest
+    if outside.any() and not findings:
+        at = int(np.argmax(within / np.maximum(largest, 1e-30)))
+        findings.append(
+            Finding(tensor.name, f"weights within {share * largest[at]:.3g} of the reference in block {at}",
+                    f"{within[at]:.3g} off", _AGAIN, "damaged block")
+        )  # fmt: skip
+    result = Examined(
+        tensor.name, tensor.type, compared=True, rel_error=error, own_error=own_error, blocks=blocks,
+        blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings),
+    )  # fmt: skip
+    return result, values, own_values
+
+
+def _damage(result: Examined) -> Examined:
+    """In a file that otherwise equals the own quantiser's, blocks that fit worse than its own are damage."""
+    if result.findings:
+        return result
+    text = f"{result.blocks_damaged} worse blocks of {result.blocks}"
+    finding = Finding(
+        result.name,
+        "the blocks that the quantiser gives for the reference",
+        text,
+        _AGAIN,
+        "flipped bits or edited weights",
+    )
+    return dataclasses.replace(result, findings=(finding,))
+
+
+def _stands_out(result: Examined, results: list[Examined]) -> bool:
+    """Whether other bytes can only mean other weights: no other quantiser, machine or importance matrix explains them.
+
+    Q8_0 knows no importance matrix and is the same on every machine. Of another type the tensor must be the odd one
+    out: nine in ten tensors of its type equal, and more than single blocks of its own differ.
+    """
+    if result.equal or result.findings or not result.blocks_differ or result.own_error is None:
+        return False
+    if result.type == "Q8_0":
+        return True
+    alike = [r for r in results if r.type == result.type and r.name != result.name and r.blocks]
+    equal = sum(r.equal for r in alike)
+    odd = len(alike) >= 3 and equal >= SAME_MAKER * len(alike)
+    return odd and result.blocks_differ > max(1.0, SINGLE_BLOCKS * result.blocks)
+
+
+def _other_weights(result: Examined) -> Examined:
+    left = result.residual
+    rotated = f"; rotation left over {left.rms:.1g} rad" if left is not None else ""
+    text = f"{result.blocks_differ} of {result.blocks} blocks differ{rotated}"
+    finding = Finding(
+        result.name, "the bytes that the quantiser gives for the reference, as in its neighbours", text, _AGAIN,
+        "slightly other weights",
+    )  # fmt: skip
+    return dataclasses.replace(result, findings=(finding,))
+
+
+def _cause(result: Examined, cause: str) -> Examined:
+    findings = tuple(dataclasses.replace(f, cause=f.cause or cause) for f in result.findings)
+    return dataclasses.replace(result, findings=findings)
+
+
+def _vector_cause(values: Array, wanted: Array) -> str:
+    """Norms and biases: one added or missing, or a common factor."""
+    offset = values - wanted
+    spread = float(np.abs(offset - offset.mean()).max(initial=0.0))
+    for shift, words in ((1.0, "norm + 1 applied once too often"), (-1.0, "norm + 1 missing")):
+        if abs(float(offset.mean()) - shift) < 1e-2 and spread < 1e-2:
+            return words
+    return _scale_cause(values, wanted)
+
+
+def _scale_cause(values: Array, wanted: Array) -> str:
+    square = float(np.vdot(wanted, wanted))
+    factor = float(np.vdot(wanted, values)) / square if square else 1.0
+    rest = float(np.linalg.norm(values - factor * wanted))
+    return (
+        f"scaled by {factor:.4g}"
+        if abs(factor - 1) > 1e-4 and rest < 0.2 * float(np.linalg.norm(values - wanted))
+        else ""
+    )
