@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -90,6 +90,27 @@ def to_json(report: Report) -> str:
     """Strict JSON, UTF-8, fields in schema order, floats at full precision."""
     text = json.dumps(_strict(report.model_dump(mode="python")), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate becomes its JSON escape
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of report.json. A number that is not finite is one of three words, see above."""
+    schema = Report.model_json_schema(mode="serialization")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"SO8T verification report {SCHEMA_VERSION}"
+    words = {"enum": list(_NOT_FINITE)}
+    return cast("dict[str, Any]", _with_words(schema, words))
+
+
+def _with_words(node: Any, words: dict[str, Any]) -> Any:
+    """The same schema, in which every float may also be one of the words."""
+    if isinstance(node, list):
+        return [_with_words(item, words) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "number":
+        rest = {key: value for key, value in node.items() if key != "type"}
+        return {**rest, "anyOf": [{"type": "number"}, words]}
+    return {key: _with_words(value, words) for key, value in node.items()}
 
 
 def to_html(report: Report) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from so8t_core.errors import InputError
 from verification import divergence
-from verification.divergence import _t_quantile
+from verification.bootstrap import t_quantile
 
 RNG = np.random.default_rng(0)
 
@@ -134,8 +134,8 @@ def test_intervals_treat_a_chunk_as_one_observation() -> None:
 
 
 def test_t_quantile_expansion_matches_tables() -> None:
-    assert _t_quantile(11) == pytest.approx(2.2010, abs=1e-3)
-    assert _t_quantile(5) == pytest.approx(2.5706, abs=5e-3)
+    assert t_quantile(11) == pytest.approx(2.2010, abs=1e-3)
+    assert t_quantile(5) == pytest.approx(2.5706, abs=5e-3)
 
 
 def test_different_vocabularies_are_refused_with_both_sizes() -> None:
