@@ -163,6 +163,10 @@ def _context(report: Report) -> dict[str, Any]:
         "divergences": [(d, False) for d in report.divergences] + [(d, True) for d in report.base_divergences],
         "policy_yaml": yaml.safe_dump(json.loads(to_json(report))["policy"], sort_keys=False, allow_unicode=True),
         "marks": _MARKS,
+        "cells": _cells(report),
+        "cell_labels": list(dict.fromkeys(cell.candidate for cell in report.cells)),
+        "noise_worst": max((row.mean_kld for row in report.noise if row.mean_kld > 0), default=0.0),
+        "noise_bound": _noise_bound(report),
     }
 
 
@@ -172,12 +176,32 @@ def _figures(report: Report) -> dict[str, Any]:
         "distribution": plots.kld_distribution(report),
         "position": plots.kld_by_position(report),
         "confidence": plots.kld_by_confidence(report),
+        "cells": plots.kld_by_cell(report),
         "size": plots.size_tradeoff(report),
         "tensors": plots.tensor_errors(report),
         "angles": plots.angles_by_layer(report),
     }
     curves = [(caption, Markup(svg)) for caption, svg in plots.training_curves(report)]
     return {name: Markup(svg) if svg else None for name, svg in single.items()} | {"training": curves}
+
+
+def _cells(report: Report) -> list[dict[str, Any]]:
+    """One entry a cell: title, setting, why it does not apply, and per candidate its divergence and worst status."""
+    statuses: dict[tuple[str, str], list[Status]] = {}
+    for check in (check for leg in report.legs if leg.name == "cells" for check in leg.checks):
+        statuses.setdefault((check.name.split(".")[1], check.subject), []).append(check.status)
+    rows: dict[str, dict[str, Any]] = {}
+    for cell in report.cells:
+        row = rows.setdefault(cell.cell, {"title": cell.title, "setting": cell.setting, "why": cell.why, "of": {}})
+        if cell.divergence is not None:
+            status = report_view.worst(statuses.get((cell.cell, cell.candidate), []))
+            row["of"][cell.candidate] = {"d": cell.divergence, "status": status}
+    return list(rows.values())
+
+
+def _noise_bound(report: Report) -> float | None:
+    checks = (check for leg in report.legs for check in leg.checks if check.name == "evidence.noise_floor")
+    return next((float(c.bound) for c in checks if isinstance(c.bound, (int, float))), None)
 
 
 def _scale(rungs: list[Step]) -> dict[str, Any]:
