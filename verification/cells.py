@@ -19,10 +19,10 @@ Ids = npt.NDArray[np.int64]
 Level = Literal["quick", "full"]
 Config = Mapping[str, Any]
 
-PASSAGES, LENGTH, FIRST = 8, 40, 8  # eight clusters, 31 positions of each
+PASSAGES, LENGTH, FIRST = 8, 40, 24  # eight clusters, 15 positions of each
 SHORT = 12
 DECODED = 12  # tokens decoded one by one at the end of a passage
-CHAT_LENGTH = 96
+CHAT_LENGTH, CHAT_TAIL = 96, 24
 LONG = 1024
 TAIL = 128  # positions scored at the end of a long passage
 BLOCK = 32  # a longer run of scored positions counts as clusters of this many
@@ -129,7 +129,7 @@ def plan_cells(
     usable = [ids[:CHAT_LENGTH] for ids in chats if len(ids) >= 8]
     if usable:
         cells.append(Cell("chat", "Rendered chats", f"{len(usable)} chats through the model's template", "chat"))
-        passages["chat"] = [Passage(ids, 1) for ids in usable]
+        passages["chat"] = [Passage(ids, max(1, len(ids) - 1 - CHAT_TAIL)) for ids in usable]
     else:
         cells.append(Cell("chat", "Rendered chats", "", why="the tokenizer has no chat template that renders"))
     cells += _lengths(level, stream, config, limit, passages)

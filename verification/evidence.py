@@ -17,7 +17,7 @@ from verification.divergence import mean_kld
 from verification.schema import Check, Divergence
 
 Array = npt.NDArray[np.float32]
-ALIGNED_ROWS = 128
+ALIGNED_ROWS = 64
 _LEAST_KLD = 1e-12  # nats; two equal streams would divide by zero
 
 

@@ -72,7 +72,7 @@ def _row(label: str, name: str, usual: list[Array], other: list[Array]) -> Noise
         candidate=label,
         setting=name,
         positions=int(counts.sum()),
-        mean_kld=float(np.average([mean_kld(a, b) for a, b in pairs], weights=counts)),
+        mean_kld=float(np.average([0.0 if np.array_equal(a, b) else mean_kld(a, b) for a, b in pairs], weights=counts)),
         max_abs_logit=float(np.max([np.max(np.abs(a - b)) for a, b in pairs])),  # NaN where any is
         top1=sum(equal) / int(counts.sum()),
     )
