@@ -114,9 +114,7 @@ def plan_cells(
         Cell("short", "Short prompts", f"{PASSAGES} x {SHORT} tokens", "short"),
         _allocated("n_ctx_shipped", "Context allocated as shipped", shipped, config),
         _larger(shipped, limit, config),
-        Cell(
-            "n_ubatch", "Prompt longer than the physical batch", f"n_ubatch 16, {LENGTH} tokens", "plain", n_ubatch=16
-        ),
+        Cell("n_ubatch", "Prompt beyond n_ubatch", f"n_ubatch 16, {LENGTH} tokens", "plain", n_ubatch=16),
         Cell("decode", "Token by token", f"the last {DECODED} tokens decoded one by one", "decode", singly=DECODED),
         Cell("no_bos", "Without BOS", "text as it is", "plain"),
     ]

@@ -179,8 +179,9 @@ def steps(report: Report) -> list[Step]:
     """The ladder from top to bottom (quantise and quality of one file adjacent), then contract and controls."""
     found: list[Step] = []
     for leg in report.legs:
-        for subject in dict.fromkeys(check.subject for check in leg.checks) or [""]:
-            checks = [check for check in leg.checks if check.subject == subject]
+        whole = leg.name == "evidence"  # about the run, though its alignment is measured with every file
+        for subject in [""] if whole else dict.fromkeys(check.subject for check in leg.checks) or [""]:
+            checks = [check for check in leg.checks if whole or check.subject == subject]
             status = worst(check.status for check in checks) if checks else leg.status
             target = visible(subject) or _TARGETS[leg.name]
             if subject and leg.name not in ("quantise", "quality"):

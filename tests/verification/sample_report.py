@@ -118,7 +118,7 @@ CELLS = {
     "short": "Short prompts",
     "n_ctx_shipped": "Context allocated as shipped",
     "n_ctx_larger": "Context allocated larger",
-    "n_ubatch": "Prompt longer than the physical batch",
+    "n_ubatch": "Prompt beyond n_ubatch",
     "decode": "Token by token",
     "bos": "With BOS",
     "chat": "Rendered chats",
