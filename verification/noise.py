@@ -55,6 +55,7 @@ def noise_floor(
         for number, (name, arguments) in enumerate(varied.items()):
             tell(number, len(varied))
             rows.append(_row(label, name, usual, _run(model, used, arguments)))
+    tell(len(varied), len(varied))
     return rows
 
 
