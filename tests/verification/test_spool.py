@@ -26,15 +26,17 @@ import numpy as np
 from verification.divergence import DivergenceAccumulator
 from verification.spool import LogitSpool
 
-vocab, rows, chunks, keep = 262144, 64, int(sys.argv[1]), sys.argv[2] == "keep"
+vocab, rows, chunks, keep = 262144, 32, int(sys.argv[1]), sys.argv[2] == "keep"
 rng, kept = np.random.default_rng(0), []
+base = rng.standard_normal((rows, vocab), dtype=np.float32)  # drawn once and rolled: drawing is what would take long
+noise = 0.1 * rng.standard_normal((rows, vocab), dtype=np.float32)
 total = DivergenceAccumulator(reference="r", candidate="c", n_ctx=rows + 1, vocab=vocab)
 with LogitSpool(Path(sys.argv[3]), rows=rows * chunks, vocab=vocab) as spool:
     for chunk in range(chunks):
-        spool.append(rng.standard_normal((rows, vocab), dtype=np.float32))
+        spool.append(np.roll(base, chunk, axis=1))
     for chunk in range(chunks):
         own = spool.read(rows * chunk, rows * (chunk + 1))
-        other = own + 0.1 * rng.standard_normal((rows, vocab), dtype=np.float32)
+        other = own + np.roll(noise, 7 * chunk, axis=1)
         total.begin_chunk()
         total.add(own, other, np.arange(rows), first_position=0)
         if keep:
@@ -51,15 +53,15 @@ def peak_of(chunks: int, directory: Path, *, keep: bool = False) -> tuple[int, i
     return peak, tokens, kld
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_vocabulary_of_262144_stays_under_4_gib_whatever_the_length(tmp_path: Path) -> None:
-    """One chunk of logits is 64 MiB; 16 chunks kept whole would be 1 GiB on each side."""
+    """One chunk of logits is 32 MiB; 16 chunks kept whole would be half a GiB on each side."""
     short, long = peak_of(4, tmp_path), peak_of(16, tmp_path)
-    assert (short[1], long[1]) == (256, 1024)
+    assert (short[1], long[1]) == (128, 512)
     assert long[2] == pytest.approx(0.005, rel=0.05)  # sigma^2 / 2 for weak Gaussian noise
     assert long[0] < 2 * GIB
     assert long[0] - short[0] < 0.1 * GIB
-    assert peak_of(16, tmp_path, keep=True)[0] - short[0] > 0.5 * GIB  # the planted fault shows
+    assert peak_of(16, tmp_path, keep=True)[0] - short[0] > 0.25 * GIB  # the planted fault shows
 
 
 def test_rows_come_back_bit_equal_in_any_order(tmp_path: Path) -> None:
