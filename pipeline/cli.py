@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -201,6 +201,12 @@ def verify(
     ] = None,
     chunks: Annotated[int, typer.Option(min=2, help="chunks of n_ctx tokens")] = 12,
     n_ctx: Annotated[int, typer.Option(min=64, help="tokens a chunk")] = 512,
+    cells: Annotated[str, typer.Option(metavar="quick|full", help="ways of running each file; full adds lengths")] = (
+        "quick"
+    ),
+    ship_n_ctx: Annotated[
+        int | None, typer.Option(min=64, help="context the files are shipped for; default: up to 4096")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -215,7 +221,8 @@ def verify(
     with StageProgress(Reporter(quiet=quiet)) as progress:
         report = measure(
             reference, candidate, base=base, adapter=adapter, policy=policy, out=out, corpus=corpus or None,
-            imatrix=imatrix, chunks=chunks, n_ctx=n_ctx, threads=threads, progress=progress,
+            imatrix=imatrix, chunks=chunks, n_ctx=n_ctx, threads=threads, cells=_level(cells),
+            ship_n_ctx=ship_n_ctx, progress=progress,
         )  # fmt: skip
     _announce(report, out)
 
@@ -248,6 +255,13 @@ def lint(
     if out is not None:
         console.print(f"Report: {write_lint(report, out)}", markup=False, soft_wrap=True)
     raise typer.Exit(0 if report.verdict == "pass" else 1)
+
+
+def _level(cells: str) -> Literal["quick", "full"]:
+    levels: dict[str, Literal["quick", "full"]] = {"quick": "quick", "full": "full"}
+    if cells in levels:
+        return levels[cells]
+    raise InputError(f"--cells {cells} is unknown; quick or full")
 
 
 @app.command(epilog="Example: so8t gate runs/demo/report/report.json --policy strict.yaml")
@@ -354,6 +368,14 @@ def config_schema() -> None:
     from pipeline.config import RunConfig
 
     print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+@app.command("report-schema", epilog="Example: so8t report-schema > so8t-report.schema.json")
+def report_schema() -> None:
+    """Print the report's JSON Schema."""
+    from verification.report import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
 
 
 @app.command(epilog="Example: so8t doctor")

@@ -116,6 +116,14 @@ def template_text(tokenizer: Any, model: LlamaModel) -> list[Finding]:
     return [Finding(f"{key}, character {at}", around[0], around[1], _MEND)]
 
 
+def fixtures(tokenizer: Any) -> list[str]:
+    """Every fixture that the tokenizer's template accepts, with its generation prompt; none without a template."""
+    if not tokenizer.chat_template:
+        return []
+    found = [render_reference(tokenizer, chat, prompt=True) for chat in CHATS.values()]
+    return [text for text in found if text != REFUSED]
+
+
 def render_both(tokenizer: Any, model: LlamaModel) -> Iterator[Rendered]:
     """Every fixture with and without the generation prompt, through the template each side has.
 

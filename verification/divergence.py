@@ -1,174 +1,151 @@
-"""How far one stream of logits lies from another over the same tokens; pure float64 arithmetic, one chunk at a time.
+"""How far one stream of logits lies from another over the same tokens; pure float64 arithmetic, a few rows at a time.
 
 KLD_t = sum_v p_ref (log p_ref - log p_cand) over the full support; beside it llama.cpp's value, which drops v with
 log p_ref <= -16. Percentiles interpolate linearly at f(n-1); RMS dp = sqrt(mean (p_cand - p_ref)^2) of the corpus
-token; PPL ratio = exp(mean(nll_cand - nll_ref)). Intervals resample whole chunks (tokens of a chunk are not
-independent) with a seed taken from a digest, and use Hesterberg's expanded percentiles for few clusters.
-Shapes: logits (T, V) of positions n_ctx-1-T .. n_ctx-2, tokens (n_ctx,). Source of the definitions: llama.cpp,
-tools/perplexity/perplexity.cpp; expanded percentiles: Hesterberg, arXiv:1411.5279, section 5.3.
+token; PPL ratio = exp(mean(nll_cand - nll_ref)). Intervals: `bootstrap`, over whole chunks, seeded by a digest.
+Memory: sums per chunk and per bucket, and eight bytes a scored token for the percentiles; nothing of size V is kept.
+Shapes: logits (T, V), targets (T,). Source of the definitions: llama.cpp, tools/perplexity/perplexity.cpp.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from statistics import NormalDist
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from so8t_core.errors import InputError
+from verification.bootstrap import mean_interval, resampled, share_interval
 from verification.schema import Divergence
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 LLAMA_CPP_CUT = -16.0  # nats; llama.cpp skips a token whose reference log-probability is not above this
-BOOTSTRAP_ROUNDS = 2000
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 _BLOCK_ELEMENTS = 1 << 22  # elements of a (rows, V) block: 32 MiB per float64 array, whatever the vocabulary
 _POSITION_BUCKETS = 16
 _HISTOGRAM_LOW, _HISTOGRAM_HIGH, _HISTOGRAM_STEP = -12.0, 2.0, 0.5  # log10 nats
-
-
-@dataclass(frozen=True)
-class ReferenceBlock:
-    """What every candidate needs of some rows of the reference, computed once."""
-
-    rows: slice  # rows of the chunk
-    logits_TV: torch.Tensor  # float64
-    lse_T: torch.Tensor  # log sum exp
-    p_TV: torch.Tensor  # probabilities
-    p_cut_TV: torch.Tensor  # the same, 0 where llama.cpp skips the token
-    top_T: npt.NDArray[np.int64]
-    confidence_T: torch.Tensor  # probability of the most likely token
-    entropy_T: torch.Tensor  # nats
-    target_T: torch.Tensor
-    finite_T: torch.Tensor
-
-
-def reference_blocks(logits_TV: Array, targets_T: Ids) -> Iterator[ReferenceBlock]:
-    """Split a chunk's reference logits into blocks of bounded memory."""
-    total, vocab = logits_TV.shape
-    step = max(1, _BLOCK_ELEMENTS // vocab)
-    for start in range(0, total, step):
-        rows = slice(start, min(start + step, total))
-        a = torch.from_numpy(np.ascontiguousarray(logits_TV[rows])).double()
-        finite = torch.isfinite(a).all(dim=1)
-        a = torch.where(finite[:, None], a, torch.zeros((), dtype=a.dtype))
-        lse = torch.logsumexp(a, dim=1)
-        log_p = a - lse[:, None]
-        p = log_p.exp()
-        yield ReferenceBlock(
-            rows=rows,
-            logits_TV=a,
-            lse_T=lse,
-            p_TV=p,
-            p_cut_TV=torch.where(log_p > LLAMA_CPP_CUT, p, torch.zeros((), dtype=p.dtype)),
-            top_T=np.argmax(logits_TV[rows], axis=1),  # the first of equals, as llama.cpp takes it
-            confidence_T=p.amax(dim=1),
-            entropy_T=-(p * log_p).sum(dim=1),
-            target_T=torch.from_numpy(np.asarray(targets_T[rows], dtype=np.int64)),
-            finite_T=finite,
-        )
+_HISTOGRAM_SIZE = round((_HISTOGRAM_HIGH - _HISTOGRAM_LOW) / _HISTOGRAM_STEP) + 1
+_SUMS = ("kld", "kld_cut", "same_top", "dp2", "nll_ref", "nll_cand", "entropy")
 
 
 class DivergenceAccumulator:
-    """Streams chunks of one candidate; keeps a few numbers per scored token and nothing of size V."""
+    """Streams the rows of one comparison, chunk after chunk."""
 
     def __init__(self, *, reference: str, candidate: str, n_ctx: int, vocab: int, seed: str = "") -> None:
         self.reference, self.candidate, self.n_ctx, self.vocab, self.seed = reference, candidate, n_ctx, vocab, seed
-        self._columns: list[npt.NDArray[np.float64]] = []  # (T, 8) per block: see _COLUMNS
-        self._chunk_of: list[npt.NDArray[np.int64]] = []
-        self._chunks = 0
+        self._sums: list[Floats] = []  # per chunk (7,): see _SUMS
+        self._counts: list[int] = []
+        self._kld: list[Floats] = []
+        self._position = np.zeros((2, n_ctx))  # sum of KLD, count
+        self._confidence = np.zeros((2, 10))
+        self._histogram = np.zeros(_HISTOGRAM_SIZE, dtype=np.int64)
+        self._log_ratio = (math.inf, -math.inf)
         self.non_finite = 0
 
-    _COLUMNS = ("kld", "kld_cut", "same_top", "dp", "nll_ref", "nll_cand", "confidence", "entropy", "position")
-
     def begin_chunk(self) -> None:
-        """Count a chunk: its tokens form one cluster."""
-        self._chunks += 1
+        """What is added from here on is one cluster: its tokens are not independent of each other."""
+        self._sums.append(np.zeros(len(_SUMS)))
+        self._counts.append(0)
 
-    def add(self, block: ReferenceBlock, logits_TV: Array, *, first_position: int) -> None:
-        """Compare one block of the reference with the same rows of the candidate's chunk, (T, V)."""
-        if logits_TV.shape[1] != self.vocab:
+    def add(self, ref_TV: Array, cand_TV: Array, targets_T: Ids, *, first_position: int) -> None:
+        """Compare consecutive rows; `targets_T` are the tokens that follow them, `first_position` is the first row's.
+
+        Raises:
+            InputError: another vocabulary or another number of rows.
+        """
+        if cand_TV.shape[1] != ref_TV.shape[1] or ref_TV.shape[1] != self.vocab:
             raise InputError(
-                f"{self.candidate} has {logits_TV.shape[1]} logits a token, the reference has {self.vocab}: "
+                f"{self.candidate} has {cand_TV.shape[1]} logits a token, the reference has {ref_TV.shape[1]}: "
                 "different vocabularies cannot be compared"
             )
-        own = np.ascontiguousarray(logits_TV[block.rows])
-        b = torch.from_numpy(own).double()
-        good = block.finite_T & torch.isfinite(b).all(dim=1)
+        if len(ref_TV) != len(cand_TV) or len(ref_TV) != len(targets_T):
+            raise InputError(
+                f"{self.candidate} has {len(cand_TV)} scored positions where the reference has {len(ref_TV)}"
+            )
+        step = max(1, _BLOCK_ELEMENTS // self.vocab)
+        for start in range(0, len(ref_TV), step):
+            rows = slice(start, start + step)
+            self._add_block(ref_TV[rows], cand_TV[rows], targets_T[rows], first_position + start)
+
+    def _add_block(self, ref: Array, cand: Array, targets: Ids, first_position: int) -> None:
+        a, b = (
+            torch.from_numpy(np.ascontiguousarray(ref)).double(),
+            torch.from_numpy(np.ascontiguousarray(cand)).double(),
+        )
+        lse_a, lse_b = torch.logsumexp(a, dim=1), torch.logsumexp(b, dim=1)
+        # a row's sum is finite exactly when its logits are: float32 values cannot overflow a float64 sum
+        good_T = torch.isfinite(a.sum(dim=1) + b.sum(dim=1))
+        good = good_T.numpy()
         self.non_finite += int((~good).sum())
-        b = torch.where(good[:, None], b, torch.zeros((), dtype=b.dtype))
-        lse = torch.logsumexp(b, dim=1)
-        shift = lse - block.lse_T
-        nll_ref = block.lse_T - block.logits_TV.gather(1, block.target_T[:, None])[:, 0]
-        nll_cand = lse - b.gather(1, block.target_T[:, None])[:, 0]
-        difference = block.logits_TV - b
-        # sum p (a - b) - lse_a + lse_b: no second (T, V) log-softmax; the cancellation costs eps64 * |logit| ~ 1e-14
-        kld = torch.linalg.vecdot(block.p_TV, difference) + shift
-        kld_cut = torch.linalg.vecdot(block.p_cut_TV, difference) + shift * block.p_cut_TV.sum(dim=1)
-        same_top = torch.from_numpy((np.argmax(own, axis=1) == block.top_T).astype(np.float64))
-        position = torch.arange(block.rows.start, block.rows.stop, dtype=torch.float64) + first_position
-        columns = torch.stack(
-            [
-                kld,
-                kld_cut,
-                same_top,
-                (-nll_cand).exp() - (-nll_ref).exp(),
-                nll_ref,
-                nll_cand,
-                block.confidence_T,
-                block.entropy_T,
-                position,
-            ],
-            dim=1,
-        )[good]
-        self._columns.append(columns.numpy())
-        self._chunk_of.append(np.full(len(columns), self._chunks - 1, dtype=np.int64))
+        target_T1 = torch.from_numpy(np.asarray(targets, dtype=np.int64))[:, None]
+        nll_ref = (lse_a - a.gather(1, target_T1)[:, 0]).numpy()[good]
+        nll_cand = (lse_b - b.gather(1, target_T1)[:, 0]).numpy()[good]
+        shift = lse_b - lse_a
+        log_p = a - lse_a[:, None]
+        p = log_p.exp()
+        entropy = lse_a - torch.linalg.vecdot(p, a)
+        a.sub_(b)  # a - b from here on
+        # sum p (a - b) + lse_b - lse_a: no second (T, V) log-softmax; the cancellation costs eps64 * |logit| ~ 1e-14
+        kld = (torch.linalg.vecdot(p, a) + shift).numpy()[good]
+        confidence = p.amax(dim=1).numpy()[good]
+        p.masked_fill_(log_p <= LLAMA_CPP_CUT, 0.0)
+        kld_cut = (torch.linalg.vecdot(p, a) + shift * p.sum(dim=1)).numpy()[good]
+        same_top = (np.argmax(cand, axis=1) == np.argmax(ref, axis=1))[good].astype(np.float64)  # the first of equals
+        dp = np.exp(-nll_cand) - np.exp(-nll_ref)
+        columns = (kld, kld_cut, same_top, dp * dp, nll_ref, nll_cand, entropy.numpy()[good])
+        self._sums[-1] += [float(column.sum()) for column in columns]
+        self._counts[-1] += len(kld)
+        self._kld.append(kld)
+        if not len(kld):
+            return
+        low, high = self._log_ratio
+        self._log_ratio = (min(low, float((nll_cand - nll_ref).min())), max(high, float((nll_cand - nll_ref).max())))
+        position = np.arange(first_position, first_position + len(good))[good]
+        _into(self._position, position, kld)
+        _into(self._confidence, np.minimum((confidence * 10).astype(np.int64), 9), kld)
+        log = np.clip(np.log10(np.maximum(kld, 10.0**_HISTOGRAM_LOW)), _HISTOGRAM_LOW, _HISTOGRAM_HIGH)
+        bucket = np.floor((log - _HISTOGRAM_LOW) / _HISTOGRAM_STEP).astype(np.int64)
+        self._histogram += np.bincount(bucket, minlength=_HISTOGRAM_SIZE)
 
     def result(self) -> Divergence:
         """The statistics of everything added. Rows with a non-finite logit are counted, not averaged."""
-        table = np.concatenate(self._columns) if self._columns else np.zeros((0, len(self._COLUMNS)))
-        chunk_of = np.concatenate(self._chunk_of) if self._chunk_of else np.zeros(0, dtype=np.int64)
-        if len(table) == 0:
+        counts = np.asarray(self._counts, dtype=np.float64)
+        total = float(counts.sum())
+        if total == 0:
             return self._empty()
-        kld, kld_cut, same_top, dp, nll_ref, nll_cand, confidence, entropy, position = table.T
-        counts = np.bincount(chunk_of, minlength=self._chunks).astype(np.float64)
-        weights = _resampled_chunks(self._chunks, self.seed)  # (rounds, chunks)
-
-        def interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-            return _clustered_interval(values, chunk_of, counts, weights)
-
-        log_ratio = nll_cand - nll_ref
-        low, high = interval(log_ratio)
+        sums = np.stack(self._sums)  # (chunks, 7)
+        means = dict(zip(_SUMS, (sums.sum(axis=0) / total).tolist(), strict=True))
+        kld = np.concatenate(self._kld)
+        drawn = resampled(len(counts), self.seed)
+        low, high = mean_interval(sums[:, 5] - sums[:, 4], counts, drawn, extremes=self._log_ratio)
         return Divergence(
             reference=self.reference,
             candidate=self.candidate,
             tokens=len(kld),
-            chunks=self._chunks,
+            chunks=len(counts),
             n_ctx=self.n_ctx,
             vocab=self.vocab,
-            mean_kld=float(kld.mean()),
-            mean_kld_interval=interval(kld),
-            mean_kld_llama_cpp=float(kld_cut.mean()),
+            mean_kld=means["kld"],
+            mean_kld_interval=mean_interval(sums[:, 0], counts, drawn, extremes=(float(kld.min()), float(kld.max()))),
+            mean_kld_llama_cpp=means["kld_cut"],
             max_kld=float(kld.max()),
             kld_percentiles={f"{q:g}": float(np.percentile(kld, q)) for q in PERCENTILES},
-            top1=float(same_top.mean()),
-            top1_interval=interval(same_top),
-            rms_dp=float(math.sqrt(float((dp * dp).mean()))),
-            ppl_reference=_exp(float(nll_ref.mean())),
-            ppl_candidate=_exp(float(nll_cand.mean())),
-            ppl_ratio=_exp(float(log_ratio.mean())),
+            top1=means["same_top"],
+            top1_interval=share_interval(sums[:, 2], counts, drawn),
+            rms_dp=math.sqrt(means["dp2"]),
+            ppl_reference=_exp(means["nll_ref"]),
+            ppl_candidate=_exp(means["nll_cand"]),
+            ppl_ratio=_exp(means["nll_cand"] - means["nll_ref"]),
             ppl_ratio_interval=(_exp(low), _exp(high)),
-            reference_entropy=float(entropy.mean()),
-            kld_by_position=_by_position(position, kld),
-            kld_by_confidence=_by_confidence(confidence, kld),
-            histogram=_histogram(kld),
+            reference_entropy=means["entropy"],
+            kld_by_position=_by_position(self._position),
+            kld_by_confidence=[(i / 10, float(s / n), int(n)) for i, (s, n) in enumerate(self._confidence.T) if n],
+            histogram=[(_HISTOGRAM_LOW + i * _HISTOGRAM_STEP, int(n)) for i, n in enumerate(self._histogram) if n],
             non_finite=self.non_finite,
         )
 
@@ -176,7 +153,7 @@ class DivergenceAccumulator:
         """Nothing finite to average: zero tokens and zeros, on which no check may pass; `non_finite` says why."""
         nothing = (0.0, 0.0)
         return Divergence(
-            reference=self.reference, candidate=self.candidate, tokens=0, chunks=self._chunks, n_ctx=self.n_ctx,
+            reference=self.reference, candidate=self.candidate, tokens=0, chunks=len(self._counts), n_ctx=self.n_ctx,
             vocab=self.vocab, mean_kld=0.0, mean_kld_interval=nothing, mean_kld_llama_cpp=0.0, max_kld=0.0,
             kld_percentiles={}, top1=0.0, top1_interval=nothing, rms_dp=0.0, ppl_reference=0.0, ppl_candidate=0.0,
             ppl_ratio=0.0, ppl_ratio_interval=nothing, reference_entropy=0.0, kld_by_position=[], kld_by_confidence=[],
@@ -209,75 +186,35 @@ def divergence(
             total = DivergenceAccumulator(
                 reference=reference, candidate=candidate, n_ctx=len(tokens), vocab=ref.shape[1], seed=seed
             )
-        add_chunk(ref, {candidate: cand}, tokens, {candidate: total})
+        total.begin_chunk()
+        total.add(ref, cand, tokens[len(tokens) - len(ref) :], first_position=len(tokens) - 1 - len(ref))
     if total is None:
         raise InputError("nothing to compare: no chunk of tokens was given")
     return total.result()
 
 
-def add_chunk(ref: Array, candidates: dict[str, Array], tokens: Ids, into: dict[str, DivergenceAccumulator]) -> None:
-    """Add one chunk for several candidates at once: the reference's share of the work is done a single time."""
-    length = ref.shape[0]
-    for label, own in candidates.items():
-        if own.shape[0] != length:
-            raise InputError(f"{label} has {own.shape[0]} scored positions where the reference has {length}")
-        into[label].begin_chunk()
-    for block in reference_blocks(ref, tokens[len(tokens) - length :]):
-        for label, own in candidates.items():
-            into[label].add(block, own, first_position=len(tokens) - 1 - length)
+def mean_kld(ref_TV: Array, cand_TV: Array) -> float:
+    """Mean KLD of a few rows; NaN when any logit is not finite."""
+    a, b = (
+        torch.from_numpy(np.ascontiguousarray(ref_TV)).double(),
+        torch.from_numpy(np.ascontiguousarray(cand_TV)).double(),
+    )
+    log_p = torch.log_softmax(a, dim=1)
+    return float(torch.linalg.vecdot(log_p.exp(), log_p - torch.log_softmax(b, dim=1)).mean())
+
+
+def _into(table: Floats, index: npt.NDArray[np.int64], kld: Floats) -> None:
+    table[0] += np.bincount(index, weights=kld, minlength=table.shape[1])
+    table[1] += np.bincount(index, minlength=table.shape[1])
 
 
 def _exp(x: float) -> float:
     return math.exp(min(x, 700.0))  # e^709 is the largest double; a perplexity beyond e^700 is only "broken"
 
 
-def _resampled_chunks(chunks: int, seed: str) -> npt.NDArray[np.float64]:
-    """(rounds, chunks): how often each chunk was drawn in each bootstrap round."""
-    generator = np.random.default_rng(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big"))
-    return generator.multinomial(chunks, np.full(chunks, 1.0 / chunks), size=BOOTSTRAP_ROUNDS).astype(np.float64)
-
-
-def _clustered_interval(
-    values: npt.NDArray[np.float64],
-    chunk_of: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.float64],
-    weights: npt.NDArray[np.float64],
-) -> tuple[float, float]:
-    """95 % interval of the mean when whole chunks are the independent units; one chunk gives no interval: (-inf, inf)
-    cannot be stored, so the extremes of the single tokens stand in for it."""
-    if len(counts) < 2:
-        return float(values.min()), float(values.max())
-    sums = np.bincount(chunk_of, weights=values, minlength=len(counts))
-    drawn = weights @ counts
-    means = (weights @ sums)[drawn > 0] / drawn[drawn > 0]
-    tail = NormalDist().cdf(-math.sqrt(len(counts) / (len(counts) - 1)) * _t_quantile(len(counts) - 1))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _t_quantile(freedom: int) -> float:
-    """0.975 quantile of Student's t by its expansion in 1/freedom (Abramowitz and Stegun 26.7.5): 1e-3 from 5 on."""
-    z = NormalDist().inv_cdf(0.975)
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + g1 / freedom + g2 / freedom**2 + g3 / freedom**3
-
-
-def _by_position(position: npt.NDArray[np.float64], kld: npt.NDArray[np.float64]) -> list[tuple[int, float]]:
-    first, last = int(position.min()), int(position.max())
+def _by_position(table: Floats) -> list[tuple[int, float]]:
+    seen = np.flatnonzero(table[1])
+    first, last = int(seen[0]), int(seen[-1])
     width = max(1, math.ceil((last - first + 1) / _POSITION_BUCKETS))
-    bucket = ((position - first) // width).astype(np.int64)
-    return [(first + int(b) * width, float(kld[bucket == b].mean())) for b in np.unique(bucket)]
-
-
-def _by_confidence(confidence: npt.NDArray[np.float64], kld: npt.NDArray[np.float64]) -> list[tuple[float, float, int]]:
-    bucket = np.minimum((confidence * 10).astype(np.int64), 9)
-    return [(int(b) / 10, float(kld[bucket == b].mean()), int((bucket == b).sum())) for b in np.unique(bucket)]
-
-
-def _histogram(kld: npt.NDArray[np.float64]) -> list[tuple[float, int]]:
-    log = np.clip(np.log10(np.maximum(kld, 10.0**_HISTOGRAM_LOW)), _HISTOGRAM_LOW, _HISTOGRAM_HIGH)
-    bucket = np.floor((log - _HISTOGRAM_LOW) / _HISTOGRAM_STEP).astype(np.int64)
-    counts = np.bincount(bucket)
-    return [(_HISTOGRAM_LOW + i * _HISTOGRAM_STEP, int(n)) for i, n in enumerate(counts) if n]
+    buckets = ((start, table[:, start : start + width].sum(axis=1)) for start in range(first, last + 1, width))
+    return [(start, float(total / count)) for start, (total, count) in buckets if count]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from so8t_core.gate import rotate_rows
+from so8t_core.folding import rotate_rows
 
 Array = npt.NDArray[np.float32]
 Role = Literal["o", "v", "q", "k", "other"]

@@ -35,15 +35,16 @@ _SMALLEST = {
 
 @dataclass(frozen=True)
 class BakeResult:
-    """Checks of the legs `bake` and `controls`, and the model baked in fp32 for the leg `dtype`."""
+    """Checks of the leg `bake` and of one control, the model baked in fp32, and what the other control needs."""
 
     bake: list[Check]
     controls: list[Check]
     baked: Any
+    gated: Array  # logits of base + adapter on the first chunk
 
 
-def bake_legs(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit: float) -> BakeResult:
-    """Bake in memory, compare, and show that the wrong bake fails the same comparison.
+def bake_leg(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit: float) -> BakeResult:
+    """Bake in memory and compare; one model is in memory at a time.
 
     Args:
         max_abs_logit: the bake leg's bound; top-1 must agree wherever the reference's margin exceeds twice that.
@@ -52,19 +53,21 @@ def bake_legs(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit
 
     used = list(chunks[:BAKE_CHUNKS])
     model = load_hf(base)
-    plain = [hf_chunk(model, tokens) for tokens in used[:1]]
+    plain = hf_chunk(model, used[0])
     model = load_adapter(model, adapter)
     gated = [hf_chunk(model, tokens) for tokens in used]
     baked = bake(model)
     own = [hf_chunk(baked, tokens) for tokens in used]
-    wrong = _logits_of_transposed(base, adapter, used[:1])
     positions = sum(len(rows) for rows in own)
-    right_by, wrong_by = _largest(gated, own), _largest(gated[:1], wrong)
-    flips, wrong_flips = _flips(gated, own, 2 * max_abs_logit), _flips(gated[:1], wrong, 2 * max_abs_logit)
-    where = f"{positions} positions, fp32"
+    flips = _flips(gated, own, 2 * max_abs_logit)
     return BakeResult(
         bake=[
-            plain_check("bake.max_abs_logit", "Largest logit difference", right_by, detail=where),
+            plain_check(
+                "bake.max_abs_logit",
+                "Largest logit difference",
+                _largest(gated, own),
+                detail=f"{positions} positions, fp32",
+            ),
             plain_check(
                 "bake.top1_disagreements",
                 "Most likely token changed against the margin",
@@ -76,30 +79,34 @@ def bake_legs(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit
             plain_check(
                 "controls.differs_from_base",
                 "Baked model differs from its base (largest logit difference)",
-                _largest(plain, own[:1]),
+                _largest([plain], own[:1]),
                 detail="an adapter that changes nothing proves nothing",
-            ),
-            plain_check(
-                "controls.transposed",
-                "Wrong bake (R transposed) misses the bake leg (largest logit difference)",
-                wrong_by,
-                detail=f"{wrong_by / max_abs_logit:.3g} times the bake leg's bound, {wrong_flips} positions flip",
-            ),
+            )
         ],
         baked=baked,
+        gated=gated[0],
     )
 
 
-def base_control(base: Path, reference: Any, chunks: Sequence[Ids]) -> list[Check]:
-    """Without an adapter: only whether the reference differs from its base."""
-    used = chunks[:1]
-    model = load_hf(base)
-    difference = _largest([hf_chunk(model, t) for t in used], [hf_chunk(reference, t) for t in used])
-    return [
-        plain_check(
-            "controls.differs_from_base", "Reference differs from its base (largest logit difference)", difference
-        )
-    ]
+def transposed_control(base: Path, adapter: Path, chunk: Ids, gated: Array, *, max_abs_logit: float) -> Check:
+    """The same comparison with the wrong bake, which must miss the bound; `gated` is from `bake_leg`."""
+    wrong = _logits_of_transposed(base, adapter, [chunk])
+    by, flips = _largest([gated], wrong), _flips([gated], wrong, 2 * max_abs_logit)
+    return plain_check(
+        "controls.transposed",
+        "Wrong bake (R transposed) misses the bake leg (largest logit difference)",
+        by,
+        detail=f"{by / max_abs_logit:.3g} times the bake leg's bound, {flips} positions flip",
+    )
+
+
+def base_control(base: Path, reference: Array, chunk: Ids) -> Check:
+    """Without an adapter: only whether the reference, by its logits on the chunk, differs from its base."""
+    return plain_check(
+        "controls.differs_from_base",
+        "Reference differs from its base (largest logit difference)",
+        _largest([hf_chunk(load_hf(base), chunk)], [reference]),
+    )
 
 
 def _logits_of_transposed(base: Path, adapter: Path, chunks: Sequence[Ids]) -> list[Array]:

@@ -1,98 +1,242 @@
-"""The legs that need inference: every file on the same reference logits, chunk by chunk."""
+"""The legs that need inference. The reference runs once and its logits go to disk; then every file has its own turn.
+
+At any time one Hugging Face model or one GGUF file is open, and a bounded number of logits. A passage's logits are
+stored once, from its first position that anybody scores, and read back for every candidate and every cell.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
+from verification.cells import BLOCK, Cell, Passage, Plan
 from verification.checks import divergence_checks
 from verification.corpus import Corpus
-from verification.divergence import DivergenceAccumulator, add_chunk
+from verification.divergence import DivergenceAccumulator, Ids
+from verification.evidence import ALIGNED_ROWS, alignment
 from verification.legs_file import Candidate
-from verification.logits import LlamaLogits, hf_chunk, load_hf
+from verification.llama_engine import LlamaModel
+from verification.logits import LlamaLogits, hf_rows, load_hf, scored
 from verification.oracle import Oracle
-from verification.schema import Check, Divergence
+from verification.schema import CellResult, Check, Divergence
+from verification.spool import LogitSpool
 
-_SAVED = "saved checkpoint"
+Tell = Callable[[str, int, int], None]
+SAVED = "saved checkpoint"
+MID = "mid"  # the cell that is the ladder's own comparison
+
+
+def passages_of(chunks: Iterable[Ids]) -> list[Passage]:
+    """The corpus' chunks, scored in their second half."""
+    return [Passage(tokens, scored(len(tokens))[0]) for tokens in chunks]
+
+
+@dataclass
+class Reference:
+    """Where the reference's logits lie in the spool."""
+
+    spool: LogitSpool
+    name: str
+    _places: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # tokens -> first row, first position
+
+    def read(self, passage: Passage, start: int, stop: int) -> Any:
+        """Rows start .. stop-1 of a passage's scored positions, (rows, V) float32."""
+        row, first = self._places[passage.tokens.tobytes()]
+        row += passage.first - first
+        return self.spool.read(row + start, row + stop)
+
+    def add(self, passage: Passage, model: Any) -> None:
+        """Run the model over a passage and keep its logits."""
+        row = self.spool.rows
+        for logits in hf_rows(model, passage.tokens, first=passage.first):
+            self.spool.append(logits)
+        self._places[passage.tokens.tobytes()] = (row, passage.first)
+
+
+def distinct(groups: Iterable[Sequence[Passage]]) -> list[Passage]:
+    """Each text once, from the first position that any group scores."""
+    found: dict[bytes, Passage] = {}
+    for passage in (p for group in groups for p in group):
+        key = passage.tokens.tobytes()
+        if key not in found or passage.first < found[key].first:
+            found[key] = passage
+    return list(found.values())
+
+
+def run_reference(
+    model: Any, passages: Sequence[Passage], directory: Path, *, name: str, tell: Tell, stage: str = "reference"
+) -> Reference:
+    """The reference's logits of all passages, on disk; close `.spool` when done."""
+    vocab = int(model.config.get_text_config().vocab_size)
+    spool = LogitSpool(directory, rows=sum(p.rows for p in passages), vocab=vocab)
+    reference = Reference(spool, name)
+    try:
+        for number, passage in enumerate(passages):
+            tell(stage, number, len(passages))
+            reference.add(passage, model)
+    except BaseException:
+        spool.__exit__(None, None, None)
+        raise
+    tell(stage, len(passages), len(passages))
+    return reference
+
+
+def compare_rows(
+    rows: Iterable[Any],
+    reference: Reference,
+    passage: Passage,
+    into: DivergenceAccumulator,
+    *,
+    block: int | None = None,
+) -> float | None:
+    """Add one passage of a candidate; every `block` rows are a cluster, None makes the whole passage one.
+
+    Returns:
+        How much worse a shift by one position is, from the first rows; None for a single row.
+    """
+    done, ratio = 0, None
+    into.begin_chunk()
+    for part in rows:
+        own = reference.read(passage, done, done + len(part))
+        if done == 0 and len(part) > 1:
+            ratio = alignment(own[:ALIGNED_ROWS], part[:ALIGNED_ROWS])
+        start = 0
+        while start < len(part):
+            position = done + start
+            if block and position and position % block == 0:
+                into.begin_chunk()
+            stop = min(len(part), start + block - position % block) if block else len(part)
+            at = passage.first + position
+            targets = passage.tokens[at + 1 : at + 1 + stop - start]
+            into.add(own[start:stop], part[start:stop], targets, first_position=at)
+            start = stop
+        done += len(part)
+    if done != passage.rows:
+        raise InputError(f"{into.candidate} gave {done} rows where {passage.rows} positions are scored")
+    return ratio
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Divergences of the files from the reference, and of the saved checkpoint from the fp32 bake."""
+class FileResult:
+    """What one candidate's turn measured."""
 
-    files: dict[str, Divergence]
-    saved: Divergence | None
+    divergence: Divergence
+    alignment: float | None
+    cells: list[CellResult]
 
 
-def measure(
-    model: Any,
-    paths: Mapping[str, Path],
+def measure_file(
+    label: str,
+    path: Path,
     text: Corpus,
+    reference: Reference,
     *,
-    reference: str,
-    baked: Any | None = None,
+    plan: Plan | None = None,
+    seed: str,
     threads: int | None = None,
-    tell: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    stage: str = "logits",
-) -> Measured:
-    """Run the reference once a chunk and compare all files on it; all engines stay open, one chunk is in memory."""
-    n_ctx = len(text.chunks[0])
-    into: dict[str, DivergenceAccumulator] = {}
-    saved: DivergenceAccumulator | None = None
-    with contextlib.ExitStack() as stack:
-        engines = {
-            label: stack.enter_context(LlamaLogits(path, n_ctx=n_ctx, threads=threads)) for label, path in paths.items()
-        }
-        for number, tokens in enumerate(text.chunks):
-            tell(stage, number, len(text.chunks))
-            own = hf_chunk(model, tokens)
-            if number == 0:
-                into = {
-                    label: DivergenceAccumulator(
-                        reference=reference, candidate=label, n_ctx=n_ctx, vocab=own.shape[1], seed=text.sha256
-                    )
-                    for label in engines
-                }
-                for label, engine in engines.items():
-                    if engine.vocab != own.shape[1]:
-                        raise InputError(
-                            f"{label} gives {engine.vocab} logits a token, the reference {own.shape[1]}: "
-                            "different vocabularies cannot be compared"
-                        )
-            add_chunk(own, {label: engine.chunk(tokens) for label, engine in engines.items()}, tokens, into)
-            if baked is not None:
-                if saved is None:
-                    saved = DivergenceAccumulator(
-                        reference="baked fp32", candidate=_SAVED, n_ctx=n_ctx, vocab=own.shape[1], seed=text.sha256
-                    )
-                add_chunk(hf_chunk(baked, tokens), {_SAVED: own}, tokens, {_SAVED: saved})
-        tell(stage, len(text.chunks), len(text.chunks))
-    return Measured({label: total.result() for label, total in into.items()}, saved.result() if saved else None)
+    tell: Tell,
+    stage: str = "",
+) -> FileResult:
+    """One file against the reference: the corpus, then every cell. The file is open here and nowhere else."""
+    chunks, cells = passages_of(text.chunks), plan.cells if plan else []
+    steps, n_ctx = len(chunks) + len(cells), len(text.chunks[0])
+    stage = stage or label
+    ratio: float | None = None
+    with LlamaModel(path) as model:
+        if model.vocab_size != reference.spool.vocab:
+            raise InputError(
+                f"{label} gives {model.vocab_size} logits a token, the reference {reference.spool.vocab}: "
+                "different vocabularies cannot be compared"
+            )
+        total = _accumulator(reference, label, n_ctx, seed)
+        with LlamaLogits(model, n_ctx=n_ctx, threads=threads) as engine:
+            for number, passage in enumerate(chunks):
+                tell(stage, number, steps)
+                found = compare_rows(engine.rows(passage.tokens, first=passage.first), reference, passage, total)
+                ratio = found if number == 0 else ratio
+        divergence = total.result()
+        results = [_mid(label, divergence)] if plan else []
+        for number, cell in enumerate(cells):
+            tell(stage, len(chunks) + number, steps)
+            results.append(_run_cell(cell, label, model, plan, reference, seed, threads))
+    tell(stage, steps, steps)
+    return FileResult(divergence, ratio, results)
+
+
+def _mid(label: str, divergence: Divergence) -> CellResult:
+    setting = f"{divergence.chunks} x {divergence.n_ctx} tokens, the second half scored"
+    return CellResult(
+        cell=MID, title="The ladder's own chunks", candidate=label, setting=setting, divergence=divergence
+    )
+
+
+def _run_cell(
+    cell: Cell, label: str, model: LlamaModel, plan: Plan | None, reference: Reference, seed: str, threads: int | None
+) -> CellResult:
+    divergence = None
+    if plan is not None and not cell.why:
+        passages = plan.passages[cell.passages]
+        longest = max(len(p.tokens) for p in passages)
+        total = _accumulator(reference, label, longest, f"{cell.name} {seed}")
+        with LlamaLogits(model, n_ctx=cell.n_ctx or longest, n_ubatch=cell.n_ubatch, threads=threads) as engine:
+            for passage in passages:
+                singly = len(passage.tokens) - cell.singly if cell.singly else None
+                rows = engine.rows(passage.tokens, first=passage.first, singly_from=singly)
+                block = BLOCK if passage.rows >= 2 * BLOCK else None
+                compare_rows(rows, reference, passage, total, block=block)
+        divergence = total.result()
+    return CellResult(
+        cell=cell.name, title=cell.title, candidate=label, setting=cell.setting, why=cell.why, divergence=divergence
+    )
+
+
+def _accumulator(reference: Reference, label: str, n_ctx: int, seed: str) -> DivergenceAccumulator:
+    return DivergenceAccumulator(
+        reference=reference.name, candidate=label, n_ctx=n_ctx, vocab=reference.spool.vocab, seed=seed
+    )
+
+
+def saved_against_baked(
+    baked: Any, text: Corpus, reference: Reference, *, seed: str, tell: Tell, stage: str = "saved precision"
+) -> Divergence:
+    """Divergence of the saved checkpoint, whose logits are in the spool, from the bake in fp32."""
+    total = DivergenceAccumulator(
+        reference="baked fp32", candidate=SAVED, n_ctx=len(text.chunks[0]), vocab=reference.spool.vocab, seed=seed
+    )
+    chunks = passages_of(text.chunks)
+    for number, passage in enumerate(chunks):
+        tell(stage, number, len(chunks))
+        total.begin_chunk()
+        done = 0
+        for part in hf_rows(baked, passage.tokens, first=passage.first):
+            at = passage.first + done
+            targets = passage.tokens[at + 1 : at + 1 + len(part)]
+            total.add(part, reference.read(passage, done, done + len(part)), targets, first_position=at)
+            done += len(part)
+    tell(stage, len(chunks), len(chunks))
+    return total.result()
 
 
 def files_leg(candidate: Candidate, d: Divergence) -> list[Check]:
     """Checks of `convert` (float files) or `quality` (quantised files)."""
-    if not candidate.file.is_float:
-        return divergence_checks("quality", d, subject=candidate.label)
-    return [
-        *divergence_checks("convert", d, subject=candidate.label),
-        Check(
-            name="convert.reference_entropy",
-            title="Reference's mean entropy, below 0.9 ln V",
-            subject=candidate.label,
-            status="not evaluated",
-            value=d.reference_entropy if d.tokens else None,
-            bound=0.9 * math.log(d.vocab),  # a nearly uniform reference hides faults: no logit comparison counts then
-            relation="<=",
-            unit="nats",
-        ),
-    ]
+    return divergence_checks("convert" if candidate.file.is_float else "quality", d, subject=candidate.label)
+
+
+def cell_checks(results: Sequence[CellResult], plan: Plan) -> list[Check]:
+    """Mean KLD, top-1 and finiteness of every cell that was measured."""
+    notes: Mapping[str, str] = {cell.name: cell.note for cell in plan.cells}
+    checks: list[Check] = []
+    for result in results:
+        if result.divergence is None:
+            continue
+        for check in divergence_checks(f"cells.{result.cell}", result.divergence, subject=result.candidate):
+            note = notes.get(result.cell) or f"{result.setting}, {check.detail}".rstrip(", ")
+            checks.append(check.model_copy(update={"title": f"{result.title}: {check.title}", "detail": note}))
+    return checks
 
 
 def base_damage_of(
@@ -100,16 +244,25 @@ def base_damage_of(
     files: Sequence[Candidate],
     oracle: Oracle,
     text: Corpus,
+    directory: Path,
     *,
+    seed: str,
     threads: int | None,
-    tell: Callable[[str, int, int], None],
+    tell: Tell,
 ) -> list[Divergence]:
     """What the same quantisation does to the base model on the same text; information, never decided on."""
-    digest = sha256_path(base)
-    source = oracle.converted(base, digest)
     kinds = list(dict.fromkeys(c.file.file_type for c in files if not c.file.is_float))
     if not kinds:
         return []
+    digest = sha256_path(base)
+    source = oracle.converted(base, digest)
     paths = {kind: oracle.of_type(source, kind, base, digest) for kind in kinds}
-    result = measure(load_hf(base), paths, text, reference="base", threads=threads, tell=tell, stage="base damage")
-    return list(result.files.values())
+    chunks = passages_of(text.chunks)
+    reference = run_reference(load_hf(base), chunks, directory, name="base", tell=tell, stage="base")
+    with reference.spool:
+        return [
+            measure_file(
+                kind, path, text, reference, seed=seed, threads=threads, tell=tell, stage=f"base {kind}"
+            ).divergence
+            for kind, path in paths.items()
+        ]

@@ -1,12 +1,13 @@
 """Logits of a chunk of tokens from the Hugging Face model and from llama.cpp, for exactly the same positions.
 
 A chunk has n_ctx tokens; positions n_ctx//2 .. n_ctx-2 are scored (T = n_ctx - 1 - n_ctx//2), so that each has at least
-half a chunk of context and its target inside the chunk. Every chunk starts with an empty cache. Both streams yield
-float32 arrays (T, V), one chunk at a time. Positions: llama.cpp, tools/perplexity/perplexity.cpp.
+half a chunk of context and its target inside the chunk. Every chunk starts with an empty cache. Both sides yield
+float32 rows (rows, V), a bounded number at a time. Positions: llama.cpp, tools/perplexity/perplexity.cpp.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,8 @@ from verification.llama_engine import LlamaModel, last_words
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+PIECE_ELEMENTS = 1 << 27  # logits held at once: 512 MiB of float32
+N_BATCH = 512  # llama.cpp keeps one row of logits for each scored token of a batch
 
 
 def usable_cores() -> int:
@@ -56,19 +59,62 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Any
     return model.eval()
 
 
-def hf_chunk(model: Any, tokens: Ids, *, first: int | None = None) -> Array:
-    """(T, V) float32 logits of one chunk; the head is applied to the scored positions only."""
+def hf_rows(model: Any, tokens: Ids, *, first: int | None = None, piece: int = PIECE_ELEMENTS) -> Iterator[Array]:
+    """Yield (rows, V) float32 logits of the scored positions `first` .. len-2, at most `piece` elements at a time.
+
+    Long pieces are cut: the model's body runs once and its head once a piece, so memory does not grow with the length.
+    A model without `logits_to_keep` gives all of its logits at once.
+    """
     start, stop = scored(len(tokens))
     start = start if first is None else first
     ids_1T = torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(model.device)
-    with torch.inference_mode():
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            keep = torch.arange(start, stop, device=ids_1T.device)
-            logits = model(input_ids=ids_1T, use_cache=False, logits_to_keep=keep).logits[0]
-        else:
-            logits = model(input_ids=ids_1T, use_cache=False).logits[0, start:stop]
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        with torch.inference_mode():
+            yield _numpy(model(input_ids=ids_1T, use_cache=False).logits[0, start:stop])
+        return
+    rows = max(1, piece // int(model.config.get_text_config().vocab_size))
+    with _body_once(model) if stop - start > rows else contextlib.nullcontext():
+        for begin in range(start, stop, rows):
+            keep = torch.arange(begin, min(begin + rows, stop), device=ids_1T.device)
+            with torch.inference_mode():
+                logits = model(input_ids=ids_1T, use_cache=False, logits_to_keep=keep).logits[0]
+            yield _numpy(logits)
+
+
+@contextlib.contextmanager
+def _body_once(model: Any) -> Iterator[None]:
+    """Inside, the model's body answers every call with what it gave the first time: only the head runs again."""
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "?", None)
+    if not isinstance(body, torch.nn.Module) or body is model or "forward" in vars(body):
+        yield  # no body of its own, or somebody else's forward on it: run the whole model for every piece
+        return
+    kept: list[Any] = []
+    forward = body.forward
+
+    def once(*args: Any, **more: Any) -> Any:
+        if not kept:
+            kept.append(forward(*args, **more))
+        return kept[0]
+
+    body.forward = once
+    try:
+        yield
+    finally:
+        del body.forward
+
+
+def _numpy(logits: torch.Tensor) -> Array:
     result: Array = logits.float().cpu().numpy()
     return result
+
+
+def hf_chunk(model: Any, tokens: Ids, *, first: int | None = None) -> Array:
+    """(T, V) float32 logits of one chunk; the head is applied to the scored positions only."""
+    return _joined(list(hf_rows(model, tokens, first=first)))
+
+
+def _joined(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def hf_logits(model: Any, chunks: Iterable[Ids], *, dtype: torch.dtype = torch.float32) -> Iterator[Array]:
@@ -79,7 +125,11 @@ def hf_logits(model: Any, chunks: Iterable[Ids], *, dtype: torch.dtype = torch.f
 
 
 class LlamaLogits:
-    """One GGUF file with one context, asked chunk by chunk; a context manager.
+    """One context of one GGUF file, asked chunk by chunk; a context manager.
+
+    Args:
+        file: a path, or a model that is loaded already and stays its owner's.
+        n_batch: tokens given to llama.cpp at once; also bounds the rows of logits that it holds.
 
     Raises:
         InputError: llama.cpp cannot load the file or make the context.
@@ -87,24 +137,26 @@ class LlamaLogits:
 
     def __init__(
         self,
-        path: str | Path,
+        file: str | Path | LlamaModel,
         *,
         n_ctx: int,
         n_batch: int | None = None,
         n_ubatch: int | None = None,
         threads: int | None = None,
     ) -> None:
-        self.file = LlamaModel(path)
-        self.n_ctx, self.n_batch = n_ctx, min(n_batch or n_ctx, n_ctx)
+        self._own = not isinstance(file, LlamaModel)
+        self.file = file if isinstance(file, LlamaModel) else LlamaModel(file)
+        self.n_ctx, self.n_batch = n_ctx, min(n_batch or N_BATCH, n_ctx)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_batch, min(n_ubatch or 512, self.n_batch)
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_batch, min(n_ubatch or N_BATCH, self.n_batch)
         params.n_seq_max, params.no_perf = 1, True
         # llama.cpp's default is 4 whatever the machine: more threads than cores spin at each other's barriers
         params.n_threads = params.n_threads_batch = threads or usable_cores()
         self.context = llama_cpp.llama_init_from_model(self.file.model, params)
         if not self.context:
-            self.file.close()
-            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {last_words()}")
+            if self._own:
+                self.file.close()
+            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for {self.file.path}: {last_words()}")
         self.batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
 
     def __enter__(self) -> LlamaLogits:
@@ -116,41 +168,49 @@ class LlamaLogits:
         self.close()
 
     def close(self) -> None:
-        """Free context and model; safe to call twice."""
+        """Free the context, and the model where it was loaded here; safe to call twice."""
         if self.context:
             llama_cpp.llama_batch_free(self.batch)
             llama_cpp.llama_free(self.context)
             self.context = None
-        self.file.close()
+        if self._own:
+            self.file.close()
 
     @property
     def vocab(self) -> int:
         return self.file.vocab_size
 
-    def chunk(self, tokens: Ids, *, first: int | None = None) -> Array:
-        """(T, V) float32 logits of one chunk, from an empty cache."""
-        if len(tokens) > self.n_ctx:
-            raise InputError(f"a chunk of {len(tokens)} tokens does not fit the context of {self.n_ctx}")
+    def rows(self, tokens: Ids, *, first: int | None = None, singly_from: int | None = None) -> Iterator[Array]:
+        """Yield (rows, V) float32 logits of the scored positions `first` .. len-2, from an empty cache.
+
+        Args:
+            singly_from: position from which the tokens are decoded one by one, as a generation does it.
+        """
+        length = len(tokens)
+        if length > self.n_ctx:
+            raise InputError(f"a chunk of {length} tokens does not fit the context of {self.n_ctx}")
         if int(tokens.max()) >= self.vocab:
             raise InputError(
                 f"{self.file.path} has a vocabulary of {self.vocab}, the reference's tokenizer gave the id "
                 f"{int(tokens.max())}: different vocabularies cannot be compared"
             )
-        start, stop = scored(len(tokens))
+        start, stop = scored(length)
         start = start if first is None else first
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
-        result = np.empty((stop - start, self.vocab), dtype=np.float32)
-        filled = 0
-        for begin in range(0, len(tokens), self.n_batch):
-            part = tokens[begin : begin + self.n_batch]
-            wanted = self._fill(part, begin, start, stop)
+        together = length if singly_from is None else singly_from
+        parts = [(begin, min(begin + self.n_batch, together)) for begin in range(0, together, self.n_batch)]
+        parts += [(begin, begin + 1) for begin in range(together, length)]
+        for begin, end in parts:
+            wanted = self._fill(tokens[begin:end], begin, start, stop)
             if llama_cpp.llama_decode(self.context, self.batch) != 0:
                 raise InputError(f"llama.cpp failed to decode {self.file.path}: {last_words()}")
             if wanted:
                 pointer = llama_cpp.llama_get_logits(self.context)
-                result[filled : filled + wanted] = np.ctypeslib.as_array(pointer, shape=(wanted, self.vocab))
-                filled += wanted
-        return result
+                yield np.ctypeslib.as_array(pointer, shape=(wanted, self.vocab)).copy()
+
+    def chunk(self, tokens: Ids, *, first: int | None = None, singly_from: int | None = None) -> Array:
+        """(T, V) float32 logits of one chunk; see `rows`."""
+        return _joined(list(self.rows(tokens, first=first, singly_from=singly_from)))
 
     def _fill(self, part: Ids, begin: int, start: int, stop: int) -> int:
         """Write one batch; returns how many of its rows carry logits."""

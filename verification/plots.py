@@ -106,6 +106,36 @@ def kld_by_confidence(report: Report) -> str | None:
     return _lines(report, "kld-confidence", series, "reference's top-1 probability, bucket start", "mean KLD (nats)")
 
 
+def kld_by_cell(report: Report) -> str | None:
+    """Mean KLD of every execution cell on a log axis, one row a cell, with its 95 % interval."""
+    found = [(c, c.divergence) for c in report.cells if c.divergence and _plottable(c.divergence.mean_kld)]
+    rows = list(dict.fromkeys(c.title for c, _ in found))
+    names = list(dict.fromkeys(c.candidate for c, _ in found))
+
+    def draw(axes: Any) -> None:
+        for i, name in enumerate(names):
+            style, shift = _style(report, name), 0.5 * (i - (len(names) - 1) / 2) / max(1, len(names))
+            own = [(rows.index(c.title), d) for c, d in found if c.candidate == name]
+            x = [d.mean_kld for _, d in own]
+            bars = [[max(0.0, d.mean_kld - max(d.mean_kld_interval[0], d.mean_kld / 1e3)) for _, d in own],
+                    [max(0.0, d.mean_kld_interval[1] - d.mean_kld) for _, d in own]]  # fmt: skip
+            y = [row + shift for row, _ in own]
+            axes.errorbar(
+                x, y, xerr=bars, fmt=style["marker"], color=style["color"], ms=4, capsize=2, label=_short(name)
+            )
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(rows)), [_short(row) for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(float(x))))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="mean KLD (nats)")
+
+    text = "; ".join(f"{c.candidate}, {c.title}: {number(d.mean_kld)}" for c, d in found)
+    height = 1.1 + 0.27 * len(rows)
+    return _svg("kld-cells", f"Mean KL divergence by cell. {text}", draw, inches=(4.6, height)) if found else None
+
+
 def tensor_errors(report: Report) -> str | None:
     """Largest relative error of any tensor in a layer, one line a candidate."""
     worst: dict[str, dict[int, float]] = {}

@@ -1,13 +1,15 @@
 """What must hold before a file may be released, and the decision that follows from measured values.
 
 The policy is a YAML file (`default_policy.yaml` comments every key). Deciding uses only the values stored in a report:
-value, relation, bound, interval. A check passes when it was evaluated and holds; `inconclusive` is a mean within its
-bound whose interval reaches beyond it; a waiver turns a failure into `waived` and is printed with its reason.
+value, relation, bound, interval. A check passes when it was evaluated and holds; a statistic holds when the far end of
+its 95 % interval does (upper for a KLD, lower for a share), and is `inconclusive` when only its mean does; so is a text
+that cannot carry a verdict. A waiver turns a failure into `waived` and is printed with its reason.
 Order of a leg's and of the whole verdict: fail > not evaluated (incomplete) > inconclusive > pass.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ _BAD_FIRST: tuple[Status, ...] = ("fail", "not evaluated", "inconclusive")
 _OF_EVERY_FILE = (
     "contract.token_ids", "contract.added_specials", "contract.chat_template", "contract.stop_set",
     "contract.special_ids", "contract.metadata", "contract.oracle_metadata", "contract.fallback_types",
-    "contract.inventory", "contract.finite_weights",
+    "contract.inventory", "contract.finite_weights", "contract.layout", "contract.end_of_turn",
 )  # fmt: skip
 _OF_FLOAT_FILES = ("convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite")
 _OF_QUANTS = ("quantise.tensors_differ", "quality.mean_kld", "quality.top1", "quality.non_finite")
@@ -32,7 +34,17 @@ _OF_ADAPTERS = (
     "bake.max_abs_logit", "bake.top1_disagreements", "dtype.rounding", "dtype.non_finite",
     "controls.differs_from_base", "controls.transposed",
 )  # fmt: skip
-_UPPER_END = {"quality.mean_kld"}  # decided on the interval's far end: quantisation noise is large, samples are few
+_OF_EVERY_RUN = (
+    "evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.repeat",
+    "evidence.noise_floor",
+)  # fmt: skip
+# the cells that apply to every model and at every level; a report without them was cut
+_CELLS = ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
+_OF_EVERY_CELL = tuple(f"cells.{cell}.{value}" for cell in _CELLS for value in ("mean_kld", "top1", "non_finite"))
+# too little or the wrong text, or an engine noisier than the bound: nothing is wrong with the file, nothing is proved
+_OPEN = {
+    "evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.noise_floor"
+}  # fmt: skip
 
 LEG_TITLES: dict[LegName, str] = {
     "bake": "Bake",
@@ -42,6 +54,8 @@ LEG_TITLES: dict[LegName, str] = {
     "quality": "Quality",
     "contract": "Contract",
     "controls": "Controls",
+    "evidence": "Evidence",
+    "cells": "Cells",
 }
 
 
@@ -84,6 +98,14 @@ class ControlBounds(_Section):
     transposed: float = Field(gt=0)
 
 
+class EvidenceBounds(_Section):
+    positions: int = Field(ge=1)
+    chunks: int = Field(ge=2)
+    entropy: float = Field(ge=0)
+    entropy_share: float = Field(gt=0, le=1)
+    alignment: float = Field(ge=1)
+
+
 class Waiver(_Section):
     check: str = Field(min_length=1)
     subject: str | None = None  # a candidate's label; None = every candidate
@@ -101,10 +123,12 @@ class Policy(_Section):
     quality: dict[str, LogitBounds]
     contract: ContractBounds
     controls: ControlBounds
+    evidence: EvidenceBounds
+    cells: dict[str, LogitBounds]
     waivers: list[Waiver] = Field(default_factory=list)
 
     def bound(self, check: Check) -> tuple[str, float | int | str] | None:
-        """Relation and bound for a check, or None when the check carries its own (`convert.reference_entropy`)."""
+        """Relation and bound for a check, or None when the policy knows none."""
         if check.name.startswith("contract.") or check.name.endswith(".non_finite"):
             return "<=", 0  # a count of disagreements; what a stored report says its bound was does not matter
         kind = check.subject.split(" ")[0]  # "Q8_0 (name.gguf)" is a Q8_0
@@ -121,13 +145,26 @@ class Policy(_Section):
             "controls.differs_from_base": (">=", self.controls.differs_from_base),
             # never below the bake leg's own bound: a loosened bake leg must still refuse the wrong bake
             "controls.transposed": (">=", max(self.controls.transposed, 2 * self.bake.max_abs_logit)),
+            "evidence.positions": (">=", self.evidence.positions),
+            "evidence.chunks": (">=", self.evidence.chunks),
+            "evidence.entropy": (">=", self.evidence.entropy),
+            "evidence.entropy_share": ("<=", self.evidence.entropy_share),
+            "evidence.alignment": (">=", self.evidence.alignment),
+            "evidence.repeat": ("<=", 0),
+            "evidence.noise_floor": ("<=", self.convert.mean_kld),
         }
         for name in ("float32", "float16", "bfloat16"):
             table[f"dtype.mean_kld.{name}"] = ("<=", getattr(self.dtype, name))
         if quality:
             table["quality.mean_kld"] = ("<=", quality.mean_kld)
             table["quality.top1"] = (">=", quality.top1)
+        if check.name.startswith("cells.") and kind in self.cells:
+            table[check.name] = _cell_bound(check.name, self.cells[kind])
         return table.get(check.name)
+
+
+def _cell_bound(name: str, bounds: LogitBounds) -> tuple[str, float]:
+    return ("<=", bounds.mean_kld) if name.endswith(".mean_kld") else (">=", bounds.top1)
 
 
 def load_policy(path: str | Path | None = None) -> Policy:
@@ -226,10 +263,12 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
     for artefact in report.artefacts:
         if artefact.role == "candidate":
             is_float = artefact.label.split(" ")[0] in FLOAT_TYPES
-            names = (*_OF_EVERY_FILE, *(_OF_FLOAT_FILES if is_float else _OF_QUANTS))
-            wanted += [(name, artefact.label) for name in names]
+            names = (*_OF_EVERY_FILE, *(_OF_FLOAT_FILES if is_float else _OF_QUANTS), "evidence.alignment")
+            wanted += [(name, artefact.label) for name in (*names, *_OF_EVERY_CELL)]
         elif artefact.role == "adapter":
             wanted += [(name, "") for name in _OF_ADAPTERS]
+    if wanted:
+        wanted += [(name, "") for name in _OF_EVERY_RUN]
     return wanted
 
 
@@ -268,10 +307,9 @@ def _decide_check(check: Check, policy: Policy) -> Check:
         )
     elif (known := policy.bound(check)) is not None:
         check = check.model_copy(update={"relation": known[0], "bound": known[1]})
-    elif check.name in ("quality.mean_kld", "quality.top1"):
-        check = check.model_copy(
-            update={"relation": None, "bound": None, "detail": f"the policy has no quality bound for {check.subject}"}
-        )
+    elif _is_statistic(check):  # never the bound that a stored report says it had
+        detail = f"the policy has no {check.name.split('.')[0]} bound for {check.subject}"
+        check = check.model_copy(update={"relation": None, "bound": None, "detail": detail})
     status = _evaluate(check)
     if status in ("fail", "inconclusive", "not evaluated"):
         for waiver in policy.waivers:
@@ -291,10 +329,22 @@ def _evaluate(check: Check) -> Status:
     if check.relation is None:  # an accepted listing, see allow_fallback_types; nothing else may come without one
         return "pass" if check.name == "contract.fallback_types" else "not evaluated"
     if not _holds(value, check.relation, bound):
-        return "fail"
-    if check.name in _UPPER_END and check.interval is not None and not _holds(check.interval[1], check.relation, bound):
-        return "inconclusive"
-    return "pass"
+        return "inconclusive" if check.name in _OPEN and _is_number(value) else "fail"
+    if not _is_statistic(check):
+        return "pass"
+    low, high = check.interval or (math.nan, math.nan)
+    if isinstance(value, str) or not low <= value <= high:
+        return "not evaluated"  # a statistic without its interval, or with another one's
+    return "pass" if _holds(high if check.relation == "<=" else low, check.relation, bound) else "inconclusive"
+
+
+def _is_statistic(check: Check) -> bool:
+    """Means over tokens, which are decided on the far end of their interval."""
+    return check.name.endswith((".mean_kld", ".top1")) or check.name.startswith("dtype.mean_kld.")
+
+
+def _is_number(value: float | int | str) -> bool:
+    return not isinstance(value, str) and math.isfinite(value)
 
 
 def _holds(value: float | int | str, relation: str, bound: float | int | str) -> bool:
@@ -331,11 +381,15 @@ def _summary(verdict: Verdict, legs: list[Leg], report: Report) -> str:
 def _describe(status: Status, found: list[tuple[Leg, Check]]) -> str:
     leg, check = found[0]
     subject = f" of {check.subject}" if check.subject else ""
-    shown = _number(check.interval[1] if status == "inconclusive" and check.interval else check.value)
+    far = check.interval[0 if check.relation == ">=" else 1] if check.interval else None
+    shown = _number(far if status == "inconclusive" and far is not None else check.value)
     more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
     detail = f": {check.detail}" if check.detail else ""
     if status == "not evaluated":
         return f"Incomplete: {leg.name}, {check.title.lower()}{subject} was not evaluated{more}{detail}."
+    if status == "inconclusive" and check.name in _OPEN:
+        limit = f"bound {check.relation} {_number(check.bound)}"
+        return f"Inconclusive: {check.title[:1].lower()}{check.title[1:]} is {shown}, {limit}{more}{detail}."
     if status == "inconclusive":
         return (
             f"Inconclusive: {check.title.lower()}{subject} may reach {shown}, bound {_number(check.bound)}{more}; "

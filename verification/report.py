@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -94,6 +94,27 @@ def to_json(report: Report) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate becomes its JSON escape
 
 
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of report.json. A number that is not finite is one of three words, see above."""
+    schema = Report.model_json_schema(mode="serialization")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"SO8T verification report {SCHEMA_VERSION}"
+    words = {"enum": list(_NOT_FINITE)}
+    return cast("dict[str, Any]", _with_words(schema, words))
+
+
+def _with_words(node: Any, words: dict[str, Any]) -> Any:
+    """The same schema, in which every float may also be one of the words."""
+    if isinstance(node, list):
+        return [_with_words(item, words) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "number":
+        rest = {key: value for key, value in node.items() if key != "type"}
+        return {**rest, "anyOf": [{"type": "number"}, words]}
+    return {key: _with_words(value, words) for key, value in node.items()}
+
+
 def to_html(report: Report) -> str:
     """The whole page; the same report gives the same bytes."""
     environment = Environment(
@@ -144,6 +165,10 @@ def _context(report: Report) -> dict[str, Any]:
         "divergences": [(d, False) for d in report.divergences] + [(d, True) for d in report.base_divergences],
         "policy_yaml": yaml.safe_dump(json.loads(to_json(report))["policy"], sort_keys=False, allow_unicode=True),
         "marks": _MARKS,
+        "cells": _cells(report),
+        "cell_labels": list(dict.fromkeys(cell.candidate for cell in report.cells)),
+        "noise_worst": max((row.mean_kld for row in report.noise if row.mean_kld > 0), default=0.0),
+        "noise_bound": _noise_bound(report),
     }
 
 
@@ -153,12 +178,32 @@ def _figures(report: Report) -> dict[str, Any]:
         "distribution": plots.kld_distribution(report),
         "position": plots.kld_by_position(report),
         "confidence": plots.kld_by_confidence(report),
+        "cells": plots.kld_by_cell(report),
         "size": plots.size_tradeoff(report),
         "tensors": plots.tensor_errors(report),
         "angles": plots.angles_by_layer(report),
     }
     curves = [(caption, Markup(svg)) for caption, svg in plots.training_curves(report)]
     return {name: Markup(svg) if svg else None for name, svg in single.items()} | {"training": curves}
+
+
+def _cells(report: Report) -> list[dict[str, Any]]:
+    """One entry a cell: title, setting, why it does not apply, and per candidate its divergence and worst status."""
+    statuses: dict[tuple[str, str], list[Status]] = {}
+    for check in (check for leg in report.legs if leg.name == "cells" for check in leg.checks):
+        statuses.setdefault((check.name.split(".")[1], check.subject), []).append(check.status)
+    rows: dict[str, dict[str, Any]] = {}
+    for cell in report.cells:
+        row = rows.setdefault(cell.cell, {"title": cell.title, "setting": cell.setting, "why": cell.why, "of": {}})
+        if cell.divergence is not None:
+            status = report_view.worst(statuses.get((cell.cell, cell.candidate), []))
+            row["of"][cell.candidate] = {"d": cell.divergence, "status": status}
+    return list(rows.values())
+
+
+def _noise_bound(report: Report) -> float | None:
+    checks = (check for leg in report.legs for check in leg.checks if check.name == "evidence.noise_floor")
+    return next((float(c.bound) for c in checks if isinstance(c.bound, (int, float))), None)
 
 
 def _scale(rungs: list[Step]) -> dict[str, Any]:

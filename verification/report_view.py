@@ -33,6 +33,8 @@ _TARGETS: dict[LegName, str] = {
     "quality": "Quantised GGUF",
     "contract": "Contract",
     "controls": "Negative controls",
+    "evidence": "Evidence",
+    "cells": "Execution cells",
 }
 _NEXT_AFTER_FAIL: dict[LegName, str] = {
     "bake": "Bake again from the original, unquantised checkpoint: merge LoRA first, then the rotation (W' = W R).",
@@ -41,6 +43,8 @@ _NEXT_AFTER_FAIL: dict[LegName, str] = {
     "quantise": "Quantise the F16 file again with the recorded build; the tensors that differ are listed below.",
     "quality": "Ship a larger type, quantise with an importance matrix, or change the bound in the policy and say why.",
     "contract": "Correct the named key or file beside the checkpoint and convert again; no new training is needed.",
+    "evidence": "Do not trust this run: the evaluator or the engine is off. Verify again on another machine or build.",
+    "cells": "Fix the setting named below, or ship only the settings that agree: waive it in the policy and say why.",
     "controls": "Do not trust this run: the gate did not react to a deliberate fault. Check corpus and inputs first.",
 }
 # C0/C1 controls except tab and newline, bidi and zero-width controls, surrogates, non-characters: shown, never obeyed.
@@ -175,8 +179,9 @@ def steps(report: Report) -> list[Step]:
     """The ladder from top to bottom (quantise and quality of one file adjacent), then contract and controls."""
     found: list[Step] = []
     for leg in report.legs:
-        for subject in dict.fromkeys(check.subject for check in leg.checks) or [""]:
-            checks = [check for check in leg.checks if check.subject == subject]
+        whole = leg.name == "evidence"  # about the run, though its alignment is measured with every file
+        for subject in [""] if whole else dict.fromkeys(check.subject for check in leg.checks) or [""]:
+            checks = [check for check in leg.checks if whole or check.subject == subject]
             status = worst(check.status for check in checks) if checks else leg.status
             target = visible(subject) or _TARGETS[leg.name]
             if subject and leg.name not in ("quantise", "quality"):
@@ -246,6 +251,8 @@ def next_action(report: Report) -> str:
         return (
             _NEXT_AFTER_FAIL[found[0].name] if found else "Read the checks below; the leg that failed is named there."
         )
+    if report.verdict == "inconclusive" and found and found[0].name == "evidence":
+        return f"Verify again with evidence that can decide: {visible(found[1].title).lower()} must meet its bound."
     if report.verdict == "inconclusive":
         return "Verify again with more held-out text: the interval still lies on both sides of the bound."
     return "Finish the verification: run the same command again, and supply what the checks below say was missing."

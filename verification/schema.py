@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"  # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`
 
 Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
 Verdict = Literal["pass", "fail", "inconclusive", "incomplete"]
-LegName = Literal["bake", "dtype", "convert", "quantise", "quality", "contract", "controls"]
+LegName = Literal["bake", "dtype", "convert", "quantise", "quality", "contract", "controls", "evidence", "cells"]
 Relation = Literal["<=", ">=", "==", "!="]
 
 
@@ -86,6 +86,28 @@ class Divergence(_Model):
     non_finite: int = 0  # scored positions with a NaN or Inf logit on either side; left out of every mean
 
 
+class CellResult(_Model):
+    """One candidate in one way of running it: a length, an allocated context, a batch size, decoding, BOS, a chat."""
+
+    cell: str  # "short", "n_ctx_shipped", "decode", ...
+    title: str
+    candidate: str
+    setting: str  # what is special, in words: "allocated n_ctx 4096"
+    why: str = ""  # why the cell does not apply; empty where it was measured
+    divergence: Divergence | None = None  # against the reference on the same tokens
+
+
+class NoiseRow(_Model):
+    """One file against itself, run another way: what of a divergence is llama.cpp's own arithmetic."""
+
+    candidate: str
+    setting: str  # "same again", "n_batch 16", "1 thread"
+    positions: int
+    mean_kld: float
+    max_abs_logit: float
+    top1: float
+
+
 class TensorRow(_Model):
     """One tensor of a candidate file against the reference."""
 
@@ -111,6 +133,8 @@ class Report(_Model):
     legs: list[Leg]
     divergences: list[Divergence] = Field(default_factory=list)
     base_divergences: list[Divergence] = Field(default_factory=list)  # the base model's own quant damage, information
+    cells: list[CellResult] = Field(default_factory=list)
+    noise: list[NoiseRow] = Field(default_factory=list)
     tensors: list[TensorRow] = Field(default_factory=list)
     policy: dict[str, Any]
     tokens_sha256: str = ""  # of the scored ids as int32, chunk after chunk

@@ -158,14 +158,23 @@ def test_vocabulary_mismatch_is_refused(
 def test_verify_passes_a_healthy_file_and_gate_decides_again(
     tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loose = tmp_path / "loose.yaml"
+    loose.write_text(
+        "evidence: {positions: 100, chunks: 2}\nconvert: {top1: 0.9}\ncells: {F16: {mean_kld: 1, top1: 0}}\n"
+    )
     code, out, err = so8t(
         capfd, monkeypatch, "verify", "--reference", tiny_dir, "--candidate", candidate, "--out", tmp_path / "o",
-        "--chunks", 2, "--n-ctx", 128, "-q",
+        "--chunks", 2, "--n-ctx", 128, "--cells", "quick", "--ship-n-ctx", 256, "--policy", loose, "-q",
     )  # fmt: skip
     assert code == 0, out + err
     assert "Pass" in out
     report = tmp_path / "o" / "report.json"
     assert so8t(capfd, monkeypatch, "gate", report)[0] == 0
+    default = tmp_path / "default.yaml"
+    default.write_text("{}\n", encoding="utf-8")
+    code, out, _ = so8t(capfd, monkeypatch, "gate", report, "--policy", default)  # 126 positions prove little
+    assert code == 1
+    assert "Inconclusive" in out
     strict = tmp_path / "strict.yaml"
     strict.write_text("convert: {mean_kld: 1.0e-12}\n", encoding="utf-8")
     assert so8t(capfd, monkeypatch, "gate", report, "--policy", strict)[0] == 1
@@ -195,6 +204,26 @@ def test_config_schema_is_json(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> N
     code, out, _ = so8t(capfd, monkeypatch, "config-schema")
     assert code == 0
     assert json.loads(out)["additionalProperties"] is False
+
+
+def test_report_schema_is_the_models(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from verification.schema import SCHEMA_VERSION, Report
+
+    code, out, _ = so8t(capfd, monkeypatch, "report-schema")
+    schema = json.loads(out)
+    assert code == 0
+    assert SCHEMA_VERSION in schema["title"]
+    assert set(schema["properties"]) == set(Report.model_fields)
+
+
+def test_an_unknown_level_of_cells_is_named(
+    tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = so8t(
+        capfd, monkeypatch, "verify", "--reference", tiny_dir, "--candidate", candidate, "--out", tmp_path / "o",
+        "--cells", "some",
+    )  # fmt: skip
+    assert (code, "some is unknown; quick or full" in err) == (2, True)
 
 
 def test_doctor_names_what_is_missing_and_how_to_get_it(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

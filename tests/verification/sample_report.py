@@ -11,10 +11,12 @@ from typing import Any, Literal
 from verification.schema import (
     AnswerRecord,
     Artefact,
+    CellResult,
     Check,
     Curve,
     Divergence,
     Leg,
+    NoiseRow,
     Report,
     Status,
     TensorRow,
@@ -109,6 +111,44 @@ def tensor_rows() -> list[TensorRow]:
                 rows.append(row(f"blk.{i}.{name}.weight", [576], "F32", "F32", 0.0, i))
         rows.append(row("output_norm.weight", [576], "F32", "F32", 0.0, None))
     return rows
+
+
+CELLS = {
+    "mid": "The ladder's own chunks",
+    "short": "Short prompts",
+    "n_ctx_shipped": "Context allocated as shipped",
+    "n_ctx_larger": "Context allocated larger",
+    "n_ubatch": "Prompt beyond n_ubatch",
+    "decode": "Token by token",
+    "bos": "With BOS",
+    "chat": "Rendered chats",
+}
+
+
+def cells(names: list[str]) -> list[CellResult]:
+    """Every cell of every file, and one that does not apply."""
+    found = [
+        CellResult(
+            cell=cell, title=title, candidate=name, setting="8 x 40 tokens",
+            divergence=divergence(name, 1 + 0.2 * math.sin(i)),
+        )
+        for name in names
+        for i, (cell, title) in enumerate(CELLS.items())
+    ]  # fmt: skip
+    why = "the model's RoPE has no original length (original_max_position_embeddings)"
+    return found + [
+        CellResult(cell="rope_beyond", title="Beyond the original RoPE length", candidate=name, setting="", why=why)
+        for name in names
+    ]
+
+
+def noise() -> list[NoiseRow]:
+    """F16 against itself."""
+    floors = {"same again": 0.0, "n_batch 16": 3.1e-8, "n_ubatch 8": 2.2e-8, "1 thread": 0.0}
+    return [
+        NoiseRow(candidate="F16", setting=setting, positions=124, mean_kld=kld, max_abs_logit=1e5 * kld, top1=1.0)
+        for setting, kld in floors.items()
+    ]
 
 
 def training() -> TrainingRecord:
@@ -233,6 +273,16 @@ def _legs(kind: Kind) -> list[Leg]:
             check("controls.transposed", "R transposed is refused", relation=">=", value=41.2, bound=1e-3,
                   unit="max |logit difference|"),
         ]),
+        "evidence": ("Evidence", "the text, the evaluator and the engine themselves", [
+            check("evidence.positions", "Scored positions", value=3060, bound=1000, relation=">="),
+            check("evidence.noise_floor", "Noise floor", value=3.1e-8, bound=5e-5, unit="nats"),
+            check("evidence.repeat", "Same file opened twice", value=0.0, bound=0),
+        ]),
+        "cells": ("Cells", "ways of running the file", [
+            check(f"cells.{name}.mean_kld", f"{title}: Mean KL divergence", subject="F16", value=5.4e-6, bound=1e-4,
+                  unit="nats", interval=(5.0e-6, 6.0e-6))
+            for name, title in CELLS.items()
+        ]),
     }  # fmt: skip
     return [
         Leg(name=name, title=title, compared=compared, status=worst_of(checks), checks=checks)  # type: ignore[arg-type]
@@ -262,6 +312,8 @@ def sample_report(kind: Kind = "pass") -> Report:
         legs=_legs(kind),
         divergences=[divergence(n, 0.165 / 5.4e-6 if kind == "fail" and n == "F16" else 1.0) for n in labels],
         base_divergences=[divergence(n, 0.87) for n in labels if n != "F16"],
+        cells=cells(labels),
+        noise=noise(),
         tensors=tensor_rows(),
         policy={"convert": {"mean_kld": 5e-5, "top1": 0.995}, "quality": {"Q8_0": {"mean_kld": 0.02, "top1": 0.93}}},
         versions={"so8t": "0.1.0", "torch": "2.13.0", "llama.cpp": "b11434", "cpu": "AVX2, FMA, F16C"},

@@ -8,9 +8,17 @@ import pytest
 
 from so8t_core.errors import InputError
 from verification import Report, decide, load_policy
-from verification.checks import plain_check, zero_check
+from verification.checks import plain_check as check_of
+from verification.checks import zero_check
 from verification.policy import LEG_TITLES, make_policy
 from verification.schema import Artefact, Check, Leg
+
+
+def plain_check(name: str, title: str, value: float, **more) -> Check:
+    """As measured: a statistic comes with its interval, here a narrow one."""
+    if name.endswith((".mean_kld", ".top1")) or name.startswith("dtype.mean_kld"):
+        more.setdefault("interval", (value, value))
+    return check_of(name, title, value, **more)
 
 
 def report(*checks: Check) -> Report:
@@ -70,11 +78,84 @@ def test_every_default_bound_can_fail(name: str, subject: str, value: float) -> 
     assert "Do not release" in decided.summary
 
 
-def test_a_mean_within_and_an_interval_beyond_is_inconclusive_for_quality_only() -> None:
-    wide = plain_check("quality.mean_kld", "KLD", 0.019, subject="Q8_0", interval=(0.017, 0.021))
-    assert verdict(*healthy(), wide) == "inconclusive"
-    convert = plain_check("convert.mean_kld", "KLD", 4e-5, subject="F16", interval=(3e-5, 6e-5))
-    assert verdict(*healthy(), convert) == "pass"
+@pytest.mark.parametrize(
+    ("name", "subject", "value", "interval", "expected"),
+    [
+        ("quality.mean_kld", "Q8_0", 0.019, (0.017, 0.021), "inconclusive"),
+        ("convert.mean_kld", "F16", 4e-5, (3e-5, 6e-5), "inconclusive"),
+        ("dtype.mean_kld.bfloat16", "", 2e-4, (1e-4, 4e-4), "inconclusive"),
+        ("cells.decode.mean_kld", "F16", 5e-5, (1e-5, 2e-4), "inconclusive"),
+        ("convert.top1", "F16", 0.999, (0.99, 1.0), "inconclusive"),
+        ("quality.top1", "Q8_0", 0.95, (0.92, 0.97), "inconclusive"),
+        ("cells.short.top1", "Q8_0", 0.95, (0.7, 0.99), "inconclusive"),
+        ("quality.top1", "Q8_0", 0.95, (0.94, 0.97), "pass"),
+        ("quality.mean_kld", "Q8_0", 0.021, (0.010, 0.030), "fail"),
+    ],
+)
+def test_a_statistic_is_decided_on_the_far_end_of_its_interval(
+    name: str, subject: str, value: float, interval: tuple[float, float], expected: str
+) -> None:
+    decided = decide(report(*healthy(), plain_check(name, "X", value, subject=subject, interval=interval)))
+    assert decided.verdict == expected
+
+
+@pytest.mark.parametrize("interval", [None, (0.0, 0.0), (0.5, 0.6), (float("nan"), float("nan"))])
+def test_a_statistic_without_its_own_interval_was_not_evaluated(interval: tuple[float, float] | None) -> None:
+    assert verdict(*healthy(), plain_check("quality.mean_kld", "X", 0.01, subject="Q8_0", interval=interval)) == (
+        "incomplete"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("evidence.positions", 999, "inconclusive"),
+        ("evidence.chunks", 7, "inconclusive"),
+        ("evidence.entropy", 0.49, "inconclusive"),
+        ("evidence.entropy_share", 0.81, "inconclusive"),
+        ("evidence.noise_floor", 5.1e-5, "inconclusive"),
+        ("evidence.entropy", float("nan"), "fail"),
+        ("evidence.alignment", 1.9, "fail"),
+        ("evidence.alignment", float("nan"), "fail"),
+        ("evidence.repeat", 1e-6, "fail"),
+        ("cells.chat.non_finite", 1, "fail"),
+        ("cells.chat.mean_kld", 2e-4, "fail"),
+    ],
+)
+def test_evidence_that_cannot_decide_is_inconclusive_and_a_broken_evaluator_fails(
+    name: str, value: float, expected: str
+) -> None:
+    decided = decide(report(*healthy(), plain_check(name, "Title", value, subject="F16")))
+    assert decided.verdict == expected
+    assert "title" in decided.summary
+
+
+def test_a_cell_without_a_bound_in_the_policy_is_not_evaluated() -> None:
+    borrowed = plain_check("cells.short.mean_kld", "X", 0.1, subject="Q2_K").model_copy(
+        update={"bound": 9.0, "relation": "<="}
+    )
+    assert verdict(*healthy(), borrowed) == "incomplete"
+    assert verdict(*healthy(), borrowed, cells={"Q2_K": {"mean_kld": 1.0, "top1": 0.1}}) == "pass"
+
+
+def test_a_cell_is_waived_by_name_with_its_reason() -> None:
+    bad = plain_check("cells.n_ctx_larger.mean_kld", "X", 0.3, subject="F16", detail="LongRoPE factor choice")
+    assert verdict(*healthy(), bad) == "fail"
+    waiver = {"check": "cells.n_ctx_larger.mean_kld", "reason": "the Modelfile sets num_ctx to 4096"}
+    assert verdict(*healthy(), bad, waivers=[waiver]) == "pass"
+    assert verdict(*healthy(), bad, waivers=[{**waiver, "check": "cells.n_ctx_shipped.mean_kld"}]) == "fail"
+
+
+def test_a_report_of_schema_1_0_is_read_and_said_to_lack_what_is_decided_on_now() -> None:
+    given = Artefact(role="candidate", path="m.gguf", sha256="0", bytes=1, label="F16")
+    names = [*(f"contract.{name}" for name in OF_A_FILE), "convert.non_finite"]
+    checks = [zero_check(name, "X", 0, subject="F16") for name in names]
+    checks += [plain_check(f"convert.{n}", n, v, subject="F16") for n, v in
+               (("rounding", 0.5), ("mean_kld", 1e-6), ("top1", 1.0))]  # fmt: skip
+    raw = report(*checks).model_copy(update={"artefacts": [given]}).model_dump(exclude={"cells", "noise"})
+    decided = decide({**raw, "schema_version": "1.0", "verdict": "pass"})
+    assert decided.verdict == "incomplete"
+    assert "the report has no evidence." in decided.summary or "the report has no cells." in decided.summary
 
 
 def test_order_is_fail_then_incomplete_then_inconclusive() -> None:
@@ -187,19 +268,32 @@ def test_a_report_that_lacks_a_check_of_its_candidate_is_incomplete() -> None:
         plain_check("quality.mean_kld", "KLD", 0.01, subject="Q8_0"),
         plain_check("quality.top1", "Top", 0.99, subject="Q8_0"),
         zero_check("quality.non_finite", "X", 0, subject="Q8_0"),
+        *everywhere("Q8_0"),
     )
     given = Artefact(role="candidate", path="m.gguf", sha256="0", bytes=1, label="Q8_0")
     whole = whole.model_copy(update={"artefacts": [given]})
     assert decide(whole, make_policy({})).verdict == "pass"
     for leg in whole.legs:
         for check in leg.checks:
-            if check.subject != "Q8_0":
+            if check.subject != "Q8_0" and leg.name != "evidence":
                 continue
             rest = [o.model_copy(update={"checks": [c for c in o.checks if c is not check]}) for o in whole.legs]
             cut = decide(whole.model_copy(update={"legs": [o for o in rest if o.checks]}), make_policy({}))
             assert cut.verdict == "incomplete", check.name
             assert check.name in cut.summary
             assert decide(cut) == cut
+
+
+def everywhere(subject: str) -> list[Check]:
+    """Healthy evidence of a run, and the cells that every report has to hold."""
+    evidence = {"positions": 3060, "chunks": 12, "entropy": 2.5, "entropy_share": 0.2, "repeat": 0, "noise_floor": 0}
+    checks = [plain_check(f"evidence.{name}", name, value) for name, value in evidence.items()]
+    checks.append(plain_check("evidence.alignment", "alignment", 100.0, subject=subject))
+    for cell in ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos"):
+        checks.append(plain_check(f"cells.{cell}.mean_kld", "KLD", 1e-6, subject=subject))
+        checks.append(plain_check(f"cells.{cell}.top1", "Top", 1.0, subject=subject))
+        checks.append(zero_check(f"cells.{cell}.non_finite", "Finite", 0, subject=subject))
+    return checks
 
 
 OF_A_FILE = (

@@ -23,8 +23,8 @@ from sample_report import KINDS, Kind, bare_report, check, sample_report
 from so8t_core.errors import InputError
 from verification.console import verdict_table
 from verification.junit import junit_xml
-from verification.report import load_report, to_html, to_json, to_markdown, write_report
-from verification.report_view import VERDICT_WORDS, steps, texts
+from verification.report import json_schema, load_report, to_html, to_json, to_markdown, write_report
+from verification.report_view import VERDICT_WORDS, number, steps, texts
 from verification.schema import Report
 
 HOSTILE = "<script>alert(1)</script>\"'&</details>|`x` \x00\x07\x1b[31m\u202egpj.exe $x^{"
@@ -211,8 +211,78 @@ def test_empty_optional_sections_vanish_without_holes() -> None:
     for word in ("None", "Undefined", "nan"):
         assert word not in page.text
     whole = Page(page_of("fail")).ids
-    for name in ("attention", "notes", "kld", "tensors", "training", "answers", "guards"):
+    for name in ("attention", "notes", "cells", "kld", "noise", "tensors", "training", "answers", "guards"):
         assert f"h-{name}" in whole  # the same look finds them where they are
+
+
+def faults_of_schema(value: object, schema: dict, root: dict, where: str = "report") -> list[str]:
+    """A small reader of the parts of JSON Schema that the report's schema uses; unknown parts are faults themselves."""
+    if "$ref" in schema:
+        return faults_of_schema(value, root["$defs"][schema["$ref"].split("/")[-1]], root, where)
+    if "anyOf" in schema:
+        tried = [faults_of_schema(value, option, root, where) for option in schema["anyOf"]]
+        return [] if [] in tried else [f"{where}: {value!r} is none of {len(tried)}"]
+    if "enum" in schema or "const" in schema:
+        allowed = schema.get("enum", [schema.get("const")])
+        return [] if value in allowed else [f"{where}: {value!r} is not in {allowed}"]
+    kinds = {"string": str, "integer": int, "number": (int, float), "null": type(None), "array": list, "object": dict}
+    kinds["boolean"] = bool
+    kind = schema.get("type")
+    if kind is None:
+        return [] if not set(schema) - {"title", "default", "description"} else [f"{where}: unread {sorted(schema)}"]
+    if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        return [f"{where}: {value!r} is no {kind}"]
+    faults = []
+    if isinstance(value, list):
+        each = schema.get("prefixItems") or [schema["items"]] * len(value)
+        faults += [f"{where}: {len(value)} items"] if len(each) != len(value) else []
+        for i, (item, part) in enumerate(zip(value, each, strict=False)):
+            faults += faults_of_schema(item, part, root, f"{where}[{i}]")
+    elif isinstance(value, dict):
+        known, more = schema.get("properties", {}), schema.get("additionalProperties", True)
+        faults += [f"{where}: no {name}" for name in schema.get("required", []) if name not in value]
+        for key, item in value.items():
+            part = known.get(key, more)
+            if part is False:
+                faults.append(f"{where}: unknown {key}")
+            elif isinstance(part, dict):
+                faults += faults_of_schema(item, part, root, f"{where}.{key}")
+    return faults
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_report_meets_the_published_schema_and_a_changed_one_does_not(kind: Kind) -> None:
+    schema = json_schema()
+    report = sample_report(kind)
+    report.legs[0].checks[0].value = math.inf
+    report.divergences[0].max_kld = math.nan
+    stored = json.loads(to_json(report))
+    assert faults_of_schema(stored, schema, schema) == []
+    for path, value in (
+        (("verdict",), "good"),
+        (("cells", 0, "divergence", "mean_kld"), "low"),
+        (("noise", 0, "positions"), 1.5),
+        (("legs", 0, "name"), "other"),
+        (("legs", 0, "checks", 0, "more"), 1),
+        (("divergences", 0, "mean_kld_interval"), [0.0]),
+    ):
+        broken = json.loads(to_json(report))
+        node = broken
+        for step in path[:-1]:
+            node = node[step]
+        node[path[-1]] = value
+        assert faults_of_schema(broken, schema, schema), path
+    del stored["policy"]
+    assert faults_of_schema(stored, schema, schema) == ["report: no policy"]
+
+
+def test_cells_show_every_value_and_every_reason() -> None:
+    report = sample_report("pass")
+    text = said(Page(page_of("pass")).text)
+    for cell in report.cells:
+        assert cell.title in text
+        assert (cell.why or number(cell.divergence.mean_kld if cell.divergence else None)) in text
+    assert "1,613 times the floor" in text  # 5e-5 over 3.1e-8
 
 
 def test_forms_agree_on_verdict_and_headlines() -> None:

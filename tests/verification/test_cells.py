@@ -1,0 +1,177 @@
+"""Cells: which apply and why not, and the trap that they are for: LongRoPE factors picked by the allocated n_ctx."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from verification.cells import CACHE_LIMIT, Passage, Plan, cache_bytes, original_length, plan_cells, shipped_n_ctx
+from verification.converter import convert
+from verification.corpus import Corpus
+from verification.legs_logits import cell_checks, distinct, measure_file, passages_of, run_reference
+from verification.logits import load_hf
+from verification.policy import Policy, decide, make_policy
+from verification.schema import Check, Leg, Report
+
+PHI35 = {
+    "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "hidden_size": 3072,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 32, "sliding_window": 262144,
+    "rope_scaling": {"type": "longrope"},
+}  # fmt: skip
+TEXT = [np.arange(100, 612) % 500 for _ in range(12)]
+
+
+def reasons(plan: Plan) -> dict[str, str]:
+    return {cell.name: cell.why for cell in plan.cells}
+
+
+def test_every_cell_applies_or_says_why() -> None:
+    plan = plan_cells("full", TEXT, PHI35, bos=1, chats=[np.arange(30)])
+    why = reasons(plan)
+    assert list(why) == [
+        "short", "n_ctx_shipped", "n_ctx_larger", "n_ubatch", "decode", "no_bos", "bos", "chat", "long",
+        "rope_straddle", "rope_beyond", "window",
+    ]  # fmt: skip
+    assert {name for name, text in why.items() if text} == {"window"}
+    by_name = {cell.name: cell for cell in plan.cells}
+    assert (by_name["n_ctx_shipped"].n_ctx, by_name["n_ctx_larger"].n_ctx) == (4096, 8192)
+    assert "LongRoPE factor choice" in by_name["n_ctx_larger"].note
+    assert by_name["n_ctx_shipped"].note == ""
+    lengths = {name: len(plan.passages[name][0].tokens) for name in ("long", "rope_straddle", "rope_beyond")}
+    assert lengths == {"long": 1024, "rope_straddle": 4096 + 64, "rope_beyond": 4096 + 1024 + 128}
+    straddling = plan.passages["rope_straddle"][0]
+    assert straddling.first < 4096 < len(straddling.tokens)
+    quick = reasons(plan_cells("quick", TEXT, PHI35, bos=None))
+    assert quick["long"] == quick["rope_beyond"] == "measured with --cells full"
+    assert quick["bos"] == "the tokenizer has no BOS token"
+    assert "no chat template" in quick["chat"]
+    plain = reasons(plan_cells("full", TEXT, {"max_position_embeddings": 2048}, bos=1))
+    assert "no original length" in plain["rope_straddle"]
+    assert plain["n_ctx_larger"] == "the model's context ends at the shipped 2048"
+
+
+def test_a_cell_never_allocates_more_than_its_limit() -> None:
+    whole = reasons(plan_cells("quick", TEXT, PHI35, bos=1, n_ctx=131072))
+    assert whole["n_ctx_shipped"] == "a cache of 131072 tokens takes 48 GiB, the cells use 4 at most"
+    assert cache_bytes(PHI35, 4096) == 3 * 2**29 < CACHE_LIMIT  # 1.5 GiB: 393,216 bytes a token
+
+
+def test_the_original_length_is_found_wherever_it_stands() -> None:
+    assert original_length({"rope_parameters": {"original_max_position_embeddings": 256}}) == 256
+    assert original_length({"rope_scaling": {"original_max_position_embeddings": 512}}) == 512
+    assert original_length({"max_position_embeddings": 512}) is None
+    assert shipped_n_ctx({"max_position_embeddings": 131072, "original_max_position_embeddings": 256}) == 256
+    assert shipped_n_ctx({"max_position_embeddings": 131072}) == 4096
+
+
+def test_passages_of_one_text_share_the_references_logits() -> None:
+    plan = plan_cells("quick", TEXT, PHI35, bos=1)
+    plain, decode = plan.passages["plain"], plan.passages["decode"]
+    kept = distinct([decode, plain])
+    assert [p.first for p in kept] == [p.first for p in plain]
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Phi-3 of two layers with LongRoPE, original length 256, and a SentencePiece vocabulary of its own."""
+    import sentencepiece
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("phi3") / "model"
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input="verification/corpus/default.txt", model_prefix=str(folder / "tokenizer"), vocab_size=800,
+        byte_fallback=True, model_type="bpe", character_coverage=0.98, user_defined_symbols=["<|endoftext|>"],
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    half = 16  # head_dim / 2
+    config = Phi3Config(
+        vocab_size=800, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=1024, original_max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
+            "short_factor": [1.0] * half, "long_factor": np.linspace(1.0, 8.0, half).tolist(),
+        },
+        sliding_window=None, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                # sharper attention than at random, so that positions matter
+                gain = 2.0 if "qkv" in name else 1.0
+                weight.normal_(
+                    std=0.2 if "lm_head" in name else 1.0 if "embed" in name else gain * weight.shape[1] ** -0.5
+                )
+    model.to(torch.float16).save_pretrained(folder)
+    return folder
+
+
+def cells_of(folder: Path, tmp_path: Path, level: Any, *, ship: int | None = None) -> list[Check]:
+    """The cells of a model without a Hugging Face tokenizer: random ids, decided by a policy."""
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rng = np.random.default_rng(0)
+    chunks = tuple(rng.integers(10, 790, 128) for _ in range(8))
+    plan = plan_cells(level, chunks, config, bos=1, n_ctx=ship)
+    text = Corpus((), chunks, "ids")
+    path = folder.parent / "m-F16.gguf"
+    if not path.exists():
+        convert(folder, path, model_name="Phi-3 tiny")
+    passages = distinct([passages_of(chunks), *plan.passages.values()])
+    tell = lambda stage, done, total: None  # noqa: E731
+    reference = run_reference(load_hf(folder), passages, tmp_path, name="saved checkpoint", tell=tell)
+    with reference.spool:
+        found = measure_file("F16", path, text, reference, plan=plan, seed="s", tell=tell)
+    return cell_checks(found.cells, plan)
+
+
+def decided(checks: list[Check], policy: Policy) -> Report:
+    leg = Leg(name="cells", title="Cells", compared="", status="not evaluated", checks=checks)
+    return decide(
+        Report(
+            verdict="incomplete", summary="", created="2026-01-01T00:00:00+00:00", artefacts=[], legs=[leg], policy={},
+            versions={}, durations={},
+        ),
+        policy,
+    )  # fmt: skip
+
+
+def test_longrope_factors_picked_by_the_allocated_n_ctx_are_caught_named_and_waivable(
+    phi3: Path, tmp_path: Path
+) -> None:
+    """At n_ctx 256 the same tokens agree; above it llama.cpp takes the long factors, Hugging Face the short ones."""
+    alone: dict[str, Any] = {"required": [], "cells": {"F16": {"mean_kld": 1e-4, "top1": 0.9}}}
+    report = decided(cells_of(phi3, tmp_path, "full"), make_policy(alone))
+    failed = {check.name for check in report.legs[0].checks if check.status != "pass"}
+    assert report.verdict == "fail"
+    assert failed == {"cells.n_ctx_larger.mean_kld", "cells.n_ctx_larger.top1"}
+    found = {check.name: check for check in report.legs[0].checks}
+    assert found["cells.n_ctx_larger.mean_kld"].value > 1000 * found["cells.n_ctx_shipped.mean_kld"].value
+    assert "LongRoPE factor choice" in report.summary
+    assert "allocate at most 256" in report.summary
+    assert {"cells.rope_straddle.mean_kld", "cells.rope_beyond.mean_kld", "cells.long.mean_kld"} <= set(found)
+    reason = "the Modelfile sets num_ctx 256"
+    waivers = [{"check": name, "reason": reason} for name in failed]
+    waived = decided(report.legs[0].checks, make_policy({**alone, "waivers": waivers}))
+    assert waived.verdict == "pass"
+    assert "2 waived" in waived.summary
+
+
+def test_a_file_shipped_with_a_longer_context_than_the_original_fails_in_that_cell(phi3: Path, tmp_path: Path) -> None:
+    alone: dict[str, Any] = {"required": [], "cells": {"F16": {"mean_kld": 1e-4, "top1": 0.9}}}
+    report = decided(cells_of(phi3, tmp_path, "quick", ship=512), make_policy(alone))
+    bad = {check.name for check in report.legs[0].checks if check.status == "fail"}
+    assert "cells.n_ctx_shipped.mean_kld" in bad
+
+
+def test_a_passage_knows_its_rows() -> None:
+    assert Passage(np.arange(40), 24).rows == 15
+    assert replace(Passage(np.arange(40), 24), first=1).rows == 38

@@ -1,0 +1,87 @@
+"""95 % intervals of means over tokens, when only whole chunks are independent; deterministic by a seed.
+
+Chunk c holds n_c tokens of sum s_c; the mean is m = sum s / sum n, its error se^2 = C/(C-1) sum (s_c - m n_c)^2 / N^2.
+From 6 chunks on the interval is the studentised bootstrap over chunks, [m - q975 se, m - q025 se] with q the quantiles
+of (m* - m) / se*: a mean of KLDs is skewed to the right, and this form keeps its upper end honest. Below that, expanded
+percentiles. A share is never narrower than Wilson's interval for independent tokens: 60 of 60 do not prove 99.5 %.
+Coverage simulated at 95 % nominal, log-normal KLDs of spread 1.7 (as measured) in chunks of correlation 0.05: 90 to
+91 % at 8 chunks, 92 to 93 % at 12, 93 to 94 % at 24 (tests/verification/test_bootstrap.py).
+Source: Efron and Tibshirani 1993, chapter 12; expanded percentiles: Hesterberg, arXiv:1411.5279, section 5.3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+ROUNDS = 2000
+STUDENTISED_FROM = 6  # chunks; with fewer, a resample often holds one chunk several times and its error is near zero
+Floats = npt.NDArray[np.float64]
+
+
+def resampled(chunks: int, seed: str) -> Floats:
+    """(rounds, chunks): how often each chunk was drawn in each bootstrap round."""
+    generator = np.random.default_rng(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big"))
+    return generator.multinomial(chunks, np.full(chunks, 1.0 / chunks), size=ROUNDS).astype(np.float64)
+
+
+def mean_interval(sums: Floats, counts: Floats, drawn: Floats, *, extremes: tuple[float, float]) -> tuple[float, float]:
+    """95 % interval of sum(sums) / sum(counts), shapes (C,), with `drawn` (rounds, C) from `resampled`.
+
+    Args:
+        extremes: smallest and largest single value; a single chunk has no interval and takes these.
+    """
+    kept = counts > 0
+    if int(kept.sum()) < 2:
+        return extremes
+    sums, counts, drawn = sums[kept], counts[kept], drawn[:, kept]
+    chunks, mean = len(sums), float(sums.sum() / counts.sum())
+    totals = drawn @ counts
+    drawn, totals = drawn[totals > 0], totals[totals > 0]
+    means = (drawn @ sums) / totals
+    if chunks < STUDENTISED_FROM:
+        tail = NormalDist().cdf(-math.sqrt(chunks / (chunks - 1)) * t_quantile(chunks - 1))
+        low, high = np.quantile(means, [tail, 1 - tail])
+    else:
+        residual = sums - mean * counts
+        error = math.sqrt(chunks / (chunks - 1) * float((residual**2).sum())) / float(counts.sum())
+        # sum_c w_c (s_c - m* n_c)^2, expanded so that no (rounds, C) temporary is needed
+        spread = drawn @ sums**2 - 2 * means * (drawn @ (sums * counts)) + means**2 * (drawn @ counts**2)
+        errors = np.sqrt(np.maximum(spread, 0.0) * chunks / (chunks - 1)) / totals
+        usable = errors > 1e-9 * error  # a resample of one chunk alone has no error of its own
+        if error == 0.0 or not usable.any():
+            return mean, mean
+        low_q, high_q = np.quantile((means[usable] - mean) / errors[usable], [0.025, 0.975])
+        low, high = mean - high_q * error, mean - low_q * error
+    return min(float(low), mean), max(float(high), mean)
+
+
+def share_interval(hits: Floats, counts: Floats, drawn: Floats) -> tuple[float, float]:
+    """95 % interval of a share of tokens: the chunks' interval, at least as wide as that of independent tokens."""
+    low, high = mean_interval(hits, counts, drawn, extremes=(0.0, 1.0))
+    wilson_low, wilson_high = wilson(float(hits.sum()), float(counts.sum()))
+    return max(0.0, min(low, wilson_low)), min(1.0, max(high, wilson_high))
+
+
+def wilson(hits: float, total: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share; (0, 1) for nothing."""
+    if total <= 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.975)
+    share, weight = hits / total, z * z / total
+    centre = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(max(0.0, share * (1 - share) * weight + weight * weight / 4)) / (1 + weight)
+    return min(share, centre - half), max(share, centre + half)
+
+
+def t_quantile(freedom: int) -> float:
+    """0.975 quantile of Student's t by its expansion in 1/freedom (Abramowitz and Stegun 26.7.5): 1e-3 from 5 on."""
+    z = NormalDist().inv_cdf(0.975)
+    g1 = (z**3 + z) / 4
+    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + g1 / freedom + g2 / freedom**2 + g3 / freedom**3

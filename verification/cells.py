@@ -1,0 +1,203 @@
+"""The ways of running a file that real faults hide in, each with tokens of its own and a setting of llama.cpp.
+
+A passage is a run of tokens and its first scored position; passages with the same key share the reference's logits.
+Known faults behind the cells: LongRoPE factors picked by the allocated n_ctx (llama.cpp) or by the actual length
+(Hugging Face); wrong results for prompts longer than n_ubatch; prefill and decoding that differ; agreement up to a
+length and divergence behind it; a missing or doubled BOS. A cell that cannot apply says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int64]
+Level = Literal["quick", "full"]
+Config = Mapping[str, Any]
+
+PASSAGES, LENGTH, FIRST = 8, 40, 24  # eight clusters, 15 positions of each
+SHORT = 12
+DECODED = 12  # tokens decoded one by one at the end of a passage
+CHAT_LENGTH, CHAT_TAIL = 96, 24
+LONG = 1024
+TAIL = 128  # positions scored at the end of a long passage
+BLOCK = 32  # a longer run of scored positions counts as clusters of this many
+CACHE_LIMIT = 4 << 30  # bytes of KV cache a cell may allocate
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens (n,), scored at positions first .. n-2."""
+
+    tokens: Ids
+    first: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens) - 1 - self.first
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of running a file; `passages` is a key into `Plan.passages`."""
+
+    name: str
+    title: str
+    setting: str
+    passages: str = ""
+    n_ctx: int = 0  # allocated; 0 = as long as the longest passage
+    n_ubatch: int | None = None
+    singly: int = 0  # tokens at the end that are decoded one by one
+    note: str = ""  # printed beside the measured value: what a difference here means
+    why: str = ""  # why it does not apply
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of one verification and the passages they need."""
+
+    cells: list[Cell]
+    passages: dict[str, list[Passage]] = field(default_factory=dict)
+
+
+def original_length(config: Config) -> int | None:
+    """The length the RoPE was trained for, where the model was stretched beyond it; None otherwise."""
+    found = _in_rope(config, "original_max_position_embeddings")
+    return int(found) if found else None
+
+
+def is_longrope(config: Config) -> bool:
+    """Whether two sets of factors exist, one for short and one for long texts (Phi-3)."""
+    kind = _in_rope(config, "rope_type") or _in_rope(config, "type")
+    return str(kind).lower() in ("longrope", "su")
+
+
+def _in_rope(config: Config, key: str) -> Any:
+    places = [config, config.get("rope_parameters"), config.get("rope_scaling")]
+    return next((place[key] for place in places if isinstance(place, Mapping) and place.get(key)), None)
+
+
+def shipped_n_ctx(config: Config) -> int:
+    """The context a file is shipped for when nobody says otherwise: at most 4096, never beyond the original length."""
+    limits = [4096, config.get("max_position_embeddings") or 4096, original_length(config) or 4096]
+    return int(min(limits))
+
+
+def plan_cells(
+    level: Level,
+    text: Sequence[Ids],
+    config: Config,
+    *,
+    chats: Sequence[Ids] = (),
+    bos: int | None = None,
+    n_ctx: int | None = None,
+) -> Plan:
+    """The cells of a model.
+
+    Args:
+        text: chunks of the corpus; passages are cut out of them.
+        config: config.json of the reference.
+        chats: token ids of rendered chats.
+        bos: the tokenizer's BOS, or None when it has none.
+        n_ctx: the context the files are shipped for; None takes `shipped_n_ctx`.
+    """
+    shipped = n_ctx or shipped_n_ctx(config)
+    limit = int(config.get("max_position_embeddings") or 1 << 20)
+    stream = np.concatenate(list(text))
+    plain = _cut(stream, LENGTH, PASSAGES, FIRST)
+    passages = {"plain": plain, "short": _cut(stream, SHORT, PASSAGES, 1, offset=LENGTH)}
+    cells = [
+        Cell("short", "Short prompts", f"{PASSAGES} x {SHORT} tokens", "short"),
+        _allocated("n_ctx_shipped", "Context allocated as shipped", shipped, config),
+        _larger(shipped, limit, config),
+        Cell("n_ubatch", "Prompt beyond n_ubatch", f"n_ubatch 16, {LENGTH} tokens", "plain", n_ubatch=16),
+        Cell("decode", "Token by token", f"the last {DECODED} tokens decoded one by one", "decode", singly=DECODED),
+        Cell("no_bos", "Without BOS", "text as it is", "plain"),
+    ]
+    passages["decode"] = [Passage(p.tokens, LENGTH - DECODED) for p in plain]
+    if bos is None:
+        cells.append(Cell("bos", "With BOS", "", why="the tokenizer has no BOS token"))
+    else:
+        cells.append(Cell("bos", "With BOS", f"BOS {bos} before the text", "bos"))
+        passages["bos"] = [Passage(np.concatenate([[bos], p.tokens[:-1]]), FIRST) for p in plain]
+    usable = [ids[:CHAT_LENGTH] for ids in chats if len(ids) >= 8]
+    if usable:
+        cells.append(Cell("chat", "Rendered chats", f"{len(usable)} chats through the model's template", "chat"))
+        passages["chat"] = [Passage(ids, max(1, len(ids) - 1 - CHAT_TAIL)) for ids in usable]
+    else:
+        cells.append(Cell("chat", "Rendered chats", "", why="the tokenizer has no chat template that renders"))
+    cells += _lengths(level, stream, config, limit, passages)
+    return Plan(cells, passages)
+
+
+def _allocated(name: str, title: str, n_ctx: int, config: Config) -> Cell:
+    size = cache_bytes(config, n_ctx)
+    if size > CACHE_LIMIT:
+        why = f"a cache of {n_ctx} tokens takes {size / 2**30:.0f} GiB, the cells use {CACHE_LIMIT / 2**30:.0f} at most"
+        return Cell(name, title, f"n_ctx {n_ctx}", why=why)
+    original, note = original_length(config), ""
+    if original and is_longrope(config) and n_ctx > original:
+        note = (
+            f"LongRoPE factor choice: llama.cpp takes the long factors because the allocated n_ctx {n_ctx} exceeds the "
+            f"original length {original}, Hugging Face the short ones for texts of this length; allocate at most "
+            f"{original}"
+        )
+    return Cell(name, title, f"n_ctx {n_ctx} allocated", "plain", n_ctx=n_ctx, note=note)
+
+
+def _larger(shipped: int, limit: int, config: Config) -> Cell:
+    """Twice the shipped context, or the first one beyond the original length, whichever is more."""
+    wanted = max(2 * shipped, ((original_length(config) or 0) // 256 + 1) * 256)
+    wanted = min(wanted, limit)
+    name, title = "n_ctx_larger", "Context allocated larger"
+    if wanted <= shipped:
+        return Cell(name, title, "", why=f"the model's context ends at the shipped {shipped}")
+    return _allocated(name, title, wanted, config)
+
+
+def _lengths(level: Level, stream: Ids, config: Config, limit: int, passages: dict[str, list[Passage]]) -> list[Cell]:
+    """Where a length-dependent fault shows; each costs long forward passes, so only `full` has them."""
+    cells = []
+    original, window = original_length(config), config.get("sliding_window") or 0
+    cases = [("long", "Long text", min(LONG, limit), "")]
+    if original is None:
+        why = "the model's RoPE has no original length (original_max_position_embeddings)"
+        cases += [("rope_straddle", "Across the original RoPE length", 0, why)]
+        cases += [("rope_beyond", "Beyond the original RoPE length", 0, why)]
+    else:
+        cases += [("rope_straddle", "Across the original RoPE length", original + TAIL // 2, "")]
+        cases += [("rope_beyond", "Beyond the original RoPE length", original + original // 4 + TAIL, "")]
+    no_window = "" if 0 < window < limit else "the model has no sliding window shorter than its context"
+    cases += [("window", "Beyond the sliding window", 0 if no_window else window + TAIL, no_window)]
+    for name, title, length, why in cases:
+        if not why and level == "quick":
+            why = "measured with --cells full"
+        if not why and length > limit:
+            why = f"{length} tokens are more than the model's context of {limit}"
+        if not why and cache_bytes(config, length) > CACHE_LIMIT:
+            why = f"a cache of {length} tokens takes more than {CACHE_LIMIT / 2**30:.0f} GiB"
+        setting = f"2 x {length} tokens, the last {TAIL} scored" if length else ""
+        cells.append(Cell(name, title, setting, "" if why else name, why=why))
+        if not why:
+            passages[name] = _cut(stream, length, 2, max(1, length - 1 - TAIL), repeat=True)
+    return cells
+
+
+def cache_bytes(config: Config, n_ctx: int) -> int:
+    """Bytes of llama.cpp's float16 KV cache for `n_ctx` tokens of an ordinary decoder."""
+    heads = config.get("num_attention_heads") or 1
+    head = config.get("head_dim") or (config.get("hidden_size") or 0) // heads
+    return int(4 * n_ctx * (config.get("num_hidden_layers") or 0) * (config.get("num_key_value_heads") or heads) * head)
+
+
+def _cut(stream: Ids, length: int, count: int, first: int, *, offset: int = 0, repeat: bool = False) -> list[Passage]:
+    """`count` passages spread evenly over the text; a text that is too short for a long passage is repeated."""
+    if repeat and len(stream) < length:
+        stream = np.resize(stream, length)
+    last = max(0, len(stream) - length - offset)
+    starts = [min(offset, len(stream) - length) + round(i * last / max(1, count - 1)) for i in range(count)]
+    return [Passage(np.array(stream[start : start + length]), first) for start in starts]
