@@ -39,8 +39,8 @@ def check_peft(version: str) -> None:
         )
     if series > TESTED_PEFT:
         warnings.warn(
-            f"peft {version} was not tested with SO8T, which extends peft's own tables; tested is 0.21. If attaching or "
-            "loading fails, pip install 'peft>=0.21,<0.22'",
+            f"peft {version} was not tested with SO8T, which extends peft's own tables; tested is 0.21. If attaching "
+            "or loading fails, pip install 'peft>=0.21,<0.22'",
             stacklevel=2,
         )
 
