@@ -12,9 +12,9 @@ Shapes: theta (n, 28), A, B, R (n, 8, 8), polynomials mod chi (..., 4, n), lowes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +37,10 @@ TERMS = {torch.float32: ((2.0, 10), (6.5, 17)), torch.float64: ((2.0, 14),)}
 @cache
 def generators(device: torch.device, dtype: torch.dtype) -> Tensor:
     """(28, 64): row k is the basis matrix of so(8) with +1 at (i, j) and -1 at (j, i), flattened."""
-    i, j = torch.triu_indices(BLOCK, BLOCK, 1)
-    E = torch.zeros(PARAMETERS, BLOCK, BLOCK, dtype=dtype)
+    i, j = torch.triu_indices(BLOCK, BLOCK, 1, device=device)
+    E = torch.zeros(PARAMETERS, BLOCK, BLOCK, dtype=dtype, device=device)
     E[torch.arange(PARAMETERS), i, j] = 1.0
-    return (E - E.mT).reshape(PARAMETERS, BLOCK * BLOCK).to(device)
+    return (E - E.mT).reshape(PARAMETERS, BLOCK * BLOCK)
 
 
 @cache
@@ -115,6 +115,19 @@ class Evaluated:
     workings: tuple[Workings, ...]  # consecutive blocks; empty if they were not asked for
 
 
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that refuses create_graph. `once_differentiable` lets it pass where only what the forward saved would
+    carry the second derivative, and returns a gradient without that part."""
+
+    @wraps(backward)
+    def guarded(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("SO8T's rotation is differentiable once: leave out create_graph=True")
+        return backward(ctx, grad)
+
+    return guarded
+
+
 class Exponential(torch.autograd.Function):
     """theta (n, 28), its evaluation -> R (n, 8, 8), connected to theta."""
 
@@ -124,7 +137,7 @@ class Exponential(torch.autograd.Function):
         return known.R.detach()  # another tensor on the same values: autograd marks what is returned
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         known: Evaluated = ctx.known
         parts = torch.split(grad, [w.A.shape[0] for w in known.workings])

@@ -47,10 +47,9 @@ def exp_so8(theta: Tensor) -> Tensor:
         raise ValueError(f"theta must have shape (..., {PARAMETERS}), got {tuple(theta.shape)}")
     exact = theta if theta.dtype == torch.float64 else theta.float()
     flat = exact.reshape(-1, PARAMETERS)
-    trained = torch.is_grad_enabled() and flat.requires_grad
     with torch.autocast(theta.device.type, enabled=False):  # mixed precision would round the products to bfloat16
-        (known,) = evaluate([flat], workings=trained)
-    R: Tensor = Exponential.apply(flat, known) if trained else known.R  # type: ignore[no-untyped-call]
+        (known,) = evaluate([flat], workings=torch.is_grad_enabled() and flat.requires_grad)
+    R: Tensor = Exponential.apply(flat, known)  # type: ignore[no-untyped-call]
     return R.reshape(*theta.shape[:-1], BLOCK, BLOCK).to(theta.dtype)
 
 
