@@ -35,10 +35,10 @@ TERMS = {torch.float32: ((2.0, 10), (6.5, 17)), torch.float64: ((2.0, 14),)}
 
 
 @cache
-def generators(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(28, 64): row k is the basis matrix of so(8) with +1 at (i, j) and -1 at (j, i), flattened."""
+def generators(device: torch.device) -> Tensor:
+    """(28, 64) float64: row k is the basis matrix of so(8) with +1 at (i, j) and -1 at (j, i), flattened."""
     i, j = torch.triu_indices(BLOCK, BLOCK, 1, device=device)
-    E = torch.zeros(PARAMETERS, BLOCK, BLOCK, dtype=dtype, device=device)
+    E = torch.zeros(PARAMETERS, BLOCK, BLOCK, dtype=torch.float64, device=device)
     E[torch.arange(PARAMETERS), i, j] = 1.0
     return (E - E.mT).reshape(PARAMETERS, BLOCK * BLOCK)
 
@@ -180,7 +180,8 @@ def evaluate(thetas: Sequence[Tensor], *, workings: bool, names: Sequence[str] =
 
 
 def _exponential(theta: Tensor, plan: Plan, workings: bool) -> tuple[Tensor, Workings | None]:
-    A = (theta @ generators(theta.device, theta.dtype)).double().mul_(0.5**plan.squarings).view(-1, BLOCK, BLOCK)
+    # All in float64 from here: mixed precision leaves float64 alone.
+    A = (theta.double() @ generators(theta.device)).mul_(0.5**plan.squarings).view(-1, BLOCK, BLOCK)
     B = A @ A
     B2 = B @ B
     B3 = B @ B2
@@ -271,7 +272,7 @@ def _pull_back(w: Workings, grad: Tensor, squarings: int) -> Tensor:
     B_bar.diagonal(dim1=-2, dim2=-1).add_(traces[0].squeeze(-1))
     # d(A A) = dA A + A dA: both terms give the generators the same.
     A_bar = (K @ w.Q).baddbmm_(B_bar, A, alpha=-2)
-    out = A_bar.view(-1, BLOCK * BLOCK) @ generators(grad.device, torch.float64).mT
+    out = A_bar.view(-1, BLOCK * BLOCK) @ generators(grad.device).mT
     return out.mul_(0.5**squarings).to(grad.dtype)
 
 

@@ -115,8 +115,7 @@ def refresh(gates: Iterable[RotationGate]) -> None:
     stale = [gate for gate in gates if not gate._is_current()]
     if not stale:
         return
-    # An inference tensor could not serve a later backward, and mixed precision would round the products.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(stale[0].theta.device.type, enabled=False):
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve a later backward
         thetas = [gate.theta.detach().clone() for gate in stale]
         trained = any(gate.theta.requires_grad for gate in stale)
         exact = [theta if theta.dtype in TERMS else theta.float() for theta in thetas]  # a coarser one was loaded

@@ -91,6 +91,14 @@ def test_a_rotation_cached_in_inference_mode_serves_a_later_backward():
     assert x.grad is not None
 
 
+def test_a_rotation_cached_while_theta_was_frozen_serves_its_training_later():
+    gate, x = gate_of().requires_grad_(False), torch.randn(3, 24)
+    gate(x)
+    gate.requires_grad_(True)
+    gate(x)[:, 0].sum().backward()
+    assert gate.theta.grad.abs().max() > 0
+
+
 def test_training_has_a_graph_and_evaluation_has_none():
     gate = gate_of()
     assert gate.rotation().requires_grad

@@ -133,6 +133,10 @@ def test_every_optimiser_step_is_noticed_where_values_are_not_compared():
     Silent(gate.parameters(), {}).step()
     assert gate.theta._version == version
     assert gate._stamp() != before
+    before = gate._stamp()
+    with torch.no_grad():
+        gate.theta.mul_(2)
+    assert gate._stamp() != before
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
