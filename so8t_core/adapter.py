@@ -63,17 +63,20 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
         """Gates in the order in which x passes through them."""
         return [self._gate(name) for name in self.active_adapters if name in self.lora_so8t]
 
+    def gates_in_use(self) -> list[RotationGate]:
+        """Those of `active_gates` that the next forward applies: none while adapters are disabled or merged."""
+        return [] if self.disable_adapters or self.merged else self.active_gates()
+
     def _gate(self, name: str) -> RotationGate:
         gate = self.lora_so8t[name]
         assert isinstance(gate, RotationGate)
         return gate
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.disable_adapters and not self.merged:
-            for gate in self.active_gates():
-                x = gate(x)
-        elif self.disable_adapters and self.merged:
+        if self.disable_adapters and self.merged:
             self.unmerge()
+        for gate in self.gates_in_use():
+            x = gate(x)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
@@ -160,6 +163,7 @@ class SO8TModel(BaseTuner):
                 raise InputError(f"{name} has {width} input features, not a multiple of {BLOCK}: SO8T cannot rotate it")
         if peft_config.lora_config is not None:
             _check_lora_targets(peft_config.lora_config, model, modules)
+        _keep_unpacked(modules)
 
     @staticmethod
     def _check_target_module_exists(peft_config: SO8TConfig, key: str) -> bool:
@@ -188,9 +192,9 @@ class SO8TModel(BaseTuner):
         if lora is not None and check_target_module_exists(lora, current_key):
             LoraModel._create_and_replace(self, lora, adapter_name, target, target_name, parent, current_key)
 
-    def _post_injection_hook(self, model: nn.Module, config: SO8TConfig, adapter_name: str) -> None:
-        _keep_unpacked(model)
-        share(model)
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        share(model)  # anew with every adapter: PEFT calls its own hook after an injection for the first one only
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         super()._replace_module(parent, child_name, new_module, child)
@@ -202,13 +206,13 @@ class SO8TModel(BaseTuner):
                 child.guard.remove()
 
 
-def _keep_unpacked(model: nn.Module) -> None:
+def _keep_unpacked(modules: dict[str, Any]) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for a CPU's bfloat16 unit.
 
     bitsandbytes 0.50 does it in the first forward in evaluation mode and never undoes it: from then on the backward
     through the layer, and its dequantised weight, are garbage. Training after an evaluation would learn nothing.
     """
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 raise InputError(

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 8
+from so8t_core.exponential import BLOCK, once
+
 ELEMENTS = 393216  # of x turned at a time on a CPU: 1.5 MB of float32; 128 rows at 3072 channels
 _FINE, _NARROW = 2, 4  # blocks a tile: the fastest for float32 and for bfloat16 of 1, 2, 4, 8
 
@@ -32,7 +33,7 @@ class BlockProduct(torch.autograd.Function):
         return _times(x, R.mT)  # row form: x R^T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, R = ctx.saved_tensors
         x_bar = _times(grad, R) if ctx.needs_input_grad[0] else None
@@ -43,17 +44,18 @@ def _times(x: Tensor, M: Tensor) -> Tensor:
     """x_k @ M_k for every block: x (..., 8 n), M (n, 8, 8) -> (..., 8 n) in x's dtype."""
     dtype = torch.promote_types(x.dtype, M.dtype)
     rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)  # no view: the caller may change it in place
+    y = out.view(rows.shape)
     with torch.autocast(x.device.type, enabled=False):
         if len(rows) == 1:  # decoding: a tile would take longer to build than to use
-            return torch.bmm(rows.view(-1, 1, BLOCK).to(dtype), M.to(dtype)).view(x.shape).to(x.dtype)
-        y = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        if x.dtype == torch.bfloat16 != dtype and _multiplies_bfloat16(x.device):
+            y.view(-1, 1, BLOCK).copy_(torch.bmm(rows.view(-1, 1, BLOCK).to(dtype), M.to(dtype)))
+        elif x.dtype == torch.bfloat16 != dtype and _multiplies_bfloat16(x.device):
             deviation = _tiles(M - torch.eye(BLOCK, dtype=M.dtype, device=M.device), _NARROW).to(x.dtype)
             x_NTW = _by_tile(rows, deviation.shape[-1])
             torch.baddbmm(x_NTW, x_NTW, deviation, out=_by_tile(y, deviation.shape[-1]))
         else:
             _times_fine(rows, _tiles(M.to(dtype), _FINE), out=y)
-    return y.view(x.shape)
+    return out
 
 
 def _times_fine(x_TD: Tensor, tiles: Tensor, *, out: Tensor) -> None:
@@ -75,9 +77,8 @@ def _outer(g: Tensor, x: Tensor, R: Tensor) -> Tensor:
     g_TD, x_TD = g.reshape(-1, n * BLOCK), x.reshape(-1, n * BLOCK)
     step = _step(x_TD)
     g_wide, x_wide = _scratch(step, x_TD, dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        for g_part, x_part in zip(torch.split(g_TD, step), torch.split(x_TD, step), strict=True):
-            out.baddbmm_(_by_tile(_widened(g_part, g_wide), width).mT, _by_tile(_widened(x_part, x_wide), width))
+    for g_part, x_part in zip(torch.split(g_TD, step), torch.split(x_TD, step), strict=True):  # in place: no autocast
+        out.baddbmm_(_by_tile(_widened(g_part, g_wide), width).mT, _by_tile(_widened(x_part, x_wide), width))
     blocks = out.view(-1, per_tile, BLOCK, per_tile, BLOCK).diagonal(dim1=1, dim2=3)  # (n / per_tile, 8, 8, per_tile)
     return blocks.movedim(-1, 1).reshape(n, BLOCK, BLOCK).to(R.dtype)
 
@@ -109,7 +110,8 @@ def _scratch(step: int, x_TD: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Room for `step` rows, twice, used again by every part; on a CPU by every call: the first touch of fresh memory
     costs more than the arithmetic."""
     elements = min(step, len(x_TD)) * x_TD.shape[1]
-    known: dict[Any, list[Tensor]] = _KEPT.__dict__ if x_TD.device.type == "cpu" else {}
+    keeps = x_TD.device.type == "cpu" and type(x_TD) is Tensor  # a fake tensor's scratch would be fake for ever
+    known: dict[Any, list[Tensor]] = _KEPT.__dict__ if keeps else {}
     if dtype not in known or known[dtype][0].numel() < elements:
         with torch.inference_mode(False):  # to be written to in any mode
             known[dtype] = [torch.empty(elements, dtype=dtype, device=x_TD.device) for _ in range(2)]

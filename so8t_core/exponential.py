@@ -12,9 +12,9 @@ Shapes: theta (n, 28), A, B, R (n, 8, 8), polynomials mod chi (..., 4, n), lowes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -35,12 +35,12 @@ TERMS = {torch.float32: ((2.0, 10), (6.5, 17)), torch.float64: ((2.0, 14),)}
 
 
 @cache
-def generators(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(28, 64): row k is the basis matrix of so(8) with +1 at (i, j) and -1 at (j, i), flattened."""
-    i, j = torch.triu_indices(BLOCK, BLOCK, 1)
-    E = torch.zeros(PARAMETERS, BLOCK, BLOCK, dtype=dtype)
+def generators(device: torch.device) -> Tensor:
+    """(28, 64) float64: row k is the basis matrix of so(8) with +1 at (i, j) and -1 at (j, i), flattened."""
+    i, j = torch.triu_indices(BLOCK, BLOCK, 1, device=device)
+    E = torch.zeros(PARAMETERS, BLOCK, BLOCK, dtype=torch.float64, device=device)
     E[torch.arange(PARAMETERS), i, j] = 1.0
-    return (E - E.mT).reshape(PARAMETERS, BLOCK * BLOCK).to(device)
+    return (E - E.mT).reshape(PARAMETERS, BLOCK * BLOCK)
 
 
 @cache
@@ -115,6 +115,19 @@ class Evaluated:
     workings: tuple[Workings, ...]  # consecutive blocks; empty if they were not asked for
 
 
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that refuses create_graph. `once_differentiable` lets it pass where only what the forward saved would
+    carry the second derivative, and returns a gradient without that part."""
+
+    @wraps(backward)
+    def guarded(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("SO8T's rotation is differentiable once: leave out create_graph=True")
+        return backward(ctx, grad)
+
+    return guarded
+
+
 class Exponential(torch.autograd.Function):
     """theta (n, 28), its evaluation -> R (n, 8, 8), connected to theta."""
 
@@ -124,7 +137,7 @@ class Exponential(torch.autograd.Function):
         return known.R.detach()  # another tensor on the same values: autograd marks what is returned
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         known: Evaluated = ctx.known
         parts = torch.split(grad, [w.A.shape[0] for w in known.workings])
@@ -167,7 +180,8 @@ def evaluate(thetas: Sequence[Tensor], *, workings: bool, names: Sequence[str] =
 
 
 def _exponential(theta: Tensor, plan: Plan, workings: bool) -> tuple[Tensor, Workings | None]:
-    A = (theta @ generators(theta.device, theta.dtype)).double().mul_(0.5**plan.squarings).view(-1, BLOCK, BLOCK)
+    # All in float64 from here: mixed precision leaves float64 alone.
+    A = (theta.double() @ generators(theta.device)).mul_(0.5**plan.squarings).view(-1, BLOCK, BLOCK)
     B = A @ A
     B2 = B @ B
     B3 = B @ B2
@@ -258,7 +272,7 @@ def _pull_back(w: Workings, grad: Tensor, squarings: int) -> Tensor:
     B_bar.diagonal(dim1=-2, dim2=-1).add_(traces[0].squeeze(-1))
     # d(A A) = dA A + A dA: both terms give the generators the same.
     A_bar = (K @ w.Q).baddbmm_(B_bar, A, alpha=-2)
-    out = A_bar.view(-1, BLOCK * BLOCK) @ generators(grad.device, torch.float64).mT
+    out = A_bar.view(-1, BLOCK * BLOCK) @ generators(grad.device).mT
     return out.mul_(0.5**squarings).to(grad.dtype)
 
 

@@ -9,13 +9,13 @@ Source: DESIGN: o_proj(gate(x)) = (W @ blockdiag(R)) x, hence W'[:, 8k:8k+8] = W
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from so8t_core.exponential import BLOCK, PARAMETERS, Evaluated, Exponential, evaluate
+from so8t_core.exponential import BLOCK, PARAMETERS, TERMS, Evaluated, Exponential, evaluate
 from so8t_core.rotation import rotate_blocks
 
 
@@ -68,12 +68,20 @@ class RotationGate(nn.Module):
             return False
         was = self._known[0]
         if isinstance(was, Tensor):
-            return was.device == self.theta.device and torch.equal(was, self.theta)
+            same_kind = (was.device, was.dtype) == (self.theta.device, self.theta.dtype)
+            return same_kind and torch.equal(was, self.theta)
         return bool(was == self._stamp())
 
     def _stamp(self) -> tuple[Any, ...]:
-        """Changes with every write by PyTorch, and after every step of any optimiser, whose kernels may tell no one."""
-        return (self.theta.data_ptr(), self.theta._version, self.theta.device, _OPTIMISER_STEPS[0])
+        """Changes with every write that raises theta's version (not: to `theta.data`), and after every step of any
+        optimiser, whose kernels may tell no one."""
+        theta = self.theta
+        return (theta.data_ptr(), theta._version, theta.device, theta.dtype, _OPTIMISER_STEPS[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files carry theta alone: what is known of it takes 30 times the bytes, and a stamp means nothing
+        in another process."""
+        return {**self.__dict__, "_known": None}
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}"
@@ -107,28 +115,35 @@ def refresh(gates: Iterable[RotationGate]) -> None:
     stale = [gate for gate in gates if not gate._is_current()]
     if not stale:
         return
-    # An inference tensor could not serve a later backward, and mixed precision would round the products.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(stale[0].theta.device.type, enabled=False):
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve a later backward
         thetas = [gate.theta.detach().clone() for gate in stale]
         trained = any(gate.theta.requires_grad for gate in stale)
-        results = evaluate(thetas, workings=trained, names=[gate.layer for gate in stale])
+        exact = [theta if theta.dtype in TERMS else theta.float() for theta in thetas]  # a coarser one was loaded
+        results = evaluate(exact, workings=trained, names=[gate.layer for gate in stale])
     for gate, theta, known in zip(stale, thetas, results, strict=True):
         gate._known = (theta if theta.device.type == "cpu" else gate._stamp(), known)
 
 
+class Rotated(Protocol):
+    """A layer with gates: `gates_in_use` are those of its next forward."""
+
+    def gates_in_use(self) -> list[RotationGate]: ...
+
+
 def share(model: nn.Module) -> None:
-    """Before every forward of `model`, refresh all of its gates in one batch."""
+    """Before every forward of `model`, refresh the gates in use of all layers that it has now, in one batch."""
     unshare(model)
-    model.__dict__["_so8t_gates"] = [module for module in model.modules() if isinstance(module, RotationGate)]
+    model.__dict__["_so8t_layers"] = [module for module in model.modules() if hasattr(module, "gates_in_use")]
     model.register_forward_pre_hook(_refresh_shared)
 
 
 def unshare(model: nn.Module) -> None:
     """Undo `share`."""
-    model.__dict__.pop("_so8t_gates", None)
+    model.__dict__.pop("_so8t_layers", None)
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _refresh_shared]:
         del model._forward_pre_hooks[key]
 
 
 def _refresh_shared(model: nn.Module, _: Any) -> None:
-    refresh(gate for gate in model.__dict__["_so8t_gates"] if gate.is_whole())
+    layers: list[Rotated] = model.__dict__["_so8t_layers"]
+    refresh(gate for layer in layers for gate in layer.gates_in_use() if gate.is_whole())

@@ -41,16 +41,14 @@ def exp_so8(theta: Tensor) -> Tensor:
     place, at any angle. Coarser dtypes go through float32.
 
     Raises:
-        ValueError: the last dimension is not 28.
+        ValueError: the last dimension is not 28; a NaN, an Inf, or a block longer than 1e4 rad.
     """
     if theta.shape[-1:] != (PARAMETERS,):
         raise ValueError(f"theta must have shape (..., {PARAMETERS}), got {tuple(theta.shape)}")
     exact = theta if theta.dtype == torch.float64 else theta.float()
     flat = exact.reshape(-1, PARAMETERS)
-    trained = torch.is_grad_enabled() and flat.requires_grad
-    with torch.autocast(theta.device.type, enabled=False):  # mixed precision would round the products to bfloat16
-        (known,) = evaluate([flat], workings=trained)
-    R: Tensor = Exponential.apply(flat, known) if trained else known.R  # type: ignore[no-untyped-call]
+    (known,) = evaluate([flat], workings=torch.is_grad_enabled() and flat.requires_grad)
+    R: Tensor = Exponential.apply(flat, known)  # type: ignore[no-untyped-call]
     return R.reshape(*theta.shape[:-1], BLOCK, BLOCK).to(theta.dtype)
 
 

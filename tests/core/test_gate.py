@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -90,6 +91,14 @@ def test_a_rotation_cached_in_inference_mode_serves_a_later_backward():
     assert x.grad is not None
 
 
+def test_a_rotation_cached_while_theta_was_frozen_serves_its_training_later():
+    gate, x = gate_of().requires_grad_(False), torch.randn(3, 24)
+    gate(x)
+    gate.requires_grad_(True)
+    gate(x)[:, 0].sum().backward()
+    assert gate.theta.grad.abs().max() > 0
+
+
 def test_training_has_a_graph_and_evaluation_has_none():
     gate = gate_of()
     assert gate.rotation().requires_grad
@@ -124,3 +133,38 @@ def test_theta_that_is_no_number_names_the_layer():
     gate.theta.data[1, 2] = torch.nan
     with pytest.raises(ValueError, match=r"model\.layers\.3\.self_attn\.o_proj: theta has a NaN or Inf"):
         gate(torch.zeros(1, 16))
+
+
+def test_a_coarser_theta_is_used_as_it_is():
+    """`assign=True`, which PEFT's low_cpu_mem_usage uses, takes the file's dtype."""
+    gate = gate_of()
+    gate(torch.randn(3, 24))
+    gate.load_state_dict({"theta": gate.theta.detach().bfloat16()}, assign=True)
+    gate(torch.randn(3, 24)).square().sum().add(gate.theta.sum()).backward()
+    assert gate.theta.grad.dtype == gate.theta.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(gate.rotation(), exp_so8(gate.theta.float()))
+
+
+def test_a_finer_theta_of_the_same_values_is_another_one():
+    gate = gate_of()
+    assert gate.rotation().dtype == torch.float32
+    gate.load_state_dict({"theta": gate.theta.detach().double()}, assign=True)
+    assert gate.rotation().dtype == torch.float64
+
+
+def test_a_pickled_gate_carries_theta_and_not_what_is_known_of_it():
+    gate = RotationGate(512, init_scale=0.1)
+    before = len(pickle.dumps(gate))
+    want = gate(torch.ones(3, 512)).detach()
+    assert len(pickle.dumps(gate)) <= before + 64
+    for again in (pickle.loads(pickle.dumps(gate)), copy.deepcopy(gate)):
+        assert again._known is None
+        assert torch.equal(again(torch.ones(3, 512)), want)
+
+
+def test_autocast_does_not_coarsen_the_cached_rotation():
+    gate = gate_of()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        R = gate.rotation()
+    assert torch.equal(R, exp_so8(gate.theta))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import expm
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from so8t_core import exp_so8, log_so8, orthogonality_error, plane_angles, rotate_blocks, skew
 
@@ -219,13 +224,19 @@ def test_a_transposed_or_expanded_input_is_rotated_like_its_copy():
         assert torch.equal(rotate_blocks(x[:1], R), rotate_blocks(x[:1].contiguous(), R))
 
 
-def test_autocast_does_not_coarsen_the_rotation():
-    theta, x = draw(0, 1e-3, n=2).float(), torch.randn(64, 16)
-    want = rotate_blocks(x, exp_so8(theta))
+@pytest.mark.parametrize("rows", [1, 64])
+def test_autocast_does_not_coarsen_the_rotation(rows):
+    theta, x = draw(0, 1e-3, n=2).float().requires_grad_(), torch.randn(rows, 16, requires_grad=True)
+
+    def found() -> list[torch.Tensor]:
+        y = rotate_blocks(x, exp_so8(theta))
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, theta])]
+
+    want = found()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (x @ x.T).dtype == torch.bfloat16  # autocast is at work
-        got = rotate_blocks(x, exp_so8(theta))
-    assert torch.equal(got, want)
+        got = found()
+    assert all(map(torch.equal, got, want))
 
 
 def test_rotating_refuses_a_wrong_width():
@@ -240,3 +251,62 @@ def test_plane_angles_are_the_four_turns_largest_first():
     theta = log_so8(torch.stack([planes(0.1, 3.0, 1.0, 0.0), planes(2.0, 2.0, 2.0, 2.0)]))
     want = torch.tensor([[3.0, 1.0, 0.1, 0.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
     assert (plane_angles(theta) - want).abs().max() < 1e-9
+
+
+def test_a_second_derivative_is_an_error_and_never_a_part_of_one():
+    theta, x = draw(0, 1.0, n=2).requires_grad_(), torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    R = exp_so8(theta)
+    for y, by in ((R, theta), (rotate_blocks(x, R.detach().requires_grad_()), x)):
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(y.sum(), by, create_graph=True)
+
+
+def test_forward_mode_is_an_error_and_never_a_derivative_of_zero():
+    theta = draw(0, 1.0)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(exp_so8, (theta,), (theta,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        exp_so8(forward_ad.make_dual(theta, theta))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_rotated_may_be_changed_in_place(rows, dtype):
+    x, R = torch.randn(rows, 16).to(dtype), exp_so8(draw(0, 1.0, n=2)).float().requires_grad_()
+    rotate_blocks(x, R).mul_(2).float().square().sum().backward()
+    assert R.grad is not None
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, torch.inference_mode])
+def test_no_mode_leaves_its_scratch_behind(mode):
+    def run() -> None:
+        with mode():
+            rotate_blocks(torch.randn(4, 16).half(), torch.randn(2, 8, 8))
+        found.extend(turned(x, R))
+
+    found: list[torch.Tensor] = []
+    x, R = torch.randn(4, 16), exp_so8(draw(0, 1.0, n=2)).float()
+    thread = threading.Thread(target=run)  # a thread of its own: no scratch is kept from before
+    thread.start()
+    thread.join()
+    assert all(map(torch.equal, found, turned(x, R)))
+    assert len(found) == 6
+
+
+def test_threads_do_not_share_their_scratch():
+    R = exp_so8(draw(0, 1.0, n=48)).float()
+    xs = [torch.randn(3000, 384, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(2)]
+    want = [turned(x, R) for x in xs]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda k: all(map(torch.equal, turned(xs[k], R), want[k])), [0, 1] * 10))
+    assert all(found)
+
+
+def turned(x: torch.Tensor, R: torch.Tensor) -> list[torch.Tensor]:
+    """y and both gradients: of float32 x, whose y passes through scratch memory, and of float16 x, widened there."""
+    out = []
+    for dtype in (torch.float32, torch.float16):
+        inputs = [x.to(dtype).requires_grad_(), R.detach().requires_grad_()]
+        y = rotate_blocks(*inputs)
+        out += [y.detach(), *torch.autograd.grad(y, inputs, x.to(dtype))]
+    return out

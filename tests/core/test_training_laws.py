@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from core_models import IDS, LORA, randomise, tiny_llama
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from so8t_core import SO8TConfig, attach, exponential, gates
+from so8t_core import InputError, SO8TConfig, attach, exponential, gates
 from so8t_core.gate import RotationGate
 
 
@@ -132,6 +133,10 @@ def test_every_optimiser_step_is_noticed_where_values_are_not_compared():
     Silent(gate.parameters(), {}).step()
     assert gate.theta._version == version
     assert gate._stamp() != before
+    before = gate._stamp()
+    with torch.no_grad():
+        gate.theta.mul_(2)
+    assert gate._stamp() != before
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
@@ -170,3 +175,24 @@ def test_a_training_step_keeps_next_to_nothing_more_than_the_frozen_base():
     extra = saved_bytes(lambda: model(input_ids=ids).logits) - plain
     # The input is the attention's output, which attention keeps anyway: measured 0.06, the rotations themselves.
     assert 0 < extra / (512 * 256 * 3) <= 0.1
+
+
+def test_an_adapter_added_later_is_exponentiated_in_one_batch_and_unused_ones_not_at_all(monkeypatch):
+    model = get_peft_model(tiny_llama(), SO8TConfig(init_scale=0.1))
+    model.add_adapter("later", SO8TConfig(init_scale=0.1))
+    calls = counted(monkeypatch)
+    model(input_ids=IDS)
+    model.set_adapter("later")
+    model(input_ids=IDS)
+    assert calls == [3 * 4] * 2
+    with torch.no_grad():
+        for gate in gates(model).values():
+            gate.theta.fill_(torch.nan)  # an error if it were looked at
+    with model.disable_adapter():
+        model(input_ids=IDS)
+    model.set_adapter("default")
+    model(input_ids=IDS)
+    model.set_adapter("later")
+    with pytest.raises(InputError, match="NaN"):
+        model(input_ids=IDS)
+    assert calls == [3 * 4] * 2
