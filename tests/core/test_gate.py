@@ -99,6 +99,14 @@ def test_a_rotation_cached_while_theta_was_frozen_serves_its_training_later():
     assert gate.theta.grad.abs().max() > 0
 
 
+def test_a_theta_that_is_elsewhere_or_in_parts_is_not_whole():
+    gate = gate_of()
+    assert gate.is_whole()
+    gate.theta.data = gate.theta.data[:1]
+    assert not gate.is_whole()
+    assert not gate_of().to("meta").is_whole()
+
+
 def test_training_has_a_graph_and_evaluation_has_none():
     gate = gate_of()
     assert gate.rotation().requires_grad
