@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pipeline.thinking import ANSWER_MARKER, THINK_MARKER, strip_message
 
 MAX_BYTES = 1 << 20  # of one generation; at 4096 tokens of context a real one stays below 64 KiB
-COPY_RUN = 32  # folded characters (letters and digits) in a row that an answer may not share with its thinking
+COPY_RUN = 32  # characters in a row that an answer may not share with its thinking
 COPY_WHOLE = 12  # a thinking shorter than COPY_RUN may not stand whole in the answer from this length on
 
 _FILLERS = {0x115F: None, 0x1160: None}  # Hangul fillers: letters by category, invisible on the screen
@@ -51,8 +51,19 @@ _MARKER_WORDS = (fold(THINK_MARKER), fold(ANSWER_MARKER))
 
 
 def copies(steps: str, answer: str) -> bool:
-    """True if the folded answer shares COPY_RUN characters in a row, or a whole short thinking, with the steps."""
-    source, target = fold(steps), fold(answer)
+    """True if the answer shares COPY_RUN characters in a row, or a whole short thinking, with the steps.
+
+    Compared twice: folded (dashes between the letters do not hide a copy) and with spaces dropped only (arithmetic is
+    mostly signs).
+    """
+    return _shares(fold(steps), fold(answer)) or _shares(_squeeze(steps), _squeeze(answer))
+
+
+def _squeeze(text: str) -> str:
+    return "".join(_plain(text).split())
+
+
+def _shares(source: str, target: str) -> bool:
     size = min(COPY_RUN, max(COPY_WHOLE, len(source)))
     runs = {source[i : i + size] for i in range(len(source) - size + 1)}
     return any(target[i : i + size] in runs for i in range(len(target) - size + 1))
