@@ -38,6 +38,7 @@ _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cach
 # FastAPI 0.165 exports exception messages and stack traces where the environment names a collector.
 _NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 _JSON = {"cache-control": "no-store", "content-type": "application/json"}
+_FAULT = Refusal(500, "server_error", "internal_error", "internal fault; the server's log has its type and place")
 
 
 def refusal_response(refusal: Refusal) -> Response:
@@ -187,6 +188,10 @@ def make_app(decider: Decider, *, keys: Mapping[str, str] | None = None, hosts: 
         message = words.get(error.status_code, "the request cannot be served")
         return refusal_response(Refusal(error.status_code, "invalid_request_error", code, message))
 
+    @app.exception_handler(Exception)  # answered here, then raised again by Starlette: `Sealed` says the rest
+    async def fault(_: Request, error: Exception) -> Response:
+        return refusal_response(_FAULT)
+
     return Sealed(app)
 
 
@@ -218,5 +223,4 @@ class Sealed:
             place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "?"
             log.error("internal fault: %s at %s", type(error).__name__, place)
             if scope["type"] == "http" and not started:
-                fault = Refusal(500, "server_error", "internal_error", "internal fault; see the server's log")
-                await refusal_response(fault)(scope, receive, send)
+                await refusal_response(_FAULT)(scope, receive, send)

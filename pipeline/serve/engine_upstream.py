@@ -21,7 +21,7 @@ from pipeline.serve.tokens import Tokens
 from pipeline.thinking import Message
 from so8t_core.errors import InputError
 
-MAX_STREAM = 64 * MAX_BYTES  # of the raw reply; a token's JSON wrapping is some 200 bytes around a few of text
+MAX_STREAM = 256 * MAX_BYTES  # of the raw reply; a token's JSON wrapping is some 200 bytes around a few of text
 MAX_LINE = 4 * MAX_BYTES
 CONTROL_LIKE = ("<|", "|>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]")
 

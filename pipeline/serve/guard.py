@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pipeline.thinking import ANSWER_MARKER, THINK_MARKER, strip_message
 
-MAX_BYTES = 1 << 20  # of one generation; at 4096 tokens of context a real one stays below 64 KiB
+MAX_BYTES = 1 << 18  # of one generation: some 64,000 tokens
 COPY_RUN = 32  # characters in a row that an answer may not share with its thinking
 COPY_WHOLE = 12  # a thinking shorter than COPY_RUN may not stand whole in the answer from this length on
 
@@ -65,8 +66,12 @@ def _squeeze(text: str) -> str:
 
 def _shares(source: str, target: str) -> bool:
     size = min(COPY_RUN, max(COPY_WHOLE, len(source)))
-    runs = {source[i : i + size] for i in range(len(source) - size + 1)}
-    return any(target[i : i + size] in runs for i in range(len(target) - size + 1))
+    runs = set(_runs(source, size))
+    return any(run in runs for run in _runs(target, size))
+
+
+def _runs(text: str, size: int) -> Iterator[str]:
+    return (text[i : i + size] for i in range(len(text) - size + 1))
 
 
 def judge(data: bytes, finish: str | None) -> Verdict:

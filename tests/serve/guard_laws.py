@@ -31,6 +31,7 @@ VARIANTS: dict[str, Callable[[str], str]] = {
     "combining mark": lambda m: m[:3] + "\u0301" + m[3:],
     "variation selector": lambda m: m[:3] + "\ufe00" + m[3:],
     "Hangul filler": lambda m: m[:3] + "\u3164" + m[3:],
+    "Hangul lead filler": lambda m: m[:3] + "\u115f" + m[3:],
     "split by spaces": lambda m: " ".join(m),
     "split over lines": lambda m: m[:4] + "\n" + m[4:],
     "dashed": lambda m: "-".join(m),
@@ -231,12 +232,16 @@ def law_copies(guard: ModuleType) -> None:
     assert not guard.copies("", "anything at all, however long it may be")
     assert not guard.copies("37", "37")
     assert guard.copies("13 + 4 = 17\n17 + 6 = 23", "Because 13+4=17 17+6=23.")  # ten digits, but fifteen signs
+    assert guard.copies("13 + 4 = 17\n17 + 6 = 23", "１３＋４＝１７１７＋６＝２３")
+    assert guard.copies("13 + 4 = A\n17 + 6 = B", "13 + 4 = a 17 + 6 = b")
+    assert guard.copies("-".join(run).upper(), run)
+    assert not guard.copies(run[:11], run[:11])
     assert not guard.copies("13 + 4 = 17\n17 + 6 = 23", "It is 23 because 17 + 6 = 23.")
 
 
 def law_size(guard: ModuleType) -> None:
     """A generation of MAX_BYTES is judged, one of a byte more is not, and the streaming form stops there."""
-    assert guard.MAX_BYTES == 1 << 20
+    assert guard.MAX_BYTES == 1 << 18
     head = canonical("αβγ", "")
     full = (head + "a" * (guard.MAX_BYTES - len(head.encode()))).encode()
     assert guard.judge(full, "stop").answer is not None
@@ -245,6 +250,7 @@ def law_size(guard: ModuleType) -> None:
     streaming = guard.Guard()
     streaming.feed(full)
     assert streaming.close("stop").answer is not None
+    assert isinstance(streaming.close(None).thinking, bytes)  # a copy: what comes later does not change it
     try:
         streaming.feed(b"a")
     except guard.TooLong:
@@ -268,6 +274,11 @@ def law_silence(guard: ModuleType) -> None:
     assert "\\x" not in repr(verdict)
     assert "α" not in repr(verdict)
     assert "canary" not in str(guard.TooLong())
+    try:
+        verdict.answer = "another"
+    except AttributeError:
+        return
+    raise AssertionError("a verdict can be changed afterwards")
 
 
 LAWS: dict[str, Callable[[ModuleType], None]] = {
