@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Literal
 
 from pipeline.serve.audit import Unavailable, bucket, thinking_hmac
 from pipeline.serve.engine import Engine, EngineError, Job
@@ -154,10 +155,11 @@ class Decider:
     def _reply(self, chat: ChatRequest, request_id: str, created: int, answer: str, prompt_tokens: int | None) -> Reply:
         shown = cut_at_stops(answer, chat.stops)
         cut = shown if chat.limit is None else self.engine.cut(shown, chat.limit)
-        return Reply(
-            request_id, created, self.engine.model_id, cut, "stop" if cut == shown else "length",
-            prompt_tokens, self.engine.count(cut),
-        )  # fmt: skip
+        tokens = self.engine.count(cut)
+        if tokens is not None and chat.limit is not None:
+            tokens = min(tokens, chat.limit)  # a text cut within a character may tokenise anew, into one more
+        finish: Literal["stop", "length"] = "stop" if cut == shown else "length"
+        return Reply(request_id, created, self.engine.model_id, cut, finish, prompt_tokens, tokens)
 
 
 def engine_failed(*, busy: bool) -> Refusal:

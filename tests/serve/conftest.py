@@ -1,4 +1,4 @@
-"""A fake upstream and the real server in front of it; a tiny real model for the embedded engine."""
+"""A fake upstream and the real server in front of it; every test's log is searched."""
 
 from __future__ import annotations
 
@@ -57,10 +57,3 @@ def in_front(upstream: FakeUpstream, start: Callable[..., RunningServer]) -> Cal
         return start(make, **options)
 
     return one
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf_file(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from verification.converter import convert
-
-    return convert(tiny_dir, tmp_path_factory.mktemp("serve") / "tiny-F32.gguf", outtype="f32")

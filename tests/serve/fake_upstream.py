@@ -89,8 +89,17 @@ class FakeUpstream:
             writer.close()
 
     def close(self) -> None:
+        async def end() -> None:
+            self._server.close()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
 
 FORMS = [CANARY.encode(form) for form in ("utf-8", "utf-16-le")] + [
