@@ -38,6 +38,7 @@ _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cach
 # FastAPI 0.165 exports exception messages and stack traces where the environment names a collector.
 _NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 _JSON = {"cache-control": "no-store", "content-type": "application/json"}
+DRAINED = 16  # so many times the limit is read and dropped, so that the client sees its 413
 _FAULT = Refusal(500, "server_error", "internal_error", "internal fault; the server's log has its type and place")
 
 
@@ -122,17 +123,21 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
     Raises:
         Refusal: 413 too large, 408 too slow.
     """
-    declared = request.headers.get("content-length", "0")
     too_large = invalid(f"the body is larger than {limit} bytes", code="body_too_large", status=413)
-    if declared.isdecimal() and int(declared[:20]) > limit:
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or len(declared) > 18 or int(declared) > DRAINED * limit:
         raise too_large
-    data = bytearray()
+    data, total = bytearray(), 0
     try:
         async with asyncio.timeout(seconds):
             async for piece in request.stream():
-                data += piece
-                if len(data) > limit:
+                total += len(piece)
+                if total > DRAINED * limit:
                     raise too_large
+                if total <= limit:
+                    data += piece
+        if total > limit:  # read to its end first: a client that is still sending would not see the answer
+            raise too_large
     except TimeoutError:
         raise invalid(f"the body took longer than {seconds:g} seconds", code="body_too_slow", status=408) from None
     return bytes(data)

@@ -3,14 +3,15 @@
 Line = canonical JSON (sorted keys, no spaces, ASCII) of {..., "seq": n, "prev": hash of line n-1, "hash": h}, where h
 is the SHA-256 of the same object without "hash"; seq starts at 0 and prev with 64 zeros. So an edit, a reordering, a
 removal or a cut at any byte breaks the chain, save one: whole lines taken off the end. That needs an anchor outside:
-`FILE.head` holds `seq:hash` of the last line (replaced atomically after each write), and `--expect-head` takes one that
-was kept elsewhere. The log may run ahead of its head file by one write (killed in between), never the other way round.
+`FILE.head` holds `seq:hash` of the last line, overwritten after each append, and `--expect-head` takes one that was
+kept elsewhere. The log may run ahead of its head file (killed in between, power cut), never the other way round.
 A line without its newline was cut by a crash before its answer left: on restart it is removed and a record "recovered"
 with its length and SHA-256 takes its place.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import hmac
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from so8t_core.errors import InputError
+from so8t_core.files import fsync
 
 GENESIS = "0" * 64
 
@@ -168,20 +170,27 @@ class AuditLog:
             raise InputError(f"another server writes the audit log {path}; give each one its own") from None
         try:
             torn = self._resume()
+            self._head_file = os.open(head_path(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self.append(([{"event": "recovered", **torn}] if torn else []) + [{"event": "opened", **(opened or {})}])
+            os.fsync(self._head_file)  # once: from here on it is only overwritten
+            fsync(path.parent)  # both names
         except Tampered as error:
             os.close(self._file)
             way_out = "keep it for inspection and start with another --audit-log"
             raise InputError(f"the audit log {path} is not what was written: {error}; {way_out}") from None
-        except Unavailable as error:
+        except (Unavailable, OSError) as error:
             os.close(self._file)
             raise InputError(f"cannot write the audit log {path}: {error}") from None
 
     def _resume(self) -> dict[str, Any]:
         """Find the end of the chain; what a crash left behind it goes. Returns its description, if any."""
         head, rest = Head(), b""
-        known = head_path(self.path).is_file()
-        mark = Head.parse(head_path(self.path).read_text(encoding="ascii")) if known else None
+        beside = head_path(self.path)
+        known = beside.read_text(encoding="ascii", errors="replace").strip() if beside.is_file() else ""
+        try:
+            mark = Head.parse(known) if known else None  # none, or empty: killed before the first head was written
+        except InputError:
+            raise Tampered("its head file is damaged") from None
         seen = mark is None
         for head, rest in _heads(self.path):  # noqa: B007 - the last one is wanted
             seen = seen or head == mark
@@ -204,9 +213,10 @@ class AuditLog:
             lines.append(line)
         data = b"".join(lines)
         try:
-            os.ftruncate(self._file, self._size)  # a failed write may have left a part behind
+            if self.failed:
+                os.ftruncate(self._file, self._size)  # the failed write may have left a part behind
             _write(self._file, data)
-            os.fsync(self._file)
+            os.fdatasync(self._file)  # the bytes and the size, not the times
             self._write_head(head)
         except OSError as error:
             self.failed = True
@@ -219,18 +229,14 @@ class AuditLog:
             os.ftruncate(self._file, self._size)
 
     def _write_head(self, head: Head) -> None:
-        target = head_path(self.path)
-        temporary = target.with_name(target.name + ".tmp")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            _write(handle, f"{head}\n".encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(temporary, target)  # last: after it nothing can fail
+        """In place, one write within one sector, not synced: after a power cut it may lag, which is harmless."""
+        line = f"{head.seq:020d}:{head.hash}\n".encode()  # of fixed width
+        if os.pwrite(self._head_file, line, 0) != len(line):
+            raise OSError(errno.ENOSPC, "no space for the head file")
 
     def close(self) -> None:
         """Release the file; safe to call twice."""
         if self._file >= 0:
             os.close(self._file)
+            os.close(self._head_file)
             self._file = -1

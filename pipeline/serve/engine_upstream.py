@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,9 +17,11 @@ import httpx
 from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.guard import MAX_BYTES
 from pipeline.serve.protocol import invalid
-from pipeline.serve.tokens import Tokens
 from pipeline.thinking import Message
 from so8t_core.errors import InputError
+
+if TYPE_CHECKING:  # llama.cpp is loaded only where a tokenizer was given
+    from pipeline.serve.tokens import Tokens
 
 MAX_STREAM = 256 * MAX_BYTES  # of the raw reply; a token's JSON wrapping is some 200 bytes around a few of text
 MAX_LINE = 4 * MAX_BYTES

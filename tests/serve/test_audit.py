@@ -52,12 +52,12 @@ def test_format_is_as_documented(log: Path) -> None:
         canonical = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
         previous = hashlib.sha256(canonical).hexdigest()
         assert digest == previous
-    assert head_path(log).read_text() == f"3:{previous}\n"
+    assert head_path(log).read_text() == f"{3:020d}:{previous}\n"
     assert log.stat().st_mode & 0o077 == 0
 
 
 def test_untouched_log_verifies_and_gives_its_head(log: Path) -> None:
-    assert str(verify(log)) == head_path(log).read_text().strip()
+    assert verify(log) == Head.parse(head_path(log).read_text())
     assert verify(log, expect=verify(log)) == verify(log)
 
 
@@ -127,7 +127,7 @@ def test_an_old_head_is_found_in_a_log_that_grew(log: Path) -> None:
 
 
 def test_missing_or_damaged_head_file_is_found(log: Path) -> None:
-    for text in ("", "x", "3:abc", "-1:" + "0" * 64, head_path(log).read_text().replace("3:", "2:"), "\xff"):
+    for text in ("", "x", "3:abc", "-1:" + "0" * 64, head_path(log).read_text().replace("3:", "2:", 1), "\xff"):
         head_path(log).write_text(text, encoding="latin-1")
         with pytest.raises(Tampered):
             verify(log)
@@ -185,6 +185,22 @@ def test_crash_at_any_byte_is_mended_and_said(tmp_path: Path) -> None:
             )
 
 
+def test_killed_before_the_first_head_it_starts_again(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    for lines in (0, 1):
+        make(path, lines)
+        head_path(path).write_text("")
+        if lines:
+            with pytest.raises(InputError, match="head file is missing"):  # no first start any more
+                AuditLog(path)
+        else:
+            AuditLog(path).close()
+            verify(path)
+    head_path(path).write_bytes(b"\xff" * 86)
+    with pytest.raises(InputError, match="head file is damaged"):
+        AuditLog(path)
+
+
 def test_a_line_that_was_answered_cannot_be_cut_off_as_if_by_a_crash(log: Path) -> None:
     whole = log.read_bytes()
     last = len(whole.splitlines(keepends=True)[-1])
@@ -214,7 +230,7 @@ def test_two_writers_are_refused(log: Path) -> None:
     AuditLog(log).close()
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("call", ["write", "fdatasync", "pwrite"])
 def test_full_disk_is_refused_and_leaves_the_log_whole(log: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = AuditLog(log)
     before, original = log.read_bytes(), getattr(os, call)

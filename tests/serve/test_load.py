@@ -66,12 +66,12 @@ def test_nothing_is_answered_while_the_audit_log_cannot_be_written(
     import os
 
     server = in_front()
-    real = os.fsync
+    real = os.fdatasync
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fdatasync", full)
     for stream in (False, True):
         response = server.ask(stream=stream)
         assert error(response)["code"] == "audit_unavailable"
@@ -80,7 +80,7 @@ def test_nothing_is_answered_while_the_audit_log_cannot_be_written(
     assert len(upstream.requests) == 1  # the second was refused before any work
     health = server.raw(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
     assert status(health) == 503
-    monkeypatch.setattr(os, "fsync", real)
+    monkeypatch.setattr(os, "fdatasync", real)
     assert status(server.ask()) == 200
     verify(server.audit)
 
