@@ -146,6 +146,9 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
         raise InputError(f"{config.keys} holds no key; make one: so8t serve --new-key NAME --keys {config.keys}")
     audit_key = load_audit_key(config.audit_key_file)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(
+        logging.ERROR
+    )  # a line for each malformed request: anyone could flood it
     listener = bind(config.host, config.port)
     engine = make_engine(config)
     log = AuditLog(config.audit_log, opened={"model": engine.digest})

@@ -95,14 +95,15 @@ def so8t(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @contextmanager
 def started(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The command in a process of its own; (base URL, process)."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "serve", "--port", "0", *options], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
-    )  # fmt: skip
+    with open(folder / "stderr", "w") as errors:  # not a pipe: a full one would stop the server
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", "serve", "--port", "0", *options], cwd=folder, text=True,
+            stdout=subprocess.PIPE, stderr=errors, env=ENVIRONMENT,
+        )  # fmt: skip
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert " at http://" in line, process.communicate()[1]
+        assert " at http://" in line, (folder / "stderr").read_text()
         yield line.split(" at ")[1].split(",")[0], process
     finally:
         if process.poll() is None:
@@ -142,7 +143,8 @@ def test_the_real_openai_client_works_with_the_command(tmp_path: Path, upstream:
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.3, max_retries=0).chat.completions.create(model="m", messages=ask)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=20)
+    err = (tmp_path / "stderr").read_text()
     assert process.returncode == 0
     no_canary(out.encode(), err.encode(), (tmp_path / "so8t-audit.jsonl").read_bytes())
     head = out.strip().rsplit(" at ", 1)[1]
