@@ -204,7 +204,9 @@ def test_large_bodies_get_413_and_slow_ones_408(in_front: InFront) -> None:
     assert error(server.ask(user="x" * 3000))["code"] == "body_too_large"
     head = request(b"").partition(b"content-length")[0]
     part = b"400\r\n" + b"x" * 1024 + b"\r\n"
-    assert status(server.raw(head + b"transfer-encoding: chunked\r\n\r\n" + part * 4)) == 413
+    assert status(server.raw(head + b"transfer-encoding: chunked\r\n\r\n" + part * 4 + b"0\r\n\r\n")) == 413
+    assert status(server.raw(head + b"transfer-encoding: chunked\r\n\r\n" + part * 32)) == 413  # no end in sight
+    assert status(server.raw(head + b"content-length: 40000\r\n\r\n")) == 413
     assert status(server.raw(head + b"content-length: 99999999999999999999999\r\n\r\n")) in (400, 413)
     assert error(server.raw(head + b'content-length: 1000\r\n\r\n{"messa'))["code"] == "body_too_slow"
     assert status(server.ask()) == 200
