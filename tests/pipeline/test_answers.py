@@ -11,13 +11,6 @@ from pipeline.answers import judge, normalised
 from pipeline.generate import Completion, _with_bos, complete
 from pipeline.thinking import format_assistant
 from so8t_core.errors import InputError
-from verification.converter import convert
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(tiny_dir, tmp_path_factory.mktemp("gguf") / "tiny-F32.gguf", outtype="f32")
-
 
 PROMPTS = ["one", "two three four", "<|im_start|>user\n五 times 6<|im_end|>\n", "x" * 700]
 

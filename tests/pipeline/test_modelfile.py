@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.generator import generate
 from pipeline.modelfile import go_template, modelfile, stop_tokens
 from pipeline.thinking import SYSTEM_MESSAGE
 from so8t_core.errors import InputError
@@ -61,3 +63,45 @@ def test_model_without_an_end_token_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="never stop"):
         stop_tokens(tmp_path, Endless())
+
+
+def _as_llama_cpp(template: str, messages: list[dict[str, str]]) -> str:
+    """llama.cpp's own rendering of a GGUF's template, as llama-server without --jinja does it."""
+    import llama_cpp
+
+    array = (llama_cpp.llama_chat_message * len(messages))(
+        *(llama_cpp.llama_chat_message(m["role"].encode(), m["content"].encode()) for m in messages)
+    )
+    buffer = llama_cpp.ctypes.create_string_buffer(1 << 16)
+    length = llama_cpp.llama_chat_apply_template(template.encode(), array, len(messages), True, buffer, len(buffer))
+    assert 0 < length <= len(buffer)
+    return buffer.raw[:length].decode()
+
+
+def conversations(count: int) -> list[list[tuple[str, str]]]:
+    """Turns of one to three problems in two languages; the last reply is still to come."""
+    rows = iter(generate(2 * count, 0, ["ja", "en"], 0)[0])
+    found = []
+    for number in range(count):
+        turns = [(row["prompt"], row["answer"]) for row in islice(rows, 1 + number % 3)]
+        found.append([*turns[:-1], (turns[-1][0], "")])
+    return found
+
+
+def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": SYSTEM_MESSAGE}]
+    for prompt, response in turns:
+        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return messages[:-1]
+
+
+def test_fifty_conversations_are_written_as_llama_cpp_writes_them(smollm2: Any) -> None:
+    template = go_template(smollm2)
+    assert template is not None
+    chosen = conversations(50)
+    assert len({str(turns) for turns in chosen}) == 50
+    for turns in chosen:
+        expected = _as_llama_cpp(smollm2.chat_template, _messages(turns))
+        assert _as_ollama(template, turns, SYSTEM_MESSAGE) == expected
+        broken = template.replace("<|im_end|>\n", "<|im_end|>", 1)  # a lost line break shows
+        assert _as_ollama(broken, turns, SYSTEM_MESSAGE) != expected

@@ -1,0 +1,58 @@
+"""What the server asks of an engine, and how an engine says that it failed.
+
+An engine gets a whole conversation and hands back pieces of one generation as bytes. Its failures carry a fixed word,
+never text of a generation, a prompt or another program's message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.thinking import Message
+
+Feed = Callable[[bytes], None]
+
+
+class EngineError(Exception):
+    """A generation failed; `kind` is one of a few fixed words, `busy` says that trying again later makes sense."""
+
+    def __init__(self, kind: str, *, busy: bool = False) -> None:
+        super().__init__(kind)
+        self.kind, self.busy = kind, busy
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversation to be answered, with what a client may choose about sampling."""
+
+    messages: list[Message]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Engine(Protocol):
+    """A model that answers; safe to call from one event loop."""
+
+    model_id: str  # what clients call it
+    digest: str  # what the audit log calls it
+
+    def check(self, messages: list[Message]) -> int | None:
+        """Tokens of the prompt (None: unknown). Raises `Refusal` where it is too long or holds control tokens."""
+
+    def count(self, text: str) -> int | None:
+        """Tokens of a text, None where no tokenizer is known."""
+
+    def cut(self, text: str, limit: int) -> str:
+        """The text's first `limit` tokens; raises `Refusal` where no tokenizer is known."""
+
+    async def generate(self, job: Job, feed: Feed) -> str | None:
+        """Feed the generation's bytes; return why it ended: "stop" where the model ended its turn, else another word.
+
+        Cancelling the task ends the generation. Raises `EngineError`, and whatever `feed` raises.
+        """
+
+    async def close(self) -> None:
+        """Free what it holds."""

@@ -1,0 +1,202 @@
+"""The embedded engine: one GGUF through llama.cpp, one generation at a time, first come first served.
+
+Prompt: the file's own chat template, tokenised as in training, BOS where the file asks for it. Context: as shipped
+(`num_ctx` of the Modelfile beside the file, else the pipeline's default), never beyond what the model was trained for.
+The turn ends at any token of the file's end-of-generation set; a control token elsewhere is no text and ends in error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pipeline.config import ConvertConfig
+from pipeline.generate import _with_bos
+from pipeline.serve.engine import EngineError, Feed, Job
+from pipeline.serve.protocol import invalid
+from pipeline.serve.tokens import Tokens
+from pipeline.thinking import Message
+from so8t_core.errors import InputError
+from so8t_core.files import sha256_file
+from verification.llama_engine import LlamaModel, last_words
+from verification.logits import usable_cores
+
+PIECE = 128  # prompt tokens between two looks at the cancel flag
+
+
+def shipped_n_ctx(gguf: Path) -> int:
+    """`num_ctx` of the Modelfile beside the file, else the default of `so8t convert`."""
+    beside = gguf.with_suffix(".Modelfile")
+    text = beside.read_text(encoding="utf-8") if beside.is_file() else ""
+    found = re.search(r"^PARAMETER num_ctx (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else int(ConvertConfig().n_ctx)
+
+
+class ChatTemplate:
+    """A model's own chat template, rendered in a sandbox the way transformers renders it.
+
+    Raises:
+        InputError: it is no Jinja template.
+    """
+
+    def __init__(self, source: str, *, bos: str, eos: str) -> None:
+        world = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        world.globals["raise_exception"] = _refuse
+        try:
+            self._template = world.from_string(source)
+        except TemplateError:
+            raise InputError(
+                "the GGUF's chat template is not valid Jinja; `so8t convert` writes the base's own"
+            ) from None
+        self._names = {"bos_token": bos, "eos_token": eos}
+
+    def render(self, messages: list[Message]) -> str:
+        """The prompt up to the model's turn.
+
+        Raises:
+            Refusal: the template refuses these roles.
+        """
+        try:
+            return str(self._template.render(messages=messages, add_generation_prompt=True, **self._names))
+        except TemplateError:
+            raise invalid("the model's chat template refuses this order of roles", param="messages") from None
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+class LlamaEngine:
+    """One loaded file; see `pipeline.serve.engine.Engine`.
+
+    Args:
+        n_ctx: tokens of prompt and generation together; None = as shipped.
+        max_new_tokens: a generation is stopped there, and then nothing of it is shown.
+
+    Raises:
+        InputError: the file cannot be loaded, has no chat template, or the limits do not fit each other.
+    """
+
+    def __init__(
+        self, gguf: Path, *, n_ctx: int | None = None, max_new_tokens: int = 1024, threads: int | None = None
+    ) -> None:
+        if not gguf.is_file():
+            raise InputError(f"{gguf} does not exist; `so8t convert` makes GGUF files")
+        self.model_id, self.digest = gguf.stem, f"sha256:{sha256_file(gguf)}"
+        self.max_new_tokens = max_new_tokens
+        self.model = LlamaModel(gguf)
+        self.tokens = Tokens(self.model)
+        trained = int(llama_cpp.llama_model_n_ctx_train(self.model.model))
+        self.n_ctx = min(n_ctx or shipped_n_ctx(gguf), trained)
+        source = self.model.chat_template()
+        if source is None:
+            raise InputError(f"{gguf} has no chat template, so it cannot hold a conversation; convert it again")
+        if max_new_tokens >= self.n_ctx:
+            raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {self.n_ctx} tokens")
+        spelled = [self.tokens.piece(t).decode() if t >= 0 else "" for t in (self.model.bos, self.model.eos)]
+        self.template = ChatTemplate(source, bos=spelled[0], eos=spelled[1])
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = self.n_ctx, 1
+        params.n_batch = params.n_ubatch = PIECE
+        params.n_threads = params.n_threads_batch = threads or usable_cores()
+        self.context = llama_cpp.llama_init_from_model(self.model.model, params)
+        if not self.context:
+            raise InputError(f"llama.cpp cannot open a context of {self.n_ctx} tokens: {last_words()}")
+        self._turn = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llama")
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Token ids of the rendered conversation."""
+        return _with_bos(self.model, self.model.tokenize(self.template.render(messages)))
+
+    def check(self, messages: list[Message]) -> int:
+        """Tokens of the prompt; refuses control tokens and prompts that leave no room to answer."""
+        self.tokens.refuse_control(messages)
+        found, room = len(self.prompt(messages)), self.n_ctx - self.max_new_tokens
+        if found > room:
+            raise invalid(
+                f"the conversation has {found} tokens, at most {room} are possible: shorten it",
+                param="messages", code="context_length_exceeded",
+            )  # fmt: skip
+        return found
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return self.tokens.count(text)
+
+    def cut(self, text: str, limit: int) -> str:
+        """The text's first `limit` tokens."""
+        return self.tokens.cut(text, limit)
+
+    async def generate(self, job: Job, feed: Feed) -> str | None:
+        """Wait for the turn, then decode in a thread of its own; ends within one piece of work when cancelled."""
+        async with self._turn:
+            cancelled = threading.Event()
+            work = asyncio.get_running_loop().run_in_executor(self._thread, self._decode, job, feed, cancelled)
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                cancelled.set()
+                await asyncio.wait([work])  # the context is one: the next turn must find it idle
+                work.exception()  # seen, so that nobody logs it
+                raise
+
+    def _decode(self, job: Job, feed: Feed, cancelled: threading.Event) -> str | None:
+        memory = llama_cpp.llama_get_memory(self.context)
+        llama_cpp.llama_memory_clear(memory, True)
+        sampler = _sampler(job)
+        try:
+            ids = self.prompt(job.messages)
+            for start in range(0, len(ids), PIECE):
+                if cancelled.is_set():
+                    return None
+                self._step(ids[start : start + PIECE])
+            for _ in range(self.max_new_tokens):
+                if cancelled.is_set():
+                    return None
+                token = int(llama_cpp.llama_sampler_sample(sampler, self.context, -1))
+                if self.model.is_end(token):
+                    return "stop"
+                if self.tokens.is_control(token):
+                    raise EngineError("control token")
+                feed(self.tokens.piece(token))
+                self._step([token])
+            return "length"
+        finally:
+            llama_cpp.llama_sampler_free(sampler)
+            llama_cpp.llama_memory_clear(memory, True)  # nobody's thinking stays in memory
+
+    def _step(self, ids: list[int]) -> None:
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # the batch only points to it
+        if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(tokens, len(ids))) != 0:
+            raise EngineError("llama.cpp failed")
+
+    async def close(self) -> None:
+        """Wait for the running turn, then free context and model."""
+        async with self._turn:
+            self._thread.shutdown()
+            llama_cpp.llama_free(self.context)
+            self.model.close()
+
+
+def _sampler(job: Job) -> Any:
+    """llama.cpp's sampler: the likeliest token at temperature 0, else top-p and temperature from a seed."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    if job.temperature == 0:
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_greedy())
+        return chain
+    seed = llama_cpp.LLAMA_DEFAULT_SEED if job.seed is None else job.seed  # the default means: a new one each time
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(job.top_p, 1))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(job.temperature))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed))
+    return chain

@@ -1,0 +1,176 @@
+"""Laws under strain: queues, disconnects, slow and silent clients, a full disk; the server stays up."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fake_upstream import ANSWER, OK, FakeUpstream, chunk, generation, no_canary, text
+from running_server import RunningServer, answer_of, error, read_all, request, status
+
+from pipeline.serve.audit import verify
+from pipeline.serve.decide import Limits
+
+InFront = Callable[..., RunningServer]
+
+
+def test_keys_are_asked_for_and_counted(in_front: InFront, upstream: FakeUpstream, tmp_path: Any) -> None:
+    from pipeline.serve.keys import load_api_keys, new_api_key
+
+    key, other = new_api_key(tmp_path / "keys", "alice"), new_api_key(tmp_path / "keys", "bob")
+    server = in_front(keys=load_api_keys(tmp_path / "keys"), limits=Limits(per_key=1, in_flight=2))
+    for header in ("", "authorization: Bearer x\r\n", f"authorization: Basic {key}\r\n", f"x-api-key: {key}\r\n"):
+        response = server.ask(headers=header)
+        assert (status(response), error(response)["code"]) == (401, "invalid_api_key")
+    assert upstream.requests == []
+    upstream.script = lambda _: [OK, 1.0, *generation(text())[1:]]
+    first = threading.Thread(target=server.ask, kwargs={"headers": f"authorization: Bearer {key}\r\n"})
+    first.start()
+    server.wait_for(lambda: upstream.running == 1)
+    response = server.ask(headers=f"authorization: bearer {key}\r\n")
+    assert (status(response), error(response)["code"]) == (429, "too_many_requests")
+    assert b"retry-after: 5" in response
+    assert status(server.ask(headers=f"authorization: Bearer {other}\r\n")) == 200
+    first.join()
+    assert [record["client"] for record in server.records()] in (["alice", "bob"], ["bob", "alice"])
+    for secret in (key, other):
+        assert secret.encode() not in server.audit.read_bytes()
+
+
+def test_full_queue_refuses_politely(in_front: InFront, upstream: FakeUpstream) -> None:
+    server = in_front(limits=Limits(in_flight=2))
+    upstream.script = lambda _: [OK, 0.5, *generation(text())[1:]]
+    responses: list[bytes] = []
+    threads = [threading.Thread(target=lambda: responses.append(server.ask())) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    codes = sorted(map(status, responses))
+    assert codes[:2] == [200, 200]
+    assert set(codes) == {200, 503}
+    refused = next(r for r in responses if status(r) == 503)
+    assert error(refused)["code"] == "queue_full"
+    assert b"retry-after: 5\r\n" in refused
+    assert status(server.ask()) == 200
+
+
+def test_nothing_is_answered_while_the_audit_log_cannot_be_written(
+    in_front: InFront, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    server = in_front()
+    real = os.fdatasync
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    for stream in (False, True):
+        response = server.ask(stream=stream)
+        assert error(response)["code"] == "audit_unavailable"
+        assert ANSWER.encode() not in response
+        no_canary(response)
+    assert len(upstream.requests) == 1  # the second was refused before any work
+    health = server.raw(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    assert status(health) == 503
+    monkeypatch.setattr(os, "fdatasync", real)
+    assert status(server.ask()) == 200
+    verify(server.audit)
+
+
+def test_late_upstreams_get_504(in_front: InFront, upstream: FakeUpstream) -> None:
+    server = in_front(limits=Limits(seconds=0.3))
+    upstream.script = lambda _: [OK, chunk(text()), *([b": still here\n\n", 0.05] * 1000)]  # never ends
+    response = server.ask()
+    assert (status(response), error(response)["code"]) == (504, "timeout")
+    assert server.records()[-1]["reason"] == "timeout"
+    server.wait_for(lambda: upstream.running == 0)  # cancelled upstream as well
+
+
+def test_stream_carries_comments_while_the_model_thinks(in_front: InFront, upstream: FakeUpstream) -> None:
+    server = in_front(limits=Limits(keep_alive=0.05))
+    upstream.script = lambda _: [OK, 0.4, *generation(text())[1:]]
+    with server.connect() as connection:
+        connection.sendall(request({"messages": [{"role": "user", "content": "q"}], "stream": True}))
+        began = time.monotonic()
+        first = connection.recv(65536)
+        assert time.monotonic() - began < 0.3
+        response = first + read_all(connection)
+    assert response.count(b": thinking\n\n") >= 3
+    assert answer_of(response, True) == ANSWER
+    no_canary(response)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_goes_away_cancels_its_generation(in_front: InFront, upstream: FakeUpstream, stream: bool) -> None:
+    server = in_front(limits=Limits(in_flight=1))
+    upstream.script = lambda _: [OK, chunk(text()), *([0.05] * 400)]
+    with server.connect() as connection:
+        connection.sendall(request({"messages": [{"role": "user", "content": "q"}], "stream": stream}))
+        server.wait_for(lambda: upstream.running == 1)
+    server.wait_for(lambda: upstream.running == 0)
+    server.wait_for(lambda: len(server.records()) == 1)
+    assert (server.records()[0]["verdict"], server.records()[0]["reason"]) == ("withheld", "cancelled")
+    upstream.script = lambda _: generation(text())
+    server.wait_for(lambda: not server.decider.running)
+    assert status(server.ask()) == 200  # its place is free again
+
+
+def test_unreachable_upstream_is_503(in_front: InFront, upstream: FakeUpstream) -> None:
+    server = in_front()
+    server.engine._url = "http://127.0.0.1:1/v1/chat/completions"  # type: ignore[attr-defined]
+    response = server.ask()
+    assert (status(response), error(response)["code"]) == (503, "engine_busy")
+    upstream.script = lambda _: [b"HTTP/1.1 429 Slow\r\ncontent-length: 0\r\n\r\n"]
+
+
+def test_busy_upstream_is_503_with_a_time_to_wait(in_front: InFront, upstream: FakeUpstream) -> None:
+    server = in_front()
+    for line in (b"429 Slow down", b"503 Busy"):
+        upstream.script = lambda _, line=line: [b"HTTP/1.1 " + line + b"\r\ncontent-length: 0\r\n\r\n"]
+        response = server.ask()
+        assert (status(response), error(response)["code"]) == (503, "engine_busy")
+        assert b"retry-after: 5\r\n" in response
+
+
+def test_slow_and_silent_connections_hinder_nobody(in_front: InFront, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.serve import server as module
+
+    monkeypatch.setattr(module, "HEADER_SECONDS", 0.3)
+    server = in_front()
+    silent = [server.connect() for _ in range(100)]
+    for connection in silent[:50]:
+        connection.sendall(b"POST /v1/chat/comp")
+    assert status(server.ask()) == 200
+    for connection in silent:
+        assert connection.recv(100) in (b"",)  # closed by the server
+        connection.close()
+    assert status(server.raw(b"GET / HTTP/1.1\r\nhost: x\r\nx-fill: " + b"x" * 40_000)) == 400  # an endless header
+    assert status(server.ask()) == 200
+
+
+def test_reader_that_never_reads_hinders_nobody(in_front: InFront, upstream: FakeUpstream) -> None:
+    upstream.script = lambda _: generation(text(answer="long " * 20_000), size=5000)
+    server = in_front()
+    idle = server.connect()
+    idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    idle.sendall(request({"messages": [{"role": "user", "content": "q"}]}))
+    server.wait_for(lambda: len(server.records()) == 1)
+    assert status(server.ask()) == 200
+    idle.close()
+    assert status(server.ask()) == 200
+
+
+def test_no_exporter_of_exceptions_is_armed(in_front: InFront) -> None:
+    """FastAPI's own telemetry would send exception messages to a collector named in the environment."""
+    found: list[Any] = []
+    in_front(wrap=lambda app: found.append(app) or app)
+    telemetry = getattr(found[0].app, "_native_telemetry", None)
+    assert telemetry is None or not telemetry.enabled()
