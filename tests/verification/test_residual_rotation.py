@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from so8t_core.gate import rotate_rows
+from so8t_core.folding import rotate_rows
 from so8t_core.rotation import exp_so8
 from verification.hypotheses import EXPECTED, Known, Other, nearest, rotated, sample_rows
 from verification.residual_rotation import residual_rotation
