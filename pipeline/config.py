@@ -98,6 +98,7 @@ class VerifyConfig(_Section):
     corpus: str | None = None  # text or JSONL; null = the held-out rows followed by the built-in text
     chunks: int = Field(12, ge=2)
     n_ctx: int = Field(512, ge=64)
+    cells: Literal["quick", "full"] = "quick"  # ways of running each file; full adds lengths
     base_damage: bool = True  # measure the base model's own quant damage beside
 
 

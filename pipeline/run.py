@@ -205,6 +205,8 @@ def _verify(run: Run) -> None:
             n_ctx=settings.n_ctx,
             threads=run.config.threads,
             base_damage=settings.base_damage,
+            cells=settings.cells,
+            ship_n_ctx=run.config.convert.n_ctx,
             converter=run.config.convert.converter,
             progress=progress,
             work_dir=run.work / "oracle",

@@ -1,7 +1,8 @@
 """The leg `quantise`: a quantised file against the reference re-quantised here, byte by byte, then block by block.
 
 Counted are the tensors that neither equal the oracle's bytes nor hold their type's block bounds (`block_bounds`), so a
-file from another build or machine passes with its differences explained, and one from other weights does not.
+file from another build or machine passes with its differences explained, and one from other weights does not. Where
+nearly all other tensors are equal, the same build made the file and explains nothing: one flipped bit counts.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from collections import Counter
 
 from verification.block_bounds import Held, hold
 from verification.checks import plain_check
-from verification.gguf_file import GGUFFile
+from verification.gguf_file import FLOAT_TYPES, GGUFFile
 from verification.legs_file import Candidate
 from verification.oracle import Twin, same_bytes
 from verification.schema import Check
 
+SAME_MAKER = 0.9  # share of a tensor's neighbours that equal the oracle in a file of the same build
 _IMATRIX_KEY = "quantize.imatrix.file"  # llama-quantize writes it, among others, when it was given a matrix
 
 
@@ -30,7 +32,7 @@ def quantise_checks(candidate: Candidate, twin: Twin) -> list[Check]:
         for name in differing
         if name not in foreign
     ]
-    beyond = [tensor for tensor in held if not tensor.within]
+    beyond = [tensor for tensor in held if not tensor.within or _same_maker(file, tensor, set(differing))]
     equal = len(file.tensors) - len(differing)
     parts = [f"{equal} of {len(file.tensors)} tensors equal the reference re-quantised here {twin.made}, byte for byte"]
     if foreign:
@@ -38,7 +40,7 @@ def quantise_checks(candidate: Candidate, twin: Twin) -> list[Check]:
     if beyond:
         worst = max(beyond, key=lambda t: (t.beyond, t.differ / t.blocks))
         parts.append(f"worst {worst}")
-    if within := [tensor for tensor in held if tensor.within]:
+    if within := [tensor for tensor in held if tensor not in beyond]:
         parts.append(f"explained by another build or machine: {_summary(within)}")
     if foreign or beyond:
         parts.append(_advice(file, twin))
@@ -51,6 +53,18 @@ def quantise_checks(candidate: Candidate, twin: Twin) -> list[Check]:
             detail=". ".join(parts),
         )
     ]
+
+
+def _same_maker(file: GGUFFile, tensor: Held, differing: set[str]) -> bool:
+    """Whether the tensor's neighbours say that the same quantiser made them: then another build explains nothing.
+
+    Another build differs in all larger tensors of a type. Neighbours are the tensors of the same type, or all quantised
+    ones where it has fewer than three.
+    """
+    quantised = [t for t in file.tensors.values() if t.name != tensor.name and t.type not in FLOAT_TYPES]
+    alike = [t for t in quantised if t.type == tensor.type]
+    alike = alike if len(alike) >= 3 else quantised
+    return len(alike) >= 3 and sum(t.name not in differing for t in alike) >= SAME_MAKER * len(alike)
 
 
 def _comparable(file: GGUFFile, twin: Twin, name: str) -> bool:

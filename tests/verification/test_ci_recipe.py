@@ -38,6 +38,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> P
     quantise(convert(small_checkpoint, folder / "f16.gguf"), folder / "model-Q8_0.gguf", "Q8_0")
     # a random model: its logits depend on every weight alike, so roundings show more than in a trained one
     bounds = "quality: {Q8_0: {mean_kld: 0.5, top1: 0.5}}\nconvert: {mean_kld: 1.0e-3, top1: 0.9}\n"
+    bounds += (
+        "evidence: {positions: 60, chunks: 2}\ncells: {F16: {mean_kld: 1, top1: 0}, Q8_0: {mean_kld: 2, top1: 0}}\n"
+    )
     (folder / "gate.yaml").write_text(bounds, encoding="utf-8")
     programs = folder / "bin"
     programs.mkdir()

@@ -17,6 +17,7 @@ from tiny_gguf import importance, write_wide
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
+from verification.block_bounds import hold
 from verification.gguf_file import FLOAT_TYPES, GGUFTensor, read_gguf
 from verification.imatrix import read_imatrix
 from verification.legs_file import Candidate
@@ -138,12 +139,19 @@ def test_one_blocks_scale_twice_too_large_is_caught(made: Made, tmp_path: Path) 
     assert (check.value, "1 beyond the type's bound" in check.detail) == (1, True)
 
 
-def test_the_scales_last_bit_in_one_block_is_explained(made: Made, tmp_path: Path) -> None:
-    tensor = read_gguf(made.healthy).tensors[TURNED]
-    check = made.check(patched(made.healthy, tmp_path / "x.gguf", scaled(tensor, 17, 1)))
-    assert check.value == 0
-    assert "explained by another build or machine: 1 tensors" in check.detail
-    assert "1 of them in the scale's last bit only" in check.detail
+def test_the_scales_last_bit_is_explained_where_a_whole_build_shows_and_not_in_one_tensor(
+    made: Made, tmp_path: Path
+) -> None:
+    quantised = [t for t in read_gguf(made.healthy).tensors.values() if t.type not in FLOAT_TYPES]
+    everywhere = {at: data for tensor in quantised for at, data in scaled(tensor, 17, 1).items()}
+    check = made.check(patched(made.healthy, tmp_path / "x.gguf", everywhere))
+    assert check.value == 0, check.detail
+    assert f"explained by another build or machine: {len(quantised)} tensors" in check.detail
+    assert f"{len(quantised)} of them in the scale's last bit only" in check.detail
+    alone = next(tensor for tensor in quantised if tensor.name == TURNED)
+    check = made.check(patched(made.healthy, tmp_path / "x.gguf", scaled(alone, 17, 1)))
+    assert check.value == 1
+    assert TURNED in check.detail
 
 
 def test_a_norm_may_not_differ_at_all(made: Made, tmp_path: Path) -> None:
@@ -175,9 +183,14 @@ def test_what_a_contracting_build_really_wrote_is_explained(
     tensor = read_gguf(healthy).tensors[name]
     size = block_size(tensor)
     changes = {tensor.offset + int(row) * size: block.tobytes() for row, block in zip(rows, blocks, strict=True)}
-    check = Made(healthy, healthy, floats[0], use).check(patched(healthy, tmp_path / "c.gguf", changes))
-    assert check.value == 0
-    assert f"{len(rows)} of {len(tensor.raw) // size} blocks" in check.detail
+    theirs = patched(healthy, tmp_path / "c.gguf", changes)
+    found = hold(read_gguf(theirs).tensors[name], tensor, read_gguf(floats[0]).tensors[name], imatrix=use)
+    assert found.within, str(found)
+    assert (found.differ, found.blocks) == (len(rows), len(tensor.raw) // size)
+    # Alone among tensors that equal the oracle it cannot come from another build, which would have changed them too.
+    check = Made(healthy, healthy, floats[0], use).check(theirs)
+    assert check.value == 1
+    assert name in check.detail
 
 
 def test_another_type_than_the_oracles_is_named(floats: tuple[Path, Path], tmp_path: Path) -> None:

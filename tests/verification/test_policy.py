@@ -298,7 +298,7 @@ def everywhere(subject: str) -> list[Check]:
 
 OF_A_FILE = (
     "token_ids", "added_specials", "chat_template", "stop_set", "special_ids", "metadata", "oracle_metadata",
-    "fallback_types", "inventory", "finite_weights",
+    "fallback_types", "inventory", "finite_weights", "layout", "end_of_turn",
 )  # fmt: skip
 
 

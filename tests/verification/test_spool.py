@@ -20,7 +20,7 @@ from verification.spool import LogitSpool
 
 GIB = 2**30
 STREAM = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import numpy as np
 from verification.divergence import DivergenceAccumulator
@@ -42,7 +42,9 @@ with LogitSpool(Path(sys.argv[3]), rows=rows * chunks, vocab=vocab) as spool:
         if keep:
             kept.append(other)
 d = total.result()
-print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, d.tokens, d.mean_kld]))
+# not ru_maxrss: it survives exec, and would be the peak of the process that started this one
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([int(peak.split()[1]) * 1024, d.tokens, d.mean_kld]))
 """
 
 

@@ -18,15 +18,18 @@ from verification.gguf_file import read_gguf
 from verification.hypotheses import rotated
 from verification.legs_bake import _largest, saved_rounding
 from verification.legs_file import Candidate, weight_checks
+from verification.legs_quantise import quantise_checks
 from verification.logits import load_hf
+from verification.oracle import Twin
 from verification.tensors import Checkpoint, _halves_to_pairs, inventory
 from verification.weights import Sources, rotations
 
 
 def checks(family: Family, path: Path, kind: str = "F16") -> dict[str, object]:
-    oracle = read_gguf(family.files[kind])
-    result = weight_checks(Candidate(kind, read_gguf(path)), oracle, Checkpoint(family.reference))
-    return {check.name: check for check in [*result.contract, *result.convert, *result.quantise]}
+    oracle, candidate = read_gguf(family.files[kind]), Candidate(kind, read_gguf(path))
+    result = weight_checks(candidate, oracle, Checkpoint(family.reference))
+    twin = Twin(oracle, read_gguf(family.files["F16"]), imatrix=False)
+    return {check.name: check for check in [*result.contract, *result.convert, *quantise_checks(candidate, twin)]}
 
 
 def test_healthy_files_are_fully_explained(family: Family) -> None:
