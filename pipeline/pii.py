@@ -11,17 +11,12 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from pipeline.pii_address import addresses
+from pipeline.pii_kinds import KINDS, Kind
 from pipeline.pii_numbers import check_numbers, ibans, ip_addresses, phones
 from pipeline.pii_secrets import secrets
 from pipeline.pii_text import fold
-
-Kind = Literal[
-    "secret", "email", "iban", "card", "my_number", "corporate_number", "phone", "ip", "address", "confidential"
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)  # in this order the first claim on a span wins
 
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+'-]{1,64}(?:@|\s?[\[(<{]\s?(?:at|アット(?:マーク)?|@)\s?[\])>}]\s?)"

@@ -2,7 +2,7 @@
 
 A known format (AWS, GitHub, OpenAI-like, JWT, PEM ...) is enough by itself. An assignment (`api_key = "..."`) counts
 when the value has the entropy of a key, H = -sum p log2 p >= 3 bits a character over 16 or more, or is a password of
-mixed classes; placeholders (`YOUR_API_KEY`, `${TOKEN}`, `xxxx`) do not.
+letters and digits; placeholders (`YOUR_API_KEY`, `${TOKEN}`, `xxxx`) do not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ASSIGNED = re.compile(
     r"(?P<name>api[ _-]?key|access[ _-]?key(?:[ _-]?id)?|secret(?:[ _-]?(?:access[ _-]?)?key)?|client[ _-]?secret|"
     r"auth[ _-]?token|access[ _-]?token|bearer|token|private[ _-]?key|credential|passw(?:or)?d|passphrase|pwd|"
     r"パスワード|暗証番号|秘密鍵|アクセスキー|シークレットキー?|APIキー|アクセストークン|トークン)"
-    r"[\"'」]?\s{0,3}(?::=|=>|[:=]|は|\bis\b|(?<=earer))\s{0,3}[\"'「`]?(?P<value>[!-~]{8,500})",
+    r"[\"'」]?\s{0,3}(?::=|=>|[:=]|は|\bis\b|(?<=earer))\s{0,3}[\"'「`]?(?P<value>[!-~]{6,500})",
     re.IGNORECASE,
 )
 _PASSWORD = re.compile(r"pass|pwd|パスワード|暗証", re.IGNORECASE)
@@ -71,7 +71,7 @@ def secrets(text: str) -> Iterator[Span]:
     yield from (match.span(1) for match in _URL_LOGIN.finditer(text) if not _PLACEHOLDER.search(match[1]))
     for match in _ASSIGNED.finditer(text):
         value = match["value"].rstrip("\"'`;,.)]}>")
-        if len(value) < 8 or _PLACEHOLDER.search(value):
+        if len(value) < 6 or _PLACEHOLDER.search(value):
             continue
         if _looks_random(value) or (_PASSWORD.search(match["name"]) and _mixed(value)):
             yield match.start("value"), match.start("value") + len(value)
@@ -96,9 +96,8 @@ def _looks_random(value: str) -> bool:
 
 
 def _mixed(value: str) -> bool:
-    """Three of the four classes lower, upper, digit, other: what password rules ask for."""
-    classes = ("[a-z]", "[A-Z]", "[0-9]", "[^A-Za-z0-9]")
-    return sum(bool(re.search(kind, value)) for kind in classes) >= 3
+    """Letters and digits both, as password rules ask for."""
+    return bool(re.search("[0-9]", value) and re.search("[A-Za-z]", value))
 
 
 def _is_jwt_header(part: str) -> bool:
