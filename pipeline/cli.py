@@ -140,10 +140,38 @@ def run(
     _execute(config, overrides, first=first, until=until, force=force, quiet=quiet)
 
 
-@app.command(epilog="Example: so8t data configs/demo.yaml")
-def data(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+@app.command(epilog="Example: so8t data my.yaml --collect")
+def data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="first fetch the URLs of data.manifest that robots.txt allows")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
     """Build and check the /think dataset."""
+    if collect:
+        _collect(config, overrides, quiet=quiet)
     _execute(config, overrides, until="data", quiet=quiet)
+
+
+def _collect(config: Path, overrides: list[str] | None, *, quiet: bool) -> None:
+    from pipeline.collect import collect, require_collected
+    from pipeline.config import load_config
+    from pipeline.progress import Reporter
+
+    wanted = load_config(config, overrides).data
+    if wanted.manifest is None:
+        raise InputError("--collect needs data.manifest, a YAML file that lists URLs; docs/data_policy.md shows one")
+    reporter = Reporter(quiet=quiet)
+    require_collected(
+        collect(
+            Path(wanted.manifest),
+            wanted.licences,
+            wanted.collect,
+            lambda outcome: reporter.note(f"{outcome.state} {outcome.url}: {outcome.reason}"),
+        )
+    )
 
 
 @app.command(epilog="Example: so8t train configs/demo.yaml train.steps=200")

@@ -1,7 +1,7 @@
 """One bounded HTTP GET: a deadline over everything, a limit on the body, the redirects left to the caller.
 
 The deadline covers connecting, headers and body, so a server that drips one byte a second is cut off as well as one
-that never ends. Compressed bodies are neither asked for nor accepted: a limit on bytes must be a limit on what is stored.
+that never ends. Compressed bodies are neither asked for nor accepted: a limit on bytes limits what is stored.
 """
 
 from __future__ import annotations

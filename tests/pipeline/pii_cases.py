@@ -86,7 +86,7 @@ def grouped(rng: random.Random, value: str, sizes: tuple[int, ...]) -> str:
 
 
 def my_number(rng: random.Random) -> str:
-    """Check digit: 11 - (sum P_n Q_n mod 11), 0 where that is above 9; Q = n+1 for n <= 6, n-5 above (from the right)."""
+    """Check digit: 11 - (sum P_n Q_n mod 11), 0 above 9; from the right Q = n + 1 up to n = 6, then n - 5."""
     body = digits(rng, 11)
     total = sum(int(p) * (n + 1 if n <= 6 else n - 5) for n, p in enumerate(reversed(body), start=1))
     check = 11 - total % 11
@@ -113,7 +113,9 @@ def card(rng: random.Random) -> str:
 
 
 def iban(rng: random.Random) -> str:
-    country, bban = rng.choice([("DE", digits(rng, 18)), ("GB", "WEST" + digits(rng, 14)), ("NL", "ABNA" + digits(rng, 10))])
+    country, bban = rng.choice(
+        [("DE", digits(rng, 18)), ("GB", "WEST" + digits(rng, 14)), ("NL", "ABNA" + digits(rng, 10))]
+    )
     code = "".join(str(int(c, 36)) for c in bban + country + "00")
     value = f"{country}{98 - int(code) % 97:02d}{bban}"
     shown = rng.choice([value, " ".join(value[i : i + 4] for i in range(0, len(value), 4)), value.lower()])
@@ -125,7 +127,9 @@ def ip(rng: random.Random) -> str:
         return rng.choice(["2001:db8:{:x}::{:x}", "fe80::{:x}:{:x}", "2400:4050:{:x}:0:0:0:0:{:x}"]).format(
             rng.randint(0x1000, 0xFFFF), rng.randint(0x10, 0xFFFF)
         )
-    value = ".".join(str(n) for n in (rng.choice([10, 172, 192, 203, 8, 133]), *(rng.randint(0, 254) for _ in range(3))))
+    value = ".".join(
+        str(n) for n in (rng.choice([10, 172, 192, 203, 8, 133]), *(rng.randint(0, 254) for _ in range(3)))
+    )
     return value.translate(str.maketrans(HALF + ".", FULL + "．")) if rng.random() < 0.2 else value
 
 
@@ -200,7 +204,9 @@ def hard_negatives(count: int, seed: int = 0) -> Iterator[str]:
 
     makers: list[Callable[[], str]] = [
         lambda: f"{n(1950, 2030)}年{n(1, 12)}月{n(1, 28)}日{n(0, 23)}時{n(0, 59)}分に始まった。",
-        lambda: f"Updated {n(1990, 2030)}-{n(1, 12):02d}-{n(1, 28):02d} {n(0, 23):02d}:{n(0, 59):02d}:{n(0, 59):02d}.{digits(rng, 6)}",
+        lambda: (
+            f"Updated {n(1990, 2030)}-{n(1, 12):02d}-{n(1, 28):02d} {n(0, 23):02d}:{n(0, 59):02d}:00.{digits(rng, 6)}"
+        ),
         lambda: f"期間は{n(1990, 2030)}/{n(1, 12):02d}/{n(1, 28):02d}-{n(1990, 2030)}/{n(1, 12):02d}/{n(1, 28):02d}。",
         lambda: f"ISBN {_isbn(rng, '9784')} の本を読んだ。",
         lambda: f"この本({_isbn(rng, '978')})は品切れ。",
@@ -219,7 +225,9 @@ def hard_negatives(count: int, seed: int = 0) -> Iterator[str]:
         lambda: f"円周率は3.{digits(rng, 14)}である。",
         lambda: f"数列 {' '.join(str(n(1, 99)) for _ in range(12))} の和",
         lambda: f"試合は{n(0, 9)}-{n(0, 9)}、{n(0, 9)}-{n(0, 9)}で終わった。",
-        lambda: f"東京都{rng.choice(['千代田区', '八王子市'])}で{n(2, 900)}人が参加し、{n(0, 5)}-{n(0, 5)}で引き分けた。",
+        lambda: (
+            f"東京都{rng.choice(['千代田区', '八王子市'])}で{n(2, 900)}人が参加し、{n(0, 5)}-{n(0, 5)}で引き分けた。"
+        ),
         lambda: f"大阪府の人口は{n(800, 900)}万{n(1000, 9999)}人、京都市は{n(100, 150)}万人。",
         lambda: f"最大{n(1000, 9000)}トークン、max_tokens: {n(1000, 99999)}, token={n(1, 99)}",
         lambda: 'api_key = "YOUR_API_KEY_HERE_PLEASE"; password = "${DB_PASSWORD}"; token = os.environ["TOKEN"]',
