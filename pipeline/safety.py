@@ -92,8 +92,9 @@ class SafetyLabels:
         for kind, origin in found:
             if kind in self._unsafe or origin == "manifest":
                 return UnsafeLabel(kind, origin)
-        if unknown := next((kind for kind, _ in found if kind not in self._safe), None):
-            raise RowError(UNKNOWN, f"{unknown[:40]!r} is in neither data.unsafe_labels nor data.safe_labels")
+        unknown = [kind for kind, _ in found if kind not in self._safe]
+        if unknown:
+            raise RowError(UNKNOWN, f"{unknown[0][:40]!r} is in neither data.unsafe_labels nor data.safe_labels")
         return None
 
     def check(self, label: UnsafeLabel, thought: Thought) -> None:
