@@ -151,27 +151,12 @@ def data(
 ) -> None:
     """Build and check the /think dataset."""
     if collect:
-        _collect(config, overrides, quiet=quiet)
+        from pipeline.collect import collect_for
+        from pipeline.config import load_config
+        from pipeline.progress import Reporter
+
+        collect_for(load_config(config, overrides).data, Reporter(quiet=quiet).note)
     _execute(config, overrides, until="data", quiet=quiet)
-
-
-def _collect(config: Path, overrides: list[str] | None, *, quiet: bool) -> None:
-    from pipeline.collect import collect, require_collected
-    from pipeline.config import load_config
-    from pipeline.progress import Reporter
-
-    wanted = load_config(config, overrides).data
-    if wanted.manifest is None:
-        raise InputError("--collect needs data.manifest, a YAML file that lists URLs; docs/data_policy.md shows one")
-    reporter = Reporter(quiet=quiet)
-    require_collected(
-        collect(
-            Path(wanted.manifest),
-            wanted.licences,
-            wanted.collect,
-            lambda outcome: reporter.note(f"{outcome.state} {outcome.url}: {outcome.reason}"),
-        )
-    )
 
 
 @app.command(epilog="Example: so8t train configs/demo.yaml train.steps=200")

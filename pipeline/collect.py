@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pipeline.config import CollectConfig
+from pipeline.config import CollectConfig, DataConfig
 from pipeline.fetch import FetchError, Limits, Reply, get
 from pipeline.licences import LicencePolicy
 from pipeline.manifest import locked
@@ -82,6 +82,24 @@ def collect(
     return outcomes
 
 
+def collect_for(config: DataConfig, note: Callable[[str], None]) -> None:
+    """Collect for one configuration and say what became of each URL.
+
+    Raises:
+        InputError: no manifest, one that cannot be used, or a fetch that failed.
+    """
+    if config.manifest is None:
+        raise InputError("--collect needs data.manifest, a YAML file that lists URLs; docs/data_policy.md shows one")
+    require_collected(
+        collect(
+            Path(config.manifest),
+            config.licences,
+            config.collect,
+            lambda outcome: note(f"{outcome.state} {outcome.url}: {outcome.reason}"),
+        )
+    )
+
+
 def require_collected(outcomes: Sequence[Outcome]) -> None:
     """Raise `InputError` if a fetch failed; a refusal is a decision, not a failure."""
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
@@ -95,9 +113,9 @@ def require_collected(outcomes: Sequence[Outcome]) -> None:
 class _Collector:
     def __init__(self, agent: str, limits: CollectConfig) -> None:
         self._agent, self._limits = agent, limits
-        self._last: dict[str, float] = {}  # site: when the last request to it began
+        self._last: dict[str, float] = {}  # site: when the last request to it was over
         self._delays: dict[str, float] = {}
-        self._robots = RobotsCache(agent, wait=self._keep_distance, max_seconds=min(30.0, limits.max_seconds))
+        self._robots = RobotsCache(agent, fetch=self._get, max_seconds=min(30.0, limits.max_seconds))
 
     def one(self, entry: SourceEntry, folder: Path, policy: LicencePolicy) -> Outcome:
         """Fetch one URL into its folder."""
@@ -146,8 +164,7 @@ class _Collector:
                     f"the site asks for {decision.delay:g} s between requests, more than collect.max_delay"
                 )
             self._delays[site_of(url)] = decision.delay
-            self._keep_distance(url)
-            reply, _ = get(url, self._agent, limits, target)
+            reply, _ = self._get(url, limits, target)
             if reply.location is None:
                 if reply.status != 200:
                     raise FetchError(f"status {reply.status}")
@@ -159,11 +176,13 @@ class _Collector:
                 raise FetchError(f"redirects to {url[:80]}, which is no web page")
         raise FetchError(f"redirects more than {MAX_REDIRECTS} times")
 
-    def _keep_distance(self, url: str) -> None:
-        """Sleep until the site's crawl delay (or our own least one) has passed since the last request to it."""
+    def _get(self, url: str, limits: Limits, target: Path | None = None) -> tuple[Reply, bytes]:
+        """`get`, once the site's crawl delay (or our own least one) has passed since the last request to it ended."""
         site = site_of(url)
         delay = max(self._delays.get(site, 0.0), self._limits.min_delay)
-        left = self._last.get(site, -delay) + delay - time.monotonic() if site in self._last else 0.0
-        if left > 0:
-            time.sleep(left)
-        self._last[site] = time.monotonic()
+        if site in self._last:
+            time.sleep(max(0.0, self._last[site] + delay - time.monotonic()))
+        try:
+            return get(url, self._agent, limits, target)
+        finally:
+            self._last[site] = time.monotonic()

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pipeline.config import DataConfig
 from pipeline.data_card import data_card
+from pipeline.data_inputs import data_sources
 from pipeline.data_policy import GENERATOR_FACTS, PrivacyFilter, row_licence
 from pipeline.data_report import DataReport, SourceCount, SplitCount, tally
 from pipeline.digests import DigestSet
@@ -27,7 +28,7 @@ from pipeline.generator import GeneratedRow, generate
 from pipeline.masking import check_length, render_row, special_tokens
 from pipeline.rows import BrokenLine, ThinkRow, read_lines, to_think_row
 from pipeline.safety import SafetyLabels
-from pipeline.sources import Source, resolve
+from pipeline.sources import Source
 from pipeline.thinking import RowError, require
 from so8t_core.errors import InputError
 
@@ -69,6 +70,7 @@ def build_dataset(
                 for line in checker.generated_rows(generated, target, progress):
                     stream.write(line)
     checker.labels.require_match()
+    checker.forget_seen()
     report = _deal(spool, out_dir, checker, config, seed)
     spool.unlink()  # after a failure the caller drops the whole directory
     _require_rows(report, config)
@@ -76,55 +78,6 @@ def build_dataset(
     (out_dir / "report.json").write_text(text, encoding="utf-8")
     (out_dir / "data_card.md").write_text(data_card(report.to_json()), encoding="utf-8")
     return report
-
-
-def data_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
-    """(training, held-out) sources with what the manifest says of them; each file exists or has an objection.
-
-    Raises:
-        InputError: see `resolve`; a file that is not there although nothing speaks against it.
-    """
-    manifest = Path(config.manifest) if config.manifest else None
-    allow = config.unlisted_sources == "allow"
-    groups = []
-    for wanted, foreign in ((config.sources, "evaluation"), (config.heldout_sources, "training")):
-        found = resolve(wanted, manifest, config.licences, allow_unlisted=allow)
-        group = []
-        for source in found:
-            if source.objection is None and source.facts.get("purpose") == foreign == "evaluation":
-                source = replace(source, objection="purpose is evaluation")
-            if source.facts.get("url") is None or source.objection is None:
-                next(read_lines(source.path), None)  # a missing file is found before any work is done
-            group.append(source)
-        groups.append(group)
-    return groups[0], groups[1]
-
-
-def data_inputs(config: DataConfig) -> dict[str, Path]:
-    """Every file that decides the result: sources, manifest, labels, records; a URL that was never collected has none.
-
-    Raises:
-        InputError: see `resolve`.
-    """
-    manifest = Path(config.manifest) if config.manifest else None
-    found = {name: Path(name) for name in (config.manifest, config.safety_labels) if name}
-    names = [*config.sources, *config.heldout_sources]
-    for name, source in zip(names, resolve(names, manifest, config.licences, allow_unlisted=True), strict=True):
-        if "://" not in name:
-            found[name] = source.path
-        elif source.path.parent.is_dir():
-            found[name] = source.path.parent  # rows and record
-    return found
-
-
-def expected_rows(config: DataConfig) -> int:
-    """Rows that the progress bar counts towards: the line ends of the files, and the generator's rows."""
-    total = config.generator.rows + config.generator.heldout_rows if config.generator else 0
-    for source in (source for group in data_sources(config) for source in group):
-        if source.path.is_file():
-            with source.path.open("rb") as stream:
-                total += sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
-    return total
 
 
 class _Checker:
@@ -140,6 +93,10 @@ class _Checker:
         self.privacy = PrivacyFilter(config.pii, config.pii_kinds)
         self._licences = config.licences
         self._seed = seed
+        self._seen = DigestSet()
+
+    def forget_seen(self) -> None:
+        """Free what only the first pass needs."""
         self._seen = DigestSet()
 
     def file_rows(self, source: Source, split: Split, progress: Progress | None) -> Iterator[str]:

@@ -14,7 +14,7 @@ class DigestSet:
     """Add and look up digests of 16 bytes."""
 
     def __init__(self) -> None:
-        self._slots = array("Q", bytes(16 * 1024))  # pairs (high, low); (0, 0) is empty
+        self._slots = array("Q", [0]) * 2048  # pairs (high, low); (0, 0) is empty
         self._count = 0
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class DigestSet:
 
     def _grow(self) -> None:
         old = self._slots
-        self._slots = array("Q", bytes(16 * len(old)))
+        self._slots = array("Q", [0]) * (2 * len(old))
         for at in range(0, len(old), 2):
             if old[at]:
                 place = self._find(old[at], old[at + 1])

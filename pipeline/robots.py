@@ -17,13 +17,16 @@ from urllib.parse import urljoin, urlsplit
 
 from protego import Protego
 
-from pipeline.fetch import FetchError, Limits, get
+from pipeline.fetch import FetchError, Limits, Reply, get
 
 PRODUCT = "so8t-data"  # the product token that robots.txt rules name
 MAX_REDIRECTS = 5
 MAX_BYTES = 500 * 1024
 MAX_AGE = 24 * 3600.0  # seconds
 MAX_SECONDS = 30.0
+
+
+Fetch = Callable[[str, Limits], tuple[Reply, bytes]]
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,16 @@ class RobotsCache:
     """Decisions for pages; one robots.txt a host, fetched when it is first needed and again after a day.
 
     Args:
-        wait: called with a URL before each request, so that the caller can keep its distance.
+        fetch: makes a bounded request; the caller's own may keep its distance between two of them.
         clock: seconds; a test may move it.
     """
 
     def __init__(
-        self, agent: str, *, wait: Callable[[str], None] | None = None, max_seconds: float = MAX_SECONDS,
+        self, agent: str, *, fetch: Fetch | None = None, max_seconds: float = MAX_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._agent, self._wait, self._max_seconds, self._clock = agent, wait, max_seconds, clock
+        self._fetch_page = fetch or (lambda url, limits: get(url, agent, limits))
+        self._max_seconds, self._clock = max_seconds, clock
         self._rules: dict[str, _Rules] = {}
 
     def decide(self, url: str) -> Decision:
@@ -77,10 +81,8 @@ class RobotsCache:
         now = self._clock()
         url, limits = f"{site}/robots.txt", Limits(MAX_BYTES, self._max_seconds, cut=True)
         for _ in range(MAX_REDIRECTS + 1):
-            if self._wait:
-                self._wait(url)
             try:
-                reply, body = get(url, self._agent, limits)
+                reply, body = self._fetch_page(url, limits)
             except FetchError as error:
                 return _Rules(now, None, False, f"robots.txt unreachable ({error})")
             if 200 <= reply.status < 300:

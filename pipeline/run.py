@@ -115,7 +115,8 @@ class Run:
 
 
 def _data(run: Run) -> None:
-    from pipeline.dataset import build_dataset, expected_rows
+    from pipeline.data_inputs import expected_rows
+    from pipeline.dataset import build_dataset
     from pipeline.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(run.base_dir)
@@ -246,7 +247,7 @@ def _section(*names: str) -> Callable[[RunConfig], dict[str, Any]]:
 
 
 def _data_inputs(run: Run) -> dict[str, Path]:
-    from pipeline.dataset import data_inputs
+    from pipeline.data_inputs import data_inputs
 
     parts = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")  # rows are checked against all of them
     found = {name: run.base_dir / name for name in parts if (run.base_dir / name).is_file()}

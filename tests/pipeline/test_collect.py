@@ -193,14 +193,13 @@ def test_the_crawl_delay_is_kept_between_pages(web: Web, tmp_path: Path) -> None
     run(manifest(tmp_path, f"{web.url}/rows.jsonl", f"{web.url}/2"))
     times = [seconds for seconds, path, _ in web.requests]
     assert web.paths() == ["/robots.txt", "/rows.jsonl", "/2"]
-    assert all(later - earlier >= 0.39 for earlier, later in pairwise(times))
-    # 10 ms for clocks: the server notes a request when it has read it
+    assert all(later - earlier >= 0.4 for earlier, later in pairwise(times))
 
 
 def test_our_own_least_delay_is_kept_where_the_site_asks_for_none(web: Web, tmp_path: Path) -> None:
     run(manifest(tmp_path, f"{web.url}/rows.jsonl"), FAST.model_copy(update={"min_delay": 0.3}))
     first, second = (seconds for seconds, _, _ in web.requests)
-    assert second - first >= 0.29
+    assert second - first >= 0.3
 
 
 def test_a_site_that_asks_for_too_long_a_delay_is_not_collected(web: Web, tmp_path: Path) -> None:
