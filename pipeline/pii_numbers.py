@@ -50,9 +50,9 @@ _ARITHMETIC_AFTER = re.compile(
 
 _ISSUERS = re.compile(  # prefix and length as the networks publish them
     r"(?:4[0-9]{12}(?:[0-9]{3}){0,2}|5[1-5][0-9]{14}|(?:222[1-9]|22[3-9][0-9]|2[3-6][0-9]{2}|27[01][0-9]|2720)[0-9]{12}"
-    r"|3[47][0-9]{13}|35(?:2[89]|[3-8][0-9])[0-9]{12}|3(?:0[0-5]|[689][0-9])[0-9]{11}(?:[0-9]{2})?"
+    r"|3[47][0-9]{13}|35[0-9]{14}|3(?:0[0-5]|[689][0-9])[0-9]{11}(?:[0-9]{2})?"
     r"|6(?:011|5[0-9]{2}|4[4-9][0-9])[0-9]{12}(?:[0-9]{3})?|62[0-9]{14,17}"
-    r"|(?:5018|5020|5038|5[68][0-9]{2}|6304|6759|676[1-3])[0-9]{12}|(?:2131|1800)[0-9]{11})"
+    r"|(?:5018|5020|5038|5[68][0-9]{2}|6304|6390|6759|676[1-3])[0-9]{8,15}|(?:2131|1800)[0-9]{11})"
 )
 _JAPAN_OR_BOOK = re.compile(r"45|49|97[89]|192")  # JAN country prefixes, ISBN, the second code on Japanese books
 
@@ -82,7 +82,9 @@ def _classify(text: str, start: int, end: int) -> str | None:
     own = {kind for kind, words in _OWN_WORD.items() if words.search(before)}
     other = bool(_OTHER_NUMBER.search(before))
     sum_of = bare and bool(_ARITHMETIC_BEFORE.search(before) or _ARITHMETIC_AFTER.match(after))
-    if _is_card(digits) and ("card" in own or not ((other and bare) or (len(digits) == 13 and _is_jan(digits)))):
+    numeral = (other and bare) or (sum_of and len(digits) < 16) or (len(digits) == 13 and _is_jan(digits))
+    twelve = len(digits) == 12 and in_.is_valid(digits)  # Maestro's shortest cards are as long as a My Number
+    if _is_card(digits) and ("card" in own or not (numeral or twelve)):
         return "card"
     if len(set(digits)) == 1:
         return None
@@ -121,9 +123,9 @@ _PHONE = re.compile(
     r"(?<![0-9])(?<![0-9][.,/-])(?<![A-Za-z_]-)(?:"
     r"(?<![0-9+])(?:\+|00|010-?)[1-9][0-9]{0,2}[-. ]{0,2}(?:\(0[0-9]{0,4}\)|\([0-9]{1,4}\))?(?:[-. ]?[0-9]{1,5}){2,5}"
     r"|\(0[0-9]{1,4}\)[- .]?[0-9]{1,4}[-. ]?[0-9]{3,4}"
-    r"|0[0-9]{1,4}(?P<sep>[-. ・/])[0-9]{1,4}(?P=sep)[0-9]{3,4}"
+    r"|0[0-9]{1,4}(?P<sep> ?- ?|[. ・/])[0-9]{1,4}(?P=sep)[0-9]{3,4}"
     r"|0[0-9]{1,4}[- ]?\([0-9]{1,4}\)[- ]?[0-9]{3,4}"
-    r"|0[0-9]{1,3}[- ][0-9]{6,8}"
+    r"|0[0-9]{1,4}[- ][0-9]{5,8}"
     r"|0[0-9]{9,10}"
     r")(?![0-9A-Za-z_]|[-.,/][0-9])"
 )

@@ -45,8 +45,8 @@ _ASSIGNED = re.compile(
 )
 _PASSWORD = re.compile(r"pass|pwd|パスワード|暗証", re.IGNORECASE)
 _PLACEHOLDER = re.compile(
-    r"^(?:\$?\{|<|\$\(|%|os\.|process\.|env[.\[]|self\.|config[.\[]|getenv|\*{3})|your|example|placeholder|changeme|"
-    r"redacted|dummy|sample|x{4,}|\*{4,}|\.{3}|[(\[]",
+    r"^(?:\$?\{|<[a-z_]|\$\(|%[(s]|[a-z_.]{3,}\(|os\.|process\.|env[.\[]|self\.|config[.\[]|getenv|\*{3})|your|example|placeholder|changeme|"
+    r"redacted|dummy|sample|x{4,}|\*{4,}|\.{3}",
     re.IGNORECASE,
 )
 _HINT = re.compile(
