@@ -196,6 +196,15 @@ def test_the_crawl_delay_is_kept_between_pages(web: Web, tmp_path: Path) -> None
     assert all(later - earlier >= 0.4 for earlier, later in pairwise(times))
 
 
+def test_a_crawl_delay_that_is_ignored_would_be_seen(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: a collector that never sleeps."""
+    monkeypatch.setattr(collecting.time, "sleep", lambda seconds: None)
+    web.pages["/robots.txt"] = text("User-agent: *\nCrawl-delay: 5")
+    run(manifest(tmp_path, f"{web.url}/rows.jsonl"))
+    first, second = (seconds for seconds, _, _ in web.requests)
+    assert second - first < 5
+
+
 def test_our_own_least_delay_is_kept_where_the_site_asks_for_none(web: Web, tmp_path: Path) -> None:
     run(manifest(tmp_path, f"{web.url}/rows.jsonl"), FAST.model_copy(update={"min_delay": 0.3}))
     first, second = (seconds for seconds, _, _ in web.requests)

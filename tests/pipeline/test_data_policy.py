@@ -125,6 +125,17 @@ def test_an_excluded_source_is_counted_row_by_row(reason: str, tmp_path: Path, p
     assert f"| {reason} |" in (tmp_path / "out" / "data_card.md").read_text("utf-8")
 
 
+def test_a_policy_that_objects_to_nothing_would_be_seen(
+    tmp_path: Path, phi35: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault behind the test above."""
+    monkeypatch.setattr("pipeline.sources._objection", lambda entry, facts, policy: None)
+    listed = manifest(tmp_path, a={"licence": "CC-BY-NC-4.0"})
+    source = write(tmp_path / "a.jsonl", qa(1))
+    report = build(tmp_path, phi35, sources=[source], manifest=listed, unlisted_sources="exclude")
+    assert report.train_rows == 1
+
+
 def test_without_a_manifest_files_are_excluded_and_the_generator_is_not(tmp_path: Path, phi35: Any) -> None:
     source = write(tmp_path / "a.jsonl", qa(1))
     made = GeneratorConfig(rows=4, heldout_rows=2, languages=["en"])
@@ -172,6 +183,13 @@ def test_unsafe_rows_are_kept_as_refusals_only_with_their_labels_source(tmp_path
     card = (tmp_path / "out" / "data_card.md").read_text("utf-8")
     assert "serve one purpose: to teach refusal" in card
     assert "| harmful (row) | 1 | 0 |" in card
+
+
+def test_an_unsafe_row_that_complies_would_be_seen(tmp_path: Path, phi35: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: everything passes for a refusal."""
+    monkeypatch.setattr("pipeline.safety.is_refusal", lambda answer: True)
+    report = build(tmp_path, phi35, sources=[write(tmp_path / "a.jsonl", {**COMPLIANCE, "safety_label": "nsfw"})])
+    assert report.rejected == {}
 
 
 def test_a_source_given_for_refusal_holds_refusals_only(tmp_path: Path, phi35: Any) -> None:
