@@ -142,9 +142,22 @@ def run(
     _execute(config, overrides, first=first, until=until, force=force, quiet=quiet)
 
 
-@app.command(epilog="Example: so8t data configs/demo.yaml")
-def data(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+@app.command(epilog="Example: so8t data my.yaml --collect")
+def data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="first fetch the URLs of data.manifest that robots.txt allows")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
     """Build and check the /think dataset."""
+    if collect:
+        from pipeline.collect import collect_for
+        from pipeline.config import load_config
+        from pipeline.progress import Reporter
+
+        collect_for(load_config(config, overrides).data, Reporter(quiet=quiet).note)
     _execute(config, overrides, until="data", quiet=quiet)
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.licences import LicencePolicy
+from pipeline.pii_kinds import KINDS, Kind
 from so8t_core.errors import InputError
 
 DEMO_MODEL = "demo:smollm2-135m-instruct"
@@ -35,6 +37,13 @@ class GeneratorConfig(_Section):
     languages: list[Literal["ja", "en"]] = Field(["ja", "en"], min_length=1)
 
 
+class CollectConfig(_Section):
+    max_bytes: int = Field(1 << 30, ge=1)  # a longer body is an error
+    max_seconds: float = Field(600, gt=0)  # for one page from connecting to the last byte
+    min_delay: float = Field(1.0, ge=0)  # least seconds between two requests to a site
+    max_delay: float = Field(120, ge=0)  # a site that asks for more is not collected
+
+
 class DataConfig(_Section):
     sources: list[str] = Field(default_factory=list)  # JSONL files to merge
     heldout_sources: list[str] = Field(default_factory=list)  # JSONL files for evaluation only
@@ -42,6 +51,25 @@ class DataConfig(_Section):
     generator: GeneratorConfig | None = None
     max_tokens: int = Field(512, ge=16)  # a longer rendered row is rejected and counted
     skip_bad_rows: bool = False
+    manifest: str | None = None  # YAML file with licence, robots decision, date and purpose of every source
+    unlisted_sources: Literal["exclude", "allow"] = "exclude"  # files that the manifest does not list
+    allowed_licences: list[str] | None = None  # SPDX identifiers; null = those of pipeline/licences.py
+    forbidden_licences: list[str] | None = None
+    pii: Literal["exclude", "mask"] = "exclude"  # rows with personal or confidential content
+    pii_kinds: list[Kind] = Field(default_factory=lambda: list(KINDS), min_length=1)
+    safety_labels: str | None = None  # JSONL file of labels for rows
+    unsafe_labels: list[str] = Field(default_factory=lambda: ["nsfw", "harmful", "unsafe"])  # for refusal only
+    safe_labels: list[str] = Field(default_factory=lambda: ["safe", "sfw"])  # any other label excludes its row
+    collect: CollectConfig = CollectConfig()
+
+    @property
+    def licences(self) -> LicencePolicy:
+        """The lists in force."""
+        default = LicencePolicy()
+        allowed, forbidden = self.allowed_licences, self.forbidden_licences
+        return LicencePolicy(
+            default.allowed if allowed is None else allowed, default.forbidden if forbidden is None else forbidden
+        )
 
 
 class LoraSection(_Section):

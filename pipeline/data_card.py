@@ -25,8 +25,21 @@ def data_card(report: Mapping[str, Any]) -> str:
                 for name, c in report["sources"].items()
             ],
         ),
-        "## Rejected rows, by reason",
-        _table(("reason", "rows"), list(report["rejected"].items())) if report["rejected"] else "None.",
+        "## Licences and permissions",
+        "Rows of a source without an allowed licence, or whose page robots.txt forbids, are excluded. "
+        "The source `generator` is made by this project, under its licence.",
+        _table(
+            ("source", "licence", "robots.txt", "collected", "purpose", "excluded because"),
+            [(name, *_facts(c)) for name, c in report["sources"].items()],
+        ),
+        "## Rows left out, by reason",
+        _table(("reason", "rows"), [*report["rejected"].items(), *_duplicates(report)])
+        if report["rejected"] or report["duplicates"]
+        else "None.",
+        "## Personal and confidential content",
+        _privacy_text(report),
+        "## Unsafe rows",
+        _unsafe_text(report),
         "## Families and languages",
         _counts("family", train["families"], heldout["families"]),
         _counts("language", train["languages"], heldout["languages"]),
@@ -37,19 +50,49 @@ def data_card(report: Mapping[str, Any]) -> str:
         ),
         "## What is held out",
         _heldout_text(config),
-        "## Licence",
-        "Rows of the source `generator` are made by this project and licensed under Apache-2.0 with it. "
-        "Rows of every other source keep that source's licence, which this step does not know.",
         "## Limits",
         "Generated problems are small and templated: small integers, dates inside one month, times inside one hour. "
         "They teach the form and simple reasoning, not general skill; a score on them is no general score. "
-        "Rows from files are checked for form, not for truth. Nothing was filtered for personal data.",
+        "Rows from files are checked for form, not for truth. Names of people are out of reach of the rules that "
+        "look for personal data, and a row that nobody labelled as unsafe is taken as safe.",
         "## How to regenerate",
         f"`so8t data CONFIG.yaml` with seed {report['seed']} and this `data` section (file names without their "
         "directories) writes the same bytes again:",
         "```yaml\n" + "\n".join(_yaml(config)) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _facts(count: Mapping[str, Any]) -> list[str]:
+    keys = ("licence", "robots", "collected", "purpose", "excluded_because")
+    return [str(count.get(key) or ("-" if key == "excluded_because" else "not stated")) for key in keys]
+
+
+def _duplicates(report: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return [("exact duplicate", report["duplicates"])] if report["duplicates"] else []
+
+
+def _privacy_text(report: Mapping[str, Any]) -> str:
+    pii, kinds = report["pii"], ", ".join(report["config"]["pii_kinds"])
+    action = "were excluded" if pii["action"] == "exclude" else f"had it masked ({pii['masked_rows']} rows)"
+    found = ", ".join(f"{kind}: {rows}" for kind, rows in pii["found"].items()) or "none"
+    return (
+        f"Looked for: {kinds}. Rows with any of it {action}. Rows by what was found: {found}. "
+        "Names of people cannot be found by rules: a row may still name somebody."
+    )
+
+
+def _unsafe_text(report: Mapping[str, Any]) -> str:
+    purpose = (
+        "Rows labelled as unsafe (NSFW, harmful) serve one purpose: to teach refusal. Each of them that is kept has a "
+        "refusal as its answer; any other was excluded. "
+    )
+    rows = [(name, report[name]["refusals"]) for name in ("train", "heldout")]
+    if not any(counts for _, counts in rows):
+        return purpose + "This dataset has none."
+    kinds = [*rows[0][1], *(kind for kind in rows[1][1] if kind not in rows[0][1])]
+    table = [(kind, rows[0][1].get(kind, 0), rows[1][1].get(kind, 0)) for kind in kinds]
+    return f"{purpose}\n\n{_table(('label (its source)', 'train', 'held-out'), table)}"
 
 
 def _heldout_text(config: Mapping[str, Any]) -> str:

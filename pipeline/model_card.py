@@ -28,6 +28,9 @@ def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n
         "",
         "The thinking stands under the first heading of a reply, the answer under the second. Show users the answer.",
         "",
+        "Training rows labelled as unsafe (NSFW, harmful) serve one purpose: to teach refusal. Rows with personal or "
+        "confidential content that rules can find were excluded or masked; names of people are out of reach of rules.",
+        "",
         "Whether these files are what was trained is measured, not promised: see `report/report.html` of the run that "
         "made them; it binds every number to the files' sha256. The run's `data/data_card.md` describes the data.",
     ]

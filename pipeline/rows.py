@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.thinking import Message, RowError, Thought, chat, format_assistant, has_marker, require, strip_message
 from so8t_core.errors import InputError
 
+MAX_LINE = 1 << 23  # bytes; a file without line ends must not fill the memory
 LABELS = ("four_class_label", "domain_label", "safety_label")
 FORMATS = (
     "instruction/output (optional input, system)",
@@ -57,20 +58,30 @@ class ThinkRow:
     labels: dict[str, Any] = field(default_factory=dict)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BrokenLine]]:
+def read_lines(path: Path, *, what: str = "data source") -> Iterator[tuple[int, dict[str, Any] | BrokenLine]]:
     """(1-based line number, row or what is broken about it) of a JSONL file, streaming; blank lines are passed over.
 
+    Args:
+        what: how an error names the file.
     Raises:
         InputError: the file is missing or cannot be opened.
     """
     try:
         stream = open(path, "rb")  # noqa: SIM115  (closed below; only the opening is the user's mistake)
     except FileNotFoundError:
-        raise InputError(f"data source {path} does not exist; check data.sources and data.heldout_sources") from None
+        hint = "check data.sources and data.heldout_sources" if what == "data source" else "check the path"
+        raise InputError(f"{what} {path} does not exist; {hint}") from None
     except OSError as error:
-        raise InputError(f"data source {path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
     with stream:
-        for number, line in enumerate(stream, start=1):
+        number = 0
+        while line := stream.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(MAX_LINE)
+                yield number, BrokenLine("line too long", f"more than {MAX_LINE} bytes")
+                continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # the BOM some editors write
             if line.strip():

@@ -115,12 +115,12 @@ class Run:
 
 
 def _data(run: Run) -> None:
+    from pipeline.data_inputs import expected_rows
     from pipeline.dataset import build_dataset
     from pipeline.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(run.base_dir)
-    generator = run.config.data.generator
-    expected = generator.rows + generator.heldout_rows if generator else 0
+    expected = expected_rows(run.config.data)
     with atomic_dir(run.data) as temporary, run.reporter.task("data rows", expected) as advance:
         build_dataset(run.config.data, tokenizer, temporary, run.config.seed, lambda n: advance(n))
 
@@ -249,10 +249,11 @@ def _section(*names: str) -> Callable[[RunConfig], dict[str, Any]]:
 
 
 def _data_inputs(run: Run) -> dict[str, Path]:
-    sources = [*run.config.data.sources, *run.config.data.heldout_sources]
+    from pipeline.data_inputs import data_inputs
+
     parts = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")  # rows are checked against all of them
     found = {name: run.base_dir / name for name in parts if (run.base_dir / name).is_file()}
-    return {**found, **{name: Path(name) for name in sources}}
+    return {**found, **data_inputs(run.config.data)}
 
 
 def _verify_inputs(run: Run) -> dict[str, Path]:

@@ -27,6 +27,11 @@ def smollm2() -> Any:
 
 @pytest.fixture(scope="session")
 def phi35() -> Any:
+    """A tokenizer with Phi-3.5's chat format."""
+    return byte_tokenizer()
+
+
+def byte_tokenizer() -> Any:
     """Byte-level BPE without merges: 256 byte tokens, and Phi-3.5's special tokens with its right-stripping flags."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

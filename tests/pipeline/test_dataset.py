@@ -31,6 +31,7 @@ def write(path: Path, *rows: Any) -> str:
 
 def build(tmp_path: Path, tokenizer: Any, *, seed: int = 0, out: str = "out", **config: Any) -> DataReport:
     config.setdefault("heldout_share", 0)
+    config.setdefault("unlisted_sources", "allow")
     (tmp_path / out).mkdir()
     return build_dataset(DataConfig(**config), tokenizer, tmp_path / out, seed)
 
@@ -190,7 +191,12 @@ def test_own_system_message_is_kept_behind_the_shared_one(tmp_path: Path, phi35:
 
 def test_labels_are_carried_along(tmp_path: Path, phi35: Any) -> None:
     labels = {"four_class_label": "ALLOW", "domain_label": None, "safety_label": 2}
-    build(tmp_path, phi35, sources=[write(tmp_path / "a.jsonl", {**qa(1), **labels, "other": 1}, qa(2))])
+    build(
+        tmp_path,
+        phi35,
+        sources=[write(tmp_path / "a.jsonl", {**qa(1), **labels, "other": 1}, qa(2))],
+        safe_labels=["2"],
+    )
     first, second = read(tmp_path, "train")
     assert {name: first[name] for name in LABELS} == labels
     assert "other" not in first
@@ -252,7 +258,7 @@ def test_same_input_same_bytes_and_another_seed_differs(tmp_path: Path, smollm2:
 
 
 def test_output_is_accepted_as_input_and_unchanged(tmp_path: Path, phi35: Any) -> None:
-    build(tmp_path, phi35, sources=[write(tmp_path / "a.jsonl", {**qa(1), "safety_label": "x"})], out="one")
+    build(tmp_path, phi35, sources=[write(tmp_path / "a.jsonl", {**qa(1), "safety_label": "safe"})], out="one")
     build(tmp_path, phi35, sources=[str(tmp_path / "one" / "train.jsonl")], out="two")
     assert read(tmp_path, "train", "one")[0] | {"source": "train.jsonl:1"} == read(tmp_path, "train", "two")[0]
 
@@ -292,7 +298,7 @@ def test_the_card_states_the_counts_of_the_report(tmp_path: Path, phi35: Any) ->
         "13 training rows and 4 held-out rows",
         "| no reasoning | 1 |",
         "| a.jsonl | 6 | 5 | 0 | 1 |",
-        "Apache-2.0",
+        "| generator | MIT | not-applicable |",
     ):
         assert line in card
 
