@@ -116,8 +116,8 @@ class _Checker:
                     raise RowError(source.objection)
                 if said := row_licence(item, self._licences):
                     raise RowError(said)
-                row = to_think_row(item, family=source.path.stem)
-                label = self.labels.look_up(item, source.path.name, number, refusal_only=source.refusal_only)
+                row = to_think_row(item, family=Path(source.name).stem)
+                label = self.labels.look_up(item, name, number, refusal_only=source.refusal_only)
                 if label is not None:
                     self.labels.check(label, require(row.messages[-1]["content"]))
                     use = {"unsafe_label": label.kind, "unsafe_label_source": label.source, "purpose": "refusal"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -45,13 +46,15 @@ class Finding:
 def find(text: str, kinds: Collection[str] = KINDS) -> list[Finding]:
     """Findings in order of their place, none overlapping another."""
     folded = fold(text)
-    taken: list[Finding] = []
+    taken: list[Finding] = []  # in order of their place
     for kind, (start, end) in _claims(folded.text):
         if kind in kinds:
             finding = Finding(kind, *folded.span(start, end))
-            if all(finding.end <= other.start or other.end <= finding.start for other in taken):
-                taken.append(finding)
-    return sorted(taken, key=lambda finding: finding.start)
+            at = bisect_left(taken, finding.start, key=lambda other: other.start)
+            before = at == 0 or taken[at - 1].end <= finding.start
+            if before and (at == len(taken) or finding.end <= taken[at].start):
+                taken.insert(at, finding)
+    return taken
 
 
 def _claims(text: str) -> Iterator[tuple[Kind, tuple[int, int]]]:

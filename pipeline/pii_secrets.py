@@ -60,9 +60,11 @@ def secrets(text: str) -> Iterator[Span]:
     """Spans of keys, tokens and passwords."""
     if not _HINT.search(text):
         return
-    for match in _PEM.finditer(text):
+    position = 0
+    while match := _PEM.search(text, position):
         end = _PEM_END.search(text, match.end())
-        yield match.start(), end.end() if end else len(text)  # a cut-off key is a key up to the end
+        position = end.end() if end else len(text)  # a cut-off key is a key up to the end
+        yield match.start(), position
     yield from (match.span() for match in _KNOWN.finditer(text))
     for match in _OPENAI.finditer(text):
         if _looks_random(match.group().rpartition("sk-")[2]):

@@ -49,8 +49,9 @@ class Folded:
         if self.origin is None:
             return start, end
         last = self.origin[end - 1]
-        after = next((offset for offset in self.origin[end:] if offset > last), self.length)
-        return self.origin[start], after
+        while end < len(self.origin) and self.origin[end] == last:
+            end += 1
+        return self.origin[start], self.origin[end] if end < len(self.origin) else self.length
 
 
 def fold(text: str) -> Folded:

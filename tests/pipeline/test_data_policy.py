@@ -185,6 +185,15 @@ def test_unsafe_rows_are_kept_as_refusals_only_with_their_labels_source(tmp_path
     assert "| harmful (row) | 1 | 0 |" in card
 
 
+def test_a_label_by_line_means_one_source_of_two_with_the_same_name(tmp_path: Path, phi35: Any) -> None:
+    (tmp_path / "b").mkdir()
+    sources = [write(tmp_path / "a.jsonl", qa(1)), write(tmp_path / "b" / "a.jsonl", qa(2))]
+    labels = write(tmp_path / "labels.jsonl", {"source": "a.jsonl#2", "line": 1, "label": "harmful"})
+    report = build(tmp_path, phi35, sources=sources, safety_labels=labels)
+    assert [row["source"] for row in read(tmp_path, "train")] == ["a.jsonl:1"]
+    assert report.rejected == {"unsafe and no refusal": 1}
+
+
 def test_an_unsafe_row_that_complies_would_be_seen(tmp_path: Path, phi35: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: everything passes for a refusal."""
     monkeypatch.setattr("pipeline.safety.is_refusal", lambda answer: True)

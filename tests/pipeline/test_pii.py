@@ -178,6 +178,7 @@ def test_long_text_is_searched_in_linear_time() -> None:
     hostile: list[str] = [
         "a@", "0-", "1 ", "東京都", "a.", "::", "eyJ", "sk-",
         "区", "1-", "[at", "password:", "1.1.1.",
+        "-----BEGIN PRIVATE KEY-----", "a@b.jp ", "〒100-0001 ", "\u200b090-1234-5678 ",
     ]  # fmt: skip
     for piece in hostile:
         short, long = piece * 2000, piece * 16000
