@@ -238,10 +238,12 @@ def rotation_off(model: nn.Module) -> Iterator[None]:
 
 def _record(model: nn.Module, settings: TrainConfig, before: float, after: float, watch: Watch) -> TrainingRecord:
     trainable, rotation = trainable_counts(model)
-    by_layer = []
+    by_layer, by_block = [], []
     for name, gate in gates(model).items():
-        angles = plane_angles(gate.theta)  # (n, 4)
-        by_layer.append((int(name.split("layers.")[1].split(".")[0]), angles.mean().item(), angles.max().item()))
+        angles = plane_angles(gate.theta)  # (n, 4), largest first
+        layer = int(name.split("layers.")[1].split(".")[0])
+        by_layer.append((layer, angles.mean().item(), angles.max().item()))
+        by_block.append((layer, [float(f"{angle:.4g}") for angle in angles[:, 0].tolist()]))
     return TrainingRecord(
         steps=settings.steps,
         seconds=0.0,
@@ -251,4 +253,5 @@ def _record(model: nn.Module, settings: TrainConfig, before: float, after: float
         heldout_loss_after=after,
         curves=[Curve(name=n, unit=UNITS.get(n, ""), points=p) for n, p in watch.curves.items()],
         angles_by_layer=sorted(by_layer),
+        angles_by_block=sorted(by_block),
     )

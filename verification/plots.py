@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -197,6 +198,29 @@ def angles_by_layer(report: Report) -> str | None:
 
     text = f"Rotation angles by layer, largest {number(max((high for _, _, high in rows), default=0.0))} rad"
     return _svg("angles-layer", text, draw, inches=(3.7, 2.5)) if rows else None
+
+
+def angles_by_block(report: Report) -> str | None:
+    """Largest |angle| of every block of every adapted layer, rad, as a map: layers across, blocks downwards."""
+    rows = report.training.angles_by_block if report.training else []
+    if not rows:
+        return None
+    table = np.full((max(len(angles) for _, angles in rows), len(rows)), np.nan)  # (blocks, layers)
+    for column, (_, angles) in enumerate(rows):
+        table[: len(angles), column] = angles
+    block, farthest_column = (int(i) for i in np.unravel_index(int(np.nanargmax(table)), table.shape))
+    layer = rows[farthest_column][0]
+
+    def draw(axes: Any) -> None:
+        image = axes.imshow(table, aspect="auto", origin="lower", vmin=0.0, cmap="viridis", interpolation="nearest")
+        axes.figure.colorbar(image, ax=axes, label="|angle| (rad)")
+        places = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 10)).round().astype(int))
+        axes.set_xticks(places, [str(rows[place][0]) for place in places])
+        axes.set(xlabel="layer", ylabel="block of 8 channels")
+
+    farthest = f"block {block} of layer {layer}, {number(float(table[block, farthest_column]))} rad"
+    text = f"Largest angle of each block; the farthest is {farthest}"
+    return _svg("angles-block", text, draw, legend=False, inches=(3.7, 2.5))
 
 
 def worst_tensors(report: Report, count: int = 12) -> list[TensorRow]:

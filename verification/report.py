@@ -182,6 +182,7 @@ def _figures(report: Report) -> dict[str, Any]:
         "size": plots.size_tradeoff(report),
         "tensors": plots.tensor_errors(report),
         "angles": plots.angles_by_layer(report),
+        "blocks": plots.angles_by_block(report),
     }
     curves = [(caption, Markup(svg)) for caption, svg in plots.training_curves(report)]
     return {name: Markup(svg) if svg else None for name, svg in single.items()} | {"training": curves}

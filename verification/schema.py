@@ -164,6 +164,7 @@ class TrainingRecord(_Model):
     angles_by_layer: list[tuple[int, float, float]] = Field(
         default_factory=list
     )  # layer, mean |angle|, max |angle|, rad
+    angles_by_block: list[tuple[int, list[float]]] = Field(default_factory=list)  # layer, each block's largest, rad
     so8t_only: dict[str, float] | None = None  # the rotation alone: heldout_loss_before/after, steps, max_angle
     heldout_loss_rotation_off: float | None = None  # trained adapter, rotation replaced by the identity
 

@@ -60,6 +60,9 @@ def test_training_lowers_the_heldout_loss_and_turns_the_blocks(trained: tuple[Pa
     _, record = trained
     assert record.heldout_loss_after < record.heldout_loss_before
     assert max(angle for _, _, angle in record.angles_by_layer) > 1e-3
+    for (layer, _, largest), (same, blocks) in zip(record.angles_by_layer, record.angles_by_block, strict=True):
+        assert layer == same
+        assert max(blocks) == pytest.approx(largest, rel=1e-3)
     assert {"loss", "heldout_loss", "lambda", "pet", "orthogonality", "max_angle"} <= {c.name for c in record.curves}
     assert record.rotation_parameters == 2 * 32 * 28  # two layers, 256 / 8 blocks, 28 each
 

@@ -174,6 +174,7 @@ def training() -> TrainingRecord:
             curve("max_angle", lambda s: 0.42 * (1 - math.exp(-s / 25)), "rad"),
             curve("mean_angle", lambda s: 0.061 * (1 - math.exp(-s / 25)), "rad"),
         ],
+        angles_by_block=[(layer, [0.01 * (layer + 1) * (1 + block % 7) for block in range(72)]) for layer in range(6)],
         angles_by_layer=[
             (i, 0.05 + 0.02 * math.sin(i / 4), 0.25 + 0.13 * abs(math.sin(i / 3.1))) for i in range(LAYERS)
         ],
