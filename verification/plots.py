@@ -213,6 +213,7 @@ def angles_by_block(report: Report) -> str | None:
 
     def draw(axes: Any) -> None:
         image = axes.imshow(table, aspect="auto", origin="lower", vmin=0.0, cmap="viridis", interpolation="nearest")
+        axes.grid(False)
         axes.figure.colorbar(image, ax=axes, label="|angle| (rad)")
         places = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 10)).round().astype(int))
         axes.set_xticks(places, [str(rows[place][0]) for place in places])

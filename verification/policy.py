@@ -2,8 +2,8 @@
 
 The policy is a YAML file (`default_policy.yaml` comments every key). Deciding uses only the values stored in a report:
 value, relation, bound, interval. A check passes when it was evaluated and holds; a statistic holds when the far end of
-its 95 % interval does (upper for a KLD, lower for a share), and is `inconclusive` when only its mean does; so is a text
-that cannot carry a verdict. A waiver turns a failure into `waived` and is printed with its reason.
+its 95 % interval does (upper for a KLD, lower for a share; cells: its mean), and is `inconclusive` when only its mean
+does; so is a text that cannot carry a verdict. A waiver turns a failure into `waived` and is printed with its reason.
 Order of a leg's and of the whole verdict: fail > not evaluated (incomplete) > inconclusive > pass.
 """
 
@@ -335,11 +335,15 @@ def _evaluate(check: Check) -> Status:
     low, high = check.interval or (math.nan, math.nan)
     if isinstance(value, str) or not low <= value <= high:
         return "not evaluated"  # a statistic without its interval, or with another one's
+    if check.name.startswith("cells."):
+        # A cell has 80 to 140 positions in some eight passages: the far end of its interval is mostly luck (a healthy
+        # Q8_0 reached from 0.019 to 0.27), and faults of a cell are gross. Its wide bounds are held by the mean.
+        return "pass"
     return "pass" if _holds(high if check.relation == "<=" else low, check.relation, bound) else "inconclusive"
 
 
 def _is_statistic(check: Check) -> bool:
-    """Means over tokens, which are decided on the far end of their interval."""
+    """Means over tokens, which come with an interval and, but for the cells', are decided on its far end."""
     return check.name.endswith((".mean_kld", ".top1")) or check.name.startswith("dtype.mean_kld.")
 
 

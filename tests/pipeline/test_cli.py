@@ -14,6 +14,9 @@ from test_run import TEXT  # the tiny run's settings
 
 from pipeline import cli
 
+# For texts of some 100 positions through a random model.
+LOOSE = "evidence: {positions: 100, chunks: 2}\nconvert: {top1: 0.9}\ncells: {F16: {mean_kld: 1, top1: 0}}\n"
+
 
 def so8t(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
     """Run the command in this process; (exit code, stdout, stderr)."""
@@ -159,9 +162,7 @@ def test_verify_passes_a_healthy_file_and_gate_decides_again(
     tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loose = tmp_path / "loose.yaml"
-    loose.write_text(
-        "evidence: {positions: 100, chunks: 2}\nconvert: {top1: 0.9}\ncells: {F16: {mean_kld: 1, top1: 0}}\n"
-    )
+    loose.write_text(LOOSE)
     code, out, err = so8t(
         capfd, monkeypatch, "verify", "--reference", tiny_dir, "--candidate", candidate, "--out", tmp_path / "o",
         "--chunks", 2, "--n-ctx", 128, "--cells", "quick", "--ship-n-ctx", 256, "--policy", loose, "-q",
@@ -318,8 +319,10 @@ def test_gate_refuses_a_report_whose_files_changed(
 ) -> None:
     mine = tmp_path / "mine.gguf"
     mine.write_bytes(candidate.read_bytes())
+    loose = tmp_path / "loose.yaml"
+    loose.write_text(LOOSE)
     arguments = ("verify", "--reference", tiny_dir, "--candidate", mine, "--out", tmp_path / "o", "--chunks", 2)
-    assert so8t(capfd, monkeypatch, *arguments, "--n-ctx", 128, "-q")[0] == 0
+    assert so8t(capfd, monkeypatch, *arguments, "--n-ctx", 128, "--policy", loose, "-q")[0] == 0
     report = tmp_path / "o" / "report.json"
     with open(mine, "r+b") as file:
         file.seek(-1, 2)

@@ -86,7 +86,8 @@ def test_every_exact_leg_passes_on_the_tiny_model(finished: tuple[Path, Report])
     """The quality bounds are for trained models; what must be exact is exact on any."""
     legs = {leg.name: leg for leg in finished[1].legs}
     for name in ("bake", "dtype", "convert", "quantise", "contract", "controls"):
-        bad = [check for check in legs[name].checks if check.status != "pass"]
+        # 189 positions without a flip are too few to show a share of 99.5 %
+        bad = [c for c in legs[name].checks if c.status != "pass" and (c.name, c.value) != ("convert.top1", 1.0)]
         assert bad == [], name
     assert {row.actual_type for row in finished[1].tensors if row.candidate == "Q4_K_M"} >= {"Q4_K"}  # no fallback
 

@@ -92,7 +92,9 @@ def test_seeds_repeat_and_differ(tiny_gguf: Path) -> None:
             return Job(CONVERSATIONS[0], temperature=1.0, top_p=0.9, seed=seed)
 
         assert await collect(engine, job(1)) == await collect(engine, job(1))
-        assert len({await collect(engine, job(seed)) for seed in (1, 2, None, None)}) == 4
+        # Two answers of a tiny model may well be the same; eight of them are not.
+        assert len({await collect(engine, job(seed)) for seed in range(8)}) > 2
+        assert len({await collect(engine, job(None)) for _ in range(8)}) > 2
 
     with_engine(tiny_gguf, scenario)
 
