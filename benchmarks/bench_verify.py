@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from verification.cells import Plan, plan_cells
+from verification.chat_templates import fixtures
 from verification.corpus import Corpus, read_corpus
 from verification.ladder import load_tokenizer
 from verification.legs_logits import measure_file, passages_of, run_reference
 from verification.logits import LlamaLogits, hf_rows, load_hf
 from verification.noise import noise_floor
-from verification.tokens import render_chats
 
 Result = dict[str, list[float]]
 
@@ -92,7 +92,7 @@ def _ours(reference: Path, files: list[Path], text: Corpus, threads: int | None,
 def _cells(given: argparse.Namespace, text: Corpus, tokenizer: Any) -> float:
     """Seconds that the cells of all files and the noise floor add, from one run with and one without them."""
     config = json.loads((given.reference / "config.json").read_text(encoding="utf-8"))
-    ids = [np.asarray(tokenizer(c, add_special_tokens=False)["input_ids"]) for c in render_chats(tokenizer)]
+    ids = [np.asarray(tokenizer(c, add_special_tokens=False)["input_ids"]) for c in fixtures(tokenizer)]
     plan = plan_cells(given.cells, text.chunks, config, bos=tokenizer.bos_token_id, chats=ids)
 
     def everything() -> None:
