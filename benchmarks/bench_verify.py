@@ -26,10 +26,10 @@ import numpy as np
 from verification.cells import Plan, plan_cells
 from verification.chat_templates import fixtures
 from verification.corpus import Corpus, read_corpus
-from verification.ladder import load_tokenizer
 from verification.legs_logits import measure_file, passages_of, run_reference
 from verification.logits import LlamaLogits, hf_rows, load_hf
 from verification.noise import noise_floor
+from verification.tokenizer import load_tokenizer
 
 Result = dict[str, list[float]]
 

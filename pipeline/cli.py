@@ -224,9 +224,7 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Hold GGUF files against their checkpoint."""
-    for path in (reference, *candidate, base, adapter, policy, imatrix, *(corpus or [])):
-        if path is not None and not path.exists():
-            raise InputError(f"{path} does not exist; check the path")
+    _must_exist(reference, *candidate, base, adapter, policy, imatrix, *(corpus or []))
     _quiet_transformers()
     from pipeline.progress import Reporter, StageProgress
     from verification import verify as measure
@@ -255,9 +253,7 @@ def lint(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="where lint.json goes")] = None,
 ) -> None:
     """Check a GGUF file without running it, in seconds."""
-    for path in (file, reference, base, adapter):
-        if path is not None and not path.exists():
-            raise InputError(f"{path} does not exist; check the path")
+    _must_exist(file, reference, base, adapter)
     _quiet_transformers()
     from verification.lint import lint as examine
     from verification.lint_view import lint_table, write_lint
@@ -268,6 +264,13 @@ def lint(
     if out is not None:
         console.print(f"Report: {write_lint(report, out)}", markup=False, soft_wrap=True)
     raise typer.Exit(0 if report.verdict == "pass" else 1)
+
+
+def _must_exist(*paths: Path | None) -> None:
+    """Before anything is loaded: every path that was given is there."""
+    for path in paths:
+        if path is not None and not path.exists():
+            raise InputError(f"{path} does not exist; check the path")
 
 
 def _level(cells: str) -> Literal["quick", "full"]:

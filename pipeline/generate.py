@@ -52,7 +52,7 @@ def complete(
         InputError: llama.cpp cannot load or run the file.
     """
     with LlamaModel(gguf) as model:
-        encoded = [_with_bos(model, model.tokenize(text)) for text in prompts]
+        encoded = [with_bos(model, model.tokenize(text)) for text in prompts]
         if not encoded:
             return []
         per_sequence = -(-(max(map(len, encoded)) + max_new_tokens) // 256) * 256
@@ -63,7 +63,7 @@ def complete(
             engine.close()
 
 
-def _with_bos(model: LlamaModel, ids: list[int]) -> list[int]:
+def with_bos(model: LlamaModel, ids: list[int]) -> list[int]:
     """BOS in front where the file asks for one and the template has not written it already: twice changes the model."""
     return [model.bos, *ids] if model.add_bos and ids[:1] != [model.bos] else ids
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from so8t_core.errors import InputError
+from verification.tokenizer import load_tokenizer as load_any
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -14,12 +15,7 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         InputError: none there, or it has no chat template.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no usable tokenizer in {directory}: {str(error).strip().splitlines()[0]}") from None
+    tokenizer = load_any(directory)
     if tokenizer.chat_template is None:
         raise InputError(f"the tokenizer in {directory} has no chat template; /think data need one")
     return tokenizer

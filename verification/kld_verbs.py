@@ -37,7 +37,7 @@ def write_base_of(
     Raises:
         InputError: a checkpoint, text or place that cannot be used; non-finite logits.
     """
-    from verification.ladder import load_tokenizer
+    from verification.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Path(reference))
     text = read_corpus(corpus, tokenizer, n_ctx=n_ctx, chunks=chunks, bos=_bos(tokenizer))

@@ -22,13 +22,11 @@ from so8t_core.files import explain_os_errors
 from verification.cells import Level
 from verification.gguf_file import GGUFFile, read_gguf
 from verification.legs_file import Candidate
-from verification.measuring import Progress, Run, Settings, load_tokenizer, measure_all
+from verification.measuring import Progress, Run, Settings, measure_all
 from verification.oracle import Oracle
 from verification.policy import LEG_TITLES, Policy, decide, load_policy
 from verification.provenance import artefacts, imatrix_artefact, versions
 from verification.schema import AnswerRecord, Check, Leg, LegName, Report, TrainingRecord
-
-__all__ = ["load_tokenizer", "verify"]
 
 _COMPARED: dict[LegName, str] = {
     "bake": "base + adapter vs baked weights, both fp32",

@@ -282,7 +282,7 @@ class _Run:
 
     def against_tokens(self, reference: Checkpoint) -> None:
         """Token ids, special ids, chats, stop set."""
-        from verification.ladder import load_tokenizer
+        from verification.tokenizer import load_tokenizer
 
         if self.vocabulary_refused:
             self.skip("token_ids", f"llama.cpp cannot load the vocabulary: {self.vocabulary_refused}")

@@ -44,6 +44,7 @@ from verification.oracle import Oracle
 from verification.policy import Policy
 from verification.schema import CellResult, Check, Divergence, LegName, NoiseRow, TensorRow
 from verification.tensors import Checkpoint
+from verification.tokenizer import load_tokenizer
 from verification.weights import Sources, rotations
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -266,17 +267,3 @@ def same_vocabulary(checkpoint: Checkpoint, files: list[Candidate]) -> None:
                 f"{candidate.file.path} has a vocabulary of {found} tokens, the reference {checkpoint.directory} has "
                 f"{wanted}: this is not a conversion of that reference"
             )
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The reference's own tokenizer.
-
-    Raises:
-        InputError: transformers cannot load it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no usable tokenizer in {directory}: {' '.join(str(error).split())[:200]}") from None

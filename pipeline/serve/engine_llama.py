@@ -19,7 +19,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.config import ConvertConfig
-from pipeline.generate import _with_bos
+from pipeline.generate import with_bos
 from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.protocol import invalid
 from pipeline.serve.tokens import Tokens
@@ -117,7 +117,7 @@ class LlamaEngine:
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Token ids of the rendered conversation."""
-        return _with_bos(self.model, self.model.tokenize(self.template.render(messages)))
+        return with_bos(self.model, self.model.tokenize(self.template.render(messages)))
 
     def check(self, messages: list[Message]) -> int:
         """Tokens of the prompt; refuses control tokens and prompts that leave no room to answer."""

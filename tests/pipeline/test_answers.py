@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.answers import judge, normalised
-from pipeline.generate import Completion, _with_bos, complete
+from pipeline.generate import Completion, complete, with_bos
 from pipeline.thinking import format_assistant
 from so8t_core.errors import InputError
 
@@ -73,6 +73,6 @@ def test_bos_stands_once_whether_the_template_wrote_it_or_not() -> None:
         def __init__(self, add_bos: bool) -> None:
             self.add_bos = add_bos
 
-    assert _with_bos(Model(True), [5, 6]) == [1, 5, 6]  # type: ignore[arg-type]
-    assert _with_bos(Model(True), [1, 5, 6]) == [1, 5, 6]  # type: ignore[arg-type]
-    assert _with_bos(Model(False), [5, 6]) == [5, 6]  # type: ignore[arg-type]
+    assert with_bos(Model(True), [5, 6]) == [1, 5, 6]  # type: ignore[arg-type]
+    assert with_bos(Model(True), [1, 5, 6]) == [1, 5, 6]  # type: ignore[arg-type]
+    assert with_bos(Model(False), [5, 6]) == [5, 6]  # type: ignore[arg-type]
