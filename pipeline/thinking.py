@@ -21,6 +21,7 @@ SYSTEM_MESSAGE = (
 # Invisible at the ends of a message: zero width space, word joiner, Mongolian vowel separator, byte order mark.
 # Joiners (U+200C, U+200D) carry meaning in some scripts and stay.
 _INVISIBLE = "\u200b\u2060\u180e\ufeff"
+_ENDS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + _INVISIBLE  # U+3000 is the last space of Unicode
 
 Message = dict[str, str]
 
@@ -44,11 +45,7 @@ class Thought:
 
 def strip_message(text: str) -> str:
     """Remove Unicode whitespace (U+3000 included), BOMs and zero-width spaces from both ends; the inside stays."""
-    while True:
-        stripped = text.strip().strip(_INVISIBLE)
-        if stripped == text:
-            return text
-        text = stripped
+    return text.strip(_ENDS)
 
 
 def format_assistant(steps: str, answer: str) -> str:

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +24,9 @@ from pipeline.serve.protocol import ChatRequest, Refusal, Reply, conversation, c
 from pipeline.serve.recorder import Recorder
 
 RETRY_AFTER = 5  # seconds
+LONG = (
+    16 * 1024
+)  # bytes; a longer generation is judged outside the event loop (0.2 s at the full 256 KiB, 4 s at worst)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Decider:
     clock: Callable[[], float] = time.time
     new_id: Callable[[], str] = lambda: f"chatcmpl-{secrets.token_hex(12)}"
     running: Counter[str | None] = field(default_factory=Counter)
+    judging: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="judge"), repr=False)
 
     @contextmanager
     def admitted(self, client: str | None) -> Iterator[None]:
@@ -111,7 +116,7 @@ class Decider:
         gone: asyncio.CancelledError | None = None
         try:
             async with asyncio.timeout(self.limits.seconds):
-                verdict = guard.close(await self.engine.generate(job, guard.feed))
+                verdict = await self._judged(guard, await self.engine.generate(job, guard.feed))
             if verdict.answer is None:
                 failure = withheld()
         except TooLong:
@@ -145,6 +150,11 @@ class Decider:
         if failure is not None or verdict.answer is None:
             raise failure or withheld()
         return self._reply(chat, request_id, int(arrival), verdict.answer, prompt_tokens)
+
+    async def _judged(self, guard: Guard, finish: str | None) -> Verdict:
+        if len(guard) <= LONG:
+            return guard.close(finish)
+        return await asyncio.get_running_loop().run_in_executor(self.judging, guard.close, finish)
 
     def _failed(self, guard: Guard, reason: str) -> Verdict:
         return Verdict(None, reason, guard.close(None).thinking)

@@ -23,7 +23,10 @@ COPY_WHOLE = 12  # a thinking shorter than COPY_RUN may not stand whole in the a
 
 _FILLERS = {0x115F: None, 0x1160: None}  # Hangul fillers: letters by category, invisible on the screen
 _WORDS = re.compile(r"[^\W_]+")
-_TAG = re.compile(r"<\W*(?:think|thought|reasoning)")
+_TAG = re.compile(
+    r"<[^\w<]*(?:think|thought|reasoning)"
+)  # from the last `<`: from each one, time grows with the square
+_STRETCH = re.compile("(?s).{1,128}")
 
 
 class TooLong(Exception):
@@ -45,7 +48,9 @@ def fold(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return unicodedata.normalize("NFKD", text).casefold().translate(_FILLERS)
+    # Stretch by stretch: a run of combining marks is put in order in the square of its length.
+    decomposed = "".join(unicodedata.normalize("NFKD", stretch) for stretch in _STRETCH.findall(text))
+    return decomposed.casefold().translate(_FILLERS)
 
 
 _MARKER_WORDS = (fold(THINK_MARKER), fold(ANSWER_MARKER))
@@ -108,6 +113,9 @@ class Guard:
 
     def __init__(self) -> None:
         self._data = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._data)
 
     def feed(self, piece: bytes) -> None:
         """Take the next bytes.

@@ -7,6 +7,7 @@ is a byte of thinking that left, whatever the guard believes.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -248,7 +249,9 @@ def law_size(guard: ModuleType) -> None:
     over = guard.judge(full + b"a", "stop")
     assert (over.answer, over.reason, over.thinking) == (None, "too long", full + b"a")
     streaming = guard.Guard()
+    assert len(streaming) == 0
     streaming.feed(full)
+    assert len(streaming) == guard.MAX_BYTES
     assert streaming.close("stop").answer is not None
     assert isinstance(streaming.close(None).thinking, bytes)  # a copy: what comes later does not change it
     try:
@@ -256,6 +259,20 @@ def law_size(guard: ModuleType) -> None:
     except guard.TooLong:
         return
     raise AssertionError("the streaming form took more than MAX_BYTES")
+
+
+# Repeated so many bytes long, these took seconds: a search from each `<` to the end, marks put in order pair by pair.
+SLOW = {"<": 16_000, "< ": 24_000, "\u0301\u0316": 64_000, "\u0316\u0345": 64_000, " \u200b": 64_000, "\ufdfa": 16_000}
+
+
+def law_time(guard: ModuleType, seconds: float = 1.0) -> None:
+    """Time grows with the length, not with its square, whatever a model repeats (a tenth of the bound is usual)."""
+    for unit, size in SLOW.items():
+        long = unit * (size // len(unit.encode()))
+        for text in (canonical(f"α{long}", "abc"), canonical("αβ", f"abc{long}x")):
+            began = time.process_time()
+            guard.judge(text.encode(), "stop")
+            assert time.process_time() - began < seconds, unit
 
 
 def law_interference(guard: ModuleType, seeds: range = range(300)) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import guard_laws
 import pytest
 from guard_laws import LAWS, canonical, pieces
+from mutation import load
 
 from pipeline.serve import guard
 from pipeline.thinking import ANSWER_MARKER, parse
@@ -98,6 +100,13 @@ class Talkative(guard.TooLong):
         return "canary"
 
 
+def rewritten(old: str, new: str) -> ModuleType:
+    """The guard with a piece of its source replaced."""
+    source = Path(str(guard.__file__)).read_text(encoding="utf-8")
+    assert old in source
+    return load(source.replace(old, new), "rewritten_guard")
+
+
 BROKEN = {
     "law_fuzz": [variant(Guard=ByChunk), judging(after_last_marker), judging(form_only), judging(tells_length)],
     "law_finish": [judging(ignores_finish), judging(after_last_marker)],
@@ -107,6 +116,7 @@ BROKEN = {
     "law_copies": [variant(copies=lambda steps, answer: False), variant(copies=lambda steps, answer: steps in answer)],
     "law_size": [variant(Guard=Bottomless)],
     "law_interference": [judging(tells_length)],
+    "law_time": [rewritten(r"[^\w<]*", r"\W*"), rewritten("{1,128}", "{1,99999}")],
     "law_silence": [variant(TooLong=Talkative)],
 }
 
