@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from pipeline.serve.decide import Decider
 from pipeline.serve.engine import Job
@@ -121,7 +122,7 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
     """The body, read no further than its limits.
 
     Raises:
-        Refusal: 413 too large, 408 too slow.
+        Refusal: 413 too large, 408 too slow, 400 broken off (nobody reads it, but it must not count as a fault).
     """
     too_large = invalid(f"the body is larger than {limit} bytes", code="body_too_large", status=413)
     declared = request.headers.get("content-length", "0")
@@ -140,6 +141,8 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
             raise too_large
     except TimeoutError:
         raise invalid(f"the body took longer than {seconds:g} seconds", code="body_too_slow", status=408) from None
+    except ClientDisconnect:
+        raise invalid("the body broke off", code="body_broken_off", status=400) from None
     return bytes(data)
 
 
@@ -150,7 +153,10 @@ def make_app(decider: Decider, *, keys: Mapping[str, str] | None = None, hosts: 
         keys: {name: SHA-256}; None = no key is asked for (loopback only).
         hosts: names that the Host header may carry; a web page that rebinds its own name to loopback is refused.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, title="so8t serve", telemetry=_NO_TELEMETRY)
+    app = FastAPI(
+        docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, title="so8t serve",
+        telemetry=_NO_TELEMETRY,
+    )  # fmt: skip
 
     def client_of(request: Request) -> str | None:
         if hosts is not None and _host_name(request.headers.get("host", "")) not in hosts:

@@ -98,7 +98,8 @@ class Decider:
         messages = conversation(chat)
         if chat.limit is not None:
             self.engine.cut("", chat.limit)  # refuses where there is nothing to count tokens with
-        prompt_tokens = await asyncio.to_thread(self.engine.check, messages)
+        check = self.engine.check
+        prompt_tokens = check(messages) if self.engine.quick else await asyncio.to_thread(check, messages)
         try:
             await self.recorder.ready()
         except Unavailable:

@@ -38,6 +38,7 @@ class Engine(Protocol):
 
     model_id: str  # what clients call it
     digest: str  # what the audit log calls it
+    quick: bool  # `check` costs next to nothing; otherwise it belongs in a thread
 
     def check(self, messages: list[Message]) -> int | None:
         """Tokens of the prompt (None: unknown). Raises `Refusal` where it is too long or holds control tokens."""

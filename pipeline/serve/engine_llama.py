@@ -87,6 +87,8 @@ class LlamaEngine:
         InputError: the file cannot be loaded, has no chat template, or the limits do not fit each other.
     """
 
+    quick = False
+
     def __init__(
         self, gguf: Path, *, n_ctx: int | None = None, max_new_tokens: int = 1024, threads: int | None = None
     ) -> None:

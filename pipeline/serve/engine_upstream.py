@@ -72,7 +72,7 @@ class UpstreamEngine:
         key: str | None = None, connections: int = 64,
     ) -> None:  # fmt: skip
         self.model_id, self.digest = model_id, f"upstream:{model_id}"
-        self.tokens, self.max_new_tokens = tokens, max_new_tokens
+        self.tokens, self.max_new_tokens, self.quick = tokens, max_new_tokens, tokens is None
         self.room = n_ctx - max_new_tokens
         if self.room <= 0:
             raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {n_ctx} tokens")

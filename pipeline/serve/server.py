@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from pipeline.serve.tokens import Tokens
 
 UPSTREAM_KEY_VARIABLE = "SO8T_UPSTREAM_KEY"
-HEADER_SECONDS = 10.0  # for a new connection to send its first request's header
+HEADER_SECONDS = 10.0  # for a connection to send a request's whole header
+BACKLOG = 1024
 HEADER_BYTES = 16 * 1024
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -62,14 +63,35 @@ class ServeConfig(BaseModel):
 
 
 class TimedHeaders(H11Protocol):
-    """uvicorn's own protocol, which waits forever for a first request; here a silent connection is closed."""
+    """uvicorn's own protocol, which waits forever for the rest of a header; here such a connection is closed.
+
+    Bytes that trickle in do not put the end off: it counts from the connection, then from the last response.
+    """
+
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self._close_if_silent)
+        self._await_header()
 
-    def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def on_response_complete(self) -> None:
+        self._await_header()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _await_header(self) -> None:
+        self._stop_waiting()
+        self._patience = self.loop.call_later(HEADER_SECONDS, self._close_if_silent, self.cycle)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+
+    def _close_if_silent(self, last: object) -> None:
+        if self.cycle is last and not self.transport.is_closing():
             self.transport.close()
 
 
@@ -125,7 +147,7 @@ def uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app, http=TimedHeaders, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
         server_header=False, date_header=False, proxy_headers=False, h11_max_incomplete_event_size=HEADER_BYTES,
-        timeout_keep_alive=5, timeout_graceful_shutdown=5, backlog=1024,
+        timeout_keep_alive=5, timeout_graceful_shutdown=5, backlog=BACKLOG,
     )  # fmt: skip
 
 
@@ -160,6 +182,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     async def run() -> None:
         recorder = Recorder(log)
         app = make_app(Decider(engine, recorder, audit_key, limits), keys=keys, hosts=hosts)
+        listener.listen(BACKLOG)  # before it is announced: who reads the line may connect
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         announce(f"{engine.model_id} at http://{shown}:{port}/v1, audit log {config.audit_log} at {log.head}")

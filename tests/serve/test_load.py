@@ -156,6 +156,57 @@ def test_slow_and_silent_connections_hinder_nobody(in_front: InFront, monkeypatc
     assert status(server.ask()) == 200
 
 
+def test_half_a_second_header_is_not_waited_for(in_front: InFront, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.serve import server as module
+
+    monkeypatch.setattr(module, "HEADER_SECONDS", 0.5)
+    server = in_front()
+    get = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with server.connect() as connection:
+        connection.settimeout(10)
+        for _ in range(3):  # whole requests within the time keep the connection
+            connection.sendall(get)
+            response = b""
+            while not response.endswith(b'{"status":"ok"}'):
+                response += connection.recv(65536)
+            time.sleep(0.2)
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):  # bytes that trickle in do not put the end off
+            for _ in range(100):
+                connection.sendall(b"G")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 2
+    assert status(server.ask()) == 200
+
+
+def test_body_that_breaks_off_is_no_fault_of_the_server(in_front: InFront, caplog: pytest.LogCaptureFixture) -> None:
+    server = in_front()
+    whole = request({"messages": [{"role": "user", "content": "q"}]})
+    for _ in range(20):
+        with server.connect() as connection:
+            connection.sendall(whole[:-5])
+    assert status(server.ask()) == 200
+    time.sleep(0.1)
+    assert not [record for record in caplog.records if record.name == "so8t.serve"]
+
+
+def test_long_generations_are_judged_beside_the_loop(in_front: InFront, upstream: FakeUpstream) -> None:
+    """A text that takes long to judge (letters that unfold into eighteen) holds up nobody else."""
+    server = in_front()
+    upstream.script = lambda _: generation(text(steps="\ufdfa" * 60_000), size=20_000)
+    slow = threading.Thread(target=server.ask)
+    slow.start()
+    server.wait_for(lambda: bool(upstream.requests))
+    time.sleep(0.3)
+    waited = []
+    while slow.is_alive():
+        began = time.monotonic()
+        server.raw(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        waited.append(time.monotonic() - began)
+    assert len(waited) > 3, "the loop stood still"
+    assert server.records()[-1]["verdict"] == "released"
+
+
 def test_reader_that_never_reads_hinders_nobody(in_front: InFront, upstream: FakeUpstream) -> None:
     upstream.script = lambda _: generation(text(answer="long " * 20_000), size=5000)
     server = in_front()

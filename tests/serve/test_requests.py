@@ -225,6 +225,8 @@ def test_addresses_methods_types_and_hosts_get_openais_error_form(in_front: InFr
         ("GET /docs", 404),
         ("GET /openapi.json", 404),
         ("GET /slots", 404),
+        ("POST /v1/chat/completions/", 404),
+        ("GET /healthz/", 404),
         ("DELETE /v1/models", 405),
         ("POST /v1/completions", 404),
         ("POST /v1/responses", 404),
