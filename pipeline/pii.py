@@ -19,11 +19,18 @@ from pipeline.pii_numbers import check_numbers, ibans, ip_addresses, phones
 from pipeline.pii_secrets import secrets
 from pipeline.pii_text import fold
 
+_LETTER = (
+    r"[^\W_]"  # domains may be written in any script, and mailboxes; there the words before it cannot be told apart
+)
 _EMAIL = re.compile(
-    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+'-]{1,64}(?:@|\s?[\[(<{]\s?(?:at|アット(?:マーク)?|@)\s?[\])>}]\s?)"
-    r"(?:[A-Za-z0-9-]{1,63}(?:\.|\s?[\[({]\s?(?:dot|ドット)\s?[\])}]\s?)){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9])",
+    r"(?:(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+'-]{1,64}|[^\W\d_A-Za-z]{1,16})"
+    r"(?:@|%40|&\#64;|\s?アットマーク\s?|\s?[\[(<{]\s?(?:at|アット(?:マーク)?|@)\s?[\])>}]\s?)"
+    rf"(?:(?:{_LETTER}|-){{1,63}}(?:[.。]|\s?[\[({{]\s?(?:dot|ドット)\s?[\])}}]\s?)){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9])"
+    r"|(?<![A-Za-z0-9._-])[A-Za-z0-9._-]{2,64} at (?!(?:the|that|this|an?|any|each) )"
+    r"(?:[A-Za-z0-9-]{2,63} dot ){1,4}[A-Za-z]{2,24}(?![A-Za-z0-9])",
     re.IGNORECASE,
 )
+_AT = re.compile(r"@|%40|&#64;|アット|[\[({<]\s?at| at [A-Za-z0-9-]+ dot ", re.IGNORECASE)  # every address has one
 _CONFIDENTIAL = re.compile(
     r"[【\[(〔《<]\s?(?:社外秘|部外秘|関係者外秘|取扱厳重注意|極秘|厳秘|マル秘|機密|confidential|strictly confidential|"
     r"internal use only)\s?[】\])〕》>]|^\s{0,3}(?:社外秘|部外秘|関係者外秘|極秘)\s{0,3}$"
@@ -60,7 +67,7 @@ def find(text: str, kinds: Collection[str] = KINDS) -> list[Finding]:
 def _claims(text: str) -> Iterator[tuple[Kind, tuple[int, int]]]:
     for span in secrets(text):
         yield "secret", span
-    if "@" in text or re.search(r"[\[({<]\s?(?:at|アット)", text, re.IGNORECASE):
+    if _AT.search(text):
         for match in _EMAIL.finditer(text):
             yield "email", match.span()
     if _DIGITS.search(text):

@@ -123,7 +123,7 @@ _PHONE = re.compile(
     r"(?<![0-9])(?<![0-9][.,/-])(?<![A-Za-z_]-)(?:"
     r"(?<![0-9+])(?:\+|00|010-?)[1-9][0-9]{0,2}[-. ]{0,2}(?:\(0[0-9]{0,4}\)|\([0-9]{1,4}\))?(?:[-. ]?[0-9]{1,5}){2,5}"
     r"|\(0[0-9]{1,4}\)[- .]?[0-9]{1,4}[-. ]?[0-9]{3,4}"
-    r"|0[0-9]{1,4}(?P<sep> ?- ?|[. ・/])[0-9]{1,4}(?P=sep)[0-9]{3,4}"
+    r"|0[0-9]{1,4}(?P<sep> ?- ?|[. ・/_])[0-9]{1,4}(?P=sep)[0-9]{3,4}"
     r"|0[0-9]{1,4}[- ]?\([0-9]{1,4}\)[- ]?[0-9]{3,4}"
     r"|0[0-9]{1,4}[- ][0-9]{5,8}"
     r"|0[0-9]{9,10}"
@@ -151,7 +151,7 @@ def phones(text: str) -> Iterator[Span]:
 @lru_cache(maxsize=4096)
 def _is_phone(number: str) -> bool:
     try:
-        return phonenumbers.is_valid_number(phonenumbers.parse(number.replace("・", "-"), "JP"))
+        return phonenumbers.is_valid_number(phonenumbers.parse(re.sub("[・_]", "-", number), "JP"))
     except phonenumbers.NumberParseException:
         return False
 

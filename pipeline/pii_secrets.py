@@ -39,11 +39,11 @@ _URL_LOGIN = re.compile(r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@'\"]{1,64}:([^\s/@'\"]
 _ASSIGNED = re.compile(
     r"(?P<name>api[ _-]?key|access[ _-]?key(?:[ _-]?id)?|secret(?:[ _-]?(?:access[ _-]?)?key)?|client[ _-]?secret|"
     r"auth[ _-]?token|access[ _-]?token|bearer|token|private[ _-]?key|credential|passw(?:or)?d|passphrase|pwd|"
-    r"パスワード|暗証番号|秘密鍵|アクセスキー|シークレットキー?|APIキー|アクセストークン|トークン)"
+    r"(?<![a-z])pw|パスワード|暗証番号|秘密鍵|アクセスキー|シークレットキー?|APIキー|アクセストークン|トークン)"
     r"[\"'」]?\s{0,3}(?::=|=>|[:=]|は|\bis\b|(?<=earer))\s{0,3}[\"'「`]?(?P<value>[!-~]{6,500})",
     re.IGNORECASE,
 )
-_PASSWORD = re.compile(r"pass|pwd|パスワード|暗証", re.IGNORECASE)
+_PASSWORD = re.compile(r"pass|pwd?|パスワード|暗証", re.IGNORECASE)
 _PLACEHOLDER = re.compile(
     r"^(?:\$?\{|<[a-z_]|\$\(|%[(s]|[a-z_.]{3,}\(|os\.|process\.|env[.\[]|self\.|config[.\[]|getenv|\*{3})|your|example|placeholder|changeme|"
     r"redacted|dummy|sample|x{4,}|\*{4,}|\.{3}",
@@ -51,7 +51,7 @@ _PLACEHOLDER = re.compile(
 )
 _HINT = re.compile(
     r"AKIA|ASIA|AROA|AIDA|A[GN]PA|gh[pousr]_|github_|glpat|xox|AIza|k_live|k_test|hf_|npm_|pypi-|SG\.|sk-|eyJ|-----B|://|"
-    r"key|secret|token|bearer|credential|passw|passphrase|pwd|パスワード|暗証|秘密鍵|キー|シークレット|トークン",
+    r"key|secret|token|bearer|credential|passw|passphrase|pwd?\b|パスワード|暗証|秘密鍵|キー|シークレット|トークン",
     re.IGNORECASE,
 )
 

@@ -33,6 +33,7 @@ _INVISIBLE = re.compile(
 )
 _KANJI_RUN = re.compile("[〇零一二三四五六七八九](?:[-ーｰ]?[〇零一二三四五六七八九])+")
 _KANJI_DIGITS = str.maketrans("〇零一二三四五六七八九ーｰ", "00123456789--")
+_CLUSTER = 64  # characters at most; marks beyond it are another cluster, because they are put in order pair by pair
 _LONG_MARK = re.compile("(?<=[0-9)])[ーｰ~](?=[0-9(〇零一二三四五六七八九])")  # 03ー1234: a long vowel mark as a dash
 
 
@@ -77,7 +78,9 @@ def _normalise(text: str) -> tuple[str, list[int]]:
             start += 1
             continue
         end = start + 1
-        while end < len(text) and (unicodedata.combining(text[end]) or text[end] in "\uff9e\uff9f"):
+        while end < min(len(text), start + _CLUSTER) and (
+            unicodedata.combining(text[end]) or text[end] in "\uff9e\uff9f"
+        ):
             end += 1
         folded = unicodedata.normalize("NFKC", text[start:end])
         out.append(folded)

@@ -122,7 +122,7 @@ def load_manifest_file(path: Path) -> Manifest:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
-        twice = _repeated_key(tree)
+        twice = _repeated_key(tree, set())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -141,11 +141,19 @@ def load_manifest_file(path: Path) -> Manifest:
         said = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise InputError(f"{path}, line {_line_of(tree, first['loc'])}: `{where}`: {said}{more}") from None
-    places = [entry.path or entry.url for entry in manifest.sources]
-    for number, place in enumerate(places):
-        if place in places[:number]:
-            raise InputError(f"{path}, line {_line_of(tree, ('sources', number))}: {place} is listed twice; keep one")
+    places: set[str] = set()
+    for number, entry in enumerate(manifest.sources):
+        place = _place(entry, path)
+        if place in places:
+            line = _line_of(tree, ("sources", number))
+            raise InputError(f"{path}, line {line}: {entry.path or entry.url} is listed twice; keep one")
+        places.add(place)
     return manifest
+
+
+def _place(entry: SourceEntry, manifest_path: Path) -> str:
+    """What an entry stands for: one file has one entry, however its path is written."""
+    return str((manifest_path.parent / entry.path).resolve()) if entry.path is not None else str(entry.url)
 
 
 def _line_of(node: Any, location: Sequence[int | str]) -> int:
@@ -167,19 +175,22 @@ def _line_of(node: Any, location: Sequence[int | str]) -> int:
     return int(line)
 
 
-def _repeated_key(node: Any) -> tuple[str, int] | None:
+def _repeated_key(node: Any, seen: set[int]) -> tuple[str, int] | None:
     """A key that stands twice in one mapping: YAML would silently keep the second licence."""
+    if id(node) in seen:  # an alias: looked at where its anchor stands, not once more for each use
+        return None
+    seen.add(id(node))
     children: list[Any] = []
     if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key, value in node.value:
-            if key.value in seen:
+            if str(key.value) in keys:
                 return str(key.value), key.start_mark.line + 1
-            seen.add(key.value if isinstance(key.value, str) else str(key.value))
+            keys.add(str(key.value))
             children.append(value)
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
-    return next(filter(None, map(_repeated_key, children)), None)
+    return next(filter(None, (_repeated_key(child, seen) for child in children)), None)
 
 
 def url_folder(manifest_path: Path, url: str) -> Path:
@@ -199,8 +210,7 @@ def resolve(
     entries: dict[str, SourceEntry] = {}
     if manifest_path is not None:
         for entry in load_manifest_file(manifest_path).sources:
-            key = str((manifest_path.parent / entry.path).resolve()) if entry.path is not None else str(entry.url)
-            entries[key] = entry
+            entries[_place(entry, manifest_path)] = entry
     found = []
     for text in wanted:
         is_url = text.startswith(("http://", "https://"))

@@ -45,7 +45,14 @@ def email(rng: random.Random) -> str:
     user += rng.choice(["", ".", "_", "-", "+"]) + rng.choice(["taro", "x9", "sales"])
     host = rng.choice(["example.jp", "mail.example.co.jp", "example.com", "a-b.example.net", "kaisha.or.jp"])
     value = f"{user}@{host}"
-    style = rng.randrange(6)
+    style = rng.randrange(8)
+    if style == 3:  # an internationalised mailbox or domain, or a full stop of the Japanese keyboard
+        return rng.choice(
+            [f"山田@{host}", f"{user}@例え.jp", f"{user}@{host.replace('.', '。', 1)}", f"{user}＠日本語.example.com"]
+        )
+    if style == 4:  # escaped, or spelled out
+        odd = [value.replace("@", mark) for mark in ("%40", "&#64;", "アットマーク")]
+        return rng.choice([*odd, f"{user} at {host.replace('.', ' dot ')}"])
     if style == 0:
         return "".join(chr(ord(c) + 0xFEE0) for c in value)
     if style == 1:

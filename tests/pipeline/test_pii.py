@@ -122,6 +122,7 @@ INNOCENT = [
     "香川県で2-1の勝利、岡山市で1-2-3の数", "a::b::c 1:2:3:4:5:6:7:8:9:10", "0312345678901", "x² + 12x = 0901234567",
     "1,234,567,890,123円", "社外秘という言葉の意味", "秘密鍵は安全に保管してください。", "def f(token=None): pass",
     "https://example.jp/a?b=1", "2024-03-15 10:30", "π = 3.14159265358979", "第1.2.3.4節", "user@localhost",
+    "look at that dot com bubble", "price @ 5.com", "A @ B.transpose()", "東京で@user。はい",
 ]  # fmt: skip
 
 
@@ -171,14 +172,15 @@ def test_long_text_is_searched_in_linear_time() -> None:
     import time
 
     def seconds(text: str) -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         find(text)
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     hostile: list[str] = [
         "a@", "0-", "1 ", "東京都", "a.", "::", "eyJ", "sk-",
         "区", "1-", "[at", "password:", "1.1.1.",
         "-----BEGIN PRIVATE KEY-----", "a@b.jp ", "〒100-0001 ", "\u200b090-1234-5678 ",
+        "\u0301\u0316", "山@", "a%40", " at a dot",
     ]  # fmt: skip
     for piece in hostile:
         short, long = piece * 2000, piece * 16000

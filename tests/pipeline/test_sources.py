@@ -101,6 +101,19 @@ MISTAKES = {
     "no web address": ("version: 1\nsources:\n  - url: ftp://x.org/a\n", 3, "http"),
     "a password in the address": ("version: 1\nsources:\n  - url: https://u:p@x.org/a\n", 3, "user name or password"),
     "twice the same": ("version: 1\nsources:\n" + ENTRY + ENTRY, 5, "a.jsonl is listed twice"),
+    "twice the same in other words": (
+        "version: 1\nsources:\n" + ENTRY + ENTRY.replace("a.jsonl", "./b/../a.jsonl"),
+        5,
+        "is listed twice",
+    ),
+    "aliases of aliases": (
+        "version: 1\na0: &a0 [1]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join(f'*a{n - 1}' for _ in '0123456789')}]\n" for n in range(1, 12))
+        + "sources:\n"
+        + ENTRY,
+        2,
+        "`a0`: unknown key",
+    ),
     "a key twice": ("version: 1\nsources:\n" + ENTRY + "    licence: GPL\n", 5, "`licence` stands there twice"),
     "not a mapping": ("- a\n", 1, "must be a mapping"),
     "empty": ("", 1, "must be a mapping"),
@@ -127,7 +140,8 @@ def test_a_mistake_is_named_by_file_and_line(name: str, tmp_path: Path) -> None:
     [
         ("version: 1 # 日本".encode("cp932"), "not UTF-8"),
         (b"version: 1\nsources: [{collected: 2026-13-45}]", "is not YAML that can be read"),
-        (b"a: &x [*x]", "is not YAML"),
+        (b"a: &x [*x]", "line 1: `version`: Field required"),
+        (b"a: " + b"[" * 3000, "is not YAML that can be read"),
         (None, "does not exist"),
     ],
 )

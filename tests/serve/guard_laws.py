@@ -261,7 +261,7 @@ def law_size(guard: ModuleType) -> None:
     raise AssertionError("the streaming form took more than MAX_BYTES")
 
 
-# Repeated so many bytes long, these took a second or more: a search from each `<` to the end, marks put in order pair by pair.
+# Repeated so many bytes long, these took a second or more: a search from each `<`, marks put in order pair by pair.
 SLOW = {"<": 9_000, "< ": 14_000, "\u0301\u0316": 32_000, "\u0316\u0345": 32_000, " \u200b": 64_000, "\ufdfa": 8_000}
 
 
