@@ -65,6 +65,7 @@ class GGUFFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor] = field(repr=False)
+    header: int = 0  # bytes before the padding and the first tensor
 
     @property
     def architecture(self) -> str:
@@ -178,7 +179,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
         if name in tensors:
             raise InputError(f"{path}: tensor {name} occurs twice; the file is damaged")
         tensors[name] = GGUFTensor(name, tuple(reversed(dims)), kind.name, data[begin : begin + length], begin)
-    return GGUFFile(path, metadata, tensors)
+    return GGUFFile(path, metadata, tensors, cursor.at)
 
 
 def _tensor_infos(cursor: _Cursor, count: int) -> Iterator[tuple[str, list[int], GGMLQuantizationType, int]]:

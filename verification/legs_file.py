@@ -17,6 +17,7 @@ from verification.checks import plain_check, zero_check
 from verification.findings import Finding, as_check
 from verification.gguf_file import GGUFFile
 from verification.llama_engine import LlamaModel
+from verification.memory import Memory
 from verification.quantise import nominal_types
 from verification.schema import Check, TensorRow
 from verification.tensors import Checkpoint, Comparison, compare, inventory, is_known, tensor_row
@@ -41,6 +42,9 @@ def contract_checks(
     found["metadata"] = metadata.against_config(checkpoint.config, file, tokenizer_size=len(tokenizer))
     found["oracle_metadata"] = metadata.against_oracle(file, oracle)
     found["layout"] = self_check.layout(file)
+    found["counts"] = self_check.counts(file)
+    found["vocabulary"] = self_check.vocabulary(file)
+    found["file_type"] = self_check.promised_types(file)
     checks = [as_check(f"contract.{name}", TITLES[name], findings, subject=label) for name, findings in found.items()]
     return [*checks, _fallbacks(candidate)]
 
@@ -57,6 +61,9 @@ TITLES = {
     "metadata": "Metadata that contradicts config.json",
     "oracle_metadata": "Metadata that differs from the oracle",
     "layout": "Tensor data out of place",
+    "counts": "Metadata against the file's own tensors",
+    "vocabulary": "Token lists and special ids",
+    "file_type": "File type against the tensors' types",
 }
 
 
@@ -109,7 +116,12 @@ class WeightResult:
 
 
 def weight_checks(
-    candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint, *, sources: Sources | None = None
+    candidate: Candidate,
+    oracle: GGUFFile,
+    checkpoint: Checkpoint,
+    *,
+    sources: Sources | None = None,
+    memory: Memory | None = None,
 ) -> WeightResult:
     """Inventory, a float file's roundings, and the nearest hypothesis of every attention tensor.
 
@@ -118,10 +130,11 @@ def weight_checks(
     Args:
         oracle: the reference converted and quantised here, in the candidate's own file type.
         sources: the reference with its base and rotations, for the hypotheses that need them.
+        memory: tensors that were examined before, against the same sources.
     """
     label, file = candidate.label, candidate.file
     found = inventory(checkpoint, file)
-    results = compare(checkpoint, file, found, oracle)
+    results = compare(checkpoint, file, found, oracle, memory=memory)
     nominal = {row.name: row.nominal for row in nominal_types(file)}
     rows = [tensor_row(label, result, file, nominal[result.name]) for result in results]
     lost = sorted(set(found.missing) | (set(oracle.tensors) - set(file.tensors)))
@@ -149,7 +162,7 @@ def weight_checks(
         ),
     ]
     if is_known(file):
-        named = Examination(file, sources or Sources(checkpoint), found).attention(oracle)
+        named = Examination(file, sources or Sources(checkpoint), found, memory=memory).attention(oracle)
         findings = [finding for result in named for finding in result.findings]
         title = "Attention tensors nearest to something else"
         contract.append(as_check("contract.hypotheses", title, findings, subject=label))

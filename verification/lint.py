@@ -27,6 +27,7 @@ from verification.gguf_file import GGUFFile, read_gguf
 from verification.legs_file import TITLES, token_findings
 from verification.llama_engine import LlamaModel
 from verification.load_probe import Probe, probe
+from verification.memory import Memory
 from verification.tensors import Checkpoint, inventory, is_known
 from verification.weights import Examination, Examined, Sources, rotations
 
@@ -109,11 +110,8 @@ class LintReport(_Model):
 
 _TITLES = TITLES | {
     "loads": "llama.cpp loads the file",
-    "counts": "Metadata against the file's own tensors",
-    "vocabulary": "Token lists and special ids",
     "finite_weights": "Weights that are NaN or Inf",
     "saturated_weights": "Weights at F16's end",
-    "file_type": "File type against the tensors' types",
     "fallback_types": "Tensors in a fallback type",
     "inventory": "Tensors missing or unexplained",
     "weights": "Tensors against the reference's values",
@@ -132,6 +130,7 @@ def lint(
     adapter: str | Path | None = None,
     oracle: str | Path | None = None,
     converter: str | Path | None = None,
+    memory: Memory | None = None,
 ) -> LintReport:
     """Examine one GGUF file without inference.
 
@@ -140,6 +139,7 @@ def lint(
         base, adapter: what the reference was baked from; they add hypotheses about o_proj and v_proj.
         oracle: a conversion of the reference that was made here already; None runs upstream's converter for its
             metadata.
+        memory: tensors of other files that were examined before, against the same reference, base and adapter.
 
     Raises:
         InputError: a file that is no readable GGUF, a directory that is no checkpoint, a base without a reference.
@@ -148,7 +148,7 @@ def lint(
         raise InputError("a base or an adapter was given without the reference they were baked into; add --reference")
     start = time.monotonic()
     opened = read_gguf(file)
-    run = _Run(opened)
+    run = _Run(opened, memory)
     sources = None
     if reference is not None:
         checkpoint = Checkpoint(reference)
@@ -194,8 +194,8 @@ def _verdict(checks: Sequence[LintCheck]) -> Verdict:
 class _Run:
     """The checks of one file, in the order of the report."""
 
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
+    def __init__(self, file: GGUFFile, memory: Memory | None = None) -> None:
+        self.file, self.memory = file, memory
         self.checks: list[LintCheck] = []
         self.tensors: list[LintTensor] = []
         self.hypotheses: list[LintHypothesis] = []
@@ -249,7 +249,7 @@ class _Run:
         odd += [Finding(name, "no such tensor", "in the file, and nothing explains it", again) for name in found.extra]
         odd += [Finding(name, "a place in the file", "no GGUF name", again) for name in found.unmapped]
         self.add("inventory", odd)
-        results = Examination(file, sources, found).run()
+        results = Examination(file, sources, found, memory=self.memory).run()
         self.known_good = {result.name for result in results if result.equal}
         hypothetical = {match.name for result in results for match in result.nearest if match.is_fault}
         findings = [finding for result in results for finding in result.findings]

@@ -44,6 +44,19 @@ def probe(path: Path, *, timeout: float = 600.0) -> Probe:
     return Probe("", reason) if lines else Probe(reason, reason)
 
 
+def require_loadable(path: Path) -> None:
+    """Nothing but a file that llama.cpp loads may be opened in this process: a damaged one could end it.
+
+    Raises:
+        InputError: with llama.cpp's own reason.
+    """
+    from so8t_core.errors import InputError  # here: run as a script, this file needs llama_cpp alone
+
+    answer = probe(path)
+    if answer.vocabulary or answer.model:
+        raise InputError(f"llama.cpp does not load {path}: {answer.vocabulary or answer.model}")
+
+
 def _main() -> None:
     import llama_cpp
 

@@ -38,6 +38,7 @@ from verification.legs_logits import (
 )
 from verification.legs_quantise import quantise_checks
 from verification.llama_engine import LlamaModel
+from verification.load_probe import require_loadable
 from verification.logits import load_hf
 from verification.noise import noise_checks, noise_floor
 from verification.oracle import Oracle
@@ -115,6 +116,8 @@ def measure_all(s: Settings, files: list[Candidate], run: Run, tell: Progress) -
     run.planned += ["bake", "dtype", "controls"] if s.base and s.adapter else []
     checkpoint, tokenizer = Checkpoint(s.reference), load_tokenizer(s.reference)
     same_vocabulary(checkpoint, files)
+    for candidate in files:
+        require_loadable(candidate.file.path)
     with run.timed("oracle"):
         tell("oracle", 0, 1)
         source = s.oracle.converted(s.reference, s.digest)

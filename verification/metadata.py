@@ -16,7 +16,20 @@ from verification import rope
 from verification.findings import Finding, show
 from verification.gguf_file import GGUFFile
 
-_DESCRIPTIVE = ("general.", "quantize.", "split.")  # names, authors, file type: they change no number
+# Keys that change no number: llama.cpp reads them to show them, or not at all. Everything else in `general.` counts:
+# `general.sampling.*` sets the engine's sampling, `general.tensor_extra.*` the precision of single tensors.
+HARMLESS = frozenset({
+    "general.author", "general.basename", "general.description", "general.doi", "general.finetune",
+    "general.languages", "general.license", "general.organization", "general.quantized_by", "general.repo_url",
+    "general.size_label", "general.tags", "general.url", "general.uuid", "general.version",
+    "general.name",  # a switch of Phi-3's tokens only, and those are compared by their ids
+    "general.file_type",  # says what the tensors' own types say; `self_check.promised_types` holds them together
+    "general.quantization_version",  # of a quantised file alone; llama.cpp writes it and never reads it
+    "quantize.imatrix.file", "quantize.imatrix.dataset", "quantize.imatrix.entries_count",
+    "quantize.imatrix.chunks_count", "split.no", "split.count", "split.tensors.count",  # `read_gguf` refuses a part
+})  # fmt: skip
+_HARMLESS_FAMILIES = ("general.license.", "general.source.", "general.base_model.", "general.dataset.")
+_SAMPLING = "general.sampling."
 _MEND = "convert the reference again, or set the key with gguf's gguf-set-metadata and lint once more"
 # llama.cpp masks by the window only for these; elsewhere the key is not written and every token is attended to
 _WINDOWED = frozenset({"gemma2", "gemma3", "phi3", "cohere2", "gpt-oss"})
@@ -100,6 +113,10 @@ def value_or_default(file: GGUFFile, key: str) -> Any:
         return 1e4
     if key == "rope.freq_base":
         return 1e4
+    if key == "general.alignment":
+        return 32
+    if key == "general.type":
+        return "model"
     if key == "vocab_size":
         return len(file.metadata.get("tokenizer.ggml.tokens") or [])
     return None
@@ -112,7 +129,7 @@ def against_oracle(file: GGUFFile, oracle: GGUFFile, config: dict[str, Any] | No
         oracle: a conversion, or its metadata alone (`convert_metadata`).
         config: explains keys that the converter writes together with tensors, and a metadata-only run does not.
     """
-    keys = {k for k in file.metadata.keys() | oracle.metadata.keys() if not k.startswith(_DESCRIPTIVE)}
+    keys = {k for k in file.metadata.keys() | oracle.metadata.keys() if not is_harmless(k)}
     found = []
     for key in ("general.architecture", *sorted(keys)):
         wanted, actual = oracle.metadata.get(key), file.metadata.get(key)
@@ -123,8 +140,15 @@ def against_oracle(file: GGUFFile, oracle: GGUFFile, config: dict[str, Any] | No
             actual = value_or_default(file, short)
         if same(wanted, actual) or (wanted is None and same(value_or_default(oracle, short), actual)):
             continue
+        if actual is None and key.startswith(_SAMPLING):  # older converters write none; every caller may set its own
+            continue
         found.append(_difference(key, wanted, actual))
     return found
+
+
+def is_harmless(key: str) -> bool:
+    """Whether no value of this key can change what the file computes."""
+    return key in HARMLESS or key.startswith(_HARMLESS_FAMILIES)
 
 
 def _difference(key: str, wanted: Any, actual: Any) -> Finding:

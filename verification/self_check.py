@@ -1,9 +1,10 @@
 """A GGUF file held against itself: what can be wrong with it without knowing what it was made from.
 
-Layout (tensors aligned, in order, without overlap, nothing behind them), counts that metadata and tensors both state,
-token lists of one length, special ids inside the vocabulary, weights that are NaN, Inf or saturated at F16's end, the
-types that the file type promises, and whether llama.cpp accepts the file (it checks every tensor's name and shape
-against the architecture, and says which it misses). Sources: GGUF specification; llama.cpp, src/llama-model-loader.cpp.
+Layout (tensors aligned, in order, without overlap, zeros between them, nothing behind them), counts that metadata and
+tensors both state, token lists of one length, special ids inside the vocabulary, weights that are NaN, Inf or saturated
+at F16's end, the types that the file type promises, and whether llama.cpp accepts the file (it checks every tensor's
+name and shape against the architecture, and says which it misses). Sources: GGUF specification; llama.cpp,
+src/llama-model-loader.cpp.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ def layout(file: GGUFFile) -> list[Finding]:
     alignment = int(file.metadata.get("general.alignment", 32))
     found: list[Finding] = []
     end = None
+    data, behind = np.memmap(file.path, dtype=np.uint8, mode="r"), file.header
     for tensor in sorted(file.tensors.values(), key=lambda t: t.offset):
+        if data[behind : tensor.offset].any():
+            found.append(Finding(tensor.name, "zeros in the padding before it", "data", _AGAIN, "hidden bytes"))
+        behind = tensor.offset + tensor.raw.size
         if tensor.offset % alignment:
             found.append(Finding(tensor.name, f"data at a multiple of {alignment}", f"byte {tensor.offset}", _AGAIN))
         if end is not None and tensor.offset != end:

@@ -24,7 +24,8 @@ from safetensors import safe_open
 
 from so8t_core.errors import InputError
 from verification import rope
-from verification.gguf_file import GGUFFile
+from verification.gguf_file import GGUFFile, GGUFTensor
+from verification.memory import Memory, frame
 from verification.schema import TensorRow
 
 Array = npt.NDArray[np.float32]
@@ -189,40 +190,50 @@ class Comparison:
 
 
 def compare(
-    checkpoint: Checkpoint, file: GGUFFile, found: Inventory, oracle: GGUFFile | None, *, allow_unmapped: bool = True
+    checkpoint: Checkpoint, file: GGUFFile, found: Inventory, oracle: GGUFFile | None, *, memory: Memory | None = None
 ) -> list[Comparison]:
     """Compare every tensor of `file` with the checkpoint and, byte for byte, with the oracle of the same type."""
-    result = []
-    for name, tensor in file.tensors.items():
-        twin = oracle.tensors.get(name) if oracle else None
-        equal = None
-        if oracle is not None:
-            equal = twin is not None and twin.type == tensor.type and twin.shape == tensor.shape
-            equal = equal and twin is not None and bool(np.array_equal(tensor.raw, twin.raw))
-        actual = tensor.values()
-        non_finite = int(actual.size - np.count_nonzero(np.isfinite(actual)))
-        wanted = None if non_finite else expectation(name, found, checkpoint, file)
-        if wanted is None:
-            result.append(Comparison(name, None, None, None, equal, non_finite, bool(equal) and allow_unmapped))
-            continue
-        if wanted.size != actual.size:
-            result.append(Comparison(name, None, None, np.inf, equal, 0, False))
-            continue
-        wanted = wanted.reshape(actual.shape)  # conv-like singleton axes are dropped by the converter
-        difference = np.abs(actual - wanted)
-        norm = float(np.linalg.norm(wanted))
-        result.append(
-            Comparison(
-                name,
-                float(np.linalg.norm(difference)) / norm if norm else float(np.linalg.norm(difference)),
-                float(difference.max(initial=0.0)),
-                roundings(difference, wanted, tensor.type, computed=name in found.computed),
-                equal,
-                0,
-                True,
-            )
-        )
-    return result
+    around = frame(file)
+
+    def one(tensor: GGUFTensor) -> Comparison:
+        twin = oracle.tensors.get(tensor.name) if oracle else None
+
+        def make() -> Comparison:
+            return _compare(tensor, twin, checkpoint, file, found, with_oracle=oracle is not None)
+
+        return make() if memory is None else memory.recall(make, "compare", around, tensor, twin)
+
+    return [one(tensor) for tensor in file.tensors.values()]
+
+
+def _compare(
+    tensor: GGUFTensor, twin: GGUFTensor | None, checkpoint: Checkpoint, file: GGUFFile, found: Inventory,
+    *, with_oracle: bool,
+) -> Comparison:  # fmt: skip
+    """One tensor; one that cannot be mapped by principle is explained by the oracle's bytes alone."""
+    name, equal = tensor.name, None
+    if with_oracle:
+        equal = twin is not None and twin.type == tensor.type and twin.shape == tensor.shape
+        equal = equal and twin is not None and bool(np.array_equal(tensor.raw, twin.raw))
+    actual = tensor.values()
+    non_finite = int(actual.size - np.count_nonzero(np.isfinite(actual)))
+    wanted = None if non_finite else expectation(name, found, checkpoint, file)
+    if wanted is None:
+        return Comparison(name, None, None, None, equal, non_finite, bool(equal))
+    if wanted.size != actual.size:
+        return Comparison(name, None, None, np.inf, equal, 0, False)
+    wanted = wanted.reshape(actual.shape)  # conv-like singleton axes are dropped by the converter
+    difference = np.abs(actual - wanted)
+    norm = float(np.linalg.norm(wanted))
+    return Comparison(
+        name,
+        float(np.linalg.norm(difference)) / norm if norm else float(np.linalg.norm(difference)),
+        float(difference.max(initial=0.0)),
+        roundings(difference, wanted, tensor.type, computed=name in found.computed),
+        equal,
+        0,
+        True,
+    )
 
 
 def roundings(difference: Array, wanted: Array, kind: str, *, computed: bool = False) -> float | None:

@@ -10,10 +10,10 @@ Attention tensors are also named by the nearest hypothesis, o_proj by the rotati
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from verification import tensors
 from verification.findings import Finding
 from verification.gguf_file import FLOAT_TYPES, GGUFFile, GGUFTensor
 from verification.hypotheses import Known, Nearest, Other, Role, Rotation, nearest, sample_rows
+from verification.memory import Memory, frame
 from verification.requantise import quantised_bytes
 from verification.residual_rotation import Residual, residual_rotation
 from verification.self_check import F16_MAX
@@ -87,14 +88,16 @@ def rotations(adapter: Path) -> dict[str, Rotation]:
 class Examination:
     """The tensors of one file against its sources."""
 
-    def __init__(self, file: GGUFFile, sources: Sources, found: Inventory) -> None:
-        self.file, self.sources, self.found = file, sources, found
+    def __init__(self, file: GGUFFile, sources: Sources, found: Inventory, *, memory: Memory | None = None) -> None:
+        """`memory` holds what was examined before, of other files with these sources; None examines everything."""
+        self.file, self.sources, self.found, self.memory = file, sources, found, memory
 
     def run(self, threads: int = 2) -> list[Examined]:
         """Examine every tensor; numpy and the quantiser release the interpreter, so two at a time pay."""
-        self.samples  # noqa: B018 (filled before the threads ask for it)
+        if self.memory is None:
+            self.samples  # noqa: B018 (filled before the threads ask for it)
         with ThreadPoolExecutor(threads) as pool:
-            results = list(pool.map(self.examine, self.file.tensors.values()))
+            results = list(pool.map(self._recalled, self.file.tensors.values()))
         blocks = sum(r.blocks for r in results)
         same_maker = blocks > 0 and 1 - sum(r.blocks_differ for r in results) / blocks >= SAME_MAKER
         results = [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
@@ -103,17 +106,32 @@ class Examination:
     def attention(self, oracle: GGUFFile) -> list[Examined]:
         """Only what the attention tensors are nearest to; `oracle` holds the reference in the file's own types."""
         results = []
-        for tensor in self.file.tensors.values():
-            wanted = self.expected(tensor.name) if _is_attention(tensor) else None
-            if wanted is None or wanted.shape != tensor.shape:
-                continue
+        for tensor in filter(_is_attention, self.file.tensors.values()):
             twin = oracle.tensors.get(tensor.name)
             twin = twin if twin is not None and twin.type == tensor.type and twin.shape == tensor.shape else None
-            equal = twin is not None and bool(np.array_equal(twin.raw, tensor.raw))
-            own = None if equal or twin is None else twin.values()
-            bare = Examined(tensor.name, tensor.type, compared=True, equal=equal)
-            results.append(self._named(tensor, wanted, bare, tensor.values(), own))
+            make = partial(self._attention, tensor, twin)
+            known = self.memory
+            found = make() if known is None else known.recall(make, "attention", self._frame, tensor, twin)
+            results += [] if found is None else [found]
         return results
+
+    def _attention(self, tensor: GGUFTensor, twin: GGUFTensor | None) -> Examined | None:
+        wanted = self.expected(tensor.name)
+        if wanted is None or wanted.shape != tensor.shape:
+            return None
+        equal = twin is not None and bool(np.array_equal(twin.raw, tensor.raw))
+        own = None if equal or twin is None else twin.values()
+        bare = Examined(tensor.name, tensor.type, compared=True, equal=equal)
+        return self._named(tensor, wanted, bare, tensor.values(), own)
+
+    def _recalled(self, tensor: GGUFTensor) -> Examined:
+        if self.memory is None:
+            return self.examine(tensor)
+        return self.memory.recall(partial(self.examine, tensor), "examine", self._frame, tensor)
+
+    @cached_property
+    def _frame(self) -> Hashable:
+        return frame(self.file)
 
     def expected(self, name: str) -> Array | None:
         return tensors.expectation(name, self.found, self.sources.reference, self.file)
@@ -246,6 +264,9 @@ class Examination:
     @cached_property
     def samples(self) -> dict[str, Array]:
         """A few expected rows of every attention tensor, to find one of another layer."""
+        return self._samples() if self.memory is None else self.memory.recall(self._samples, "samples", self._frame)
+
+    def _samples(self) -> dict[str, Array]:
         found = {}
         for name, tensor in self.file.tensors.items():
             if name.startswith("blk.") and name.split(".")[2] in _ATTENTION and len(tensor.shape) == 2:

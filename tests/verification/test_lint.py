@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf_faults as faults
 import numpy as np
 import pytest
 import torch
-from architectures import FAMILIES, Baked, Pair, make_baked, make_pairs
 from rich.console import Console
 
 from so8t_core.errors import InputError
+from verification import gguf_edit as faults
 from verification.gguf_file import read_gguf
 from verification.lint import LintReport, lint
 from verification.lint_view import lint_table, write_lint
+from verification.specimens import FAMILIES, Baked, Pair, make_baked, make_pairs
 from verification.tensors import Checkpoint, inventory
 
 KINDS = ("F16", "Q8_0", "Q4_K_M")
@@ -410,7 +410,7 @@ def test_swapped_tokens_are_named(baked: Baked, tmp_path: Path) -> None:
 
 def test_an_end_of_turn_that_llama_cpp_does_not_know_is_named(baked: Baked, tmp_path: Path) -> None:
     """Its name is taken away, by which llama.cpp knows it; the template still ends answers with the token."""
-    from architectures import TURNS
+    from verification.specimens import TURNS
 
     raw = faults.Raw.read(baked.files["F16"])
     tokens = raw.keys["tokenizer.ggml.tokens"][1]

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_faults import edit_tensor
 from safetensors.torch import load_file, save_file
 from verification_models import Family, rewrite
 
 from so8t_core.errors import InputError
+from verification.gguf_edit import edit_tensor
 from verification.gguf_file import read_gguf
 from verification.hypotheses import rotated
 from verification.legs_bake import _largest, saved_rounding
