@@ -24,9 +24,17 @@ if TYPE_CHECKING:
     from so8t_core.store import attach, detach, load_adapter, save_adapter
 
 _HOME = {
-    "adapter": ("SO8TLinear", "SO8TModel", "gates", "orthogonality_loss", "resolve_layers", "trainable_counts"),
+    # SO8TConfig out of the module that registers the method: a config alone must be enough for get_peft_model
+    "adapter": (
+        "SO8TConfig",
+        "SO8TLinear",
+        "SO8TModel",
+        "gates",
+        "orthogonality_loss",
+        "resolve_layers",
+        "trainable_counts",
+    ),
     "baking": ("bake", "bake_checkpoint", "unbake"),
-    "config": ("SO8TConfig",),
     "errors": ("InputError",),
     "folding": ("rotate_weight",),
     "gate": ("RotationGate",),
