@@ -34,8 +34,8 @@ def test_method_is_registered_beside_a_loaded_peft_and_by_any_name() -> None:
 
 def test_a_config_is_enough_for_get_peft_model_whatever_was_imported_first() -> None:
     """so8t_core before peft, and no other name of it: the method was in PEFT's names but not in its tables."""
-    code = "import so8t_core; so8t_core.SO8TConfig; import peft.mapping as m; print('SO8T' in m.PEFT_TYPE_TO_TUNER_MAPPING)"
-    assert _python(code) == "True"
+    code = "import so8t_core; so8t_core.SO8TConfig; import peft.mapping as m; "
+    assert _python(code + "print('SO8T' in m.PEFT_TYPE_TO_TUNER_MAPPING)") == "True"
 
 
 @pytest.mark.parametrize("version", ["0.20.3", "0.5.0"])

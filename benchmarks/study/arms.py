@@ -1,0 +1,122 @@
+"""What is compared: `study.yaml` holds what all arms share, every other file of the directory is one arm.
+
+An arm is a method and a few `train` keys of the run's own configuration laid over the shared ones, so that everything
+an arm does not name is the same for all. LoRA alone and PEFT's OFT are no SO8T adapters: they are stock PEFT.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.config import ConfigError, RunConfig, TrainConfig, describe_errors
+
+STUDY_NAME = "study.yaml"
+BASE = "base"  # the arm that trains nothing; every other one is also held against it
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Tuning(_Section):
+    """How learning rates are chosen: other rows than the study's, held out by families that only train there."""
+
+    seed: int = Field(ge=0)
+    steps: int = Field(ge=1)
+    validation_rows: int = Field(ge=1)
+    every: int = Field(ge=2)  # each `every`-th of the training families is kept for validation
+    grid: dict[str, list[float]]  # arm: learning rates
+
+
+class CostPlan(_Section):
+    """How time and memory are measured: interleaved rounds, each arm in a process of its own."""
+
+    rounds: int = Field(ge=2)
+    steps: int = Field(ge=2)  # timed steps a round, after one that is not
+
+
+class Study(_Section):
+    """What all arms share."""
+
+    seeds: list[int] = Field(min_length=2)  # of training rows, initial weights and order of batches
+    heldout_seed: int = Field(ge=0)  # the held-out rows are the same for all arms and seeds
+    base_dtype: Literal["float32", "bfloat16"]  # of the frozen base during training
+    comparisons: list[tuple[str, str]]  # [arm, against]
+    tuning: Tuning
+    cost: CostPlan
+    run: dict[str, Any]  # keys of a run's configuration
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Study:
+        if len(set(self.seeds)) != len(self.seeds) or {self.heldout_seed, self.tuning.seed} & set(self.seeds):
+            raise ValueError("seeds, heldout_seed and tuning.seed must all differ")
+        return self
+
+
+class _ArmFile(_Section):
+    title: str
+    method: Literal["none", "lora", "so8t", "oft"]
+    train: dict[str, Any] = Field(default_factory=dict)
+
+
+class Arm(_Section):
+    """One arm, resolved."""
+
+    name: str
+    title: str
+    method: Literal["none", "lora", "so8t", "oft"]
+    config: RunConfig
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.config.train
+
+
+def load_study(directory: Path) -> tuple[Study, dict[str, Arm]]:
+    """The study and its arms, base first, then by name.
+
+    Raises:
+        ConfigError: a file that is missing or wrong, a comparison of arms that do not exist, no base arm.
+    """
+    study = _validated(Study, directory / STUDY_NAME)
+    arms = {}
+    for path in sorted(directory.glob("*.yaml"), key=lambda p: (p.stem != BASE, p.stem)):
+        if path.name == STUDY_NAME:
+            continue
+        given = _validated(_ArmFile, path)
+        shared = study.run.get("train", {})
+        try:
+            config = RunConfig.model_validate({**study.run, "train": {**shared, **given.train}})
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {describe_errors(error)}") from None
+        _check_method(path, given, config.train)
+        arms[path.stem] = Arm(name=path.stem, title=given.title, method=given.method, config=config)
+    if arms.get(BASE) is None or arms[BASE].method != "none":
+        raise ConfigError(f"{directory} needs {BASE}.yaml with method: none; every arm is held against it")
+    named = {name for pair in study.comparisons for name in pair} | set(study.tuning.grid)
+    if unknown := sorted(named - set(arms)):
+        raise ConfigError(f"{directory / STUDY_NAME} names {unknown[0]}, but the arms are {', '.join(arms)}")
+    return study, arms
+
+
+def _check_method(path: Path, given: _ArmFile, train: TrainConfig) -> None:
+    if given.method == "lora" and train.lora is None:
+        raise ConfigError(f"{path}: method lora needs `train.lora`")
+    if given.method == "oft" and train.lora is not None:
+        raise ConfigError(f"{path}: method oft has no LoRA inside; set `train.lora: null`")
+
+
+def _validated(model: type[Any], path: Path) -> Any:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return model.model_validate(raw)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; the study's own is configs/study") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe_errors(error)}") from None

@@ -1,0 +1,160 @@
+"""What one arm's saved checkpoint can do, and what quantisation does to it. Everything is measured on what was saved.
+
+Held-out loss: mean cross-entropy per assistant token, nats. Second difference: the PET penalty of the last decoder
+layer's states at unit RMS over held-out rows, the same quantity that training adds to the loss. Damage: mean KLD of the
+GGUF file from the saved checkpoint in fp32. Answers: greedy, by llama.cpp from the Q8_0 file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+
+from benchmarks.study.arms import Arm
+from benchmarks.study.fitting import FIT_NAME, PROBE_ROWS, load
+from pipeline.answers import judge, render_prompt
+from pipeline.collate import Collator, EncodedRows
+from pipeline.generate import complete
+from pipeline.jsonl import read_jsonl
+from pipeline.tokenizer import load_tokenizer
+from pipeline.trainer import decoder_layers, unit_rms
+from so8t_core import bake_checkpoint, pet_penalty
+from so8t_core.errors import InputError
+from verification.converter import convert
+from verification.corpus import DEFAULT_CORPUS, read_corpus
+from verification.legs_logits import measure_file, passages_of, run_reference
+from verification.llama_engine import LlamaModel
+from verification.logits import load_hf
+from verification.quantise import quantise
+
+# Between the adapter's model in base_dtype and the saved checkpoint in fp32 on a few rows, nats. Rounding of a bfloat16
+# forward pass moves a loss by hundredths at most (every record keeps both numbers), a lost merge by tenths.
+SAME_MODEL = 0.1
+
+
+def save_checkpoint(arm: Arm, base_dir: Path, adapter_dir: Path, out_dir: Path) -> Path:
+    """The arm as an ordinary checkpoint in the base's dtype; the base itself for the arm that trains nothing."""
+    if arm.method == "none":
+        return base_dir
+    if arm.method == "so8t":
+        bake_checkpoint(base_dir, adapter_dir, out_dir)
+        return out_dir
+    saved = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    dtype = getattr(torch, saved.get("dtype") or saved.get("torch_dtype"))
+    peft = PeftModel.from_pretrained(load(base_dir, "float32"), str(adapter_dir))
+    merged: Any = peft.merge_and_unload(safe_merge=True)
+    merged.to(dtype).save_pretrained(str(out_dir))
+    for file in base_dir.iterdir():  # tokenizer files byte for byte
+        if not (out_dir / file.name).exists():
+            shutil.copyfile(file, out_dir / file.name)
+    return out_dir
+
+
+@torch.no_grad()
+def loss_and_bends(model: Any, rows: EncodedRows, collator: Collator, batch_size: int) -> tuple[float, float]:
+    """(held-out loss in nats per assistant token, second difference of the last layer's states at unit RMS)."""
+    kept: list[torch.Tensor] = []
+    layer = decoder_layers(model)[-1]
+    handle = layer.register_forward_hook(lambda m, a, out: kept.append(out[0] if isinstance(out, tuple) else out))
+    total, tokens, bends, triples = 0.0, 0, 0.0, 0
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+            chosen = labels != -100
+            total += F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="sum").item()
+            tokens += int(chosen.sum())
+            count = int((batch["attention_mask"].sum(dim=1) - 2).clamp(min=0).sum())
+            bends += pet_penalty(unit_rms(kept.pop()), batch["attention_mask"]).item() * count
+            triples += count
+    finally:
+        handle.remove()
+    return total / tokens, bends / triples
+
+
+def evaluate(
+    arm: Arm, base_dir: Path, adapter_dir: Path | None, heldout_path: Path, work_dir: Path, tell: Any
+) -> dict[str, Any]:
+    """All measurements of one arm.
+
+    Raises:
+        InputError: the saved checkpoint is not the trained model, or the converter's or llama.cpp's own refusal.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder:
+        place = Path(folder)
+        tell("saving")
+        saved = save_checkpoint(arm, base_dir, adapter_dir or base_dir, place / "checkpoint")
+        tokenizer = load_tokenizer(saved)
+        collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        heldout = EncodedRows(heldout_path, tokenizer, limit=arm.train.heldout_rows)
+        model = load_hf(saved)
+        found: dict[str, Any] = {}
+        if adapter_dir is not None:
+            trained = json.loads((adapter_dir / FIT_NAME).read_text(encoding="utf-8"))["probe_loss"]
+            probe = EncodedRows(heldout_path, tokenizer, limit=PROBE_ROWS)
+            found["probe_loss_saved"] = loss_and_bends(model, probe, collator, PROBE_ROWS)[0]
+            check_same_model(arm.name, trained, found["probe_loss_saved"])
+        tell("held-out rows")
+        loss, bends = loss_and_bends(model, heldout, collator, arm.train.batch_size)
+        files = {"F16": convert(saved, place / "model-F16.gguf", outtype="f16")}
+        for kind in ("Q8_0", "Q4_K_M"):
+            files[kind] = quantise(files["F16"], place / f"model-{kind}.gguf", kind, threads=1)
+        found |= {"heldout_loss": loss, "second_difference": bends}
+        tell("quantisation damage")
+        found |= _damage(arm, files, model, tokenizer, heldout_path, place)
+        del model
+        tell("answers")
+        return found | _answers(arm, files[arm.config.answers.type], tokenizer, heldout_path)
+
+
+def check_same_model(name: str, trained: float, saved: float) -> None:
+    """Raises InputError where the saved checkpoint's loss is not the trained model's."""
+    if not abs(trained - saved) <= SAME_MODEL:
+        raise InputError(
+            f"arm {name}: the trained model's loss on {PROBE_ROWS} rows is {trained:.4f}, the saved checkpoint's "
+            f"{saved:.4f}, more than {SAME_MODEL} apart: the merge is wrong; nothing was recorded"
+        )
+
+
+def _damage(
+    arm: Arm, files: dict[str, Path], model: Any, tokenizer: Any, heldout_path: Path, place: Path
+) -> dict[str, float]:
+    settings = arm.config.verify
+    with LlamaModel(files["F16"], vocab_only=True) as head:
+        bos = head.bos if head.add_bos else None
+    text = read_corpus([heldout_path, DEFAULT_CORPUS], tokenizer, n_ctx=settings.n_ctx, chunks=settings.chunks, bos=bos)
+    reference = run_reference(model, passages_of(text.chunks), place, name="saved", tell=lambda *a: None)
+    found = {}
+    with reference.spool:
+        for kind, path in files.items():
+            if kind == "F16":
+                continue
+            result = measure_file(kind, path, text, reference, seed=kind, threads=1, tell=lambda *a: None).divergence
+            if result.non_finite or not result.tokens:
+                raise InputError(f"arm {arm.name}: {kind} gave {result.non_finite} positions with NaN or Inf")
+            found[f"kld_{kind.lower()}"] = result.mean_kld
+    return found
+
+
+def _answers(arm: Arm, gguf: Path, tokenizer: Any, heldout_path: Path) -> dict[str, Any]:
+    settings = arm.config.answers
+    rows = [row for row in read_jsonl(heldout_path) if row.get("answer")][: settings.prompts]
+    given = complete(
+        gguf, [render_prompt(tokenizer, row) for row in rows],
+        max_new_tokens=settings.max_new_tokens, parallel=settings.parallel, threads=1,
+    )  # fmt: skip
+    scores = [judge(completion, row["answer"]) for completion, row in zip(given, rows, strict=True)]
+    return {
+        "prompts": len(rows),
+        "form": sum(form for form, _ in scores) / len(rows),
+        "exact": sum(exact for _, exact in scores) / len(rows),
+    }
