@@ -20,7 +20,8 @@ SAMPLES = 6
 
 def normalised(answer: str) -> str:
     """What two answers are compared by."""
-    return unicodedata.normalize("NFKC", answer).strip().rstrip(".。").strip().casefold()
+    text = unicodedata.normalize("NFKC", answer).strip()
+    return (text[:-1].strip() if text.endswith((".", "。")) else text).casefold()
 
 
 def render_prompt(tokenizer: Any, row: dict[str, Any]) -> str:

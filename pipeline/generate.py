@@ -17,6 +17,8 @@ from so8t_core.errors import InputError
 from verification.llama_engine import LlamaModel, last_words
 from verification.logits import usable_cores
 
+PIECE_BYTES = 256  # of one token's text, to begin with
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -142,8 +144,11 @@ class _Engine:
 
     def _text(self, tokens: list[int]) -> str:
         pieces = []
-        buffer = llama_cpp.ctypes.create_string_buffer(256)
+        buffer = llama_cpp.ctypes.create_string_buffer(PIECE_BYTES)
         for token in tokens:
             length = llama_cpp.llama_token_to_piece(self.model.vocab, token, buffer, len(buffer), 0, True)
+            if length < 0:  # a longer piece: llama.cpp says how long, and wrote nothing
+                buffer = llama_cpp.ctypes.create_string_buffer(-length)
+                length = llama_cpp.llama_token_to_piece(self.model.vocab, token, buffer, len(buffer), 0, True)
             pieces.append(buffer.raw[: max(length, 0)])
         return b"".join(pieces).decode("utf-8", errors="replace")

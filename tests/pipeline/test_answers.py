@@ -39,6 +39,12 @@ def test_limit_is_kept_and_reported(tiny_gguf: Path) -> None:
     assert not found.finished
 
 
+def test_a_token_longer_than_the_buffer_is_not_lost(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = complete(tiny_gguf, PROMPTS, max_new_tokens=8)
+    monkeypatch.setattr("pipeline.generate.PIECE_BYTES", 1)
+    assert complete(tiny_gguf, PROMPTS, max_new_tokens=8) == expected
+
+
 def test_damaged_file_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny_gguf.read_bytes()[:100_000])
@@ -50,6 +56,7 @@ def test_damaged_file_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
 def test_answers_are_compared_by_meaningful_characters(given: str, same: str) -> None:
     assert normalised(given) == normalised(same)
     assert normalised("45") != normalised("4 5")
+    assert normalised("45") != normalised("45..")  # one full stop, not any number of them
 
 
 def test_only_a_finished_think_turn_counts() -> None:
