@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -133,19 +134,23 @@ def _llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).bfloat16()
 
 
+@functools.cache
 def _methods() -> dict[str, nn.Module]:
     """The frozen base, and each method on its o_proj. The base's embeddings need a gradient so that all go backward."""
-    models: dict[str, nn.Module] = {"so8t": get_peft_model(_llama(), SO8TConfig(init_scale=0.05))}
-    models["frozen base"] = _llama().requires_grad_(False)
-    models["LoRA r=8"] = get_peft_model(_llama(), LoraConfig(r=8, target_modules=["o_proj"]))
-    models["PEFT OFT"] = get_peft_model(_llama(), OFTConfig(**OFT))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models: dict[str, nn.Module] = {"so8t": get_peft_model(_llama(), SO8TConfig(init_scale=0.05))}
+        models["frozen base"] = _llama().requires_grad_(False)
+        models["LoRA r=8"] = get_peft_model(_llama(), LoraConfig(r=8, target_modules=["o_proj"]))
+        models["PEFT OFT"] = get_peft_model(_llama(), OFTConfig(**OFT))
     for model in models.values():
         model.enable_input_require_grads()  # type: ignore[operator]
     return models
 
 
-def bench_whole_training_step(figures: Any) -> None:
-    ids = torch.randint(0, 4096, (2, 512), generator=torch.Generator().manual_seed(0))
+def bench_whole_training_step(figures: Any, quick: bool) -> None:
+    tokens = 256 if quick else 1024
+    ids = torch.randint(0, 4096, (2, tokens // 2), generator=torch.Generator().manual_seed(0))
 
     def run(model: nn.Module) -> Callable[[], Any]:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -159,14 +164,11 @@ def bench_whole_training_step(figures: Any) -> None:
 
         return step
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        models = _methods()
-    steps = {name: run(model) for name, model in models.items()}
+    steps = {name: run(model) for name, model in _methods().items()}
     floor = "frozen base"
-    for name, bar in (("so8t", 1.04), ("LoRA r=8", None), ("PEFT OFT", None)):
+    for name, bar in (("so8t", None if quick else 1.04), ("LoRA r=8", None), ("PEFT OFT", None)):
         figures(
-            f"whole training step, Llama 768 x 6 bfloat16, 1024 tokens: {name}",
+            f"whole training step, Llama 768 x 6 bfloat16, {tokens} tokens: {name}",
             {name: steps[name], floor: steps[floor]},
             rounds=11,
             bar=bar,
@@ -192,9 +194,7 @@ def bench_saved_activations(record: Any) -> None:
         assert logits.requires_grad
         return sum(kept.values())
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        models = _methods()
+    models = _methods()
     base = saved(models["frozen base"])
     for name, bar in (("so8t", 2.2), ("LoRA r=8", None), ("PEFT OFT", None)):
         per = (saved(models[name]) - base) / (512 * 768 * 6)

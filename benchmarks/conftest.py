@@ -1,12 +1,10 @@
-"""The `figures` fixture: what a benchmark measures goes into one table at the end and one dated JSON file."""
+"""The `figures` fixture: what a benchmark measures goes into one table at the end, one dated JSON file and its page."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
+import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,18 @@ from rich.table import Table
 from benchmarks.side_by_side import Comparison, Run, compare
 
 _FIGURES: list[Comparison] = []
+_ABSENT: dict[str, str] = {}
+_START = time.monotonic()
 RESULTS = Path(__file__).parent / "results"
+MORE_SECONDS, MORE_SECONDS_QUICK = 12.0, 2.0  # a figure's time for rounds beyond the planned ones, where it is noisy
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="a third of the rounds")
-    parser.addoption("--save", action="store_true", help="write benchmarks/results/DATE-MACHINE.json")
+    parser.addoption("--quick", action="store_true", help="fewer rounds and smaller models, under three minutes")
+    parser.addoption("--save", action="store_true", help="write benchmarks/results/DATE-MACHINE.json and .html")
+    parser.addoption("--save-to", type=Path, help="write the result file and its page here instead")
+    parser.addoption("--plant", type=float, default=1.0, help="slow our side of every timed figure, 1.3: by 30 %%")
+    parser.addoption("--more", type=float, help="seconds a figure may add to reach its precision (12; quick: 2)")
 
 
 @pytest.fixture(autouse=True)
@@ -35,49 +39,77 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether the run is to end within three minutes."""
+    return bool(request.config.getoption("--quick"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint."""
+    from pipeline.base_model import prepare_base
+    from pipeline.config import DEMO_MODEL
+
+    return prepare_base(DEMO_MODEL, tmp_path_factory.mktemp("models") / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(quick: bool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with SmolLM2's tokenizer and chat template; a quick run does not unpack the model for it."""
+    if not quick:
+        return Path(request.getfixturevalue("smollm2"))
+    from transformers import AutoTokenizer
+
+    from pipeline.base_model import demo_file
+
+    folder = tmp_path_factory.mktemp("models") / "tokenizer"
+    AutoTokenizer.from_pretrained(str(demo_file().parent), gguf_file=demo_file().name).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def figures(request: pytest.FixtureRequest) -> Callable[..., list[Comparison]]:
+def figures(request: pytest.FixtureRequest, quick: bool, record: Callable[[Comparison], None]) -> Any:
     """`compare`, whose results are kept for the table."""
+    more = request.config.getoption("--more")
+    options = {
+        "more_seconds": more if more is not None else MORE_SECONDS_QUICK if quick else MORE_SECONDS,
+        "slowed": request.config.getoption("--plant"),
+    }
 
     def run(name: str, contenders: dict[str, Run], *, rounds: int, **rest: Any) -> list[Comparison]:
-        rounds = max(5, rounds // 3) if request.config.getoption("--quick") else rounds
-        found = compare(name, contenders, rounds=rounds, **rest)
-        _FIGURES.extend(found)
+        rounds = max(5, rounds // 3) if quick else rounds
+        found = compare(name, contenders, rounds=rounds, **{**options, **rest})
+        for figure in found:
+            record(figure)
         return found
 
     return run
 
 
 @pytest.fixture
-def record() -> Callable[[Comparison], None]:
+def record(request: pytest.FixtureRequest) -> Callable[[Comparison], None]:
     """Keep a figure that was not measured by `compare` (bytes, memory)."""
-    return _FIGURES.append
+    group = request.module.__name__.rpartition("bench_")[2]
+    return lambda figure: _FIGURES.append(replace(figure, group=group))
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
+@pytest.fixture
+def absent() -> Callable[[str, str], None]:
+    """Say what cannot be measured here and why, then skip: it stands in the table, the file and the page."""
+
+    def say(name: str, why: str) -> None:
+        _ABSENT[name] = why
+        pytest.skip(f"{name}: {why}")
+
+    return say
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not _FIGURES:
+    if not _FIGURES and not _ABSENT:
         return
-    table = Table(title="Side by side: interleaved rounds, medians, quartiles in brackets")
-    for heading in ("figure", "against", "ours ms", "theirs ms", "ratio", "bar"):
+    table = Table(title="Side by side: interleaved rounds, medians, quartiles in brackets, range")
+    for heading in ("figure", "against", "ours", "theirs", "ratio", "range", "rounds", "bar"):
         table.add_column(heading, justify="left" if heading in ("figure", "against") else "right")
     for figure in _FIGURES:
         low, high = figure.quartiles
@@ -86,22 +118,44 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             if figure.bar is None
             else f"{'<=' if figure.lower_is_better else '>='} {figure.bar:g} {'met' if figure.met else 'MISSED'}"
         )
-        ours, theirs = figure.milliseconds.get(figure.ours), figure.milliseconds.get(figure.peer)
         table.add_row(
             figure.name,
             figure.peer,
-            "" if ours is None else f"{ours:.3g}",
-            "" if theirs is None else f"{theirs:.3g}",
+            amount(figure, figure.ours),
+            amount(figure, figure.peer),
             f"{figure.ratio:.3g} [{low:.3g}, {high:.3g}]",
+            f"{min(figure.ratios):.3g} - {max(figure.ratios):.3g}" if len(figure.ratios) > 1 else "",
+            str(figure.rounds),
             bar,
         )
-    Console(width=160).print(table)
-    if config.getoption("--save"):
-        now = datetime.now(UTC)
-        system = machine()
-        name = "".join(c if c.isalnum() else "-" for c in f"{system['cpu']}-{system['cores']}-cores").lower()
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{now:%Y-%m-%d}-{name}.json"
-        document = {"date": f"{now:%Y-%m-%dT%H:%M:%SZ}", "machine": system, "figures": [f.to_dict() for f in _FIGURES]}
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        terminalreporter.write_line(f"written: {path}")
+    Console(width=180).print(table)
+    for name, why in _ABSENT.items():
+        terminalreporter.write_line(f"not measured: {name}: {why}")
+    if config.getoption("--save") or config.getoption("--save-to"):
+        _save(terminalreporter, config)
+
+
+def amount(figure: Comparison, who: str) -> str:
+    """Time or memory of one contender, with its unit."""
+    if who in figure.milliseconds:
+        return f"{figure.milliseconds[who]:.3g} ms"
+    return f"{figure.sizes[who]:.4g} MB" if who in figure.sizes else ""
+
+
+def _save(terminalreporter: Any, config: pytest.Config) -> None:
+    from benchmarks.page import page
+    from benchmarks.result_file import file_name, make, to_json
+    from so8t_core.files import write_text
+
+    results = make(
+        _FIGURES,
+        quick=config.getoption("--quick"),
+        planted=config.getoption("--plant"),
+        seconds=time.monotonic() - _START,
+        absent=_ABSENT,
+    )
+    path = config.getoption("--save-to") or RESULTS / file_name(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, to_json(results))
+    write_text(path.with_suffix(".html"), page(results))
+    terminalreporter.write_line(f"written: {path} and {path.with_suffix('.html').name}")

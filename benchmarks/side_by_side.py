@@ -1,12 +1,15 @@
 """Interleaved timing: every round runs each contender once, so that whatever slows the machine slows them all.
 
-The figure is the ratio of a peer's time to ours within one round; reported are its median over the rounds and its
-quartiles, beside each contender's median time. Source: the paired design of any A/B measurement.
+The figure is the ratio of a peer's time to ours within one round; reported are its median over the rounds, quartiles
+and range, beside each contender's median time. Every round's ratio is kept: `compare` makes intervals of them. Rounds
+are added, within a time limit, until two such runs could tell a slowdown of 30 % from none (`rounds_needed`).
+Source: the paired design of any A/B measurement.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +17,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 Run = Callable[[], Any] | tuple[Callable[[], Any], Callable[[Any], Any]]  # or (what is prepared untimed, what is timed)
+
+# Half width that the 99 % interval of the shift between two runs should have. The gate's floor is sqrt(1.3) = 1.14
+# (`compare`): a slowdown of 30 % lies 13 % above it, and some of that belongs to what differs from run to run.
+HALF_WIDTH = 0.10
+_NORMAL_99 = 2.576
+_QUARTILES_OF_A_NORMAL = 1.349  # their distance in standard deviations
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,9 @@ class Comparison:
     bar: float | None = None
     lower_is_better: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
+    group: str = ""
+    ratios: tuple[float, ...] = ()  # of every round, in their order
+    sizes: dict[str, float] = field(default_factory=dict)  # megabytes of each, where a memory was measured
 
     @property
     def met(self) -> bool | None:
@@ -42,8 +54,17 @@ class Comparison:
         return {**asdict(self), "met": self.met}
 
 
-def interleave(contenders: dict[str, Run], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every contender in every round; the order turns around from round to round."""
+def interleave(
+    contenders: dict[str, Run], *, rounds: int, warmup: int = 2, more_seconds: float = 0.0, slowed: float = 1.0
+) -> dict[str, list[float]]:
+    """Seconds of every contender in every round; the order turns around from round to round.
+
+    Args:
+        rounds: at least so many; more are added for up to `more_seconds` while `rounds_needed` asks for them.
+        slowed: plants a slowdown: the first contender takes so many times its time, really, by waiting inside the
+            timed part. What the gate on these figures is tested with.
+    """
+    ours = next(iter(contenders))
     for run in contenders.values():
         for _ in range(warmup):
             _timed(run)
@@ -52,20 +73,44 @@ def interleave(contenders: dict[str, Run], *, rounds: int, warmup: int = 2) -> d
     gc.collect()
     gc.disable()
     try:
-        for number in range(rounds):
+        number, deadline = 0, math.inf
+        while number < rounds or (time.perf_counter() < deadline and number < _most_needed(seconds)):
             order = list(contenders) if number % 2 == 0 else list(reversed(contenders))
             for name in order:
-                seconds[name].append(_timed(contenders[name]))
+                seconds[name].append(_timed(contenders[name], slowed if name == ours else 1.0))
+            number += 1
+            if number == rounds:
+                deadline = time.perf_counter() + more_seconds
     finally:
         if collecting:
             gc.enable()
     return seconds
 
 
-def _timed(run: Run) -> float:
+def rounds_needed(ratios: list[float]) -> int:
+    """Rounds after which the 99 % interval of the shift between two such runs has a half width of HALF_WIDTH.
+
+    The half width is 2.576 s sqrt(2 / n) with s the spread of a round's log ratio, here from its quartiles, so that a
+    few disturbed rounds count little.
+    """
+    low, _, high = statistics.quantiles([math.log(ratio) for ratio in ratios], n=4)
+    spread = (high - low) / _QUARTILES_OF_A_NORMAL
+    return math.ceil(2 * (_NORMAL_99 * spread / HALF_WIDTH) ** 2)
+
+
+def _most_needed(seconds: dict[str, list[float]]) -> int:
+    ours, *peers = seconds.values()
+    return max(
+        (rounds_needed([b / a for a, b in zip(ours, peer, strict=True)]) for peer in peers if len(peer) > 1), default=0
+    )
+
+
+def _timed(run: Run, slowed: float = 1.0) -> float:
     prepared, timed = ((), run) if callable(run) else ((run[0](),), run[1])
     start = time.perf_counter()
     timed(*prepared)
+    if slowed > 1.0:
+        time.sleep((slowed - 1.0) * (time.perf_counter() - start))
     return time.perf_counter() - start
 
 
@@ -76,11 +121,15 @@ def compare(
     rounds: int,
     bar: float | None = None,
     lower_is_better: bool = False,
+    warmup: int = 2,
+    more_seconds: float = 0.0,
+    slowed: float = 1.0,
     **notes: Any,
 ) -> list[Comparison]:
     """The first contender against each of the others: their time over its time, or with `lower_is_better` its time over
     theirs (an overhead over a floor)."""
-    return comparisons(name, interleave(contenders, rounds=rounds), bar=bar, lower_is_better=lower_is_better, **notes)
+    seconds = interleave(contenders, rounds=rounds, warmup=warmup, more_seconds=more_seconds, slowed=slowed)
+    return comparisons(name, seconds, bar=bar, lower_is_better=lower_is_better, **notes)
 
 
 def comparisons(
@@ -105,11 +154,26 @@ def comparisons(
                 bar=bar,
                 lower_is_better=lower_is_better,
                 notes=notes,
+                ratios=tuple(ratios),
             )
         )
     return found
 
 
 def measured(name: str, value: float, *, bar: float | None = None, peer: str = "") -> Comparison:
-    """A figure that is no time (bytes, memory); lower is better."""
-    return Comparison(name, "so8t", peer, value, (value, value), {}, rounds=1, bar=bar, lower_is_better=True)
+    """A figure that is no time and has no spread (bytes that a graph keeps); lower is better."""
+    return Comparison(
+        name, "so8t", peer, value, (value, value), {}, rounds=1, bar=bar, lower_is_better=True, ratios=(value,)
+    )
+
+
+def of_memory(name: str, megabytes: dict[str, list[float]], *, bar: float | None = None, **notes: Any) -> Comparison:
+    """The first one's peak memory over the second's, MB, a pair of processes each round."""
+    (ours, own), (peer, others) = megabytes.items()
+    ratios = tuple(a / b for a, b in zip(own, others, strict=True))
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    sizes = {ours: statistics.median(own), peer: statistics.median(others)}
+    middle = statistics.median(ratios)
+    return Comparison(
+        name, ours, peer, middle, (low, high), {}, len(ratios), bar, True, notes, ratios=ratios, sizes=sizes
+    )

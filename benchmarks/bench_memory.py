@@ -1,0 +1,96 @@
+"""Peak memory of our work above what its process already held, against a peer's or a floor's, in forks of one process.
+
+python -m benchmarks.bench_memory WORK_DIR TOKENIZER_DIR ROUNDS prints what the benchmark records.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.side_by_side import of_memory
+
+Jobs = dict[str, dict[str, Callable[[], Any]]]
+
+
+def bench_memory(record: Any, tokenizer_dir: Path, tmp_path: Path, quick: bool) -> None:
+    """In a fresh process: a fork of this one would carry its threads' locks along."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_memory",
+        str(tmp_path),
+        str(tokenizer_dir),
+        "2" if quick else "5",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, sizes in json.loads(done.stdout.splitlines()[-1]).items():
+        record(of_memory(name, sizes))
+
+
+def _jobs(work: Path, tokenizer_dir: Path) -> Jobs:
+    """Everything is imported and prepared before the first fork; nothing here computes a gradient."""
+    import torch
+    from safetensors.torch import load_file
+
+    from benchmarks.bench_bake import SMALL, make_adapter, make_checkpoint
+    from benchmarks.bench_core import _methods
+    from benchmarks.bench_data import build, rows_file
+    from so8t_core import bake_checkpoint
+    from verification.tokenizer import load_tokenizer
+
+    torch.set_num_threads(1)
+    base, adapter = make_checkpoint(work / "base", **SMALL), work / "adapter"
+    make_adapter(adapter, layers=SMALL["layers"], hidden=SMALL["hidden"])
+    rows = rows_file(work / "rows.jsonl", 300)
+    models = _methods()
+    ids = torch.randint(0, 4096, (2, 512), generator=torch.Generator().manual_seed(0))
+
+    def step(name: str) -> Callable[[], None]:
+        return lambda: models[name](input_ids=ids, labels=ids).loss.backward()
+
+    def bake() -> None:
+        bake_checkpoint(base, adapter, work / "out")
+
+    def whole() -> int:
+        return len([load_file(file) for file in sorted(base.glob("*.safetensors"))])
+
+    def data() -> int:
+        return build(rows, load_tokenizer(tokenizer_dir), work / "data")
+
+    def tokenizer_and_rows() -> int:
+        load_tokenizer(tokenizer_dir)
+        return len([json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()])
+
+    jobs: Jobs = {
+        f"peak memory, training step, Llama 768 x 6 bfloat16, 1024 tokens: {name}": {
+            name: step(name), "frozen base": step("frozen base")
+        }
+        for name in ("so8t", "LoRA r=8", "PEFT OFT")
+    }  # fmt: skip
+    size = sum(file.stat().st_size for file in base.iterdir()) / 1e9
+    jobs[f"peak memory, bake_checkpoint of {size:.2f} GB"] = {"so8t": bake, "the checkpoint in memory": whole}
+    jobs["peak memory, data step, 300 rows"] = {"so8t": data, "tokenizer + rows in memory": tokenizer_and_rows}
+    return jobs
+
+
+def main(work: Path, tokenizer_dir: Path, rounds: int) -> None:
+    """Measure everything in turns, print one JSON object: figure -> contender -> MB of every round."""
+    from benchmarks.peak import forked
+
+    jobs = _jobs(work, tokenizer_dir)
+    sizes: dict[str, dict[str, list[float]]] = {name: {who: [] for who in pair} for name, pair in jobs.items()}
+    for _ in range(rounds):
+        for name, pair in jobs.items():
+            for who, job in pair.items():
+                sizes[name][who].append(round(forked(job).megabytes, 2))
+    print(json.dumps(sizes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,77 @@
+"""The gate's own proof: the same commit measured ten times, and once with a planted slowdown of 30 %.
+
+python -m benchmarks.repeat OUT.jsonl [--times 10] [-- PYTEST_ARGUMENTS]
+
+Every run is `pytest benchmarks --quick` in a process of its own; the last one's --plant 1.3 really slows our side, by
+waiting inside the timed part. One result file a line; `summary` compares all of them, and the tests decide again on
+what was kept (tests/fixtures/benchmark_runs.jsonl).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from itertools import permutations
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.compare import compare
+from benchmarks.result_file import Results
+
+COMMAND = ["-m", "pytest", "benchmarks", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-q"]
+
+
+class Summary(NamedTuple):
+    """What the gate said."""
+
+    pairs: int
+    false_alarms: list[str]
+    undecided: float  # share of the comparisons of unchanged figures
+    planted: int  # comparisons of slowed figures
+    caught: int
+    missed: list[str]  # called the same or better although slowed by 30 %
+
+
+def summary(runs: list[Results]) -> Summary:
+    """Every ordered pair of unslowed runs, and every slowed run against every unslowed one."""
+    clean = [run for run in runs if run.planted == 1.0]
+    slowed = [run for run in runs if run.planted != 1.0]
+    pairs = list(permutations(clean, 2))
+    unchanged = [change for old, new in pairs for change in compare(old, new)[0]]
+    changed = [change for old in clean for new in slowed for change in compare(old, new)[0] if change.extra]
+    return Summary(
+        len(pairs),
+        [change.name for change in unchanged if change.status == "regressed"],
+        sum(change.status == "undecided" for change in unchanged) / max(1, len(unchanged)),
+        len(changed),
+        sum(change.status == "regressed" for change in changed),
+        [f"{change.name}: {change.slower:.2f}" for change in changed if change.status in ("same", "better")],
+    )
+
+
+def main() -> None:
+    """Measure, write, print the summary."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.repeat", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("arguments", nargs="*", help="for pytest, after --")
+    given = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, plant in enumerate([*["1.0"] * given.times, "1.3"]):
+            file = Path(folder) / f"{number}.json"
+            options = ["--quick", "--plant", plant, "--save-to", str(file), *given.arguments]
+            done = subprocess.run([sys.executable, *COMMAND, *options], capture_output=True, text=True)
+            if not file.is_file():
+                sys.exit(f"error: run {number} wrote no result: {done.stdout[-2000:]}{done.stderr[-500:]}")
+            lines.append(json.dumps(json.loads(file.read_text(encoding="utf-8")), separators=(",", ":")))
+            given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            print(f"run {number} of {given.times}, planted {plant}", flush=True)
+    print(summary([Results(**json.loads(line)) for line in lines]))
+
+
+if __name__ == "__main__":
+    main()
