@@ -1,4 +1,4 @@
-"""tokens/s and peak VRAM of every method at the exact Phi-3.5 shape, where there is a GPU; the same code tiny on a CPU."""
+"""tokens/s and peak VRAM of every method at the exact Phi-3.5 shape where there is a GPU; tiny on a CPU."""
 
 from __future__ import annotations
 

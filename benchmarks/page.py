@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from benchmarks.result_file import Figure, Results, read
 
 ROW, LEFT, WIDTH, RIGHT = 24, 430, 560, 20  # px
+NAME = 70  # letters that fit to the left
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#5a6370;--line:#d9dee5;--card:#fff;--ours:#0b66c3;--bad:#b3261e;
 --good:#1a7f37}
@@ -26,7 +28,8 @@ svg .soft{fill:var(--soft)} svg .grid{stroke:var(--line)} svg .one{stroke:var(--
 svg .box{fill:var(--ours);opacity:.25} svg .dot{fill:var(--ours);opacity:.45} svg .mid{stroke:var(--ours);
 stroke-width:3} svg .bar{fill:none;stroke:var(--good);stroke-width:2} svg .missed{stroke:var(--bad)}
 table{border-collapse:collapse;width:100%;font-size:13px} th,td{padding:.25em .6em;border-bottom:1px solid var(--line);
-text-align:right;vertical-align:top} th:first-child,td:first-child,td:nth-child(2){text-align:left}
+text-align:right;vertical-align:top}
+th:first-child,th:nth-child(2),td:first-child,td:nth-child(2){text-align:left}
 td.missed{color:var(--bad);font-weight:600} .soft{color:var(--soft)} .scroll{overflow-x:auto}
 """
 
@@ -40,7 +43,10 @@ def page(results: Results) -> str:
         "<p>Every figure is a ratio against a peer or a floor of the same run, measured in turns. A dot is one round, "
         "the box its quartiles, the stroke the median; a triangle is the bar, pointing to the side where it is met.</p>"
     )
-    for better, title in ((False, "How many times as fast as the peer"), (True, "How much over the floor")):
+    for better, title in (
+        (False, "Times as fast as the peer (higher is better)"),
+        (True, "Times the floor (lower is better)"),
+    ):
         chosen = [figure for figure in results.figures if figure.lower_is_better is better]
         if chosen:
             parts.append(f"<h2>{title}</h2>{_plot(chosen, title)}")
@@ -76,11 +82,11 @@ def _plot(figures: list[Figure], title: str) -> str:
     def x(value: float) -> float:
         return LEFT + WIDTH * (math.log10(value) - low) / (high - low)
 
-    drawn = [
-        f'<line class="{"one" if tick == 1 else "grid"}" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="4" '
-        f'y2="{height - ROW}"/><text class="soft" text-anchor="middle" x="{x(tick):.1f}" y="{height - 6}">{tick:g}</text>'
-        for tick in _ticks(low, high)
-    ]
+    drawn = []
+    for tick in _ticks(low, high):
+        at, kind = f"{x(tick):.1f}", "one" if tick == 1 else "grid"
+        drawn.append(f'<line class="{kind}" x1="{at}" x2="{at}" y1="4" y2="{height - ROW}"/>')
+        drawn.append(f'<text class="soft" text-anchor="middle" x="{at}" y="{height - 6}">{tick:g}</text>')
     y = ROW
     for group, members in rows:
         drawn.append(f'<text class="soft" x="0" y="{y:.0f}" font-weight="600">{escape(group)}</text>')
@@ -98,10 +104,9 @@ def _ticks(low: float, high: float) -> list[float]:
     return [tick for tick in found if low <= math.log10(tick) <= high]
 
 
-def _row(figure: Figure, y: float, x: object) -> str:
-    assert callable(x)
+def _row(figure: Figure, y: float, x: Callable[[float], float]) -> str:
     name = f"{figure.name} ({figure.peer})" if figure.peer else figure.name
-    short = name if len(name) <= 74 else name[:73] + "…"
+    short = name if len(name) <= NAME else figure.name if len(figure.name) <= NAME else figure.name[: NAME - 1] + "…"
     parts = [
         f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end" font-size="11">'
         f"<title>{escape(name)}</title>{escape(short)}</text>"

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.side_by_side import comparisons, interleave, measured
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
+MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("conftest", "__init__"))
 
 
 @pytest.mark.parametrize("name", MODULES)

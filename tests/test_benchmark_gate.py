@@ -1,0 +1,225 @@
+"""The gate on benchmark results: what it must see, what it must never say, and what it refuses to compare."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import FLOOR, _rank_sum_cut, judge, main, shift
+from benchmarks.page import page
+from benchmarks.peak import forked
+from benchmarks.result_file import Figure, Machine, Results, file_name, machine, make, read, to_json
+from benchmarks.side_by_side import comparisons, interleave, measured, of_memory, rounds_needed
+from so8t_core.errors import InputError
+
+HERE = Machine(
+    cpu="C", cores=2, capability="AVX512", gpu=None, memory_gb=8, bfloat16=True, system="Linux", python="3.11",
+    packages={"torch": "2.13.0"},
+)  # fmt: skip
+
+
+def figure(ratios: list[float], *, ms: float = 10.0, lower: bool = True, name: str = "x") -> Figure:
+    """A timed figure, ours over the floor."""
+    middle = sorted(ratios)[len(ratios) // 2]
+    return Figure(
+        name=name, ours="so8t", peer="floor", ratio=middle, quartiles=(min(ratios), max(ratios)), rounds=len(ratios),
+        milliseconds={"so8t": ms, "floor": ms / middle}, lower_is_better=lower, ratios=ratios,
+    )  # fmt: skip
+
+
+def run(*figures: Figure, **changes: Any) -> Results:
+    given = {"date": "2026-01-02T03:04:05Z", "commit": "c0ffee", "changed": False, "quick": True, "machine": HERE}
+    return Results(figures=list(figures), **{**given, **changes})
+
+
+def written(path: Path, results: Results) -> str:
+    path.write_text(to_json(results), encoding="utf-8")
+    return str(path)
+
+
+STEADY = [1.00, 1.02, 0.99, 1.01, 0.98, 1.00, 1.03]
+
+
+def test_interval_is_that_of_the_published_tables() -> None:
+    """Critical values of the rank-sum test, two-sided 1 %: n = m = 5, 7, 9, 15."""
+    assert [_rank_sum_cut(n, n, 0.005) for n in (4, 5, 7, 9, 15)] == [-1, 0, 4, 11, 51]
+
+
+def test_interval_holds_the_shift_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(1000):
+        _, low, high = shift(list(rng.standard_cauchy(7)), list(3 + rng.standard_cauchy(7)))
+        missed += not low <= 3 <= high
+    assert missed <= 20  # 1 % of 1000, plus three standard deviations
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_thirty_percent_is_a_regression_and_nothing_is_none(lower: bool) -> None:
+    slow = [r * 1.3 if lower else r / 1.3 for r in STEADY]
+    found = judge(figure(STEADY, lower=lower), figure(slow, lower=lower))
+    assert (found.status, round(found.slower, 2)) == ("regressed", 1.3)
+    assert judge(figure(slow, lower=lower), figure(STEADY, lower=lower)).status == "better"
+    assert judge(figure(STEADY, lower=lower), figure(STEADY[::-1], lower=lower)).status == "same"
+
+
+def test_both_floors_must_be_passed() -> None:
+    small = [r * 1.10 for r in STEADY]
+    assert judge(figure(STEADY), figure(small)).status == "same"  # relative: below 1.14, however sure
+    slow = [r * 1.3 for r in STEADY]
+    assert judge(figure(STEADY), figure(slow, ms=0.5)).status == "same"  # absolute: 0.12 ms
+    assert judge(figure(STEADY), figure(slow, ms=1.0)).status == "regressed"  # 0.23 ms
+
+
+def test_noise_is_undecided_and_no_failure() -> None:
+    noisy = [0.6, 1.4, 0.8, 1.9, 1.1, 0.5, 1.6]
+    assert judge(figure(noisy), figure([1.3 * r for r in noisy])).status == "undecided"
+    assert judge(figure([1.0] * 4), figure([9.0] * 4)).status == "undecided"  # too few rounds for the level
+
+
+def test_memory_and_counts_have_their_own_floors() -> None:
+    def memory(megabytes: list[float]) -> Figure:
+        return Figure(**of_memory("m", {"so8t": megabytes, "floor": [100.0] * len(megabytes)}).to_dict())
+
+    assert judge(memory([200, 205]), memory([270, 280])).status == "regressed"
+    assert judge(memory([200, 205]), memory([215, 220])).status == "same"
+    assert judge(memory([20, 21]), memory([27, 28])).status == "same"  # 7 MB: less than an allocator's whim
+
+    def count(value: float) -> Figure:
+        return Figure(**measured("c", value).to_dict())
+
+    assert judge(count(4.0), count(4.0)).status == "same"
+    assert judge(count(4.0), count(4.1)).status == "regressed"
+
+
+def test_a_slowdown_that_is_really_planted_is_seen() -> None:
+    """Two contenders that wait for 5 ms; one run of the first waits 30 % longer, inside the timed part."""
+
+    def measure(slowed: float) -> Figure:
+        waits = {"so8t": lambda: time.sleep(0.005), "floor": lambda: time.sleep(0.005)}
+        seconds = interleave(waits, rounds=9, more_seconds=2.0, slowed=slowed)
+        (found,) = comparisons("wait", seconds, bar=None, lower_is_better=True)
+        return Figure(**found.to_dict())
+
+    plain, slow = measure(1.0), measure(1.3)
+    assert judge(plain, slow).slower > 1.2
+    assert judge(plain, slow).status in ("regressed", "undecided")  # undecided: where the machine is too busy
+    assert judge(plain, measure(1.0)).status in ("same", "undecided")
+
+
+def test_rounds_are_added_until_thirty_percent_could_be_seen() -> None:
+    assert rounds_needed([1.0] * 5) == 0
+    spread = 0.1
+    ratios = [math.exp(spread * z) for z in (-1.3, -0.674, 0.0, 0.674, 1.3)]
+    needed = rounds_needed(ratios)
+    assert 2.576 * 2 * spread * math.sqrt(2 / needed) > 0.1 > 2.576 * 0.5 * spread * math.sqrt(2 / needed)
+    flips = iter([0.0, 0.004] * 500)
+    seconds = interleave({"a": lambda: time.sleep(next(flips)), "b": lambda: time.sleep(0.001)}, rounds=3, warmup=0)
+    assert len(seconds["a"]) == 3  # without a time for more there are no more
+    seconds = interleave(
+        {"a": lambda: time.sleep(next(flips)), "b": lambda: time.sleep(0.001)}, rounds=3, warmup=0, more_seconds=0.1
+    )
+    assert len(seconds["a"]) > 3
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ({}, 0, "0 regressed"),
+        ({"figures": [figure([1.3 * r for r in STEADY])]}, 1, "regressed: x"),
+        ({"figures": [figure(STEADY, name="y"), figure(STEADY)], "planted": 1.3}, 0, "slowed by 1.3 on purpose"),
+        ({"machine": HERE.model_copy(update={"cpu": "D"})}, 2, "different machines"),
+        ({"machine": HERE.model_copy(update={"packages": {"torch": "2.14"}})}, 0, "torch was 2.13.0, is 2.14"),
+        ({"figures": [figure(STEADY, name="y")]}, 2, "no figure in common"),
+        ({"figures": [figure(STEADY), figure(STEADY)]}, 2, "twice"),
+    ],
+)
+def test_exit_codes(
+    change: dict[str, Any], code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = run(figure(STEADY)), run(figure(STEADY)).model_copy(update=change)
+    assert main([written(tmp_path / "old.json", old), written(tmp_path / "new.json", new)]) == code
+    out = capsys.readouterr()
+    assert says in out.out + out.err
+    if code == 2:
+        assert len(out.err.strip().splitlines()) == 1
+
+
+def test_a_figure_that_is_gone_is_no_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        written(tmp_path / "old.json", run(figure(STEADY), figure(STEADY, name="y"))),
+        written(tmp_path / "new.json", run(figure(STEADY))),
+    ]
+    assert main(files) == 1
+    assert "gone from" in capsys.readouterr().out
+    assert main([*files, "--partial"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "schema version none, this reads 2.0"),
+        ('{"figures": []}', "measure again: tox -e bench"),
+        ('{"schema_version": "2.0"}', "date: Field required"),
+        (to_json(run(figure(STEADY))).replace("1.02", "-1.02"), "is no ratio"),
+        (to_json(run(figure(STEADY))).replace("1.02", "NaN"), "figures.0.ratios.1"),
+    ],
+)
+def test_bad_files_are_one_line(text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"bad\.json"):
+        read(path)
+    assert main([str(path), str(path)]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.strip().splitlines()) == 1
+    assert main([str(tmp_path / "none"), str(path)]) == 2
+
+
+def test_the_file_names_the_machine_and_nobody(tmp_path: Path) -> None:
+    (timed,) = comparisons("a <b>", {"so8t": [2.0] * 5, "peer": [3.0] * 5}, bar=1.2, lower_is_better=False)
+    results = make([timed, measured("bytes", 2.0)], quick=True, planted=1.0, seconds=1.0, absent={"VRAM": "no GPU"})
+    text = to_json(results)
+    assert platform.node() not in text
+    assert str(Path.home()) not in text
+    path = tmp_path / "r.json"
+    path.write_text(text, encoding="utf-8")
+    assert read(path).figures[0].ratios == [1.5] * 5
+    assert machine().same_as(read(path).machine)
+    assert file_name(results).endswith("-quick.json")
+    assert "quick" not in file_name(results.model_copy(update={"quick": False}))
+
+
+def test_the_page_is_whole_and_self_contained() -> None:
+    results = run(figure(STEADY, name="a <b>"), figure(STEADY, lower=False), absent={"VRAM": "no GPU"})
+    html = page(results)
+    assert "<b>" not in html.split("</style>")[1]
+    assert html.count('class="dot"') == 2 * len(STEADY)
+    assert html.count("<svg") == 2
+    assert "VRAM: no GPU" in html
+    assert "http" not in html
+    assert "Slowed on purpose" in page(results.model_copy(update={"planted": 1.3}))
+
+
+def test_peak_memory_is_the_works_own() -> None:
+    held = bytearray(80_000_000)
+    cost = forked(lambda: len(bytearray(50_000_000)))
+    assert cost.value == 50_000_000
+    assert 49 < cost.megabytes < 60  # not what the parent holds
+    del held
+    with pytest.raises(RuntimeError, match="status"):
+        forked(lambda: 1 / 0)
+
+
+def test_floor_is_half_way() -> None:
+    assert pytest.approx(1.3) == FLOOR**2
+    assert json.loads(to_json(run(figure(STEADY))))["schema_version"] == "2.0"
