@@ -19,14 +19,22 @@ from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_file, write_text
+from verification.context_limit import limit_of_config
 from verification.converter import OUT_TYPES, convert, default_name
 from verification.gguf_file import read_gguf
 from verification.quantise import nominal_types, quantise, type_number
+from verification.tensors import read_config
 
 
 def released_name(base: str, base_dir: Path) -> str:
     """Name of the released model: the base's, which keeps llama.cpp's family switches, and what we did to it."""
     return (DEMO_NAME if base == DEMO_MODEL else default_name(base_dir)) + "-so8t"
+
+
+def released_n_ctx(config: RunConfig, base_dir: Path) -> int:
+    """The context the files are shipped for: `convert.n_ctx`, but never beyond the original length of a LongRoPE."""
+    limit = limit_of_config(read_config(base_dir))
+    return config.convert.n_ctx if limit is None else min(config.convert.n_ctx, limit)
 
 
 def convert_model(config: RunConfig, base_dir: Path, baked_dir: Path, out_dir: Path, report: Reporter) -> list[Path]:
@@ -40,6 +48,12 @@ def convert_model(config: RunConfig, base_dir: Path, baked_dir: Path, out_dir: P
         type_number(kind)  # an unknown type is found before any work is done
     name = released_name(config.model.base, base_dir)
     tokenizer = load_tokenizer(baked_dir)
+    n_ctx = released_n_ctx(config, base_dir)
+    if n_ctx < config.convert.n_ctx:
+        report.note(
+            f"  the Modelfile says num_ctx {n_ctx}, not convert.n_ctx = {config.convert.n_ctx}: above it llama.cpp "
+            "takes LongRoPE's long factors for short texts too"
+        )
     needs_f16 = any(kind.lower() not in OUT_TYPES for kind in kinds) and "F16" not in kinds
     with atomic_dir(out_dir) as temporary, report.task("converting", len(kinds) + needs_f16) as advance:
         source = temporary / f"{name}-F16.gguf"
@@ -57,14 +71,14 @@ def convert_model(config: RunConfig, base_dir: Path, baked_dir: Path, out_dir: P
             source.unlink()
         files = [target for kind, target in made if kind in kinds]
         for file in files:
-            text = modelfile(file.name, baked_dir, tokenizer, config.convert.n_ctx)
+            text = modelfile(file.name, baked_dir, tokenizer, n_ctx)
             write_text(temporary / f"{file.stem}.Modelfile", text)
         shutil.copyfile(temporary / f"{files[-1].stem}.Modelfile", temporary / "Modelfile")
         write_text(temporary / "types.json", json.dumps({f.name: _types(f) for f in files}, indent=1) + "\n")
         sums = "".join(f"{sha256_file(f)}  {f.name}\n" for f in sorted(files))
         write_text(temporary / "SHA256SUMS", sums)
         notes = [DEMO_NOTE] if config.model.base == DEMO_MODEL else []
-        write_text(temporary / "README.md", model_card(config, name, base_dir, [f.name for f in files], notes))
+        write_text(temporary / "README.md", model_card(config, name, base_dir, [f.name for f in files], n_ctx, notes))
     return [out_dir / file.name for file in files]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.config import RunConfig
 
 
-def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], notes: list[str]) -> str:
+def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n_ctx: int, notes: list[str]) -> str:
     """Markdown with the hub's YAML header."""
     training = config.train
     lora = f"with LoRA (r {training.lora.r}, alpha {training.lora.alpha:g})" if training.lora else "without LoRA"
@@ -24,7 +24,7 @@ def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n
         "Files: " + ", ".join(f"`{file}`" for file in files) + ".",
         "",
         f"Run: `ollama create {name.lower()} -f Modelfile`, or any llama.cpp program with the file's own template. "
-        f"Keep the context at {config.convert.n_ctx} tokens or below.",
+        f"Keep the context at {n_ctx} tokens or below.",
         "",
         "The thinking stands under the first heading of a reply, the answer under the second. Show users the answer.",
         "",

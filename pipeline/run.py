@@ -186,7 +186,7 @@ def _answers(run: Run) -> None:
 
 
 def _verify(run: Run) -> None:
-    from pipeline.conversion import gguf_files
+    from pipeline.conversion import gguf_files, released_n_ctx
     from verification import verify
     from verification.corpus import DEFAULT_CORPUS
 
@@ -206,7 +206,7 @@ def _verify(run: Run) -> None:
             threads=run.config.threads,
             base_damage=settings.base_damage,
             cells=settings.cells,
-            ship_n_ctx=run.config.convert.n_ctx,
+            ship_n_ctx=released_n_ctx(run.config, run.base_dir),
             converter=run.config.convert.converter,
             progress=progress,
             work_dir=run.work / "oracle",

@@ -54,6 +54,9 @@ def attach(model: Model, config: SO8TConfig) -> Model:
         _replace_layers(model, lambda name, layer: layer.get_base_layer())
         raise
     cast_adapter_dtype(model, ADAPTER, autocast_adapter_dtype=True)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.train(model.training)  # new layers start in training mode: a LoRA's dropout would act in evaluation
     return model
 
 

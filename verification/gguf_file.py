@@ -66,6 +66,7 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor] = field(repr=False)
     header: int = 0  # bytes before the padding and the first tensor
+    keys_end: int = 0  # bytes before the tensors' descriptions
 
     @property
     def architecture(self) -> str:
@@ -154,6 +155,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
         if key in metadata:
             raise InputError(f"{path}: {cursor.inside} occurs twice; the file is damaged")
         metadata[key] = cursor.value(cursor.unpack("I"))
+    keys_end = cursor.at
     infos = list(_tensor_infos(cursor, n_tensors))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
@@ -179,7 +181,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
         if name in tensors:
             raise InputError(f"{path}: tensor {name} occurs twice; the file is damaged")
         tensors[name] = GGUFTensor(name, tuple(reversed(dims)), kind.name, data[begin : begin + length], begin)
-    return GGUFFile(path, metadata, tensors, cursor.at)
+    return GGUFFile(path, metadata, tensors, cursor.at, keys_end)
 
 
 def _tensor_infos(cursor: _Cursor, count: int) -> Iterator[tuple[str, list[int], GGMLQuantizationType, int]]:

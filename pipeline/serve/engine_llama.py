@@ -1,7 +1,8 @@
 """The embedded engine: one GGUF through llama.cpp, one generation at a time, first come first served.
 
 Prompt: the file's own chat template, tokenised as in training, BOS where the file asks for it. Context: as shipped
-(`num_ctx` of the Modelfile beside the file, else the pipeline's default), never beyond what the model was trained for.
+(`num_ctx` of the Modelfile beside the file, else the pipeline's default), never beyond what the model was trained for,
+nor beyond a LongRoPE's original length, where llama.cpp would compute another function than the one that was verified.
 The turn ends at any token of the file's end-of-generation set; a control token elsewhere is no text and ends in error.
 """
 
@@ -26,6 +27,8 @@ from pipeline.serve.tokens import Tokens
 from pipeline.thinking import Message
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
+from verification.context_limit import limit_of_file
+from verification.gguf_file import read_gguf
 from verification.llama_engine import LlamaModel, last_words
 from verification.logits import usable_cores
 
@@ -99,7 +102,13 @@ class LlamaEngine:
         self.model = LlamaModel(gguf)
         self.tokens = Tokens(self.model)
         trained = int(llama_cpp.llama_model_n_ctx_train(self.model.model))
-        self.n_ctx = min(n_ctx or shipped_n_ctx(gguf), trained)
+        limit = limit_of_file(read_gguf(gguf)) or trained
+        if n_ctx is not None and limit < min(n_ctx, trained):
+            raise InputError(
+                f"--n-ctx {n_ctx} is above {limit}, the original length of this model's LongRoPE: llama.cpp would take "
+                f"the long factors for short conversations too; give {limit} or less"
+            )
+        self.n_ctx = min(n_ctx or shipped_n_ctx(gguf), trained, limit)
         source = self.model.chat_template()
         if source is None:
             raise InputError(f"{gguf} has no chat template, so it cannot hold a conversation; convert it again")

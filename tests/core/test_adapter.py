@@ -18,6 +18,7 @@ from so8t_core import (
     detach,
     exp_so8,
     gates,
+    load_adapter,
     orthogonality_loss,
     resolve_layers,
     save_adapter,
@@ -245,6 +246,18 @@ def test_a_model_that_already_has_a_lora_is_refused():
         attach(model.base_model.model, SO8TConfig())
     with pytest.raises(InputError, match="o_proj already carries an adapter"):
         get_peft_model(model.base_model.model, SO8TConfig())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_adapter_is_in_the_models_mode(training, tmp_path):
+    """A LoRA's dropout that stays on in an evaluated model makes every answer another one."""
+    config = SO8TConfig(init_scale=0.1, lora={**LORA, "lora_dropout": 0.5})
+    model = randomise(attach(tiny_llama(), config))
+    assert gap(logits(model), logits(model)) == 0
+    save_adapter(model, tmp_path)
+    other = load_adapter(tiny_llama().train(training), tmp_path)
+    assert {module.training for module in other.modules()} == {training}
+    assert (gap(logits(other), logits(other)) == 0) != training
 
 
 def test_attaching_twice_is_refused():

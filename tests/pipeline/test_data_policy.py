@@ -219,7 +219,7 @@ def test_the_cards_state_the_limits(tmp_path: Path, phi35: Any) -> None:
     assert "This dataset has none." in card
     (tmp_path / "config.json").write_text("{}", "utf-8")
     config = RunConfig.model_validate({"data": {"generator": {}}})
-    shown = model_card(config, "x", tmp_path, ["x.gguf"], [])
+    shown = model_card(config, "x", tmp_path, ["x.gguf"], 4096, [])
     assert "serve one purpose: to teach refusal" in shown
     assert "names of people are out of reach of rules" in shown
 

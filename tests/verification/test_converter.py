@@ -44,7 +44,7 @@ def test_a_failing_converter_gives_its_last_lines_and_leaves_nothing(family: Fam
 @pytest.mark.parametrize(
     ("kind", "rstrip", "name", "expected"),
     [
-        ("phi3", True, "me/my-assistant", "Phi-3 my-assistant"),
+        ("phi3", True, "me/my-assistant", "Phi-3-my-assistant"),
         ("phi3", True, "microsoft/Phi-3.5-mini-instruct", "Phi-3.5-mini-instruct"),
         ("phi3", False, "me/my-assistant", "my-assistant"),
         ("llama", True, "me/my-assistant", "my-assistant"),
