@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ print(seconds, int(peak.split()[1]) * 1024)
 """
 
 
-def make_checkpoint(directory: Path, *, layers: int, hidden: int, intermediate: int, vocab: int) -> Path:
-    """A Phi-3-shaped bfloat16 checkpoint of random values in two files, written a tensor at a time."""
+def make_checkpoint(
+    directory: Path, *, layers: int, hidden: int, intermediate: int, vocab: int, files: int = 2
+) -> Path:
+    """A Phi-3-shaped bfloat16 checkpoint of random values in so many files, written a tensor at a time."""
     shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
     shapes["model.norm.weight"] = (hidden,)
     for k in range(layers):
@@ -62,8 +65,9 @@ def make_checkpoint(directory: Path, *, layers: int, hidden: int, intermediate: 
     pool = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     names = list(shapes)
     weight_map = {}
-    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
-        file_name = f"model-{number:05d}-of-00002.safetensors"
+    cuts = [k * len(names) // files for k in range(files + 1)]
+    for number, (start, end) in enumerate(pairwise(cuts), start=1):
+        part, file_name = names[start:end], f"model-{number:05d}-of-{files:05d}.safetensors"
         weight_map |= dict.fromkeys(part, file_name)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0

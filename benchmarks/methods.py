@@ -9,9 +9,10 @@ in the same model: `floor` switches the adapter off, so that one model is in mem
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, OFTConfig, get_peft_model
@@ -112,6 +113,34 @@ def floor(model: Any, ids: Tensor) -> Callable[[], None]:
         synchronise(ids)
 
     return step
+
+
+class Prepared(NamedTuple):
+    """A method ready to be timed."""
+
+    step: Callable[[], None]
+    floor: Callable[[], None]
+    megabytes: float | None  # device memory at the peak of two steps, weights and optimiser included; None on a CPU
+
+
+def prepare(method: str, shape: dict[str, int], tokens: int, device: str, dtype: torch.dtype) -> Prepared:
+    """Build the model, take two steps, and say what the device held at most.
+
+    Raises:
+        torch.OutOfMemoryError: the device has too little memory for the method.
+    """
+    gc.collect()
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+    model, ids = build(method, shape, device, dtype), ids_for(shape, tokens, device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    step = training_step(model, ids)
+    step()
+    step()
+    megabytes = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else None
+    return Prepared(step, floor(model, ids), megabytes)
 
 
 def synchronise(tensor: Tensor) -> None:

@@ -16,7 +16,7 @@ from benchmarks.result_file import Figure, Results, read
 
 ROW, LEFT, WIDTH, RIGHT = 24, 430, 560, 20  # px
 NAME = 70  # letters that fit to the left
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#5a6370;--line:#d9dee5;--card:#fff;--ours:#0b66c3;--bad:#b3261e;
 --good:#1a7f37}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--soft:#9aa4b2;--line:#353c46;--card:#15181c;--ours:#6cb2ff;
@@ -57,7 +57,7 @@ def page(results: Results) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width,initial-scale=1"><title>SO8T benchmarks</title>'
-        f"<style>{_STYLE}</style></head><body><h1>SO8T benchmarks</h1>{''.join(parts)}</body></html>\n"
+        f"<style>{STYLE}</style></head><body><h1>SO8T benchmarks</h1>{''.join(parts)}</body></html>\n"
     )
 
 
