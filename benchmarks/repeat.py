@@ -57,13 +57,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.repeat", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("arguments", nargs="*", help="for pytest, after --")
-    given = parser.parse_args()
+    words, rest = sys.argv[1:], []
+    if "--" in words:
+        words, rest = words[: words.index("--")], words[words.index("--") + 1 :]
+    given = parser.parse_args(words)
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         for number, plant in enumerate([*["1.0"] * given.times, "1.3"]):
             file = Path(folder) / f"{number}.json"
-            options = ["--quick", "--plant", plant, "--save-to", str(file), *given.arguments]
+            options = ["--quick", "--plant", plant, "--save-to", str(file), *rest]
             done = subprocess.run([sys.executable, *COMMAND, *options], capture_output=True, text=True)
             if not file.is_file():
                 sys.exit(f"error: run {number} wrote no result: {done.stdout[-2000:]}{done.stderr[-500:]}")
