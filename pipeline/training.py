@@ -156,7 +156,9 @@ def _fit(
             settings.checkpoint_every,
         )
         if checkpoint is not None:
-            advance(restore_curves(watch, checkpoint), info="resumed")
+            done = restore_curves(watch, checkpoint)
+            report.note(f"  {title}: going on from step {done} of {settings.steps}")
+            advance(done, info="resumed")
         trainer.remove_callback(PrinterCallback)  # the curves and the bar say it all
         trainer.add_callback(watch)
         trainer.add_callback(SaveCurves(watch))
