@@ -70,7 +70,9 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"so8t: {message}", markup=False)
+    rank = os.environ.get("RANK", "0")  # in a launch of several processes each speaks for itself
+    who = "so8t" if rank == "0" else f"so8t (process {rank})"
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"{who}: {message}", markup=False)
     sys.exit(2)
 
 

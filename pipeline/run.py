@@ -23,11 +23,13 @@ from pipeline.manifest import StepRecord, load_manifest, locked, save_manifest, 
 from pipeline.progress import Reporter, StageProgress
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, sweep, write_text
+from verification import processes
 from verification.policy import Policy, load_policy, make_policy
 from verification.quantise import type_number
 from verification.schema import AnswerRecord, Report, TrainingRecord
 
 STEPS = ("base", "data", "train", "bake", "convert", "answers", "verify")
+TOGETHER = ("train", "verify")  # what every process of a launch works on; the first one does the rest alone
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Run:
     """A run directory with its configuration; paths of everything in it."""
 
     def __init__(self, config: RunConfig, reporter: Reporter) -> None:
-        self.config, self.reporter = config, reporter
+        self.config = config
+        self.reporter = reporter if processes.is_first() else Reporter(quiet=True)
         self.dir = Path(config.run_dir)
         self.data, self.adapter, self.baked = self.dir / "data", self.dir / "adapter", self.dir / "baked"
         self.gguf, self.report, self.work = self.dir / "gguf", self.dir / "report", self.dir / "work"
@@ -54,6 +57,9 @@ class Run:
         self, *, first: str | None = None, until: str | None = None, force: tuple[str, ...] = ()
     ) -> Report | None:
         """Run what is not up to date, from `first` to `until`; returns the report when verify was reached.
+
+        In a launch of several processes the first one decides and writes, and calls the others to what is done
+        together; they return None.
 
         Args:
             first: run this step and all after it again, up to date or not.
@@ -69,17 +75,27 @@ class Run:
         last = STEPS.index(until) if until else len(STEPS) - 1
         _check_early(self.config, last)
         again = set(force) | (set(STEPS[STEPS.index(first) :]) if first else set())
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        if not processes.is_first():
+            self._follow()
+            return None
         with locked(self.dir):
             for folder in (self.dir, self.work, self.work / "oracle"):
                 sweep(folder)
             resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             write_text(self.dir / "config.resolved.yaml", resolved)
-            if self.config.threads:
-                torch.set_num_threads(self.config.threads)
             self.base_dir = prepare_base(self.config.model.base, self.dir / "base")
             for number, name in enumerate(STEPS[1 : last + 1], start=1):
                 self._one(name, number, last, forced=name in again)
+        processes.from_first(lambda: None)  # nothing more to do for the others
         return self._stored_report() if last == len(STEPS) - 1 else None
+
+    def _follow(self) -> None:
+        """What every process but the first does: its share of the steps that it is called to."""
+        while (call := processes.from_first(lambda: None)) is not None:
+            name, self.base_dir = call
+            WORK[name].work(self)
 
     def _one(self, name: str, number: int, last: int, *, forced: bool) -> None:
         step = WORK[name]
@@ -96,6 +112,8 @@ class Run:
             return
         self.reporter.note(f"[{number}/{last}] {name}" + ("" if reason == "not done yet" else f": {reason}"))
         started = time.monotonic()
+        if name in TOGETHER:
+            processes.from_first(lambda: (name, self.base_dir))
         step.work(self)
         manifest.steps[name] = StepRecord(
             key=settings,

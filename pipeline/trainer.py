@@ -10,12 +10,14 @@ Shapes: hidden states (B, T, C), attention_mask (B, T).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -31,6 +33,7 @@ from so8t_core import (
 )
 from so8t_core.errors import InputError
 from so8t_core.files import write_text
+from verification import processes
 
 CURVES_NAME = "so8t_curves.json"
 
@@ -71,6 +74,50 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(found, key=len)
 
 
+class Order(Sampler[int]):
+    """Row numbers of a whole run: one shuffle of all rows after another, a function of the seed alone.
+
+    The Trainer's own sampler ends every epoch with a short batch, whose rows fall differently over several processes.
+    """
+
+    def __init__(self, rows: int, wanted: int, seed: int) -> None:
+        self.rows, self.wanted, self.seed = rows, wanted, seed
+
+    def __len__(self) -> int:
+        return self.wanted
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(self.wanted):
+            if number % self.rows == 0:
+                generator = torch.Generator().manual_seed(self.seed + number // self.rows)
+                shuffled = torch.randperm(self.rows, generator=generator).tolist()
+            yield shuffled[number % self.rows]
+
+
+def split_step(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
+    """(rows a micro-batch, micro-batches a step) of each process; all together take batch_size * accumulation rows.
+
+    So the rows of a step, and with them what is learned, do not depend on the number of processes.
+
+    Raises:
+        InputError: the rows of a step cannot be dealt out evenly.
+    """
+    rows, left = divmod(batch_size * accumulation, processes)
+    if left:
+        raise InputError(
+            f"a step has {batch_size * accumulation} rows (train.batch_size {batch_size} x train.gradient_accumulation "
+            f"{accumulation}), which {processes} processes cannot share evenly; make it a multiple of {processes}"
+        )
+    micro = max(size for size in range(1, min(batch_size, rows) + 1) if rows % size == 0)
+    return micro, rows // micro
+
+
+def triples(mask_BT: Tensor) -> Tensor:
+    """How many runs of three real tokens PET looks at: mask (B, T) -> scalar."""
+    real = mask_BT.bool()
+    return (real[:, 2:] & real[:, 1:-1] & real[:, :-2]).sum()
+
+
 class SO8TTrainer(Trainer):
     """Trainer over a model that carries an SO8T adapter; see the module's docstring for the loss."""
 
@@ -79,12 +126,33 @@ class SO8TTrainer(Trainer):
     def __init__(self, *, settings: TrainConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.settings = settings
-        self.extra: dict[
-            str, float
-        ] = {}  # the step's task loss and last extra terms, for the curves; `Watch` empties it
+        self.extra: dict[str, float] = {}  # the step's task loss and extra terms so far, for the curves
         pet = settings.pet
         self._states = HiddenStates(self.model, pet.layers) if pet else None
         self._schedule = PETSchedule(pet.warmup, pet.main, pet.anneal) if pet else None
+        self._triples = 0.0  # of the step's micro-batches in all processes
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        rows = self.settings.steps * self.settings.batch_size * self.settings.gradient_accumulation
+        return Order(len(self.train_dataset), rows, self.args.seed)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Several processes: the trained parameters get the mean gradient of all; the frozen ones are left alone, so
+        that they may be split (`sharding`).
+        """
+        if self.args.world_size == 1 or isinstance(model, DistributedDataParallel):
+            return model
+        alone = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        alone += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alone)
+        devices = [self.args.device] if self.args.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = sum(triples(batch["attention_mask"]) for batch in batches)
+        self._triples = float(self.accelerator.reduce(torch.as_tensor(own, device=device), "sum"))
+        return batches, items
 
     def compute_loss(
         self,
@@ -93,15 +161,16 @@ class SO8TTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task is a mean over all labels of the accumulated batch, the extra terms are means per micro-batch.
+        """The task is a mean over all labels of the step's rows, PET a mean over all of their triples, however the rows
+        fall into micro-batches and processes.
 
-        Where the model divides by `num_items_in_batch` itself, the Trainer adds micro-batches up undivided.
+        Where the model divides by `num_items_in_batch` itself, the Trainer adds micro-batches up undivided. Gradients
+        are averaged over processes, so that what is to be summed is multiplied by their number.
         """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         steps = self.current_gradient_accumulation_steps
         divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        self.extra["task"] = self.extra.get("task", 0.0) + loss.detach().item() / (1 if divided else steps)
-        share = 1 / steps if divided else 1.0
+        self._add("task", loss.detach().item() / (1 if divided else steps))
         if not torch.isfinite(loss):
             raise InputError(
                 f"the loss became {loss.item()} at step {self.state.global_step}; "
@@ -116,12 +185,26 @@ class SO8TTrainer(Trainer):
                 )
                 for h in states
             ]
-            penalty = torch.stack(terms).mean()
-            loss = loss + share * weight * penalty
-            self.extra |= {"lambda": weight, "pet": penalty.detach().item()}
+            of_step = triples(inputs["attention_mask"]) / max(self._triples, 1) * self.args.world_size
+            penalty = torch.stack(terms).mean() * of_step.to(loss.device)
+            loss = loss + (1 if divided else steps) * weight * penalty
+            self.extra["lambda"] = weight
+            self._add("pet", penalty.detach().item())
         if self.settings.orthogonality_weight > 0:
+            share = 1 / steps if divided else 1.0
             loss = loss + share * self.settings.orthogonality_weight * orthogonality_loss(model)
         return (loss, outputs) if return_outputs else loss
+
+    def _add(self, name: str, value: float) -> None:
+        self.extra[name] = self.extra.get(name, 0.0) + value
+
+    def take_terms(self) -> dict[str, float]:
+        """The step's terms of the loss over all processes, which are then forgotten."""
+        names = sorted(self.extra)
+        values = torch.tensor([self.extra[name] for name in names], dtype=torch.float64, device=self.args.device)
+        means = self.accelerator.reduce(values, "mean").tolist()
+        self.extra = {}
+        return dict(zip(names, means, strict=True))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -156,7 +239,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         step = state.global_step
-        extra = self.trainer.extra
+        extra = self.trainer.take_terms()
         self.add("loss", step, extra["task"])
         for name in ("lambda", "pet"):
             if name in extra:
@@ -177,7 +260,6 @@ class Watch(TrainerCallback):
         if step % self.every == 0 and step < args.max_steps:
             self.add("heldout_loss", step, self.heldout())
         self.advance(1, info=f"loss {extra['task']:.3f}")
-        self.trainer.extra = {}
         return control
 
 
@@ -190,6 +272,8 @@ class SaveCurves(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        if not processes.is_first():
+            return control
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         write_text(folder / CURVES_NAME, json.dumps(self.watch.curves))
         return control

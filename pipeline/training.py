@@ -22,11 +22,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallba
 from pipeline.collate import Collator, EncodedRows
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.progress import Reporter
+from pipeline.sharding import shard_base, take_request
 from pipeline.tokenizer import load_tokenizer
-from pipeline.trainer import SaveCurves, SO8TTrainer, Watch, last_complete_checkpoint, restore_curves
+from pipeline.trainer import SaveCurves, SO8TTrainer, Watch, last_complete_checkpoint, restore_curves, split_step
 from so8t_core import SO8TConfig, gates, plane_angles, save_adapter, trainable_counts
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, write_text
+from verification import processes
 from verification.schema import Curve, TrainingRecord
 
 RECORD_NAME = "training.json"
@@ -38,30 +40,40 @@ def train(
 ) -> TrainingRecord:
     """Train and write the adapter to `out_dir`; checkpoints live in `work_dir` and are used to resume the same run.
 
+    Called by every process of a launch: they learn together, the first one writes.
+
     Raises:
-        InputError: nothing to train on, a target or layer that does not exist, a loss that is not finite.
+        InputError: nothing to train on, a target or layer that does not exist, a loss that is not finite, rows that do
+            not divide over the processes.
     """
     settings = config.train
     tokenizer = load_tokenizer(base_dir)
     rows = EncodedRows(data_dir / "train.jsonl", tokenizer)
     heldout = EncodedRows(data_dir / "heldout.jsonl", tokenizer, limit=settings.heldout_rows)
     collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-    _forget_other_runs(work_dir, config, base_dir, data_dir)
+    split = take_request()
+    processes.agree("training rows", sha256_path(data_dir))
+    processes.from_first(lambda: _forget_other_runs(work_dir, config, base_dir, data_dir))
     started = time.monotonic()
 
+    def fit(settings: TrainConfig, name: str, title: str) -> _Fitted:
+        return _fit(config, settings, base_dir, rows, heldout, collator, work_dir / name, report, title, split)
+
     trained = work_dir / "adapter"  # kept until all is done: what interrupts the second fit does not cost the first
-    if not (trained / RECORD_NAME).is_file():
-        model = _fit(config, settings, base_dir, rows, heldout, collator, work_dir / "main", report, "training")
+    if not processes.from_first(lambda: (trained / RECORD_NAME).is_file()):
+        model = fit(settings, "main", "training")
         with rotation_off(model.peft):
             model.record.heldout_loss_rotation_off = heldout_loss(model.peft, heldout, collator, settings.batch_size)
-        with atomic_dir(trained) as temporary:
-            save_adapter(model.peft, temporary)
-            write_text(temporary / RECORD_NAME, model.record.model_dump_json())
+        if processes.is_first():
+            with atomic_dir(trained) as temporary:
+                save_adapter(model.peft, temporary)
+                write_text(temporary / RECORD_NAME, model.record.model_dump_json())
         del model
-    record = TrainingRecord.model_validate_json((trained / RECORD_NAME).read_text(encoding="utf-8"))
+    text = processes.from_first(lambda: (trained / RECORD_NAME).read_text(encoding="utf-8"))
+    record = TrainingRecord.model_validate_json(text)
     if settings.so8t_only_steps:
         alone = settings.model_copy(update={"lora": None, "steps": settings.so8t_only_steps})
-        only = _fit(config, alone, base_dir, rows, heldout, collator, work_dir / "so8t_only", report, "rotation alone")
+        only = fit(alone, "so8t_only", "rotation alone")
         record.so8t_only = {
             "steps": alone.steps,
             "heldout_loss_before": only.record.heldout_loss_before,
@@ -69,10 +81,11 @@ def train(
             "max_angle": max((a for _, _, a in only.record.angles_by_layer), default=0.0),
         }
     record.seconds = time.monotonic() - started
-    with atomic_dir(out_dir) as temporary:
-        shutil.copytree(trained, temporary, dirs_exist_ok=True)
-        write_text(temporary / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
-    shutil.rmtree(work_dir)
+    if processes.is_first():
+        with atomic_dir(out_dir) as temporary:
+            shutil.copytree(trained, temporary, dirs_exist_ok=True)
+            write_text(temporary / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
+        shutil.rmtree(work_dir)
     return record
 
 
@@ -106,11 +119,13 @@ def _fit(
     work_dir: Path,
     report: Reporter,
     title: str,
+    split: bool,
 ) -> _Fitted:
     from peft import get_peft_model
 
+    micro, accumulation = split_step(settings.batch_size, settings.gradient_accumulation, processes.count())
     set_seed(config.seed)
-    model = load_base(base_dir, settings.quantization)
+    model = load_base(base_dir, settings.quantization, device="cpu" if split else None)
     if settings.quantization != "none":
         from peft import prepare_model_for_kbit_training
 
@@ -118,6 +133,8 @@ def _fit(
     if settings.gradient_checkpointing:
         model.config.use_cache = False
     peft = get_peft_model(model, adapter_config(settings))
+    if split:
+        shard_base(peft, settings.quantization)
     before = heldout_loss(peft, heldout, collator, settings.batch_size)
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
@@ -125,8 +142,8 @@ def _fit(
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
         learning_rate=settings.learning_rate,
         warmup_steps=round(settings.warmup_share * settings.steps),
         lr_scheduler_type="cosine",
@@ -147,7 +164,8 @@ def _fit(
         **checkpointing,
     )
     trainer = SO8TTrainer(settings=settings, model=peft, args=arguments, train_dataset=rows, data_collator=collator)
-    checkpoint = last_complete_checkpoint(work_dir)
+    checkpoint = processes.from_first(lambda: last_complete_checkpoint(work_dir))
+    torch.manual_seed(config.seed + processes.rank())  # dropout draws its own in each process
     with report.task(title, settings.steps) as advance:
         watch = Watch(
             trainer,
@@ -167,7 +185,9 @@ def _fit(
     watch.curves.setdefault("heldout_loss", []).append((settings.steps, after))
     if watch.curves["heldout_loss"][0][0] != 0:
         watch.curves["heldout_loss"].insert(0, (0, before))
-    shutil.rmtree(work_dir, ignore_errors=True)
+    processes.wait()
+    if processes.is_first():
+        shutil.rmtree(work_dir, ignore_errors=True)
     return _Fitted(peft, _record(peft, settings, before, after, watch))
 
 
@@ -184,8 +204,12 @@ def adapter_config(settings: TrainConfig) -> SO8TConfig:
     return SO8TConfig(layers=settings.layers, init_scale=settings.init_scale, lora=lora, task_type="CAUSAL_LM")
 
 
-def load_base(base_dir: Path, quantization: str = "none") -> Any:
-    """The base model for training: float32 on a CPU, bfloat16 on a GPU, or 8-bit / 4-bit through bitsandbytes."""
+def load_base(base_dir: Path, quantization: str = "none", *, device: str | None = None) -> Any:
+    """The base model for training: float32 on a CPU, bfloat16 on a GPU, or 8-bit / 4-bit through bitsandbytes.
+
+    Args:
+        device: where it is put; None = this process' GPU where there is one.
+    """
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
@@ -196,7 +220,7 @@ def load_base(base_dir: Path, quantization: str = "none") -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     if cuda:
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": device or processes.local_rank()}
     try:
         return AutoModelForCausalLM.from_pretrained(base_dir, **options)
     except (OSError, ValueError, ImportError) as error:

@@ -1,0 +1,160 @@
+"""Laws of a launch of several processes: what is learned and measured does not depend on how many there are.
+
+Two gloo processes on the CPU. For two, equality is exact: each micro-batch is computed by the same kernels, a gradient
+times 2 / 2 is itself, and a sum of two does not depend on their order. For more, the sum over processes is rounded in
+another order; what that amounts to is measured where micro-batches are cut differently (`test_training`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import Killed, _die_at, _tensors
+
+from pipeline.config import RunConfig, parse_config
+from pipeline.progress import Reporter
+from pipeline.run import Run
+from pipeline.trainer import Order, last_complete_checkpoint, split_step
+from so8t_core.errors import InputError
+from verification import processes
+from verification.schema import TrainingRecord
+
+TEXT = """
+data: {generator: {rows: 22, heldout_rows: 6}}
+train:
+  steps: 7
+  batch_size: 2
+  gradient_accumulation: 2
+  learning_rate: 5.0e-3
+  checkpoint_every: 3
+  heldout_rows: 4
+  lora: {r: 4, alpha: 8, targets: [q_proj, o_proj]}
+"""
+
+
+def _config(base: Path, run_dir: Path, *overrides: str) -> RunConfig:
+    return parse_config(TEXT, overrides=[f"model.base={base}", f"run_dir={run_dir}", *overrides])
+
+
+def _alone(base: Path, run_dir: Path, *overrides: str) -> Path:
+    Run(_config(base, run_dir, *overrides), Reporter(quiet=True)).execute(until="train")
+    return run_dir
+
+
+def _launched(config: RunConfig, option: str) -> subprocess.Popen[str]:
+    """`accelerate launch` with two processes; `--multi_gpu` is its word for several processes, also on a CPU."""
+    file = Path(config.run_dir + ".yaml")
+    file.write_text(config.model_dump_json(), encoding="utf-8")  # JSON is YAML
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", option, "--num_processes", "2", "--main_process_port", "0",
+        "-m", "pipeline.cli", "train", str(file),
+    ]  # fmt: skip
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+
+def _launch(config: RunConfig, option: str) -> str:
+    """What the finished launch printed."""
+    process = _launched(config, option)
+    _, printed = process.communicate(timeout=500)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def _assert_same(one: Path, two: Path) -> None:
+    expected, found = _tensors(one / "adapter"), _tensors(two / "adapter")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    records = [
+        TrainingRecord.model_validate_json((d / "adapter" / "training.json").read_text(encoding="utf-8"))
+        for d in (one, two)
+    ]
+    assert records[0].model_copy(update={"seconds": 0}) == records[1].model_copy(update={"seconds": 0})
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield _alone(tiny_dir, tmp_path_factory.mktemp("processes") / "one")
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_learn_what_one_learns(alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    _launch(_config(tiny_dir, tmp_path / "two"), "--multi_gpu")
+    _assert_same(alone, tmp_path / "two")
+
+
+def test_split_base_goes_on_from_one_process_checkpoint(
+    alone: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP, and a run that was begun in one process and is finished by two."""
+    _die_at(5, monkeypatch)
+    with pytest.raises(Killed):
+        _alone(tiny_dir, tmp_path / "two")
+    assert "going on from step 3 of 7" in _launch(_config(tiny_dir, tmp_path / "two"), "--use_fsdp")
+    _assert_same(alone, tmp_path / "two")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("option", ["--multi_gpu", "--use_fsdp"])
+def test_one_process_goes_on_from_a_launch(option: str, alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    main = tmp_path / "two" / "work" / "checkpoints" / "main"
+    process = _launched(_config(tiny_dir, tmp_path / "two"), option)
+    while last_complete_checkpoint(main) is None:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate()
+    _assert_same(alone, _alone(tiny_dir, tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "processes", "expected"),
+    [(4, 1, 1, (4, 1)), (2, 8, 4, (2, 2)), (4, 1, 2, (2, 1)), (2, 3, 2, (1, 3)), (4, 2, 8, (1, 1)), (6, 1, 2, (3, 1))],
+)
+def test_processes_share_the_rows_of_a_step(
+    size: int, accumulation: int, processes: int, expected: tuple[int, int]
+) -> None:
+    assert split_step(size, accumulation, processes) == expected
+    assert expected[0] * expected[1] * processes == size * accumulation
+
+
+def test_rows_that_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(InputError, match=r"a step has 6 rows \(.*2 x .*3\), which 4 processes.*multiple of 4"):
+        split_step(2, 3, 4)
+
+
+def test_order_is_one_shuffle_after_another() -> None:
+    order = list(Order(5, 13, seed=3))
+    assert [sorted(order[start : start + 5]) for start in (0, 5)] == [[0, 1, 2, 3, 4]] * 2
+    assert order[:5] != order[5:10]
+    assert order == list(Order(5, 13, seed=3)) != list(Order(5, 13, seed=4))
+
+
+def test_a_process_alone_shares_with_nobody() -> None:
+    assert processes.together(processes.shared_out(["a", "b"])) == ["a", "b"]
+    assert processes.from_first(lambda: 3) == 3
+    processes.agree("rows", "x")
+
+
+def test_every_share_is_somebodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    dealt = {}
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        dealt[rank] = processes.shared_out(list("abcdefg"))
+    assert sorted(place for share in dealt.values() for place in share) == list(range(7))
+
+
+def test_another_view_of_the_data_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "everyones", lambda value: [value, "other"])
+    with pytest.raises(InputError, match=r"process 1 of 1 sees other training rows .* share the run directory"):
+        processes.agree("training rows", "mine")

@@ -1,0 +1,111 @@
+"""Several processes of one command, as `accelerate launch` and `torchrun` start them: which one this is, and agreement.
+
+The launcher's environment variables say how many there are; without them there is one, and every function here answers
+at once. The first process owns what is written; the others lend their hands. Objects travel by pickle between the
+user's own processes. No timeout of ours: who waits may wait for hours of honest work, and when a process dies, its
+launcher ends the others.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from so8t_core.errors import InputError
+
+T = TypeVar("T")
+_PATIENCE = timedelta(days=30)
+
+
+def count() -> int:
+    """How many processes work on this command."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process' number, 0 .. count() - 1, over all machines."""
+    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+def local_rank() -> int:
+    """This process' number on its machine: its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process owns the run directory and the report."""
+    return rank() == 0
+
+
+def join() -> None:
+    """Meet the others; at once when there are none, or when that has happened."""
+    if count() == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    atexit.register(dist.destroy_process_group)
+
+
+def wait() -> None:
+    """Return when every process is here."""
+    everyones(None)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives in the first process, in all of them; the others do not call it."""
+    if count() == 1:
+        return make()
+    join()
+    box = [make() if is_first() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def everyones(value: T) -> list[T]:
+    """The values of all processes, in their order, in each of them."""
+    if count() == 1:
+        return [value]
+    join()
+    box: list[T | None] = [None] * count()
+    dist.all_gather_object(box, value)
+    return box  # type: ignore[return-value]
+
+
+def agree(what: str, value: str) -> None:
+    """Every process has the same `value`.
+
+    Raises:
+        InputError: another process sees something else, usually on a machine with a disk of its own.
+    """
+    found = everyones(value)
+    other = next((number for number, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise InputError(
+            f"process {other} of {count()} sees other {what} than process 0: all machines must share the run directory "
+            "and the inputs"
+        )
+
+
+def shared_out(items: Sequence[T]) -> dict[int, T]:
+    """This process' share of a list of equal work, every count()-th item, by its place in the list."""
+    return {place: item for place, item in enumerate(items) if place % count() == rank()}
+
+
+def together(mine: dict[int, T]) -> list[T]:
+    """All shares of a list, back in its order, in every process."""
+    whole: dict[int, T] = {}
+    for share in everyones(mine):
+        whole |= share
+    return [whole[place] for place in sorted(whole)]
+
+
+def threads_each(cores: int) -> int:
+    """Threads for each process of a machine that has `cores`, when nobody said otherwise."""
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1") if count() > 1 else "1"))
