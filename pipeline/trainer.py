@@ -144,7 +144,7 @@ class SO8TTrainer(Trainer):
             return model
         alone = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         alone += [name for name, _ in model.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alone)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alone)  # type: ignore[no-untyped-call]
         devices = [self.args.device] if self.args.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices)
 
