@@ -21,41 +21,54 @@ from torch import Tensor
 from so8t_core.exponential import BLOCK, once
 
 ELEMENTS = 393216  # of x turned at a time on a CPU: 1.5 MB of float32; 128 rows at 3072 channels
+NARROW_ELEMENTS = 1 << 19  # the same of bfloat16: 1 MB
 _FINE, _NARROW = 2, 4  # blocks a tile: the fastest for float32 and for bfloat16 of 1, 2, 4, 8
+Memo = dict[Any, Tensor]  # tiles made of one R, to be used again as long as its values are the same
 
 
 class BlockProduct(torch.autograd.Function):
     """x (..., 8 n), R (n, 8, 8) -> y in x's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, R: Tensor, memo: Memo) -> Tensor:
         ctx.save_for_backward(x, R)
-        return _times(x, R.mT)  # row form: x R^T
+        ctx.memo = memo
+        return _times(x, R, memo)
 
     @staticmethod
     @once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, R = ctx.saved_tensors
-        x_bar = _times(grad, R) if ctx.needs_input_grad[0] else None
-        return x_bar, _outer(grad, x, R) if ctx.needs_input_grad[1] else None
+        x_bar = _times(grad, R, ctx.memo, back=True) if ctx.needs_input_grad[0] else None
+        return x_bar, _outer(grad, x, R) if ctx.needs_input_grad[1] else None, None
 
 
-def _times(x: Tensor, M: Tensor) -> Tensor:
-    """x_k @ M_k for every block: x (..., 8 n), M (n, 8, 8) -> (..., 8 n) in x's dtype."""
-    dtype = torch.promote_types(x.dtype, M.dtype)
+def _times(x: Tensor, R: Tensor, memo: Memo, *, back: bool = False) -> Tensor:
+    """R_k x_k for every block, `back` R_k^T x_k: x (..., 8 n), R (n, 8, 8) -> (..., 8 n) in x's dtype."""
+    dtype = torch.promote_types(x.dtype, R.dtype)
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)  # no view: the caller may change it in place
     y = out.view(rows.shape)
     with torch.autocast(x.device.type, enabled=False):
         if len(rows) == 1:  # decoding: a tile would take longer to build than to use
+            M = R if back else R.mT  # row form: x R^T
             y.view(-1, 1, BLOCK).copy_(torch.bmm(rows.view(-1, 1, BLOCK).to(dtype), M.to(dtype)))
         elif x.dtype == torch.bfloat16 != dtype and _multiplies_bfloat16(x.device):
-            deviation = _tiles(M - torch.eye(BLOCK, dtype=M.dtype, device=M.device), _NARROW).to(x.dtype)
-            x_NTW = _by_tile(rows, deviation.shape[-1])
-            torch.baddbmm(x_NTW, x_NTW, deviation, out=_by_tile(y, deviation.shape[-1]))
+            if x.dtype not in memo:
+                memo[x.dtype] = _tiles(R.mT - torch.eye(BLOCK, dtype=R.dtype, device=R.device), _NARROW).to(x.dtype)
+            _times_narrow(rows, memo[x.dtype].mT if back else memo[x.dtype], out=y)
         else:
-            _times_fine(rows, _tiles(M.to(dtype), _FINE), out=y)
+            if dtype not in memo:
+                memo[dtype] = _tiles(R.mT.to(dtype), _FINE)
+            _times_fine(rows, memo[dtype].mT if back else memo[dtype], out=y)
     return out
+
+
+def _times_narrow(x_TD: Tensor, deviation: Tensor, *, out: Tensor) -> None:
+    parts = max(1, round(x_TD.numel() / NARROW_ELEMENTS)) if x_TD.device.type == "cpu" else 1
+    for x, y in zip(x_TD.chunk(parts), out.chunk(parts), strict=True):
+        x_NTW = _by_tile(x, deviation.shape[-1])
+        torch.baddbmm(x_NTW, x_NTW, deviation, out=_by_tile(y, deviation.shape[-1]))
 
 
 def _times_fine(x_TD: Tensor, tiles: Tensor, *, out: Tensor) -> None:

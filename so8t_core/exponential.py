@@ -106,13 +106,20 @@ class Workings(NamedTuple):
         return Workings(*(M[blocks] for M in matrices), *(p[..., blocks] for p in polynomials))
 
 
+Batch = tuple[list[tuple[int, int]], int, Workings]  # [(which theta, how many of its next blocks)], squarings, workings
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """exp of one theta, and what the way back needs."""
+    """exp of several thetas, and what the way back needs."""
 
-    R: Tensor  # (n, 8, 8) in theta's dtype
-    plan: Plan
-    workings: tuple[Workings, ...]  # consecutive blocks; empty if they were not asked for
+    R: list[Tensor]  # (n_k, 8, 8) each, in its theta's dtype
+    batches: list[Batch]  # empty if the workings were not asked for
+
+    def connected(self, thetas: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """R of each, with a graph to those thetas that are given and trained; one node for all of them."""
+        out: tuple[Tensor, ...] = Exponential.apply(self, *thetas)  # type: ignore[no-untyped-call]
+        return out
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,32 +127,51 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     carry the second derivative, and returns a gradient without that part."""
 
     @wraps(backward)
-    def guarded(ctx: Any, grad: Tensor) -> Any:
+    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("SO8T's rotation is differentiable once: leave out create_graph=True")
-        return backward(ctx, grad)
+        return backward(ctx, *grads)
 
     return guarded
 
 
 class Exponential(torch.autograd.Function):
-    """theta (n, 28), its evaluation -> R (n, 8, 8), connected to theta."""
+    """The evaluation of some thetas, those thetas (n_k, 28) or None -> every R (n_k, 8, 8), connected to its theta.
+
+    The backward is batched as the evaluation was. It saves nothing with autograd, so that it may run once for each of
+    several backward passes, each with the gradients of some of the R.
+    """
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, known: Evaluated) -> Tensor:
+    def forward(ctx: Any, known: Evaluated, *thetas: Tensor | None) -> tuple[Tensor, ...]:
         ctx.known = known
-        return known.R.detach()  # another tensor on the same values: autograd marks what is returned
+        ctx.set_materialize_grads(False)
+        return tuple(R.detach() for R in known.R)  # other tensors on the same values: autograd marks what is returned
 
     @staticmethod
     @once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        known: Evaluated = ctx.known
-        parts = torch.split(grad, [w.A.shape[0] for w in known.workings])
-        pulled = [_pull_back(w, g, known.plan.squarings) for w, g in zip(known.workings, parts, strict=True)]
-        return pulled[0] if len(pulled) == 1 else torch.cat(pulled), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        rest = [g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[1:], strict=True)]
+        pulled: list[list[Tensor]] = [[] for _ in grads]
+        for owners, squarings, workings in ctx.known.batches:
+            pieces, start = [], 0
+            for owner, count in owners:
+                R_bar = rest[owner]
+                if R_bar is not None:
+                    pieces.append((owner, slice(start, start + count), R_bar[:count]))
+                    rest[owner] = R_bar[count:]
+                start += count
+            if len(pieces) == len(owners):
+                together = _pull_back(workings, torch.cat([part for _, _, part in pieces]), squarings)
+                parts = torch.split(together, [count for _, count in owners])
+            else:
+                parts = tuple(_pull_back(workings.of(blocks), part, squarings) for _, blocks, part in pieces)
+            for (owner, _, _), theta_bar in zip(pieces, parts, strict=True):
+                pulled[owner].append(theta_bar)
+        return None, *(torch.cat(parts) if parts else None for parts in pulled)
 
 
-def evaluate(thetas: Sequence[Tensor], *, workings: bool, names: Sequence[str] = ()) -> list[Evaluated]:
+def evaluate(thetas: Sequence[Tensor], *, workings: bool, names: Sequence[str] = ()) -> Evaluated:
     """exp of several thetas (n_k, 28), float32 or float64, a few large batches for all; each result as if alone.
 
     Raises:
@@ -160,23 +186,17 @@ def evaluate(thetas: Sequence[Tensor], *, workings: bool, names: Sequence[str] =
             if sum(len(other) for _, other in alike[-1]) + len(piece) > most:
                 alike.append([])
             alike[-1].append((owner, piece))
-    results: list[list[tuple[Tensor, Workings | None]]] = [[] for _ in thetas]
+    results: list[list[Tensor]] = [[] for _ in thetas]
+    kept = []
     for (plan, _, _), alike in batches.items():
         for batch in alike:
-            R, kept = _exponential(torch.cat([piece for _, piece in batch]), plan, workings)
-            start = 0
-            for owner, piece in batch:
-                part = slice(start, start + len(piece))
-                results[owner].append((R[part], None if kept is None else kept.of(part)))
-                start += len(piece)
-    return [
-        Evaluated(
-            R=parts[0][0] if len(parts) == 1 else torch.cat([R for R, _ in parts]),
-            plan=planned[owner],
-            workings=tuple(kept for _, kept in parts if kept is not None),
-        )
-        for owner, parts in enumerate(results)
-    ]
+            R, known = _exponential(torch.cat([piece for _, piece in batch]), plan, workings)
+            owners = [(owner, len(piece)) for owner, piece in batch]
+            for (owner, _), part in zip(owners, torch.split(R, [count for _, count in owners]), strict=True):
+                results[owner].append(part)
+            if known is not None:
+                kept.append((owners, plan.squarings, known))
+    return Evaluated([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in results], kept)
 
 
 def _exponential(theta: Tensor, plan: Plan, workings: bool) -> tuple[Tensor, Workings | None]:

@@ -9,14 +9,26 @@ Source: DESIGN: o_proj(gate(x)) = (W @ blockdiag(R)) x, hence W'[:, 8k:8k+8] = W
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from so8t_core.exponential import BLOCK, PARAMETERS, TERMS, Evaluated, Exponential, evaluate
+from so8t_core.block_product import Memo
+from so8t_core.exponential import BLOCK, PARAMETERS, TERMS, Evaluated, evaluate
 from so8t_core.rotation import rotate_blocks
+
+
+class _Known(NamedTuple):
+    """What is known of a gate's rotation."""
+
+    was: Any  # theta's values, or its stamp, when it was computed
+    exponential: Evaluated  # of all gates that were computed with it
+    place: int  # this gate's among them
+    theta: Tensor  # to which
+    memo: Memo  # what its application made of R
+    connected: Tensor  # R (n, 8, 8) has a graph, one node for all of them: their backward is one batch
 
 
 class RotationGate(nn.Module):
@@ -36,7 +48,7 @@ class RotationGate(nn.Module):
         self.blocks = features // BLOCK
         theta = torch.zeros(self.blocks, PARAMETERS, dtype=torch.float32)
         self.theta = nn.Parameter(theta.normal_(std=init_scale) if init_scale else theta)
-        self._known: tuple[Any, Evaluated] | None = None  # (what theta was, its exponential)
+        self._known: _Known | None = None
 
     def rotation(self) -> Tensor:
         """R (n, 8, 8), float32; with a graph when theta is being trained.
@@ -47,12 +59,19 @@ class RotationGate(nn.Module):
         if not self._is_current():
             refresh([self])
         assert self._known is not None
-        known = self._known[1]
-        return Exponential.apply(self.theta, known) if self._is_trained() else known.R  # type: ignore[no-untyped-call]
+        known, place = self._known.exponential, self._known.place
+        if not self._is_trained():
+            return known.R[place]
+        # A backward in which layers are run again one by one (checkpointing) reaches each theta by a node of its own.
+        if self._known.theta is not self.theta or torch._C._current_graph_task_id() != -1:
+            return known.connected([self.theta if k == place else None for k in range(len(known.R))])[place]
+        return self._known.connected
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
-        return rotate_blocks(x, self.rotation())
+        R = self.rotation()
+        assert self._known is not None
+        return rotate_blocks(x, R, memo=self._known.memo)
 
     def is_whole(self) -> bool:
         """theta is an ordinary tensor of its full shape: not sharded over processes, not on the meta device."""
@@ -64,9 +83,9 @@ class RotationGate(nn.Module):
 
     def _is_current(self) -> bool:
         """On the CPU theta's values decide (even `theta.data` edits count); elsewhere its stamp, to avoid a wait."""
-        if self._known is None or (self._is_trained() and not self._known[1].workings):
+        if self._known is None or (self._is_trained() and not self._known.exponential.batches):
             return False
-        was = self._known[0]
+        was = self._known.was
         if isinstance(was, Tensor):
             same_kind = (was.device, was.dtype) == (self.theta.device, self.theta.dtype)
             return same_kind and torch.equal(was, self.theta)
@@ -119,9 +138,12 @@ def refresh(gates: Iterable[RotationGate]) -> None:
         thetas = [gate.theta.detach().clone() for gate in stale]
         trained = any(gate.theta.requires_grad for gate in stale)
         exact = [theta if theta.dtype in TERMS else theta.float() for theta in thetas]  # a coarser one was loaded
-        results = evaluate(exact, workings=trained, names=[gate.layer for gate in stale])
-    for gate, theta, known in zip(stale, thetas, results, strict=True):
-        gate._known = (theta if theta.device.type == "cpu" else gate._stamp(), known)
+        known = evaluate(exact, workings=trained, names=[gate.layer for gate in stale])
+        with torch.enable_grad():
+            connected = known.connected([gate.theta for gate in stale])
+    for place, (gate, theta) in enumerate(zip(stale, thetas, strict=True)):
+        was = theta if theta.device.type == "cpu" else gate._stamp()
+        gate._known = _Known(was, known, place, gate.theta, {}, connected[place])
 
 
 class Rotated(Protocol):

@@ -16,8 +16,8 @@ import torch
 from scipy.linalg import schur
 from torch import Tensor
 
-from so8t_core.block_product import BlockProduct
-from so8t_core.exponential import BLOCK, PARAMETERS, Exponential, evaluate
+from so8t_core.block_product import BlockProduct, Memo
+from so8t_core.exponential import BLOCK, PARAMETERS, evaluate
 
 
 def skew(theta: Tensor) -> Tensor:
@@ -47,8 +47,7 @@ def exp_so8(theta: Tensor) -> Tensor:
         raise ValueError(f"theta must have shape (..., {PARAMETERS}), got {tuple(theta.shape)}")
     exact = theta if theta.dtype == torch.float64 else theta.float()
     flat = exact.reshape(-1, PARAMETERS)
-    (known,) = evaluate([flat], workings=torch.is_grad_enabled() and flat.requires_grad)
-    R: Tensor = Exponential.apply(flat, known)  # type: ignore[no-untyped-call]
+    (R,) = evaluate([flat], workings=torch.is_grad_enabled() and flat.requires_grad).connected([flat])
     return R.reshape(*theta.shape[:-1], BLOCK, BLOCK).to(theta.dtype)
 
 
@@ -98,10 +97,11 @@ def _log_one(R: np.ndarray) -> np.ndarray:
     return np.asarray(Z @ L @ Z.T)
 
 
-def rotate_blocks(x: Tensor, R: Tensor) -> Tensor:
+def rotate_blocks(x: Tensor, R: Tensor, *, memo: Memo | None = None) -> Tensor:
     """y_k = R_k x_k for every block k of 8 channels. x (..., D), R (D/8, 8, 8) -> (..., D) in x's dtype.
 
     The product is taken in R's precision when x is coarser, also under autocast: a small rotation survives bfloat16.
+    Whoever applies the same values of R many times may give an empty dict for what is made of them.
 
     Raises:
         ValueError: R is not (n, 8, 8), or D is not 8 n.
@@ -111,7 +111,7 @@ def rotate_blocks(x: Tensor, R: Tensor) -> Tensor:
     n = R.shape[0]
     if x.shape[-1] != n * BLOCK:
         raise ValueError(f"x has {x.shape[-1]} channels, but {n} rotations turn {n * BLOCK}")
-    y: Tensor = BlockProduct.apply(x, R)  # type: ignore[no-untyped-call]
+    y: Tensor = BlockProduct.apply(x, R, {} if memo is None else memo)  # type: ignore[no-untyped-call]
     return y
 
 

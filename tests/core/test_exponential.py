@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from so8t_core import exp_so8, skew
-from so8t_core.exponential import TERMS, Exponential, evaluate, plans
+from so8t_core.exponential import TERMS, evaluate, plans
 
 PLANES = {"one plane": 1, "two equal planes": 2, "four equal planes": 4}
 ANGLES = [0.0, 1e-40, 1e-3, 1.0, 1.99, math.pi, math.nextafter(math.pi, 4), 4.0, 6.49, 50.0]
@@ -129,15 +129,29 @@ def test_a_batch_of_several_is_each_of_them_alone() -> None:
     ]
     thetas += [sample("one plane", 50.0, 3), torch.zeros(0, 28), sample("generic", 1.9, 5).float()]
     weights = [torch.randn(len(theta), 8, 8, dtype=theta.dtype) for theta in thetas]
-    for theta, weight, known in zip(thetas, weights, evaluate(thetas, workings=True), strict=True):
+    known = evaluate(thetas, workings=True)
+    for theta in thetas:
         theta.requires_grad_(True)
+    together = known.connected(thetas)
+    at_once = torch.autograd.grad(together, thetas, weights)
+    for k, (theta, weight) in enumerate(zip(thetas, weights, strict=True)):
         alone = exp_so8(theta)
-        together = Exponential.apply(theta, known)
         eps = torch.finfo(theta.dtype).eps  # the last bit may depend on the size of a batch
-        assert together.shape == alone.shape
-        assert torch.allclose(together, alone, rtol=0, atol=eps)
-        grads = [torch.autograd.grad(R, theta, weight)[0] for R in (together, alone)]
-        assert torch.allclose(*grads, rtol=4 * eps, atol=64 * eps)
+        assert together[k].shape == alone.shape
+        assert torch.allclose(together[k], alone, rtol=0, atol=eps)
+        want = torch.autograd.grad(alone, theta, weight)[0]
+        for found in (at_once[k], torch.autograd.grad(together[k], theta, weight)[0]):  # once more, by itself
+            assert torch.allclose(found, want, rtol=4 * eps, atol=64 * eps)
+
+
+def test_thetas_that_are_not_trained_are_left_out() -> None:
+    thetas = [sample("generic", 0.5, 5).float().requires_grad_(k != 1) for k in range(3)]
+    known = evaluate(thetas, workings=True)
+    R = known.connected([thetas[0], thetas[1], None])
+    sum(part.square().sum() + part[:, 0].sum() for part in R).backward()
+    assert thetas[0].grad is not None
+    assert thetas[1].grad is None
+    assert thetas[2].grad is None
 
 
 def test_a_bad_theta_among_several_is_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from so8t_core import RotationGate, exp_so8, rotate_weight
+from so8t_core import RotationGate, exp_so8, rotate_blocks, rotate_weight
 
 
 def gate_of(angle: float = 0.3) -> RotationGate:
@@ -63,14 +63,17 @@ def changes() -> dict[str, object]:
 
 @pytest.mark.parametrize("change", changes().values(), ids=changes().keys())
 def test_the_cache_follows_theta(change):
-    gate = gate_of()
+    gate, xs = gate_of(), [torch.randn(3, 24).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
     with torch.no_grad():
-        before = gate.rotation()
+        before, turned = gate.rotation(), [gate(x) for x in xs]
         assert gate.rotation() is before  # it is cached
     change(gate)
     with torch.no_grad():
         assert torch.equal(gate.rotation(), exp_so8(gate.theta))
         assert not torch.equal(gate.rotation(), before)
+        for x, y in zip(xs, turned, strict=True):
+            assert torch.equal(gate(x), rotate_blocks(x, exp_so8(gate.theta)))
+            assert not torch.equal(gate(x), y)
 
 
 def test_a_copy_has_its_own_cache():
@@ -97,6 +100,16 @@ def test_a_rotation_cached_while_theta_was_frozen_serves_its_training_later():
     gate.requires_grad_(True)
     gate(x)[:, 0].sum().backward()
     assert gate.theta.grad.abs().max() > 0
+
+
+def test_a_new_parameter_of_the_same_values_gets_the_gradient():
+    """The rotation is known, but its graph leads to the parameter that was there."""
+    gate, x = gate_of(), torch.randn(3, 24)
+    gate(x)
+    old, gate.theta = gate.theta, nn.Parameter(gate.theta.detach().clone())
+    gate(x)[:, 0].sum().backward()
+    assert gate.theta.grad.abs().max() > 0
+    assert old.grad is None
 
 
 def test_a_theta_that_is_elsewhere_or_in_parts_is_not_whole():

@@ -102,6 +102,46 @@ def test_all_layers_are_exponentiated_once_an_optimiser_step(kind, monkeypatch):
     assert calls == [3 * 4] * 3  # three layers of four blocks, whatever the micro-batches, evaluation included
 
 
+def pulled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of blocks of every batch whose gradient is taken from now on."""
+    calls: list[int] = []
+    original = exponential._pull_back
+    monkeypatch.setattr(
+        exponential, "_pull_back", lambda w, grad, *rest: calls.append(len(grad)) or original(w, grad, *rest)
+    )
+    return calls
+
+
+def test_all_layers_go_backward_in_one_batch_and_run_again_each_by_itself(monkeypatch):
+    model = adapted()
+    model.train()
+    calls = pulled(monkeypatch)
+    gradients(model, IDS[:1], IDS[1:])
+    assert calls == [3 * 4] * 2  # one for each micro-batch
+    model.enable_input_require_grads()
+    for reentrant, want in ((False, [3 * 4]), (True, [4] * 3)):  # reentrant: a backward of its own for each layer
+        calls.clear()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        gradients(model, IDS)
+        assert calls == want
+
+
+def test_a_theta_is_told_of_its_gradient_once_a_backward():
+    """DistributedDataParallel counts: a second call, even without a gradient, is an error there."""
+    model = adapted()
+    model.train()
+    model.enable_input_require_grads()
+    told: list[str] = []
+    nodes = [gate.theta.expand_as(gate.theta).grad_fn.next_functions[0][0] for gate in gates(model).values()]
+    for name, node in zip(gates(model), nodes, strict=True):
+        node.register_hook(lambda *_, name=name: told.append(name))
+    for reentrant in (False, True):
+        told.clear()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        gradients(model, IDS)
+        assert sorted(told) == sorted(gates(model))
+
+
 def test_a_lone_forward_of_the_inner_model_is_right_as_well(monkeypatch):
     model = adapted()
     calls = counted(monkeypatch)
