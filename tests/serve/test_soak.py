@@ -35,6 +35,12 @@ def resident(pid: int) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
 
+def processor(pid: int) -> float:
+    """Seconds of processor time so far: what a busy machine does not change much."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def ask(port: int, data: bytes, *, leave_after: float | None = None) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -70,6 +76,18 @@ async def load(
     await asyncio.gather(*(client(number) for number in range(CLIENTS)))
 
 
+def syncs(folder: Path) -> tuple[float, float]:
+    """Milliseconds that one append and its sync take here, at the median and the 99th percentile."""
+    taken = []
+    with open(folder / "sync", "ab", buffering=0) as file:
+        for _ in range(300):
+            began = time.perf_counter()
+            file.write(b"x" * 500)
+            os.fdatasync(file.fileno())
+            taken.append(time.perf_counter() - began)
+    return percentile(taken, 0.5), percentile(taken, 0.99)
+
+
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(int(len(values) * share), len(values) - 1)] * 1000
 
@@ -100,14 +118,20 @@ def test_sixty_four_clients_see_no_error_and_memory_stays_flat(tmp_path: Path, u
                         memory.append(resident(process.pid))
                 times[at].append(seconds)
 
+            spent = {port: -processor(process.pid), bare_port: -processor(bare.pid)}
             asyncio.run(load([port, bare_port], SECONDS, 1.0, lambda *_: (ASKED, None), seen))
+            spent = {port: spent[port] + processor(process.pid), bare_port: spent[bare_port] + processor(bare.pid)}
         assert verify(tmp_path / "so8t-audit.jsonl").seq == len(times[port])
     finally:
         bare.kill()
         bare.wait()
     for name, at in (("guarded", port), ("bare", bare_port)):
         shown = ", ".join(f"p{100 * share:g} {percentile(times[at], share):.1f} ms" for share in (0.5, 0.9, 0.99))
-        print(f"{name}: {len(times[at])} requests, mean {statistics.fmean(times[at]) * 1000:.1f} ms, {shown}")
+        used = f"{1000 * spent[at] / len(times[at]):.2f} ms of processor each"
+        print(f"{name}: {len(times[at])} requests, {used}, mean {statistics.fmean(times[at]) * 1000:.1f} ms, {shown}")
+    more = {share: percentile(times[port], share) - percentile(times[bare_port], share) for share in (0.5, 0.9, 0.99)}
+    print("the guard's own:", ", ".join(f"p{100 * share:g} {ms:.1f} ms" for share, ms in more.items()))
+    print(f"one record on this disk: {', '.join(f'{ms:.2f}' for ms in syncs(tmp_path))} ms (p50, p99)")
     settled = memory[len(memory) // 4 :]
     print(f"resident memory: {memory[0]} KiB at first, {settled[0]} to {settled[-1]} KiB after the first quarter")
     assert settled[-1] < settled[0] * 1.05 + 2048
