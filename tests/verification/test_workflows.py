@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from sample_report import sample_report
+from test_policy import healthy, plain_check, report
 
 ROOT = Path(__file__).parents[2]
 FLOWS: dict[str, Any] = {
-    path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github" / "workflows").glob("*.yml")
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml")
 }
 ENVIRONMENTS = configparser.ConfigParser()
 ENVIRONMENTS.read(ROOT / "tox.ini")
@@ -49,8 +50,7 @@ def test_every_job_is_whole(flow: str) -> None:
         for step in job["steps"]:
             assert ("uses" in step) != ("run" in step), (name, step)
             assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "a/b@v1")), step
-        for needed in [job.get("needs", [])] if isinstance(job.get("needs", []), str) else job["needs"]:
-            assert needed in found["jobs"]
+        assert job.get("needs", name) in found["jobs"]
 
 
 @pytest.mark.parametrize("line", sorted({line for flow in FLOWS for line in runs(flow) if line.startswith("tox ")}))
@@ -60,7 +60,13 @@ def test_each_tox_environment_exists(line: str) -> None:
 
 
 def test_ci_covers_tests_lint_types_docs_and_benchmarks_on_every_python() -> None:
-    assert {line.split()[3] for line in runs("ci") if line.startswith("tox ")} == {"tests", "lint", "type", "docs", "bench"}
+    assert {line.split()[3] for line in runs("ci") if line.startswith("tox ")} == {
+        "tests",
+        "lint",
+        "type",
+        "docs",
+        "bench",
+    }
     wanted = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert FLOWS["ci"]["jobs"]["tests"]["strategy"]["matrix"]["python"] == wanted
 
@@ -86,14 +92,24 @@ def step_named(name: str) -> str:
     return str(found)
 
 
-@pytest.mark.parametrize(("kind", "code"), [("pass", 0), ("fail", 1), ("inconclusive", 1), ("incomplete", 1)])
-def test_the_gate_opens_for_a_pass_only(kind: Any, code: int, tmp_path: Path) -> None:
+CASES = {
+    "pass": [],
+    "fail": [plain_check("convert.mean_kld", "KLD", 1e-3, subject="F16")],
+    "inconclusive": [plain_check("evidence.positions", "Positions", 10, subject="F16")],
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_gate_opens_for_a_pass_only(kind: str, tmp_path: Path) -> None:
+    from verification import decide
+    from verification.policy import make_policy
     from verification.report import write_report
 
-    report = sample_report(kind)
-    write_report(report, tmp_path / "runs" / "demo" / "report")
+    decided = decide(report(*healthy(), *CASES[kind]), make_policy({}))
+    assert decided.verdict == kind
+    write_report(decided, tmp_path / "runs" / "demo" / "report")
     done = shell(step_named("gate"), tmp_path)
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode == (0 if kind == "pass" else 1), done.stdout + done.stderr
 
 
 def test_nothing_is_released_past_the_gate() -> None:
@@ -115,7 +131,13 @@ def test_what_is_installed_is_what_will_be_released(tmp_path: Path) -> None:
 
 
 def test_the_release_has_files_digests_and_its_report(tmp_path: Path) -> None:
-    for name in ("dist/so8t.whl", "dist/so8t.tar.gz", "report/report.html", "report/report.json", "report/report.intoto.json"):
+    for name in (
+        "dist/so8t.whl",
+        "dist/so8t.tar.gz",
+        "report/report.html",
+        "report/report.json",
+        "report/report.intoto.json",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     done = shell(step_named("publish"), tmp_path, GITHUB_REF_NAME="v1", GITHUB_REPOSITORY="a/b")
