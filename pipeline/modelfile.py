@@ -42,7 +42,11 @@ def go_template(tokenizer: Any) -> str | None:
 
 
 def stop_tokens(directory: Path, tokenizer: Any) -> list[str]:
-    """Every token text that ends a turn: generation_config's eos set and the tokenizer's eos, in id order."""
+    """Every token text that ends a turn: generation_config's eos set and the tokenizer's eos, in id order.
+
+    Raises:
+        InputError: there is none.
+    """
     from transformers import GenerationConfig
 
     ids: set[int] = set()

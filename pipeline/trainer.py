@@ -55,6 +55,7 @@ class HiddenStates:
         return keep
 
     def take(self) -> list[Tensor]:
+        """The states (B, T, D) caught since the last call, by layer."""
         kept = [self._kept[index] for index in sorted(self._kept)]
         self._kept.clear()
         return kept
@@ -67,7 +68,11 @@ def unit_rms(h_BTC: Tensor) -> Tensor:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The longest ModuleList named `layers`: the decoder's blocks."""
+    """The longest ModuleList named `layers`: the decoder's blocks.
+
+    Raises:
+        InputError: there is none.
+    """
     found = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "layers" and isinstance(m, nn.ModuleList)]
     if not found:
         raise InputError(f"{type(model).__name__} has no decoder layers that SO8T knows")
@@ -166,6 +171,9 @@ class SO8TTrainer(Trainer):
 
         Where the model divides by `num_items_in_batch` itself, the Trainer adds micro-batches up undivided. Gradients
         are averaged over processes, so that what is to be summed is multiplied by their number.
+
+        Raises:
+            InputError: the loss is NaN or Inf.
         """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         steps = self.current_gradient_accumulation_steps
@@ -233,6 +241,7 @@ class Watch(TrainerCallback):
         self.curves: dict[str, list[tuple[int, float]]] = {}
 
     def add(self, name: str, step: int, value: float) -> None:
+        """One point of a curve."""
         self.curves.setdefault(name, []).append((step, value))
 
     def on_step_end(

@@ -209,6 +209,9 @@ def load_base(base_dir: Path, quantization: str = "none", *, device: str | None 
 
     Args:
         device: where it is put; None = this process' GPU where there is one.
+
+    Raises:
+        InputError: it cannot be loaded.
     """
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32

@@ -297,7 +297,11 @@ def trainable_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def orthogonality_loss(model: nn.Module) -> Tensor:
-    """Mean over all gates of ||R^T R - I||_F^2 per block: rounding noise for exp; an optional term in training."""
+    """Mean over all gates of ||R^T R - I||_F^2 per block: rounding noise for exp; an optional term in training.
+
+    Raises:
+        InputError: the model has no gate.
+    """
     terms = []
     for gate in gates(model).values():
         R = gate.rotation()

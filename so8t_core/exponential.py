@@ -102,6 +102,7 @@ class Workings(NamedTuple):
     quotients: Tensor  # (2, 4, n): (series - remainder) / chi, mod chi: how P and Q change with chi
 
     def of(self, blocks: slice) -> Workings:
+        """The same for some blocks of the batch."""
         matrices, polynomials = self[:5], self[5:]
         return Workings(*(M[blocks] for M in matrices), *(p[..., blocks] for p in polynomials))
 

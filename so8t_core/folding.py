@@ -86,7 +86,7 @@ def mapping(device: torch.device = CPU) -> Iterator[Callable[..., Iterator[Any]]
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x of any floating-point type, rounded once to `dtype`.
+    """x, any shape and floating-point type, rounded once to `dtype`.
 
     Raises:
         ValueError: a NaN or Inf, or a value that overflows `dtype`.
@@ -99,7 +99,11 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put the weight's name before what is wrong with it."""
+    """Put the weight's name before what is wrong with it.
+
+    Raises:
+        InputError: what the block raised, with the name in front.
+    """
     try:
         yield
     except ValueError as error:

@@ -149,7 +149,8 @@ def refresh(gates: Iterable[RotationGate]) -> None:
 class Rotated(Protocol):
     """A layer with gates: `gates_in_use` are those of its next forward."""
 
-    def gates_in_use(self) -> list[RotationGate]: ...
+    def gates_in_use(self) -> list[RotationGate]:
+        """The gates of the active adapter."""
 
 
 def share(model: nn.Module) -> None:

@@ -51,5 +51,5 @@ def _leave_false_ties(single: Tensor, x: Tensor) -> None:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Neither NaN nor Inf, in one pass over x."""
+    """Neither NaN nor Inf, in one pass over x of any shape."""
     return x.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(x))

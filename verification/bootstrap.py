@@ -61,7 +61,10 @@ def mean_interval(sums: Floats, counts: Floats, drawn: Floats, *, extremes: tupl
 
 
 def share_interval(hits: Floats, counts: Floats, drawn: Floats) -> tuple[float, float]:
-    """95 % interval of a share of tokens: the chunks' interval, at least as wide as that of independent tokens."""
+    """95 % interval of a share of tokens, `hits` of `counts`, shapes (C,), with `drawn` (rounds, C) from `resampled`.
+
+    The chunks' interval, at least as wide as that of independent tokens.
+    """
     low, high = mean_interval(hits, counts, drawn, extremes=(0.0, 1.0))
     wilson_low, wilson_high = wilson(float(hits.sum()), float(counts.sum()))
     return max(0.0, min(low, wilson_low)), min(1.0, max(high, wilson_high))

@@ -46,6 +46,7 @@ class Raw:
 
     @classmethod
     def read(cls, path: Path) -> Raw:
+        """A whole file."""
         data = path.read_bytes()
         at = 8
 
@@ -80,6 +81,8 @@ class Raw:
         return raw
 
     def write(self, path: Path, *, alignment: int = 32) -> Path:
+        """Write the file anew, its tensors aligned as asked for."""
+
         def text(value: str) -> bytes:
             encoded = value.encode("utf-8", errors="surrogateescape")
             return struct.pack("<Q", len(encoded)) + encoded
@@ -138,10 +141,12 @@ def edit_tensor(source: Path, target: Path, name: str, change: Callable[[Array],
 
 
 def transposed(source: Path, target: Path, name: str) -> Path:
+    """Copy a file with one matrix (rows, columns) transposed."""
     return edit_tensor(source, target, name, lambda w: w.T)
 
 
 def scaled(source: Path, target: Path, name: str, factor: float) -> Path:
+    """Copy a file with one tensor multiplied by a number."""
     return edit_tensor(source, target, name, lambda w: w * np.float32(factor))
 
 
@@ -174,12 +179,14 @@ def swapped(source: Path, target: Path, one: str, other: str) -> Path:
 
 
 def without_tensor(source: Path, target: Path, name: str) -> Path:
+    """Copy a file without one tensor."""
     raw = Raw.read(source)
     raw.tensors = [t for t in raw.tensors if t.name != name]
     return raw.write(target)
 
 
 def renamed(source: Path, target: Path, name: str, new: str) -> Path:
+    """Copy a file with one tensor under another name."""
     raw = Raw.read(source)
     for t in raw.tensors:
         t.name = new if t.name == name else t.name
@@ -208,6 +215,7 @@ def flipped_bit(source: Path, target: Path, name: str, *, byte: int = 20, bit: i
 
 
 def truncated(source: Path, target: Path, keep: int) -> Path:
+    """Copy a file's first `keep` bytes."""
     target.write_bytes(source.read_bytes()[:keep])
     return target
 

@@ -77,7 +77,7 @@ def rotated(W: Array, R: Rotation, *, transposed: bool = False) -> Array:
 
 
 def hypotheses(known: Known) -> Iterator[tuple[str, Array]]:
-    """Every hypothesis about one tensor but other layers; "expected" first."""
+    """Every hypothesis about one tensor (its own shape) but other layers; "expected" first."""
     W, R = known.expected, known.rotation
     square = W.shape[0] == W.shape[1]
     yield EXPECTED, W

@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float32]
 
 
 def read_imatrix(path: str | Path) -> dict[str, Array]:
-    """Tensor name -> importance of each input channel.
+    """Tensor name -> importance of each input channel, shape (channels,).
 
     Raises:
         InputError: missing, truncated, sums without counts, no entry, or a value that is NaN or infinite.

@@ -44,7 +44,7 @@ class BakeResult:
 
 
 def bake_leg(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit: float) -> BakeResult:
-    """Bake in memory and compare; one model is in memory at a time.
+    """Bake in memory and compare on chunks of ids (n,); one model is in memory at a time.
 
     Args:
         max_abs_logit: the bake leg's bound; top-1 must agree wherever the reference's margin exceeds twice that.
@@ -101,7 +101,7 @@ def transposed_control(base: Path, adapter: Path, chunk: Ids, gated: Array, *, m
 
 
 def base_control(base: Path, reference: Array, chunk: Ids) -> Check:
-    """Without an adapter: only whether the reference, by its logits on the chunk, differs from its base."""
+    """Without an adapter: only whether the reference, by its logits (T, V) on the chunk (T,), differs from its base."""
     return plain_check(
         "controls.differs_from_base",
         "Reference differs from its base (largest logit difference)",

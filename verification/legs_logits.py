@@ -31,7 +31,7 @@ MID = "mid"  # the cell that is the ladder's own comparison
 
 
 def passages_of(chunks: Iterable[Ids]) -> list[Passage]:
-    """The corpus' chunks, scored in their second half."""
+    """The corpus' chunks, ids (n,) each, scored in their second half."""
     return [Passage(tokens, scored(len(tokens))[0]) for tokens in chunks]
 
 
@@ -97,6 +97,9 @@ def compare_rows(
 
     Returns:
         How much worse a shift by one position is, from the first rows; None for a single row.
+
+    Raises:
+        InputError: the candidate gave more or fewer rows than are scored.
     """
     done, ratio = 0, None
     into.begin_chunk()
@@ -141,7 +144,11 @@ def measure_file(
     tell: Tell,
     stage: str = "",
 ) -> FileResult:
-    """One file against the reference: the corpus, then every cell. The file is open here and nowhere else."""
+    """One file against the reference: the corpus, then every cell. The file is open here and nowhere else.
+
+    Raises:
+        InputError: the file has another vocabulary than the reference.
+    """
     chunks, cells = passages_of(text.chunks), plan.cells if plan else []
     steps, n_ctx = len(chunks) + len(cells), len(text.chunks[0])
     stage = stage or label

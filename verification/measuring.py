@@ -67,10 +67,12 @@ class Run:
     tokens_sha256: str = ""
 
     def add(self, leg: LegName, checks: Sequence[Check]) -> None:
+        """Keep what a leg measured."""
         self.checks.setdefault(leg, []).extend(checks)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds of a stage."""
         start = time.monotonic()
         try:
             yield
@@ -262,6 +264,11 @@ def _dtype_checks(d: Divergence, checkpoint: Checkpoint) -> list[Check]:
 
 
 def same_vocabulary(checkpoint: Checkpoint, files: list[Candidate]) -> None:
+    """Stop before any measuring where sizes of vocabularies differ.
+
+    Raises:
+        InputError: a file is no conversion of this reference.
+    """
     wanted = checkpoint.config.get("vocab_size")
     for candidate in files:
         found = len(candidate.file.metadata.get("tokenizer.ggml.tokens", []))

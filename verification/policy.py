@@ -64,11 +64,15 @@ class _Section(BaseModel):
 
 
 class BakeBounds(_Section):
+    """Logit units, positions."""
+
     max_abs_logit: float = Field(gt=0)
     top1_disagreements: int = Field(ge=0)
 
 
 class DtypeBounds(_Section):
+    """Mean KLD in nats by saved type; the worst weight in roundings."""
+
     float32: float = Field(gt=0)
     float16: float = Field(gt=0)
     bfloat16: float = Field(gt=0)
@@ -76,29 +80,41 @@ class DtypeBounds(_Section):
 
 
 class LogitBounds(_Section):
+    """Mean KLD in nats; share of positions with the same most likely token."""
+
     mean_kld: float = Field(gt=0)
     top1: float = Field(ge=0, le=1)
 
 
 class ConvertBounds(LogitBounds):
+    """Of float files: logits and the worst weight in roundings."""
+
     rounding: float = Field(gt=0)
     BF16: LogitBounds  # of bfloat16 files, whose kernels round the activations too
 
 
 class QuantiseBounds(_Section):
+    """Number of tensors."""
+
     tensors_differ: int = Field(ge=0)
 
 
 class ContractBounds(_Section):
+    """What is equal or wrong has no bound; this is the one exception that can be allowed."""
+
     allow_fallback_types: bool
 
 
 class ControlBounds(_Section):
+    """Logit units that a control must exceed."""
+
     differs_from_base: float = Field(gt=0)
     transposed: float = Field(gt=0)
 
 
 class EvidenceBounds(_Section):
+    """Positions, chunks, nats, a share of ln V and a factor."""
+
     positions: int = Field(ge=1)
     chunks: int = Field(ge=2)
     entropy: float = Field(ge=0)
@@ -107,6 +123,8 @@ class EvidenceBounds(_Section):
 
 
 class Waiver(_Section):
+    """A failure that is accepted, and why."""
+
     check: str = Field(min_length=1)
     subject: str | None = None  # a candidate's label; None = every candidate
     reason: str = Field(min_length=1, pattern=r"\S")  # spaces alone are no reason
@@ -186,7 +204,11 @@ def load_policy(path: str | Path | None = None) -> Policy:
 
 
 def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
-    """Validate a mapping of overrides; see `load_policy`."""
+    """Validate a mapping of overrides; see `load_policy`.
+
+    Raises:
+        InputError: no mapping, an unknown key, or a value out of its bounds.
+    """
     if not isinstance(overrides, dict):
         raise InputError(f"{source} must be a mapping of keys, got {type(overrides).__name__}")
     merged: dict[str, Any] = yaml.safe_load(DEFAULT_POLICY.read_text(encoding="utf-8"))

@@ -45,7 +45,10 @@ def head_dim(config: dict[str, Any]) -> int | None:
 
 
 def factor_tensors(config: dict[str, Any]) -> dict[str, Array]:
-    """Tensors that a GGUF file holds because of the config's RoPE scaling, and no checkpoint tensor explains."""
+    """Tensors that a GGUF file holds because of the config's RoPE scaling, and no checkpoint tensor explains.
+
+    Their shape is (rotary dimensions / 2,).
+    """
     rope, dim = rope_parameters(config), head_dim(config)
     if rope["rope_type"] == "llama3" and dim:
         return {"rope_freqs.weight": llama3_divisors(rope, dim)}

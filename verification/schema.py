@@ -146,6 +146,8 @@ class Report(_Model):
 
 
 class Curve(_Model):
+    """One curve of the training."""
+
     name: str  # "loss", "heldout_loss", "lambda", "pet", "orthogonality", "max_angle", "mean_angle", "learning_rate"
     unit: str = ""
     points: list[tuple[int, float]]  # (optimiser step, value)

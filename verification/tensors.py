@@ -46,7 +46,11 @@ _OTHER_TOWERS = ("vision_tower.", "vision_model.", "visual.", "multi_modal_proje
 
 
 class Checkpoint(Mapping[str, Array]):
-    """A Hugging Face directory's safetensors as float32 arrays, read one at a time."""
+    """A Hugging Face directory's safetensors as float32 arrays, read one at a time.
+
+    Raises:
+        InputError: there are none, or one cannot be read.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -65,7 +69,7 @@ class Checkpoint(Mapping[str, Array]):
         return self.tensor(name).float().numpy()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in the dtype it was saved in."""
+        """One tensor, in the shape and dtype it was saved in."""
         with safe_open(str(self._file_of[name]), framework="pt") as shard:
             value: torch.Tensor = shard.get_tensor(name)
         return value
@@ -144,7 +148,7 @@ def inventory(checkpoint: Checkpoint, file: GGUFFile) -> Inventory:
 
 
 def expected_values(name: str, source: str, checkpoint: Checkpoint, architecture: str) -> Array:
-    """What a GGUF tensor should hold before rounding, in float32."""
+    """What a GGUF tensor should hold before rounding: float32, in the tensor's shape."""
     values = checkpoint[source]
     config = checkpoint.config
     if architecture in PERMUTED and ".attn_q." in name:
@@ -157,7 +161,7 @@ def expected_values(name: str, source: str, checkpoint: Checkpoint, architecture
 
 
 def expectation(name: str, found: Inventory, checkpoint: Checkpoint, file: GGUFFile) -> Array | None:
-    """A tensor's values before rounding, from the checkpoint or the config; None where neither explains it."""
+    """A tensor's values before rounding, shaped like it, from checkpoint or config; None where neither explains it."""
     if name in found.computed:
         return found.computed[name]
     source = found.source_of.get(name)
@@ -237,7 +241,7 @@ def _compare(
 
 
 def roundings(difference: Array, wanted: Array, kind: str, *, computed: bool = False) -> float | None:
-    """Worst |difference| in roundings of a float type; None for a quantised one.
+    """Worst |difference|, an array of any shape like `wanted`, in roundings of a float type; None for a quantised one.
 
     Args:
         computed: `wanted` was calculated here, in the converter's float32 but by another library.

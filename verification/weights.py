@@ -134,6 +134,7 @@ class Examination:
         return frame(self.file)
 
     def expected(self, name: str) -> Array | None:
+        """`tensors.expectation` of one tensor, in its shape."""
         return tensors.expectation(name, self.found, self.sources.reference, self.file)
 
     def examine(self, tensor: GGUFTensor) -> Examined:
@@ -263,7 +264,7 @@ class Examination:
 
     @cached_property
     def samples(self) -> dict[str, Array]:
-        """A few expected rows of every attention tensor, to find one of another layer."""
+        """A few expected rows (rows, columns) of every attention tensor, to find one of another layer."""
         return self._samples() if self.memory is None else self.memory.recall(self._samples, "samples", self._frame)
 
     def _samples(self) -> dict[str, Array]:

@@ -49,6 +49,11 @@ class Head:
 
     @classmethod
     def parse(cls, text: str) -> Head:
+        """Read `seq:hash`.
+
+        Raises:
+            InputError: it is none.
+        """
         seq, _, digest = text.strip().partition(":")
         if not seq.isdecimal() or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
             raise InputError(f"{text.strip()[:80]!r} is no head of an audit log; expected SEQ:SHA256")
@@ -66,6 +71,7 @@ def thinking_hmac(key: bytes, thinking: bytes) -> str:
 
 
 def head_path(log: Path) -> Path:
+    """The file beside a log that holds its head."""
     return log.with_name(log.name + ".head")
 
 

@@ -47,6 +47,7 @@ def withheld() -> Refusal:
 
 
 def unaudited() -> Refusal:
+    """The refusal while the audit log cannot be written."""
     return Refusal(
         503, "server_error", "audit_unavailable", "the audit log cannot be written, so nothing is answered",
         retry_after=RETRY_AFTER,

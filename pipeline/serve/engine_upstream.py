@@ -65,6 +65,8 @@ class UpstreamEngine:
     Args:
         tokens: the model's tokenizer, where known: usage and `max_tokens` need it.
         n_ctx: bounds the prompt, together with `max_new_tokens`.
+    Raises:
+        InputError: they leave no room for a prompt.
     """
 
     def __init__(
@@ -125,7 +127,11 @@ class UpstreamEngine:
         return fields if job.seed is None else {**fields, "seed": job.seed}
 
     async def generate(self, job: Job, feed: Feed) -> str | None:
-        """Stream one completion into `feed`; cancelling closes the connection, which ends it upstream as well."""
+        """Stream one completion into `feed`; cancelling closes the connection, which ends it upstream as well.
+
+        Raises:
+            EngineError: no connection, another status than 200, a compressed or broken reply; never with its words.
+        """
         reader = _Reader(feed)
         try:
             async with self._client.stream("POST", self._url, json=self.body(job)) as response:
