@@ -139,7 +139,7 @@ def config_of(model: nn.Module) -> SO8TConfig:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The active adapter's tensors under their file names, contiguous and on the CPU: theta (D/8, 28), LoRA as PEFT's."""
+    """The active adapter's tensors under their file names, contiguous and on the CPU: theta (D/8, 28), PEFT's LoRA."""
     # An adapter file holds the adapter alone: PEFT would add the embedding whenever lm_head is a LoRA target.
     state = get_peft_model_state_dict(model, adapter_name=active_adapter(model), save_embedding_layers=False)
     prefix = "" if isinstance(model, PeftModel) else KEY_PREFIX
