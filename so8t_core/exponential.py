@@ -118,7 +118,7 @@ class Evaluated:
     batches: list[Batch]  # empty if the workings were not asked for
 
     def connected(self, thetas: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """R of each, with a graph to those thetas that are given and trained; one node for all of them."""
+        """R (n, 8, 8) of each, with a graph to those thetas that are given and trained; one node for all of them."""
         out: tuple[Tensor, ...] = Exponential.apply(self, *thetas)  # type: ignore[no-untyped-call]
         return out
 
