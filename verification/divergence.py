@@ -186,6 +186,11 @@ def divergence(
             total = DivergenceAccumulator(
                 reference=reference, candidate=candidate, n_ctx=len(tokens), vocab=ref.shape[1], seed=seed
             )
+        if len(ref) >= len(tokens) or len(tokens) > total.n_ctx:
+            raise InputError(
+                f"a chunk of {len(tokens)} tokens with {len(ref)} rows of logits: a chunk has more tokens than rows, "
+                f"and no chunk may be longer than the first, {total.n_ctx} tokens"
+            )
         total.begin_chunk()
         total.add(ref, cand, tokens[len(tokens) - len(ref) :], first_position=len(tokens) - 1 - len(ref))
     if total is None:

@@ -9,7 +9,9 @@ Order of a leg's and of the whole verdict: fail > not evaluated (incomplete) > i
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +199,7 @@ def load_policy(path: str | Path | None = None) -> Policy:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"policy {path} does not exist; start from {DEFAULT_POLICY.name}") from None
+        raise InputError(f"policy {path} does not exist; start from {DEFAULT_POLICY}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"policy {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     return make_policy({} if raw is None else raw, source=str(path))
@@ -211,7 +213,7 @@ def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
     """
     if not isinstance(overrides, dict):
         raise InputError(f"{source} must be a mapping of keys, got {type(overrides).__name__}")
-    merged: dict[str, Any] = yaml.safe_load(DEFAULT_POLICY.read_text(encoding="utf-8"))
+    merged = dict(_defaults())
     for key, value in overrides.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if both else value
@@ -222,6 +224,12 @@ def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
         where = ".".join(str(part) for part in first["loc"])
         what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
         raise InputError(f"{source}: `{where}` = {first.get('input')!r}: {what}") from None
+
+
+@functools.cache
+def _defaults() -> Mapping[str, Any]:
+    defaults: dict[str, Any] = yaml.safe_load(DEFAULT_POLICY.read_text(encoding="utf-8"))
+    return defaults
 
 
 def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Report:
@@ -330,14 +338,18 @@ def _decide_check(check: Check, policy: Policy) -> Check:
     elif (known := policy.bound(check)) is not None:
         check = check.model_copy(update={"relation": known[0], "bound": known[1]})
     elif _is_statistic(check):  # never the bound that a stored report says it had
-        detail = f"the policy has no {check.name.split('.')[0]} bound for {check.subject}"
-        check = check.model_copy(update={"relation": None, "bound": None, "detail": detail})
+        check = check.model_copy(update={"relation": None, "bound": None, "detail": _unknown(check)})
     status = _evaluate(check)
     if status in ("fail", "inconclusive", "not evaluated"):
         for waiver in policy.waivers:
             if waiver.check == check.name and waiver.subject in (None, check.subject):
                 return _waive(check, waiver.reason)
     return check.model_copy(update={"status": status, "reason": ""})
+
+
+def _unknown(check: Check) -> str:
+    leg, kind = _leg_of(check.name), check.subject.split(" ")[0] or check.name.split(".")[-1]
+    return f"the policy has no {leg} bound for {kind}; add `{leg}: {{{kind}: {{mean_kld: .., top1: ..}}}}` to it"
 
 
 def _waive(check: Check, reason: str) -> Check:
@@ -406,23 +418,21 @@ def _summary(verdict: Verdict, legs: list[Leg], report: Report) -> str:
 
 def _describe(status: Status, found: list[tuple[Leg, Check]]) -> str:
     leg, check = found[0]
+    title = check.title[:1].lower() + check.title[1:]
     subject = f" of {check.subject}" if check.subject else ""
     far = check.interval[0 if check.relation == ">=" else 1] if check.interval else None
     shown = _number(far if status == "inconclusive" and far is not None else check.value)
     more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
     detail = f": {check.detail}" if check.detail else ""
     if status == "not evaluated":
-        return f"Incomplete: {leg.name}, {check.title.lower()}{subject} was not evaluated{more}{detail}."
+        return f"Incomplete: {leg.name}, {title}{subject} was not evaluated{more}{detail}."
     if status == "inconclusive" and check.name in _OPEN:
         limit = f"bound {check.relation} {_number(check.bound)}"
-        return f"Inconclusive: {check.title[:1].lower()}{check.title[1:]} is {shown}, {limit}{more}{detail}."
+        return f"Inconclusive: {title} is {shown}, {limit}{more}{detail}."
     if status == "inconclusive":
-        return (
-            f"Inconclusive: {check.title.lower()}{subject} may reach {shown}, bound {_number(check.bound)}{more}; "
-            "use more chunks."
-        )
+        return f"Inconclusive: {title}{subject} may reach {shown}, bound {_number(check.bound)}{more}; use more chunks."
     limit = f"bound {check.relation} {_number(check.bound)}"
-    return f"Do not release: {leg.name}, {check.title.lower()}{subject} is {shown}, {limit}{more}{detail}."
+    return f"Do not release: {leg.name}, {title}{subject} is {shown}, {limit}{more}{detail}."
 
 
 def _number(value: float | int | str | None) -> str:

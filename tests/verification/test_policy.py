@@ -5,39 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from policy_reports import OF_A_FILE, everywhere, healthy, plain_check, report
 
 from so8t_core.errors import InputError
 from verification import Report, decide, load_policy
-from verification.checks import plain_check as check_of
 from verification.checks import zero_check
-from verification.policy import LEG_TITLES, make_policy
-from verification.schema import Artefact, Check, Leg
-
-
-def plain_check(name: str, title: str, value: float, **more) -> Check:
-    """As measured: a statistic comes with its interval, here a narrow one."""
-    if name.endswith((".mean_kld", ".top1")) or name.startswith("dtype.mean_kld"):
-        more.setdefault("interval", (value, value))
-    return check_of(name, title, value, **more)
-
-
-def report(*checks: Check) -> Report:
-    legs: dict[str, list[Check]] = {}
-    for check in checks:
-        legs.setdefault(check.name.split(".")[0], []).append(check)
-    return Report(
-        verdict="incomplete", summary="", created="2026-01-01T00:00:00+00:00", artefacts=[],
-        legs=[Leg(name=n, title=LEG_TITLES[n], compared="", status="not evaluated", checks=c) for n, c in legs.items()],
-        policy={}, versions={}, durations={},
-    )  # fmt: skip
-
-
-def healthy() -> list[Check]:
-    return [
-        plain_check("convert.mean_kld", "KLD", 5e-6, subject="F16"),
-        plain_check("quality.mean_kld", "KLD", 0.01, subject="Q8_0", interval=(0.008, 0.012)),
-        zero_check("contract.metadata", "Metadata", 0, subject="F16"),
-    ]
+from verification.policy import make_policy
+from verification.schema import Artefact, Check
 
 
 def verdict(*checks: Check, **overrides) -> str:
@@ -282,24 +256,6 @@ def test_a_report_that_lacks_a_check_of_its_candidate_is_incomplete() -> None:
             assert cut.verdict == "incomplete", check.name
             assert check.name in cut.summary
             assert decide(cut) == cut
-
-
-def everywhere(subject: str) -> list[Check]:
-    """Healthy evidence of a run, and the cells that every report has to hold."""
-    evidence = {"positions": 3060, "chunks": 12, "entropy": 2.5, "entropy_share": 0.2, "repeat": 0, "noise_floor": 0}
-    checks = [plain_check(f"evidence.{name}", name, value) for name, value in evidence.items()]
-    checks.append(plain_check("evidence.alignment", "alignment", 100.0, subject=subject))
-    for cell in ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos"):
-        checks.append(plain_check(f"cells.{cell}.mean_kld", "KLD", 1e-6, subject=subject))
-        checks.append(plain_check(f"cells.{cell}.top1", "Top", 1.0, subject=subject))
-        checks.append(zero_check(f"cells.{cell}.non_finite", "Finite", 0, subject=subject))
-    return checks
-
-
-OF_A_FILE = (
-    "token_ids", "added_specials", "chat_template", "stop_set", "special_ids", "metadata", "oracle_metadata",
-    "fallback_types", "inventory", "finite_weights", "layout", "end_of_turn",
-)  # fmt: skip
 
 
 def test_bfloat16_files_have_bounds_of_their_own_and_no_other_file_borrows_them() -> None:
