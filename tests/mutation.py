@@ -45,17 +45,23 @@ _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change. `key` names it without its line, so that it stays the same when other lines move."""
+    """One change. `key` is "function | code | change": it stays the same when other lines move."""
 
     line: int
-    function: str
-    code: str
-    change: str
-    source: str
+    key: str
+    original: str  # the whole source
+    node: int  # its place in `ast.walk`
+    what: str
 
     @property
-    def key(self) -> str:
-        return f"{self.function} | {self.code} | {self.change}"
+    def source(self) -> str:
+        """The whole source with the change."""
+        changed = ast.parse(self.original)
+        target = list(ast.walk(changed))[self.node]
+        new = dict(_replacements(target))[self.what]
+        for parent in ast.walk(changed):
+            _put(parent, target, new)
+        return ast.unparse(ast.fix_missing_locations(changed))
 
 
 def _replacements(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
@@ -142,17 +148,10 @@ def mutants(path: Path) -> Iterator[Mutant]:
         if node in left_alone:
             continue
         for what, _ in _replacements(node):
-            changed = ast.parse(source)
-            target = list(ast.walk(changed))[index]
-            new = dict(_replacements(target))[what]
-            for parent in ast.walk(changed):
-                _put(parent, target, new)
-            text = ast.unparse(ast.fix_missing_locations(changed))
-            found = Mutant(getattr(node, "lineno", 0), inside.get(node, "module"), _code(node), what, text)
-            seen[found.key] = again = seen.get(found.key, 0) + 1
-            if again > 1:
-                found = Mutant(found.line, found.function, found.code, f"{what} (number {again})", text)
-            yield found
+            key = f"{inside.get(node, 'module')} | {_code(node)} | {what}"
+            seen[key] = again = seen.get(key, 0) + 1
+            key += f" (number {again})" if again > 1 else ""
+            yield Mutant(getattr(node, "lineno", 0), key, source, index, what)
 
 
 def _code(node: ast.AST) -> str:
@@ -243,14 +242,14 @@ class _Judge:
     def pytest_runtestloop(self, session: Any) -> bool:
         sys.modules["torch"].set_num_threads(1)  # threads do not survive a fork
         gc.freeze()  # a child's collector would copy every page of what is loaded
-        healthy = self._fork(session, self.path.read_text(encoding="utf-8"))
+        healthy = self._fork(session, None)
         if os.waitstatus_to_exitcode(os.waitpid(healthy, 0)[1]) != 0:
             raise AssertionError(f"the tests fail on {self.module} as it is, so they judge nothing")
         waiting, running = self.chosen[::-1], {}
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 mutant = waiting.pop()
-                running[self._fork(session, mutant.source, quiet=True)] = mutant
+                running[self._fork(session, mutant)] = mutant
             child, status = os.wait()
             mutant = running.pop(child)
             if os.waitstatus_to_exitcode(status) == 0:
@@ -258,18 +257,22 @@ class _Judge:
                 print(f"{mutant.line}: {mutant.key}", file=sys.__stderr__, flush=True)
         return True
 
-    def _fork(self, session: Any, source: str, *, quiet: bool = False) -> int:
-        """The child takes the mutant in place of the module, runs the tests and exits 0 when they all pass."""
+    def _fork(self, session: Any, mutant: Mutant | None) -> int:
+        """The child takes the mutant in place of the module, runs the tests and exits 0 when they all pass.
+
+        None takes the module's own source.
+        """
         child = os.fork()
         if child:
             return child
         code = 1
         try:
             signal.alarm(TIMEOUT)
-            if quiet:
+            if mutant:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.dup2(nowhere, 2)
+            source = mutant.source if mutant else self.path.read_text(encoding="utf-8")
             _exchange(sys.modules[self.module], source, self.path)
             for number, item in enumerate(session.items):
                 following = session.items[number + 1] if number + 1 < len(session.items) else None

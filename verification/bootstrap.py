@@ -17,6 +17,7 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 ROUNDS = 2000
 STUDENTISED_FROM = 6  # chunks; with fewer, a resample often holds one chunk several times and its error is near zero
@@ -44,18 +45,19 @@ def mean_interval(sums: Floats, counts: Floats, drawn: Floats, *, extremes: tupl
     drawn, totals = drawn[totals > 0], totals[totals > 0]
     means = (drawn @ sums) / totals
     if chunks < STUDENTISED_FROM:
-        tail = NormalDist().cdf(-math.sqrt(chunks / (chunks - 1)) * t_quantile(chunks - 1))
+        tail = NormalDist().cdf(-math.sqrt(chunks / (chunks - 1)) * float(stdtrit(chunks - 1, 0.975)))
         low, high = np.quantile(means, [tail, 1 - tail])
     else:
         residual = sums - mean * counts
         error = math.sqrt(chunks / (chunks - 1) * float((residual**2).sum())) / float(counts.sum())
         # sum_c w_c (s_c - m* n_c)^2, expanded so that no (rounds, C) temporary is needed
-        spread = drawn @ sums**2 - 2 * means * (drawn @ (sums * counts)) + means**2 * (drawn @ counts**2)
-        errors = np.sqrt(np.maximum(spread, 0.0) * chunks / (chunks - 1)) / totals
-        usable = errors > 1e-9 * error  # a resample of one chunk alone has no error of its own
-        if error == 0.0 or not usable.any():
+        squares = drawn @ sums**2
+        spread = squares - 2 * means * (drawn @ (sums * counts)) + means**2 * (drawn @ counts**2)
+        usable = spread > 1e-12 * squares  # a resample of one chunk alone leaves only what float64 rounds, some 1e-15
+        if not usable.any():
             return mean, mean
-        low_q, high_q = np.quantile((means[usable] - mean) / errors[usable], [0.025, 0.975])
+        errors = np.sqrt(spread[usable] * chunks / (chunks - 1)) / totals[usable]
+        low_q, high_q = np.quantile((means[usable] - mean) / errors, [0.025, 0.975])
         low, high = mean - high_q * error, mean - low_q * error
     return min(float(low), mean), max(float(high), mean)
 
@@ -79,12 +81,3 @@ def wilson(hits: float, total: float) -> tuple[float, float]:
     centre = (share + weight / 2) / (1 + weight)
     half = math.sqrt(max(0.0, share * (1 - share) * weight + weight * weight / 4)) / (1 + weight)
     return min(share, centre - half), max(share, centre + half)
-
-
-def t_quantile(freedom: int) -> float:
-    """0.975 quantile of Student's t by its expansion in 1/freedom (Abramowitz and Stegun 26.7.5): 1e-3 from 5 on."""
-    z = NormalDist().inv_cdf(0.975)
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + g1 / freedom + g2 / freedom**2 + g3 / freedom**3

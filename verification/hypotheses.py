@@ -118,18 +118,18 @@ def nearest(name: str, actual: Array, known: Known, others: Sequence[Other] = ()
     sample = sample_rows(actual)
     fitting = [other for other in others if other.sample.shape == sample.shape]
     if fitting:
-        there = [float(np.linalg.norm(sample - other.sample)) for other in fitting]
-        best_here = min(float(np.linalg.norm(sample - sample_rows(H))) for _, H in table)
+        there = [np.linalg.norm(sample - other.sample) for other in fitting]
+        best_here = min(np.linalg.norm(sample - sample_rows(H)) for _, H in table)
         if min(there) < best_here or len(table) == 1:
-            other = fitting[int(np.argmin(there))]
+            other = fitting[there.index(min(there))]
             table.append((other.name, other.load()))
             distances.append(float(np.linalg.norm(actual - table[-1][1])))
-    order = np.argsort(distances, kind="stable")
-    first = int(order[0])
-    second = int(order[1]) if len(order) > 1 else first
+    order = sorted(range(len(table)), key=distances.__getitem__)  # the first of equals: the expectation
+    first = order[0]
+    second = order[1] if len(order) > 1 else first
 
     def prefers(other: int) -> float:
-        noise = distances[first] / np.sqrt(actual.size)
+        noise = distances[first] / math.sqrt(actual.size)
         apart = float(np.linalg.norm(table[first][1] - table[other][1]))
         gap = distances[other] ** 2 - distances[first] ** 2
         return gap / (2 * noise * apart) if noise * apart > 0 else math.inf if gap > 0 else 0.0
@@ -148,15 +148,17 @@ def nearest(name: str, actual: Array, known: Known, others: Sequence[Other] = ()
 
 def _left(W: Array, R: Rotation) -> Array:
     """blockdiag(R) @ W for W (8 n, in)."""
-    return np.ascontiguousarray(rotated(np.ascontiguousarray(W.T), R, transposed=True).T)
+    return rotated(W.T, R, transposed=True).T
 
 
 def halves_to_pairs(values: Array, head_rows: int) -> Array:
     """Reorder each head's rows (r0..r[d/2-1], i0..i[d/2-1]) to (r0, i0, r1, i1, ..)."""
-    split = values.reshape(-1, 2, head_rows // 2, *values.shape[1:])  # (heads, half, d/2, ...)
-    return np.ascontiguousarray(np.swapaxes(split, 1, 2).reshape(values.shape))
+    heads = values.shape[0] // head_rows
+    split = values.reshape(heads, 2, head_rows // 2, *values.shape[1:])  # (heads, half, d/2, ...)
+    return np.swapaxes(split, 1, 2).reshape(values.shape)
 
 
 def _pairs_to_halves(values: Array, head_rows: int) -> Array:
-    split = values.reshape(-1, head_rows // 2, 2, *values.shape[1:])  # (heads, d/2, half, ...)
-    return np.ascontiguousarray(np.swapaxes(split, 1, 2).reshape(values.shape))
+    heads = values.shape[0] // head_rows
+    split = values.reshape(heads, head_rows // 2, 2, *values.shape[1:])  # (heads, d/2, half, ...)
+    return np.swapaxes(split, 1, 2).reshape(values.shape)

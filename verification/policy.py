@@ -238,13 +238,12 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
     Raises:
         InputError: a mapping that is not a report of this schema.
     """
-    if not isinstance(report, Report):
-        try:
-            report = Report.model_validate(report)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"this is not an SO8T report: `{where}`: {first['msg']}") from None
+    try:
+        report = Report.model_validate(report)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"this is not an SO8T report: `{where}`: {first['msg']}") from None
     policy = policy or make_policy(report.policy, source="the report's policy")
     legs = [_decide_leg(leg, policy) for leg in _with_gaps(report)]
     present = {leg.name for leg in legs}

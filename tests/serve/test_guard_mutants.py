@@ -15,17 +15,17 @@ SOURCE = Path(str(guard.__file__))
 
 
 def survivors(source: Path, laws: Iterable[object]) -> tuple[list[str], int]:
-    """Names of the mutants that no law catches, and how many there were."""
+    """Keys of the mutants that no law catches, and how many there were."""
     alive, count = [], 0
-    for name, text in mutants(source):
+    for mutant in mutants(source):
         count += 1
         try:
-            module = load(text, "guard_mutant")
+            module = load(mutant.source, "guard_mutant")
             for law in laws:
                 law(module)  # type: ignore[operator]
         except Exception:
             continue
-        alive.append(name)
+        alive.append(mutant.key)
     return alive, count
 
 

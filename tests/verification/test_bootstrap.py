@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from verification.bootstrap import mean_interval, resampled, share_interval, t_quantile, wilson
+from verification.bootstrap import mean_interval, resampled, share_interval, wilson
 
 RUNS = 600
 # binomial error of a coverage near 0.93 over 600 runs: sqrt(0.93 * 0.07 / 600) = 1.0 %; three of it are allowed
@@ -82,8 +82,3 @@ def test_equal_chunks_have_an_interval_of_no_width_and_a_chunk_without_tokens_ch
 
 def test_a_single_chunk_has_no_interval() -> None:
     assert mean_interval(np.array([5.0]), np.array([10.0]), resampled(1, "s"), extremes=(0.1, 3.0)) == (0.1, 3.0)
-
-
-def test_t_quantile_expansion_matches_tables() -> None:
-    assert t_quantile(11) == pytest.approx(2.2010, abs=1e-3)
-    assert t_quantile(5) == pytest.approx(2.5706, abs=5e-3)

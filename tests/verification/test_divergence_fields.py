@@ -133,6 +133,13 @@ def test_a_single_chunk_has_its_extremes_in_place_of_intervals() -> None:
     assert [start for start, _ in d.kld_by_position] == list(range(16, 56, 3))  # 40 positions in 16 buckets: 3 each
 
 
+@pytest.mark.parametrize(("rows", "width"), [(16, 1), (17, 2), (32, 2), (33, 3), (34, 3), (48, 3), (49, 4)])
+def test_positions_fall_into_sixteen_buckets_at_most(rows: int, width: int) -> None:
+    logits = [np.random.default_rng(0).normal(size=(rows, 5)).astype(np.float32)]
+    d = divergence(logits, logits, [np.zeros(60, dtype=np.int64)])
+    assert [start for start, _ in d.kld_by_position] == list(range(59 - rows, 59, width))
+
+
 def test_positions_without_a_finite_row_leave_their_bucket_out() -> None:
     logits = [np.random.default_rng(0).normal(size=(20, VOCAB)).astype(np.float32)]
     broken = [logits[0].copy()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,7 @@ def by_hand(actual: np.ndarray, table: list[tuple[str, np.ndarray]]) -> Nearest:
 def agree(found: Nearest, wanted: Nearest) -> None:
     assert (found.name, found.best, found.second) == (wanted.name, wanted.best, wanted.second)
     for field in ("distance", "second_distance", "z", "expected_distance", "z_expected"):
+        assert type(getattr(found, field)) is float
         assert getattr(found, field) == pytest.approx(getattr(wanted, field), rel=1e-4), field  # norms in float32
 
 
@@ -165,6 +167,8 @@ def test_an_exact_match_is_preferred_without_end_and_a_tie_not_at_all() -> None:
     assert (found.best, found.distance, found.z, found.z_expected) == (EXPECTED, 0.0, math.inf, 0.0)
     turned = nearest("t", np.ascontiguousarray(W.T), Known("other", W))
     assert (turned.best, turned.z_expected, turned.is_fault) == ("transposed", math.inf, True)
+    small = np.float32(1e-3) * W
+    assert nearest("t", np.ascontiguousarray(small.T), Known("other", small)).z_expected == math.inf
     symmetric = np.ones((4, 4), dtype=np.float32)
     alone = nearest("t", symmetric + 1, Known("other", symmetric))  # its transpose is itself and drops out
     assert (alone.best, alone.second, alone.z, alone.second_distance) == (EXPECTED, "", 0.0, 1.0)
@@ -204,6 +208,11 @@ def test_the_nearest_of_the_other_layers_joins_when_it_is_nearer_or_nothing_else
     # something else is there and the other layers are farther: they stay out
     base = W + weights(64, 16, seed=5)
     assert nearest("t", W, Known("other", W, base=base), near).second == "the base's own weight (nothing baked)"
+    # nearer than all that is there, one of several
+    joined = nearest("t", near[1].load() + 0.01, Known("other", W, base=base), near)
+    assert (joined.best, joined.is_fault) == ("layer 1", True)
+    three = [(EXPECTED, W), ("the base's own weight (nothing baked)", base), ("layer 1", near[1].load())]
+    agree(joined, by_hand(near[1].load() + 0.01, three))
     # another shape cannot be compared
     assert nearest("t", W, Known("other", W), [Other("odd", weights(3, 16), lambda: W)]).second == ""
 
@@ -218,3 +227,12 @@ def test_other_layers_are_read_in_full_only_when_they_are_needed() -> None:
     assert nearest("t", W, Known("other", W, base=base), far).best == EXPECTED
     equal = [Other("as near", sample_rows(W), never)]  # the same distance is no reason to prefer it
     assert nearest("t", W, Known("other", W, base=base), equal).best == EXPECTED
+
+
+def test_outcomes_and_inputs_cannot_be_changed() -> None:
+    W = weights(8, 8)
+    known = Known("other", W)
+    assert (known.base, known.rotation, known.in_pairs, known.head_rows, known.siblings) == (None, None, False, 0, ())
+    for thing, field in ((known, "role"), (nearest("t", W, known), "best"), (Other("o", W, lambda: W), "name")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(thing, field, "x")

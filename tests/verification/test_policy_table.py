@@ -346,6 +346,13 @@ def test_a_statistic_without_a_bound_says_which_key_the_policy_lacks() -> None:
     )
 
 
+def test_a_saved_type_without_a_bound_is_named() -> None:
+    stored = plain_check("dtype.mean_kld.float8", "X", 0.1)
+    assert decided_check(stored).detail == (
+        "the policy has no dtype bound for float8; add `dtype: {float8: {mean_kld: .., top1: ..}}` to it"
+    )
+
+
 @pytest.mark.parametrize("status", ["fail", "inconclusive", "not evaluated"])
 def test_a_waiver_covers_every_way_of_not_passing_and_nothing_that_passes(status: str) -> None:
     value = {"fail": 0.3, "inconclusive": 0.019, "not evaluated": 0.01}[status]
