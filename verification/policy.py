@@ -347,7 +347,9 @@ def _decide_check(check: Check, policy: Policy) -> Check:
 
 
 def _unknown(check: Check) -> str:
-    leg, kind = _leg_of(check.name), check.subject.split(" ")[0] or check.name.split(".")[-1]
+    leg, kind = _leg_of(check.name), check.subject.split(" ")[0]
+    if leg == "dtype":
+        return f"{check.name.removeprefix('dtype.mean_kld.')} has no bound; save in float32, float16 or bfloat16"
     return f"the policy has no {leg} bound for {kind}; add `{leg}: {{{kind}: {{mean_kld: .., top1: ..}}}}` to it"
 
 

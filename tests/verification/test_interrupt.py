@@ -1,0 +1,89 @@
+"""Ctrl-C: a real SIGINT at the start of every stage, and to the whole process group at any time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from verification_models import Family
+
+from verification import decide, verify
+from verification.policy import LEG_TITLES
+from verification.report import load_report
+
+# stage: legs that were finished when it began, with base, adapter and one F16 and one Q8_0 file
+STAGES = {
+    "oracle": set(),
+    "files": set(),
+    "reference": {"contract", "quantise"},
+    "bake": {"contract", "quantise"},
+    "saved precision": {"contract", "quantise"},
+    "F16": {"contract", "quantise", "bake", "dtype", "controls"},
+    "Q8_0": {"contract", "quantise", "bake", "dtype", "controls"},
+    "noise floor": {"contract", "quantise", "bake", "dtype", "controls"},
+    "base": {"contract", "quantise", "bake", "dtype", "controls"},
+    "base Q8_0": {"contract", "quantise", "bake", "dtype", "controls"},
+}
+QUICK = ("oracle", "files")  # the rest in `tox -e soak`
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, id=s.replace(" ", "-"), marks=[] if s in QUICK else [pytest.mark.soak]) for s in STAGES]
+)
+def test_sigint_in_a_stage_leaves_a_report_without_a_verdict(stage: str, family: Family, tmp_path: Path) -> None:
+    def stop(now: str, done: int, total: int) -> None:
+        if now == stage:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    files = [family.files["F16"], family.files["Q8_0"]]
+    with pytest.raises(KeyboardInterrupt):
+        verify(
+            family.reference, files, base=family.base, adapter=family.adapter, work_dir=family.work, out=tmp_path,
+            chunks=2, n_ctx=64, threads=1, progress=stop,
+        )  # fmt: skip
+    stored = load_report(tmp_path)
+    assert stored.verdict == decide(stored).verdict != "pass"
+    assert "Interrupted: only the legs shown were measured." in stored.notes
+    found = {leg.name: leg for leg in stored.legs}
+    assert STAGES[stage] <= {name for name, leg in found.items() if leg.status == "pass"}
+    open_legs = set(LEG_TITLES) - STAGES[stage]
+    assert all(found[leg].status != "pass" for leg in open_legs & set(found))
+    assert any(check.detail == "interrupted" for check in found["evidence"].checks)
+
+
+@pytest.mark.soak
+def test_ctrl_c_at_any_time_of_a_process_leaves_no_pass_and_no_litter(family: Family, tmp_path: Path) -> None:
+    """To the whole group, as a terminal sends it: the converter's process gets it too."""
+    seen: list[str] = []
+    for tick in range(1, 60):
+        out, temporary = tmp_path / f"out-{tick}", tmp_path / f"tmp-{tick}"
+        temporary.mkdir()
+        command = [sys.executable, "-m", "pipeline.cli", "verify", "--reference", family.reference, "--out", out]
+        command += ["--candidate", family.files["Q8_0"], "--chunks", "2", "--n-ctx", "64", "--threads", "1"]
+        process = subprocess.Popen(
+            [str(part) for part in command], env={**os.environ, "TMPDIR": str(temporary)}, text=True,
+            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        time.sleep(1 + 0.75 * tick)
+        finished = process.poll() is not None
+        if not finished:
+            os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+        assert list(temporary.iterdir()) == [], error
+        report: Any = load_report(out) if (out / "report.json").exists() else None
+        if process.returncode != 130:
+            assert process.returncode in ((0, 1) if finished or report else (-signal.SIGINT,)), error
+        elif report is not None:
+            assert report.verdict != "pass"
+        seen.append("finished" if finished else "report" if report else "nothing yet")
+        if finished:
+            break
+    print(seen)
+    assert seen[-1] == "finished"
+    assert "report" in seen
