@@ -12,22 +12,34 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
+from pipeline.serve_verbs import audit_app, serve
 from so8t_core.errors import InputError
 
 if TYPE_CHECKING:
     from verification.schema import Report
 
+
+class _Verbs(TyperGroup):
+    """Help without the section that only says `--help`: all verbs on one screen of 24 lines."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Only the verbs."""
+        self.format_commands(ctx, formatter)
+
+
 app = typer.Typer(
+    cls=_Verbs,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train an SO(8) rotation, bake it, ship a GGUF, and prove that what is shipped is what was trained.",
-    epilog="Exit codes: 0 passed or done, 1 not to be released, 2 bad input. First steps: so8t demo",
+    help="Train an SO(8) rotation, ship a GGUF, prove that it is what was trained.",
+    epilog="Exit codes: 0 passed, 1 not to be released, 2 bad input. Example: so8t demo",
 )
 
 ConfigPath = Annotated[
@@ -211,18 +223,14 @@ def verify(
     corpus: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
     ] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="importance matrix the candidates were quantised with")
-    ] = None,
-    chunks: Annotated[int, typer.Option(min=2, help="chunks of n_ctx tokens")] = 12,
-    n_ctx: Annotated[int, typer.Option(min=64, help="tokens a chunk")] = 512,
-    cells: Annotated[str, typer.Option(metavar="quick|full", help="ways of running each file; full adds lengths")] = (
-        "quick"
-    ),
+    imatrix: Annotated[Path | None, typer.Option(metavar="FILE", help="importance matrix of the candidates")] = None,
+    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks of n_ctx tokens")] = 12,
+    n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens a chunk")] = 512,
+    cells: Annotated[str, typer.Option(metavar="LEVEL", help="ways of running each file: quick or full")] = ("quick"),
     ship_n_ctx: Annotated[
-        int | None, typer.Option(min=64, help="context the files are shipped for; default: up to 4096")
+        int | None, typer.Option(metavar="N", min=64, help="context as shipped; default: up to 4096")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Hold GGUF files against their checkpoint."""
@@ -323,8 +331,8 @@ def kld_base(
     corpus: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
     ] = None,
-    chunks: Annotated[int, typer.Option(min=1, help="chunks of n_ctx tokens")] = 12,
-    n_ctx: Annotated[int, typer.Option(min=8, help="tokens a chunk")] = 512,
+    chunks: Annotated[int, typer.Option(metavar="N", min=1, help="chunks of n_ctx tokens")] = 12,
+    n_ctx: Annotated[int, typer.Option(metavar="N", min=8, help="tokens a chunk")] = 512,
     quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint's logits for llama-perplexity.
@@ -344,7 +352,7 @@ def kld_base(
 def kld(
     base: Annotated[Path, typer.Argument(metavar="FILE", help="a base file", show_default=False)],
     candidate: Annotated[Path, typer.Option(metavar="FILE.gguf", show_default=False)],
-    threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Print llama-perplexity's KL statistics.
@@ -412,88 +420,8 @@ def doctor() -> None:
     raise typer.Exit(1 if any(finding.mend for finding in findings) else 0)
 
 
-@app.command(epilog="Example: so8t serve --model runs/demo/gguf/model-Q8_0.gguf --audit-key-file audit.key")
-def serve(
-    model: Annotated[Path | None, typer.Option(metavar="FILE.gguf", help="answer with this file, here")] = None,
-    upstream: Annotated[
-        str | None, typer.Option(metavar="URL", help="answer through llama-server, vLLM, Ollama")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="the model's name for clients and upstream")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE.gguf", help="with --upstream: for usage and max_tokens")
-    ] = None,
-    allow_remote_upstream: Annotated[
-        bool, typer.Option("--allow-remote-upstream", help="the thinking may cross a network")
-    ] = False,
-    host: Annotated[str, typer.Option(help="other than loopback needs --keys")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 = any free one", min=0, max=65535)] = 8080,
-    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, hashed")] = None,
-    new_key: Annotated[str | None, typer.Option(metavar="NAME", help="add a key to --keys, print it, and end")] = None,
-    audit_log: Annotated[Path, typer.Option(metavar="FILE", help="append-only log")] = Path("so8t-audit.jsonl"),
-    audit_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="deployment key; default: $SO8T_AUDIT_KEY")
-    ] = None,
-    n_ctx: Annotated[int | None, typer.Option(min=256, help="default: as shipped")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="thinking and answer together")] = 1024,
-    queue: Annotated[int, typer.Option(min=0, help="requests that may wait")] = 8,
-    per_key: Annotated[int, typer.Option(min=1, help="requests of one key at a time")] = 4,
-    timeout: Annotated[float, typer.Option(min=0.1, help="seconds for one request")] = 300.0,
-    keep_alive: Annotated[float, typer.Option(min=0.1, help="seconds between comments on a stream")] = 10.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
-) -> None:
-    """Serve answers, withhold the thinking.
-
-    OpenAI's chat completions; see docs/server.md.
-    """
-    if new_key is not None:
-        from pipeline.serve.keys import new_api_key
-
-        if keys is None:
-            raise InputError("--new-key needs --keys FILE, the file it is added to")
-        print(new_api_key(keys, new_key))
-        return
-    from pipeline.serve.server import ServeConfig
-    from pipeline.serve.server import serve as run_server
-
-    config = ServeConfig(
-        model=model, upstream=upstream, name=name, tokenizer=tokenizer, allow_remote_upstream=allow_remote_upstream,
-        host=host, port=port, keys=keys, audit_log=audit_log, audit_key_file=audit_key_file, n_ctx=n_ctx,
-        max_new_tokens=max_new_tokens, queue=queue, per_key=per_key, timeout=timeout, keep_alive=keep_alive,
-        threads=threads,
-    )  # fmt: skip
-    run_server(config, announce=lambda line: print(f"so8t serve: {line}", flush=True))
-
-
-audit_app = typer.Typer(help="Examine the server's audit log.", rich_markup_mode=None, no_args_is_help=True)
+app.command(epilog="Example: so8t serve --model model-Q8_0.gguf --audit-key-file audit.key")(serve)
 app.add_typer(audit_app, name="audit")
-
-
-@audit_app.callback()
-def audit() -> None:
-    """Examine the server's audit log."""
-
-
-@audit_app.command("verify", epilog="Example: so8t audit verify so8t-audit.jsonl --expect-head 41:9f86...")
-def audit_verify(
-    log: Annotated[Path, typer.Argument(metavar="LOG", show_default=False)],
-    expect_head: Annotated[
-        str | None, typer.Option(metavar="SEQ:SHA256", help="a head that was kept elsewhere")
-    ] = None,
-) -> None:
-    """Prove that the log is what was written.
-
-    Exit code 1: a line was edited, moved, cut or removed. Keep the head that this prints in another place: lines taken
-    off the end, together with the head file, show only against it.
-    """
-    from pipeline.serve.audit import Head, Tampered
-    from pipeline.serve.audit import verify as verify_log
-
-    try:
-        head = verify_log(log, expect=Head.parse(expect_head) if expect_head else None)
-    except Tampered as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"so8t: {log}: {error}", markup=False)
-        raise typer.Exit(1) from None
-    print(f"{log}: {head.seq + 1} records, unbroken; head {head}")
 
 
 if __name__ == "__main__":

