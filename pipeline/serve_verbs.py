@@ -45,6 +45,9 @@ def serve(
     """Serve answers, withhold the thinking.
 
     OpenAI's chat completions; see docs/server.md.
+    \f
+    Raises:
+        InputError: it cannot start, or --new-key has no --keys. (What follows the form feed is not in the help.)
     """
     if new_key is not None:
         from pipeline.serve.keys import new_api_key
