@@ -80,7 +80,7 @@ def bench_convert(figures: Any, model: Model, tmp_path: Path) -> None:
     figures(
         f"convert to F16, {model.name}",
         {"so8t": lambda: convert(model.reference, tmp_path / "ours.gguf"), "upstream's converter": upstream},
-        rounds=5,
+        rounds=7,
         warmup=1,
         bar=1.3,
         lower_is_better=True,
@@ -99,8 +99,7 @@ def bench_quantise(figures: Any, model: Model, tmp_path: Path, kind: str) -> Non
     figures(
         f"quantise to {kind}, {model.name}",
         {"so8t": lambda: quantise(model.f16, tmp_path / "ours.gguf", kind, threads=1), "llama_model_quantize": bare},
-        rounds=5,
-        warmup=1,
+        rounds=9,
         lower_is_better=True,
     )
 
@@ -121,8 +120,7 @@ def bench_lint(figures: Any, model: Model, against: str) -> None:
     figures(
         f"lint Q8_0 {'alone' if against == 'alone' else 'against its reference'}, {model.name}",
         {"so8t": lambda: lint(model.q8, **options), "read + sha256": floor},
-        rounds=5,
-        warmup=1,
+        rounds=9,
         lower_is_better=True,
     )
 
@@ -146,7 +144,7 @@ def bench_verify_logits(figures: Any, model: Model, quick: bool) -> None:
 
 def bench_verify_whole(figures: Any, model: Model, quick: bool, tmp_path: Path) -> None:
     """All legs, quick cells, contract and evidence, the oracle kept between runs, against the same forward passes."""
-    n_ctx = 128 if quick else 256
+    n_ctx = 128 if quick else 512
     text = read_corpus(None, load_tokenizer(model.reference), n_ctx=n_ctx, chunks=2)
 
     def whole() -> None:

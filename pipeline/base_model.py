@@ -7,8 +7,12 @@ hub, though its own 4-bit damage is not typical of models that were never quanti
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import DEMO_MODEL
 from so8t_core.errors import InputError
@@ -74,10 +78,10 @@ def _from_hub(base: str) -> Path:
         ) from None
 
 
-def _unpack_demo(out_dir: Path) -> None:
-    import torch
+def demo_tokenizer() -> Any:
+    """The demo model's tokenizer, without its weights."""
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
 
     source = demo_file()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -88,6 +92,26 @@ def _unpack_demo(out_dir: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def self_test_model(reference: Path | None, *, quick: bool) -> Iterator[tuple[Path | None, Any]]:
+    """What the gate's self-test plants its faults into: (checkpoint, None), or (None, tokenizer) of the short run."""
+    if reference is not None:
+        yield prepare_base(str(reference), reference), None
+    elif quick:
+        yield None, demo_tokenizer()
+    else:
+        with tempfile.TemporaryDirectory(prefix="so8t-demo-") as scratch:
+            yield prepare_base(DEMO_MODEL, Path(scratch) / DEMO_NAME), None
+
+
+def _unpack_demo(out_dir: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    source, tokenizer = demo_file(), demo_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )

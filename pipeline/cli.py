@@ -205,12 +205,12 @@ def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = Fals
 @app.command(epilog="Example: so8t verify --reference ./my-model --candidate my-model-Q4_K_M.gguf --out report")
 def verify(
     reference: Annotated[
-        Path, typer.Option(metavar="HF_DIR", help="checkpoint the files were made from", show_default=False)
-    ],
+        Path | None, typer.Option(metavar="HF_DIR", help="checkpoint the files were made from", show_default=False)
+    ] = None,
     candidate: Annotated[
-        list[Path], typer.Option(metavar="FILE.gguf", help="file to judge; repeatable", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="where the report goes", show_default=False)],
+        list[Path] | None, typer.Option(metavar="FILE.gguf", help="file to judge; repeatable", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where the report goes", show_default=False)] = None,
     base: Annotated[
         Path | None, typer.Option(metavar="HF_DIR", help="model before training: adds its own quant damage")
     ] = None,
@@ -231,9 +231,16 @@ def verify(
         int | None, typer.Option(metavar="N", min=64, help="context as shipped; default: up to 4096")
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
+    self_test: Annotated[bool, typer.Option("--self-test", help="plant known faults; show what the gate sees")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="with --self-test: minutes, on a tiny model")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Hold GGUF files against their checkpoint."""
+    if self_test:
+        _self_test(reference, out, quick=quick, quiet=quiet)
+    if reference is None or not candidate or out is None:
+        lacking = [n for n, v in (("reference", reference), ("candidate", candidate), ("out", out)) if not v]
+        raise InputError(f"verify needs --{' and --'.join(lacking)}; or --self-test, which needs none of them")
     _must_exist(reference, *candidate, base, adapter, policy, imatrix, *(corpus or []))
     _quiet_transformers()
     from pipeline.progress import Reporter, StageProgress
@@ -246,6 +253,26 @@ def verify(
             ship_n_ctx=ship_n_ctx, progress=progress,
         )  # fmt: skip
     _announce(report, out)
+
+
+def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: bool) -> None:
+    """The fault catalogue; 1 when the gate missed a fault at its real-world strength or raised a false alarm."""
+    _must_exist(reference)
+    _quiet_transformers()
+    from pipeline.base_model import self_test_model
+    from pipeline.progress import Reporter, StageProgress
+    from verification.self_test import self_test as run_self_test
+
+    with StageProgress(Reporter(quiet=quiet)) as progress, self_test_model(reference, quick=quick) as (base, tokenizer):
+        result = run_self_test(base=base, tokenizer=tokenizer, quick=quick, out=out, tell=progress)
+    console = Console(highlight=False)
+    console.print(f"{result.verdict.capitalize()}: {result.summary}.", markup=False)
+    for title, entries in (("Missed", result.missed), ("False alarm", result.alarms)):
+        for entry in entries:
+            console.print(f"{title}: {entry}", markup=False)
+    if out is not None:
+        console.print(f"Report: {out / 'self_test.html'}", markup=False, soft_wrap=True)
+    raise typer.Exit(0 if result.verdict == "pass" else 1)
 
 
 @app.command(epilog="Example: so8t lint my-model-Q4_K_M.gguf --reference ./my-model")

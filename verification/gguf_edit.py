@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from verification.gguf_file import read_gguf
+from verification.gguf_file import Cursor, read_gguf
 from verification.hypotheses import halves_to_pairs
 from verification.requantise import quantised_bytes
 
@@ -47,37 +47,21 @@ class Raw:
     @classmethod
     def read(cls, path: Path) -> Raw:
         """A whole file."""
-        data = path.read_bytes()
-        at = 8
-
-        def take(code: str) -> Any:
-            nonlocal at
-            value = struct.unpack_from("<" + code, data, at)[0]
-            at += struct.calcsize("<" + code)
-            return value
-
-        def text() -> str:
-            nonlocal at
-            size = take("Q")
-            at += size
-            return data[at - size : at].decode("utf-8", errors="surrogateescape")
-
-        n_tensors, n_keys = take("Q"), take("Q")
+        whole = read_gguf(path)
+        cursor = Cursor(path, np.memmap(path, dtype=np.uint8, mode="r"))
+        cursor.take(8)
+        n_tensors, n_keys = cursor.unpack("Q"), cursor.unpack("Q")
         raw = cls({}, [])
         for _ in range(n_keys):
-            key, kind = text(), take("I")
-            if kind == _STRING:
-                value: Any = text()
-            elif kind == _ARRAY:
-                inner, count = take("I"), take("Q")
-                raw.arrays[key] = inner
-                value = [text() if inner == _STRING else take(_STRUCTS[inner]) for _ in range(count)]
-            else:
-                value = take(_STRUCTS[kind])
-            raw.keys[key] = kind, value
-        infos = [(text(), [take("Q") for _ in range(take("I"))], take("I"), take("Q")) for _ in range(n_tensors)]
-        whole = read_gguf(path).tensors
-        raw.tensors = [Info(name, dims, kind, whole[name].raw.tobytes()) for name, dims, kind, _ in infos]
+            key, kind = cursor.string(), cursor.unpack("I")
+            if kind == _ARRAY:
+                raw.arrays[key] = struct.unpack_from("<I", cursor.data, cursor.at)[0]
+            raw.keys[key] = kind, cursor.value(kind)
+        for _ in range(n_tensors):
+            name = cursor.string()
+            dims = [cursor.unpack("Q") for _ in range(cursor.unpack("I"))]
+            kind, _offset = cursor.unpack("I"), cursor.unpack("Q")
+            raw.tensors.append(Info(name, dims, kind, whole.tensors[name].raw.tobytes()))
         return raw
 
     def write(self, path: Path, *, alignment: int = 32) -> Path:

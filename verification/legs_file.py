@@ -17,11 +17,11 @@ from verification.checks import plain_check, zero_check
 from verification.findings import Finding, as_check
 from verification.gguf_file import GGUFFile
 from verification.llama_engine import LlamaModel
-from verification.memory import Memory
+from verification.memory import Memory, key_digest
 from verification.quantise import nominal_types
 from verification.schema import Check, TensorRow
 from verification.tensors import Checkpoint, Comparison, compare, inventory, is_known, tensor_row
-from verification.weights import Examination, Sources
+from verification.weights import SAME_MAKER, Examination, Sources
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,17 @@ class Candidate:
 
 
 def contract_checks(
-    candidate: Candidate, oracle: GGUFFile, checkpoint: Checkpoint, tokenizer: Any, directory: Path
+    candidate: Candidate,
+    oracle: GGUFFile,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    memory: Memory | None = None,
 ) -> list[Check]:
     """Everything that is equal or wrong: ids, specials, template, stop set, metadata."""
     label, file = candidate.label, candidate.file
-    with LlamaModel(file.path, vocab_only=True) as model:
-        found = token_findings(tokenizer, model, file, directory)
+    found = dict(vocabulary_findings(tokenizer, file, directory, memory))
     found["metadata"] = metadata.against_config(checkpoint.config, file, tokenizer_size=len(tokenizer))
     found["oracle_metadata"] = metadata.against_oracle(file, oracle)
     found["layout"] = self_check.layout(file)
@@ -65,6 +70,18 @@ TITLES = {
     "vocabulary": "Token lists and special ids",
     "file_type": "File type against the tensors' types",
 }
+
+
+def vocabulary_findings(
+    tokenizer: Any, file: GGUFFile, directory: Path, memory: Memory | None = None
+) -> dict[str, list[Finding]]:
+    """`token_findings` of a file; they depend on its keys alone."""
+
+    def make() -> dict[str, list[Finding]]:
+        with LlamaModel(file.path, vocab_only=True) as model:
+            return token_findings(tokenizer, model, file, directory)
+
+    return make() if memory is None else memory.recall(make, "tokens", key_digest(file))
 
 
 def token_findings(tokenizer: Any, model: LlamaModel, file: GGUFFile, directory: Path) -> dict[str, list[Finding]]:
@@ -140,6 +157,7 @@ def weight_checks(
     lost = sorted(set(found.missing) | (set(oracle.tensors) - set(file.tensors)))
     unexplained = [result.name for result in results if not result.explained]
     if file.is_float:
+        unexplained += _rounded_otherwise(results, set(unexplained))
         unexplained_total = len(unexplained)
     else:  # a quantised tensor without a known mapping is settled by the leg `quantise`, byte by byte
         unexplained = [name for name in unexplained if name not in oracle.tensors]
@@ -168,6 +186,15 @@ def weight_checks(
         contract.append(as_check("contract.hypotheses", title, findings, subject=label))
     convert = [_rounding(results, label)] if file.is_float else []
     return WeightResult(contract, convert, rows)
+
+
+def _rounded_otherwise(results: list[Comparison], known: set[str]) -> list[str]:
+    """Tensors within one rounding that are not the oracle's bytes, in a file whose other tensors are.
+
+    Another converter may round otherwise everywhere; a single tensor of other bytes was changed.
+    """
+    odd = [r.name for r in results if r.bytes_equal is False and r.roundings and r.name not in known]
+    return odd if len(odd) <= (1 - SAME_MAKER) * len(results) else []
 
 
 def _rounding(results: list[Comparison], label: str) -> Check:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,7 +24,7 @@ from verification import chat_templates, metadata, self_check
 from verification.converter import convert_metadata
 from verification.findings import Finding
 from verification.gguf_file import GGUFFile, read_gguf
-from verification.legs_file import TITLES, token_findings
+from verification.legs_file import TITLES, vocabulary_findings
 from verification.llama_engine import LlamaModel
 from verification.load_probe import Probe, probe
 from verification.memory import Memory
@@ -287,9 +287,11 @@ class _Run:
         if self.vocabulary_refused:
             self.skip("token_ids", f"llama.cpp cannot load the vocabulary: {self.vocabulary_refused}")
             return
-        tokenizer: Any = load_tokenizer(reference.directory)
-        with LlamaModel(self.file.path, vocab_only=True) as model:
-            found = token_findings(tokenizer, model, self.file, reference.directory)
+        directory, known = reference.directory, self.memory
+        tokenizer = (
+            load_tokenizer(directory) if known is None else known.recall(lambda: load_tokenizer(directory), "tokenizer")
+        )
+        found = vocabulary_findings(tokenizer, self.file, reference.directory, self.memory)
         for name, findings in found.items():
             if name != "end_of_turn":  # the file's own, made already
                 self.add(name, findings)

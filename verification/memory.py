@@ -8,6 +8,7 @@ and a copy with one fault, are then examined at the cost of what differs. Withou
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -35,6 +36,11 @@ def tensor_key(tensor: GGUFTensor) -> Hashable:
     """Name, type, shape and digest of a tensor."""
     digest = hashlib.blake2b(tensor.raw.data, digest_size=16).digest()
     return tensor.name, tensor.type, tensor.shape, digest
+
+
+def key_digest(file: GGUFFile) -> Hashable:
+    """Digest of all keys."""
+    return hashlib.blake2b(pickle.dumps(sorted(file.metadata.items())), digest_size=16).digest()
 
 
 def frame(file: GGUFFile) -> Hashable:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from verification import tensors
+from verification.causes import damage_cause, merge_cause
 from verification.findings import Finding
 from verification.gguf_file import FLOAT_TYPES, GGUFFile, GGUFTensor
 from verification.hypotheses import Known, Nearest, Other, Role, Rotation, nearest, sample_rows
@@ -37,6 +38,8 @@ DAMAGED = 1.2  # squared error of a block, in its own quantiser's
 SINGLE_BLOCKS = 1e-3  # share of a tensor's blocks that the last bit of another machine's arithmetic may change
 SAME_MAKER = 0.9  # share of equal blocks from which the file is taken to come from the same quantiser
 _AGAIN = "convert and quantise the reference again"
+_OTHER, _EDITED = "slightly other weights", "flipped bits or edited weights"
+_VAGUE = ("", "damaged block", _OTHER, _EDITED)  # causes that `causes` may sharpen
 _ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
 
 
@@ -101,7 +104,38 @@ class Examination:
         blocks = sum(r.blocks for r in results)
         same_maker = blocks > 0 and 1 - sum(r.blocks_differ for r in results) / blocks >= SAME_MAKER
         results = [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
-        return [_other_weights(r) if _stands_out(r, results) else r for r in results]
+        results = [_other_weights(r) if _stands_out(r, results) else r for r in results]
+        exact = sum(r.compared and r.equal and r.roundings is None and not r.blocks for r in results)
+        floats = sum(r.compared and not r.blocks for r in results)
+        if exact >= SAME_MAKER * (floats - 1):  # one rounding is not enough where all others are exactly rounded
+            computed = self.found.computed
+            results = [
+                _other_rounding(r) if _is_rounded_otherwise(r) and r.name not in computed else r for r in results
+            ]
+        return [self._traced(r) if r.findings and all(f.cause in _VAGUE for f in r.findings) else r for r in results]
+
+    def _traced(self, result: Examined) -> Examined:
+        """A difference whose kind is still open, traced to what it was made from; see `causes`."""
+        tensor, wanted = self.file.tensors[result.name], self.expected(result.name)
+        if wanted is None or wanted.size != int(np.prod(tensor.shape)):
+            return result
+        wanted = wanted.reshape(tensor.shape)
+        own = quantised_bytes(wanted, tensor.type)
+        cause = "" if own is None else damage_cause(tensor.raw, own, tensor.shape[0])
+        base = self._base_of(result.name, self.found.source_of.get(result.name, ""))
+        if not cause and base is not None:
+            cause = merge_cause(self._values_before(tensor, wanted, own), wanted, base.reshape(tensor.shape))
+        if not cause:
+            return result
+        findings = tuple(dataclasses.replace(f, cause=cause) if f.cause in _VAGUE else f for f in result.findings)
+        return dataclasses.replace(result, findings=findings)
+
+    def _values_before(self, tensor: GGUFTensor, wanted: Array, own: npt.NDArray[np.uint8] | None) -> Array:
+        """The file's values with the quantiser's own error on the expectation taken out."""
+        if own is None or tensor.type in FLOAT_TYPES:
+            return tensor.values()
+        mine: Array = tensor.values() - dataclasses.replace(tensor, raw=own).values() + wanted
+        return mine
 
     def attention(self, oracle: GGUFFile) -> list[Examined]:
         """Only what the attention tensors are nearest to; `oracle` holds the reference in the file's own types."""
@@ -361,7 +395,7 @@ def _damage(result: Examined) -> Examined:
         "the blocks that the quantiser gives for the reference",
         text,
         _AGAIN,
-        "flipped bits or edited weights",
+        _EDITED,
     )
     return dataclasses.replace(result, findings=(finding,))
 
@@ -388,9 +422,20 @@ def _other_weights(result: Examined) -> Examined:
     text = f"{result.blocks_differ} of {result.blocks} blocks differ{rotated}"
     finding = Finding(
         result.name, "the bytes that the quantiser gives for the reference, as in its neighbours", text, _AGAIN,
-        "slightly other weights",
+        _OTHER,
     )  # fmt: skip
     return dataclasses.replace(result, findings=(finding,))
+
+
+def _is_rounded_otherwise(result: Examined) -> bool:
+    """Within one rounding of a float type, but not the nearest number."""
+    return bool(result.roundings) and not result.blocks and not result.findings
+
+
+def _other_rounding(result: Examined) -> Examined:
+    text = f"weights up to {result.roundings:.3g} roundings off"
+    finding = Finding(result.name, "the nearest numbers of its type, as in its neighbours", text, _AGAIN, _EDITED)
+    return dataclasses.replace(result, equal=False, findings=(finding,))
 
 
 def _cause(result: Examined, cause: str) -> Examined:

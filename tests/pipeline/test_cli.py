@@ -77,6 +77,8 @@ SOURCES = {"bad": _bad_jsonl, "latin": _latin, "empty": _empty}
         (["convert", "{config}", "convert.types=[Q9_9]"], ["Q9_9", "Q8_0"]),
         (["run", "{config}", "model.base=./no-such-model"], ["no-such-model"]),
         (["verify", "--reference", "gone", "--candidate", "x.gguf", "--out", "o"], ["gone does not exist"]),
+        (["verify", "--out", "o"], ["--reference and --candidate", "--self-test"]),
+        (["verify", "--self-test", "--reference", "gone"], ["gone does not exist"]),
         (["gate", "gone.json"], ["gone.json"]),
         (["report", "gone"], ["gone"]),
         (["cook"], ["cook"]),
