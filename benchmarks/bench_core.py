@@ -143,7 +143,7 @@ def bench_adapter_inference(figures: Any, tokens: int, width: int, bar: float) -
         )
 
 
-def _llama() -> LlamaForCausalLM:
+def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -162,10 +162,10 @@ def _methods() -> dict[str, nn.Module]:
     """The frozen base, and each method on its o_proj. The base's embeddings need a gradient so that all go backward."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        models: dict[str, nn.Module] = {"so8t": get_peft_model(_llama(), SO8TConfig(init_scale=0.05))}
-        models["frozen base"] = _llama().requires_grad_(False)
-        models["LoRA r=8"] = get_peft_model(_llama(), LoraConfig(r=8, target_modules=["o_proj"]))
-        models["PEFT OFT"] = get_peft_model(_llama(), OFTConfig(**OFT))
+        models: dict[str, nn.Module] = {"so8t": get_peft_model(llama(), SO8TConfig(init_scale=0.05))}
+        models["frozen base"] = llama().requires_grad_(False)
+        models["LoRA r=8"] = get_peft_model(llama(), LoraConfig(r=8, target_modules=["o_proj"]))
+        models["PEFT OFT"] = get_peft_model(llama(), OFTConfig(**OFT))
     for model in models.values():
         model.enable_input_require_grads()  # type: ignore[operator]
     return models

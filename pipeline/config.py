@@ -96,7 +96,7 @@ class PetSection(_Section):
     main: float = Field(0.05, ge=0)  # the next 40 %
     anneal: float = Field(0.1, ge=0)  # the last 40 %
     huber_delta: float | None = Field(None, gt=0)  # null = mean of squares
-    layers: list[int] = Field(default_factory=lambda: [-1])  # decoder layers whose output it looks at
+    layers: list[int] = Field(default_factory=lambda: [-1])  # whose outputs it looks at; -1 = the last
 
 
 class TrainConfig(_Section):

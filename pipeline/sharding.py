@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pipeline.trainer import decoder_layers
+from pipeline.pet_term import decoder_layers
 from so8t_core.errors import InputError
 from verification import processes
 

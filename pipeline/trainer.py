@@ -1,10 +1,6 @@
 """The `Trainer` with SO8T's two extra terms: loss = task + lambda(step) * PET + w * orthogonality.
 
-PET looks at the outputs of chosen decoder layers through forward hooks, so that no other hidden state is kept; padding
-is left out by the attention mask. Each token's state is first scaled to unit RMS: raw states differ by orders of
-magnitude between models and layers (SmolLM2's last layer gives a penalty of 3.5e3, which swamps the task loss), and
-lambda could not mean the same twice. theta may have a learning rate of its own.
-Shapes: hidden states (B, T, C), attention_mask (B, T).
+PET's term, and what it looks at, is in `pet_term`. theta may have a learning rate of its own.
 """
 
 from __future__ import annotations
@@ -22,61 +18,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.config import TrainConfig
+from pipeline.pet_term import HiddenStates, penalty, triples
 from so8t_core import (
     PETSchedule,
     gates,
     orthogonality_error,
     orthogonality_loss,
-    pet_penalty,
     plane_angles,
-    resolve_layers,
 )
 from so8t_core.errors import InputError
 from so8t_core.files import write_text
 from verification import processes
 
 CURVES_NAME = "so8t_curves.json"
-
-
-class HiddenStates:
-    """Outputs of chosen decoder layers during one forward pass; `take` hands them over and forgets them."""
-
-    def __init__(self, model: nn.Module, layers: list[int]) -> None:
-        stack = decoder_layers(model)
-        self._kept: dict[int, Tensor] = {}
-        for index in sorted(resolve_layers(layers, len(stack))):
-            stack[index].register_forward_hook(self._hook(index))
-
-    def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if torch.is_grad_enabled():
-                self._kept[index] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    def take(self) -> list[Tensor]:
-        """The states (B, T, D) caught since the last call, by layer."""
-        kept = [self._kept[index] for index in sorted(self._kept)]
-        self._kept.clear()
-        return kept
-
-
-def unit_rms(h_BTC: Tensor) -> Tensor:
-    """Each token's state divided by its root mean square over channels: (B, T, C) -> (B, T, C) float32."""
-    h = h_BTC.float()
-    return h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The longest ModuleList named `layers`: the decoder's blocks.
-
-    Raises:
-        InputError: there is none.
-    """
-    found = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "layers" and isinstance(m, nn.ModuleList)]
-    if not found:
-        raise InputError(f"{type(model).__name__} has no decoder layers that SO8T knows")
-    return max(found, key=len)
 
 
 class Order(Sampler[int]):
@@ -117,12 +71,6 @@ def split_step(batch_size: int, accumulation: int, processes: int) -> tuple[int,
     return micro, rows // micro
 
 
-def triples(mask_BT: Tensor) -> Tensor:
-    """How many runs of three real tokens PET looks at: mask (B, T) -> scalar."""
-    real = mask_BT.bool()
-    return (real[:, 2:] & real[:, 1:-1] & real[:, :-2]).sum()
-
-
 class SO8TTrainer(Trainer):
     """Trainer over a model that carries an SO8T adapter; see the module's docstring for the loss."""
 
@@ -155,7 +103,7 @@ class SO8TTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        own = sum(triples(batch["attention_mask"]) for batch in batches)
+        own = sum(triples(batch) for batch in batches)
         self._triples = float(self.accelerator.reduce(torch.as_tensor(own, device=device), "sum"))
         return batches, items
 
@@ -186,18 +134,12 @@ class SO8TTrainer(Trainer):
             )
         if self._states is not None and self._schedule is not None and self.settings.pet is not None and model.training:
             weight = self._schedule(self.state.global_step, self.settings.steps)
-            states = self._states.take()
-            terms = [
-                pet_penalty(unit_rms(h), inputs["attention_mask"], huber_delta=self.settings.pet.huber_delta).to(
-                    loss.device
-                )
-                for h in states
-            ]
-            of_step = triples(inputs["attention_mask"]) / max(self._triples, 1) * self.args.world_size
-            penalty = torch.stack(terms).mean() * of_step.to(loss.device)
-            loss = loss + (1 if divided else steps) * weight * penalty
+            of_step = triples(inputs) / max(self._triples, 1) * self.args.world_size
+            bends = penalty(self._states.take(), inputs, huber_delta=self.settings.pet.huber_delta)
+            bends = (bends * of_step.to(bends.device)).to(loss.device)
+            loss = loss + (1 if divided else steps) * weight * bends
             self.extra["lambda"] = weight
-            self._add("pet", penalty.detach().item())
+            self._add("pet", bends.detach().item())
         if self.settings.orthogonality_weight > 0:
             share = 1 / steps if divided else 1.0
             loss = loss + share * self.settings.orthogonality_weight * orthogonality_loss(model)

@@ -42,9 +42,9 @@ def train(work: Path, miniature: bool) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from pipeline.config import load_config
-    from pipeline.trainer import HiddenStates, unit_rms
+    from pipeline.pet_term import HiddenStates, penalty
     from pipeline.training import adapter_config
-    from so8t_core import gates, pet_penalty, save_adapter, trainable_counts
+    from so8t_core import gates, save_adapter, trainable_counts
 
     settings = load_config(ROOT / "configs" / "phi35_mini.yaml").train
     torch.manual_seed(0)
@@ -66,10 +66,10 @@ def train(work: Path, miniature: bool) -> dict[str, Any]:
     for step in range(2):  # the second forward shows what the step did
         started = time.monotonic()
         output = model(input_ids=ids, labels=ids)
-        penalty = sum(pet_penalty(unit_rms(h), torch.ones_like(ids)) for h in states.take())
+        bends = penalty(states.take(), {"input_ids": ids})
         losses.append(float(output.loss.detach()))
         if step == 0:
-            (output.loss + settings.pet.warmup * penalty).backward()
+            (output.loss + settings.pet.warmup * bends).backward()
             optimiser.step()
             seconds.append(time.monotonic() - started)
     moved = sum(not torch.equal(before[name], gate.theta) for name, gate in gates(model).items())

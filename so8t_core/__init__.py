@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from so8t_core.folding import rotate_weight
     from so8t_core.gate import RotationGate
     from so8t_core.oft import export_oft, import_oft
-    from so8t_core.pet import PETSchedule, pet_penalty
+    from so8t_core.pet import PETSchedule, pet_penalty, segments_of, valid_triples
     from so8t_core.rotation import exp_so8, log_so8, orthogonality_error, plane_angles, rotate_blocks, skew
     from so8t_core.rounding import round_once
     from so8t_core.store import attach, detach, load_adapter, save_adapter
@@ -39,7 +39,7 @@ _HOME = {
     "folding": ("rotate_weight",),
     "gate": ("RotationGate",),
     "oft": ("export_oft", "import_oft"),
-    "pet": ("PETSchedule", "pet_penalty"),
+    "pet": ("PETSchedule", "pet_penalty", "segments_of", "valid_triples"),
     "rotation": ("exp_so8", "log_so8", "orthogonality_error", "plane_angles", "rotate_blocks", "skew"),
     "rounding": ("round_once",),
     "store": ("attach", "detach", "load_adapter", "save_adapter"),
@@ -72,9 +72,11 @@ __all__ = [
     "rotate_weight",
     "round_once",
     "save_adapter",
+    "segments_of",
     "skew",
     "trainable_counts",
     "unbake",
+    "valid_triples",
 ]
 
 

@@ -16,6 +16,39 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def segments_of(position_ids: Tensor) -> Tensor:
+    """Number the sequences of packed rows: position_ids (B, T) -> (B, T) integers, a new one wherever they do not go on
+    by one."""
+    begins = torch.zeros_like(position_ids)
+    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return begins.cumsum(dim=1)
+
+
+def valid_triples(
+    shape: tuple[int, int], *, mask_BT: Tensor | None = None, segments_BT: Tensor | None = None
+) -> Tensor:
+    """Where three tokens in a row are real and of one sequence: (B, T) -> (B, max(T - 2, 0)) bool.
+
+    Args:
+        mask_BT: (B, T), non-zero for real tokens; None = all real.
+        segments_BT: (B, T) integers naming the sequence a token belongs to; None = one a row.
+
+    Raises:
+        ValueError: a mask or segment shape other than (B, T).
+    """
+    for name, other in (("mask", mask_BT), ("segments", segments_BT)):
+        if other is not None and tuple(other.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(other.shape)}, the hidden states need {shape}")
+    given = [other for other in (mask_BT, segments_BT) if other is not None]
+    valid = torch.ones(shape[0], max(shape[1] - 2, 0), dtype=torch.bool, device=given[0].device if given else None)
+    if mask_BT is not None:
+        real = mask_BT.bool()
+        valid &= real[:, 2:] & real[:, 1:-1] & real[:, :-2]
+    if segments_BT is not None:
+        valid &= (segments_BT[:, 2:] == segments_BT[:, 1:-1]) & (segments_BT[:, 1:-1] == segments_BT[:, :-2])
+    return valid
+
+
 def pet_penalty(
     h_BTC: Tensor, mask_BT: Tensor | None = None, *, segments_BT: Tensor | None = None, huber_delta: float | None = None
 ) -> Tensor:
@@ -23,28 +56,19 @@ def pet_penalty(
 
     Args:
         h_BTC: hidden states (B, T, C), any float dtype; the arithmetic is float32.
-        mask_BT: (B, T), non-zero for real tokens; None = all real.
-        segments_BT: (B, T) integers naming the sequence a token belongs to, for packed rows.
+        mask_BT, segments_BT: see `valid_triples`.
 
     Raises:
         ValueError: a mask or segment shape other than (B, T), or a Huber delta that is not positive.
     """
     B, T, C = h_BTC.shape
-    for name, other in (("mask", mask_BT), ("segments", segments_BT)):
-        if other is not None and tuple(other.shape) != (B, T):
-            raise ValueError(f"{name} has shape {tuple(other.shape)}, the hidden states need {(B, T)}")
+    valid = valid_triples((B, T), mask_BT=mask_BT, segments_BT=segments_BT).to(h_BTC.device)
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta must be positive, got {huber_delta}")
     if T < 3:
         return h_BTC[:, :0].float().sum()  # 0 with a graph, whatever the padding holds
     h = h_BTC.float()
     d2 = h[:, 2:] - 2 * h[:, 1:-1] + h[:, :-2]  # (B, T-2, C)
-    valid = torch.ones(B, T - 2, dtype=torch.bool, device=h.device)
-    if mask_BT is not None:
-        real = mask_BT.bool()
-        valid &= real[:, 2:] & real[:, 1:-1] & real[:, :-2]
-    if segments_BT is not None:
-        valid &= (segments_BT[:, 2:] == segments_BT[:, 1:-1]) & (segments_BT[:, 1:-1] == segments_BT[:, :-2])
     # Zero first, so that a non-finite value at a padded position cannot reach the sum as 0 * inf.
     d2 = d2.masked_fill(~valid.unsqueeze(-1), 0.0)
     cost = (

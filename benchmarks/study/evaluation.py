@@ -23,8 +23,8 @@ from pipeline.answers import judge, render_prompt
 from pipeline.collate import Collator, EncodedRows
 from pipeline.generate import complete
 from pipeline.jsonl import read_jsonl
+from pipeline.pet_term import decoder_layers, unit_rms
 from pipeline.tokenizer import load_tokenizer
-from pipeline.trainer import decoder_layers, unit_rms
 from so8t_core import bake_checkpoint, pet_penalty
 from so8t_core.errors import InputError
 from verification.converter import convert

@@ -13,9 +13,10 @@ import pipeline.trainer as trainer_module
 from pipeline.collate import Collator, EncodedRows
 from pipeline.config import RunConfig, parse_config
 from pipeline.dataset import build_dataset
+from pipeline.pet_term import unit_rms
 from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
-from pipeline.trainer import last_complete_checkpoint, unit_rms
+from pipeline.trainer import last_complete_checkpoint
 from pipeline.training import adapter_config, heldout_loss, load_base, rotation_off, train
 from so8t_core import attach, gates, load_adapter, pet_penalty
 from so8t_core.errors import InputError
@@ -269,5 +270,5 @@ def test_accumulated_micro_batches_are_one_batch(tiny_dir: Path, data_dir: Path,
 def test_pet_as_a_mean_of_micro_batch_means_would_be_seen(
     tiny_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "triples", lambda mask: torch.tensor(1.0))
+    monkeypatch.setattr(trainer_module, "triples", lambda inputs: torch.tensor(1.0))
     assert _largest_difference(_in_micro_batches(tiny_dir, data_dir, tmp_path)[1]) > 1e-3

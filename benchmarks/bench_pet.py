@@ -1,0 +1,77 @@
+"""What PET costs: a training step with it and without, and the bytes it keeps for the backward.
+
+Shape: a Llama 768 x 6 in bfloat16 with a rotation on every layer, as in `bench_core`; PET on the last layer,
+the default, and on all six.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from benchmarks.bench_core import llama
+from benchmarks.side_by_side import measured
+from pipeline.pet_term import HiddenStates, penalty
+from so8t_core import SO8TConfig, attach
+
+LAYERS = {"the last layer": [-1], "all 6 layers": [0, 1, 2, 3, 4, 5]}
+
+
+def _model() -> Any:
+    model: Any = attach(llama(), SO8TConfig(init_scale=0.05))
+    model.enable_input_require_grads()
+    return model
+
+
+def _loss(layers: list[int], ids: Tensor) -> Callable[[], Tensor]:
+    model, inputs = _model(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    states = HiddenStates(model, layers) if layers else None
+
+    def run() -> Tensor:
+        loss: Tensor = model(**inputs, labels=ids).loss
+        return loss if states is None else loss + 0.05 * penalty(states.take(), inputs)
+
+    return run
+
+
+def bench_pet_training_step(figures: Any, quick: bool) -> None:
+    tokens = 256 if quick else 1024
+    ids = torch.randint(0, 4096, (2, tokens // 2), generator=torch.Generator().manual_seed(0))
+    without = _loss([], ids)
+    for name, layers in LAYERS.items():
+        with_pet = _loss(layers, ids)
+        figures(
+            f"training step with PET on {name}, Llama 768 x 6 bfloat16, {tokens} tokens",
+            {"with PET": lambda run=with_pet: run().backward(), "without PET": lambda: without().backward()},
+            rounds=11,
+            lower_is_better=True,
+        )
+
+
+def bench_pet_saved_bytes(record: Any) -> None:
+    """Bytes a token, channel and layer looked at that the backward needs more than without PET."""
+    ids = torch.randint(0, 4096, (1, 512), generator=torch.Generator().manual_seed(0))
+
+    def saved(run: Callable[[], Tensor]) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        run()
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = run()
+        assert loss.requires_grad
+        return sum(kept.values())
+
+    without = saved(_loss([], ids))
+    for name, layers in LAYERS.items():
+        per = (saved(_loss(layers, ids)) - without) / (512 * 768 * len(layers))
+        record(
+            measured(f"saved for PET on {name}, bytes a token, channel and layer, bfloat16", per, peer="without PET")
+        )
