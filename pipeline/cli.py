@@ -252,7 +252,8 @@ def verify(
             imatrix=imatrix, chunks=chunks, n_ctx=n_ctx, threads=threads, cells=_level(cells),
             ship_n_ctx=ship_n_ctx, progress=progress,
         )  # fmt: skip
-    _announce(report, out)
+    if os.environ.get("RANK", "0") == "0":  # the first process of a launch speaks for all
+        _announce(report, out)
 
 
 def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: bool) -> None:

@@ -46,8 +46,7 @@ class Run:
     """A run directory with its configuration; paths of everything in it."""
 
     def __init__(self, config: RunConfig, reporter: Reporter) -> None:
-        self.config = config
-        self.reporter = reporter if processes.is_first() else Reporter(quiet=True)
+        self.config, self.reporter = config, reporter
         self.dir = Path(config.run_dir)
         self.data, self.adapter, self.baked = self.dir / "data", self.dir / "adapter", self.dir / "baked"
         self.gguf, self.report, self.work = self.dir / "gguf", self.dir / "report", self.dir / "work"
@@ -231,6 +230,7 @@ def _verify(run: Run) -> None:
             training=TrainingRecord.model_validate_json((run.adapter / "training.json").read_text(encoding="utf-8")),
             answers=AnswerRecord.model_validate(record) if record else None,
             notes=[DEMO_NOTE] if run.config.model.base == DEMO_MODEL else [],
+            quantization=None if run.config.train.quantization == "none" else run.config.train.quantization,
         )
 
 

@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArguments, set_seed
 
 from pipeline.collate import Collator, EncodedRows
 from pipeline.config import RunConfig, TrainConfig
@@ -28,6 +28,7 @@ from pipeline.trainer import SaveCurves, SO8TTrainer, Watch, last_complete_check
 from so8t_core import SO8TConfig, gates, plane_angles, save_adapter, trainable_counts
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, write_text
+from so8t_core.quantised import load_quantised
 from verification import processes
 from verification.schema import Curve, TrainingRecord
 
@@ -204,7 +205,9 @@ def adapter_config(settings: TrainConfig) -> SO8TConfig:
     return SO8TConfig(layers=settings.layers, init_scale=settings.init_scale, lora=lora, task_type="CAUSAL_LM")
 
 
-def load_base(base_dir: Path, quantization: str = "none", *, device: str | None = None) -> Any:
+def load_base(
+    base_dir: Path, quantization: Literal["none", "8bit", "4bit"] = "none", *, device: str | None = None
+) -> Any:
     """The base model for training: float32 on a CPU, bfloat16 on a GPU, or 8-bit / 4-bit through bitsandbytes.
 
     Args:
@@ -213,19 +216,16 @@ def load_base(base_dir: Path, quantization: str = "none", *, device: str | None 
     Raises:
         InputError: it cannot be loaded.
     """
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
-    if quantization == "8bit":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif quantization == "4bit":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    if cuda:
-        options["device_map"] = {"": device or processes.local_rank()}
+    where = processes.local_rank() if device is None else device
     try:
-        return AutoModelForCausalLM.from_pretrained(base_dir, **options)
+        if quantization != "none":
+            return load_quantised(base_dir, quantization, device=where)
+        cuda = torch.cuda.is_available()
+        options: dict[str, Any] = {"device_map": {"": where}} if cuda else {}
+        dtype = torch.bfloat16 if cuda else torch.float32
+        return AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, trust_remote_code=False, **options)
+    except InputError:  # is a ValueError; says it all
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"the base model in {base_dir} cannot be loaded: {str(error).strip().splitlines()[0]}"

@@ -11,7 +11,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from verification.report_view import VERDICT_WORDS, Step, decisive, margin, next_action, steps, texts, visible
+from verification.report_view import (
+    VERDICT_WORDS,
+    Step,
+    decisive,
+    margin,
+    next_action,
+    steps,
+    texts,
+    trained_words,
+    visible,
+)
 from verification.schema import Report, Status, Verdict
 
 _STYLES: dict[Status, str] = {
@@ -50,6 +60,8 @@ def verdict_table(report: Report) -> RenderableType:
         lines.append(
             Text(f"{'Closest to its bound' if report.verdict == 'pass' else 'Decisive'}: {decisive_text(report)}")
         )
+    if trained_words(report):
+        lines.append(Text(trained_words(report)))
     lines.append(Text(f"Next: {next_action(report)}"))
     return Group(*lines)
 

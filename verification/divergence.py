@@ -3,14 +3,16 @@
 KLD_t = sum_v p_ref (log p_ref - log p_cand) over the full support; beside it llama.cpp's value, which drops v with
 log p_ref <= -16. Percentiles interpolate linearly at f(n-1); RMS dp = sqrt(mean (p_cand - p_ref)^2) of the corpus
 token; PPL ratio = exp(mean(nll_cand - nll_ref)). Intervals: `bootstrap`, over whole chunks, seeded by a digest.
-Memory: sums per chunk and per bucket, and eight bytes a scored token for the percentiles; nothing of size V is kept.
+Memory: sums per chunk and bucket, and eight bytes a scored token for the percentiles; nothing of size V is kept. What
+is kept of a chunk does not depend on the others, so they may be measured anywhere and put together in their order.
 Shapes: logits (T, V), targets (T,). Source of the definitions: llama.cpp, tools/perplexity/perplexity.cpp.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -33,24 +35,39 @@ _HISTOGRAM_SIZE = round((_HISTOGRAM_HIGH - _HISTOGRAM_LOW) / _HISTOGRAM_STEP) + 
 _SUMS = ("kld", "kld_cut", "same_top", "dp2", "nll_ref", "nll_cand", "entropy")
 
 
+@dataclass
+class Cluster:
+    """What is kept of one chunk: its tokens are not independent of each other."""
+
+    sums: Floats  # (7,): see _SUMS
+    position: Floats  # (2, n_ctx): sum of KLD, count
+    confidence: Floats = field(default_factory=lambda: np.zeros((2, 10)))
+    histogram: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_HISTOGRAM_SIZE, dtype=np.int64))
+    count: int = 0
+    kld: list[Floats] = field(default_factory=list)
+    log_ratio: tuple[float, float] = (math.inf, -math.inf)
+    non_finite: int = 0
+
+
 class DivergenceAccumulator:
     """Streams the rows of one comparison, chunk after chunk."""
 
     def __init__(self, *, reference: str, candidate: str, n_ctx: int, vocab: int, seed: str = "") -> None:
         self.reference, self.candidate, self.n_ctx, self.vocab, self.seed = reference, candidate, n_ctx, vocab, seed
-        self._sums: list[Floats] = []  # per chunk (7,): see _SUMS
-        self._counts: list[int] = []
-        self._kld: list[Floats] = []
-        self._position = np.zeros((2, n_ctx))  # sum of KLD, count
-        self._confidence = np.zeros((2, 10))
-        self._histogram = np.zeros(_HISTOGRAM_SIZE, dtype=np.int64)
-        self._log_ratio = (math.inf, -math.inf)
-        self.non_finite = 0
+        self._clusters: list[Cluster] = []
 
     def begin_chunk(self) -> None:
         """What is added from here on is one cluster: its tokens are not independent of each other."""
-        self._sums.append(np.zeros(len(_SUMS)))
-        self._counts.append(0)
+        self._clusters.append(Cluster(np.zeros(len(_SUMS)), np.zeros((2, self.n_ctx))))
+
+    def take(self) -> list[Cluster]:
+        """Hand over what was added and forget it."""
+        taken, self._clusters = self._clusters, []
+        return taken
+
+    def extend(self, clusters: Sequence[Cluster]) -> None:
+        """Add what another accumulator of the same comparison, perhaps in another process, has handed over."""
+        self._clusters.extend(clusters)
 
     def add(self, ref_TV: Array, cand_TV: Array, targets_T: Ids, *, first_position: int) -> None:
         """Compare consecutive rows; `targets_T` are the tokens that follow them, `first_position` is the first row's.
@@ -81,7 +98,8 @@ class DivergenceAccumulator:
         # a row's sum is finite exactly when its logits are: float32 values cannot overflow a float64 sum
         good_T = torch.isfinite(a.sum(dim=1) + b.sum(dim=1))
         good = good_T.numpy()
-        self.non_finite += int((~good).sum())
+        into = self._clusters[-1]
+        into.non_finite += int((~good).sum())
         target_T1 = torch.from_numpy(np.asarray(targets, dtype=np.int64))[:, None]
         nll_ref = (lse_a - a.gather(1, target_T1)[:, 0]).numpy()[good]
         nll_cand = (lse_b - b.gather(1, target_T1)[:, 0]).numpy()[good]
@@ -98,31 +116,36 @@ class DivergenceAccumulator:
         same_top = (np.argmax(cand, axis=1) == np.argmax(ref, axis=1))[good].astype(np.float64)  # the first of equals
         dp = np.exp(-nll_cand) - np.exp(-nll_ref)
         columns = (kld, kld_cut, same_top, dp * dp, nll_ref, nll_cand, entropy.numpy()[good])
-        self._sums[-1] += [float(column.sum()) for column in columns]
-        self._counts[-1] += len(kld)
-        self._kld.append(kld)
+        into.sums += [float(column.sum()) for column in columns]
+        into.count += len(kld)
+        into.kld.append(kld)
         if not len(kld):
             return
-        low, high = self._log_ratio
-        self._log_ratio = (min(low, float((nll_cand - nll_ref).min())), max(high, float((nll_cand - nll_ref).max())))
+        low, high = into.log_ratio
+        into.log_ratio = (min(low, float((nll_cand - nll_ref).min())), max(high, float((nll_cand - nll_ref).max())))
         position = np.arange(first_position, first_position + len(good))[good]
-        _into(self._position, position, kld)
-        _into(self._confidence, np.minimum((confidence * 10).astype(np.int64), 9), kld)
+        _into(into.position, position, kld)
+        _into(into.confidence, np.minimum((confidence * 10).astype(np.int64), 9), kld)
         log = np.clip(np.log10(np.maximum(kld, 10.0**_HISTOGRAM_LOW)), _HISTOGRAM_LOW, _HISTOGRAM_HIGH)
         bucket = np.floor((log - _HISTOGRAM_LOW) / _HISTOGRAM_STEP).astype(np.int64)
-        self._histogram += np.bincount(bucket, minlength=_HISTOGRAM_SIZE)
+        into.histogram += np.bincount(bucket, minlength=_HISTOGRAM_SIZE)
 
     def result(self) -> Divergence:
         """The statistics of everything added. Rows with a non-finite logit are counted, not averaged."""
-        counts = np.asarray(self._counts, dtype=np.float64)
+        counts = np.asarray([cluster.count for cluster in self._clusters], dtype=np.float64)
         total = float(counts.sum())
+        non_finite = sum(cluster.non_finite for cluster in self._clusters)
         if total == 0:
-            return self._empty()
-        sums = np.stack(self._sums)  # (chunks, 7)
+            return self._empty(non_finite)
+        sums = np.stack([cluster.sums for cluster in self._clusters])  # (chunks, 7)
         means = dict(zip(_SUMS, (sums.sum(axis=0) / total).tolist(), strict=True))
-        kld = np.concatenate(self._kld)
+        kld = np.concatenate([part for cluster in self._clusters for part in cluster.kld])
+        position = np.sum([cluster.position for cluster in self._clusters], axis=0)
+        confidence = np.sum([cluster.confidence for cluster in self._clusters], axis=0)
+        histogram = np.sum([cluster.histogram for cluster in self._clusters], axis=0)
+        lows, highs = zip(*(cluster.log_ratio for cluster in self._clusters), strict=True)
         drawn = resampled(len(counts), self.seed)
-        low, high = mean_interval(sums[:, 5] - sums[:, 4], counts, drawn, extremes=self._log_ratio)
+        low, high = mean_interval(sums[:, 5] - sums[:, 4], counts, drawn, extremes=(min(lows), max(highs)))
         return Divergence(
             reference=self.reference,
             candidate=self.candidate,
@@ -143,21 +166,21 @@ class DivergenceAccumulator:
             ppl_ratio=_exp(means["nll_cand"] - means["nll_ref"]),
             ppl_ratio_interval=(_exp(low), _exp(high)),
             reference_entropy=means["entropy"],
-            kld_by_position=_by_position(self._position),
-            kld_by_confidence=[(i / 10, float(s / n), int(n)) for i, (s, n) in enumerate(self._confidence.T) if n],
-            histogram=[(_HISTOGRAM_LOW + i * _HISTOGRAM_STEP, int(n)) for i, n in enumerate(self._histogram) if n],
-            non_finite=self.non_finite,
+            kld_by_position=_by_position(position),
+            kld_by_confidence=[(i / 10, float(s / n), int(n)) for i, (s, n) in enumerate(confidence.T) if n],
+            histogram=[(_HISTOGRAM_LOW + i * _HISTOGRAM_STEP, int(n)) for i, n in enumerate(histogram) if n],
+            non_finite=non_finite,
         )
 
-    def _empty(self) -> Divergence:
+    def _empty(self, non_finite: int) -> Divergence:
         """Nothing finite to average: zero tokens and zeros, on which no check may pass; `non_finite` says why."""
         nothing = (0.0, 0.0)
         return Divergence(
-            reference=self.reference, candidate=self.candidate, tokens=0, chunks=len(self._counts), n_ctx=self.n_ctx,
+            reference=self.reference, candidate=self.candidate, tokens=0, chunks=len(self._clusters), n_ctx=self.n_ctx,
             vocab=self.vocab, mean_kld=0.0, mean_kld_interval=nothing, mean_kld_llama_cpp=0.0, max_kld=0.0,
             kld_percentiles={}, top1=0.0, top1_interval=nothing, rms_dp=0.0, ppl_reference=0.0, ppl_candidate=0.0,
             ppl_ratio=0.0, ppl_ratio_interval=nothing, reference_entropy=0.0, kld_by_position=[], kld_by_confidence=[],
-            histogram=[], non_finite=self.non_finite,
+            histogram=[], non_finite=non_finite,
         )  # fmt: skip
 
 

@@ -19,9 +19,12 @@ import torch
 
 from so8t_core.errors import InputError
 from so8t_core.files import explain_os_errors
+from so8t_core.quantised import Quantization
+from verification import processes
 from verification.cells import Level
 from verification.gguf_file import GGUFFile, read_gguf
 from verification.legs_file import Candidate
+from verification.logits import usable_cores
 from verification.measuring import Progress, Run, Settings, measure_all
 from verification.oracle import Oracle
 from verification.policy import LEG_TITLES, Policy, decide, load_policy
@@ -63,8 +66,11 @@ def verify(
     training: TrainingRecord | None = None,
     answers: AnswerRecord | None = None,
     notes: Sequence[str] = (),
+    quantization: Quantization | None = None,
 ) -> Report:
     """Verify GGUF files against the Hugging Face checkpoint they were made from.
+
+    Called by every process of a launch: they share the passages out, the first one writes; all get the report.
 
     Args:
         reference: the saved (baked) checkpoint's directory.
@@ -78,13 +84,15 @@ def verify(
         ship_n_ctx: the context the files are shipped for; None takes at most 4096 and never more than the original
             length of a stretched RoPE.
         base_damage: also measure what the same quantisation does to the base (information, never decided on).
+        quantization: how the base was quantised while the adapter was trained; adds, as information, how far what was
+            trained lies from what is shipped.
         work_dir: keeps the oracle's files between runs, named by the reference's digest; None uses a temporary one.
 
     Raises:
         InputError: an input that cannot be used; nothing is decided then.
         KeyboardInterrupt: after the report of what was done has been written.
     """
-    if out is not None:
+    if out is not None and processes.is_first():
         _clear(Path(out))
     rules = policy if isinstance(policy, Policy) else load_policy(policy)
     reference, files = Path(reference), _label([read_gguf(path) for path in candidates])
@@ -102,20 +110,26 @@ def verify(
     run = Run(notes=list(notes))
     start = time.monotonic()
     before = torch.get_num_threads()
+    if processes.count() > 1:
+        threads = threads or processes.threads_each(usable_cores())
     interrupted = False
     report: Report | None = None
     with contextlib.ExitStack() as stack:
         work = Path(work_dir) if work_dir else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="so8t-")))
         stack.callback(torch.set_num_threads, before)
         torch.set_num_threads(threads or before)
-        inputs = artefacts(reference, files, base=base, adapter=adapter, corpus=corpus, policy=policy)
-        inputs += imatrix_artefact(imatrix)
+        inputs = processes.from_first(
+            lambda: [
+                *artefacts(reference, files, base=base, adapter=adapter, corpus=corpus, policy=policy),
+                *imatrix_artefact(imatrix),
+            ]
+        )
         settings = Settings(
             reference, Path(base) if base else None, Path(adapter) if adapter else None, rules, corpus, chunks, n_ctx,
             threads, base_damage, cells, ship_n_ctx,
             Oracle(work, converter=converter, threads=threads, imatrix=imatrix), inputs[0].sha256,
             {a.label: a.sha256 for a in inputs if a.role == "candidate"},
-            " ".join(a.sha256 for a in inputs if a.role == "corpus"), work,
+            " ".join(a.sha256 for a in inputs if a.role == "corpus"), work, quantization,
         )  # fmt: skip
         try:
             measure_all(settings, files, run, tell)
@@ -141,6 +155,7 @@ def verify(
             cells=run.cells,
             noise=run.noise,
             tensors=run.tensors,
+            trained_function=run.trained,
             policy=rules.model_dump(mode="json"),
             tokens_sha256=run.tokens_sha256,
             versions=versions(),
@@ -150,13 +165,13 @@ def verify(
             answers=answers,
         )
         report = decide(report, rules)
-        if out is not None:
+        if out is not None and processes.is_first():
             from verification.report import write_report
 
             write_report(report, Path(out))
     if interrupted:
         raise KeyboardInterrupt
-    return report
+    return processes.from_first(lambda: report)
 
 
 def _clear(out: Path) -> None:

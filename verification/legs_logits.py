@@ -1,7 +1,8 @@
 """The legs that need inference. The reference runs once and its logits go to disk; then every file has its own turn.
 
 At any time one Hugging Face model or one GGUF file is open, and a bounded number of logits. A passage's logits are
-stored once, from its first position that anybody scores, and read back for every candidate and every cell.
+stored once, from its first position that anybody scores, and read back for every candidate and every cell. Several
+processes share the passages out: who has a passage's reference also measures the candidates on it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
+from verification import processes
 from verification.cells import BLOCK, Cell, Passage, Plan
 from verification.checks import divergence_checks
 from verification.corpus import Corpus
@@ -49,6 +51,10 @@ class Reference:
         row += passage.first - first
         return self.spool.read(row + start, row + stop)
 
+    def mine(self, passages: Sequence[Passage]) -> dict[int, Passage]:
+        """Those of the passages whose logits are here, by their place."""
+        return {place: p for place, p in enumerate(passages) if p.tokens.tobytes() in self._places}
+
     def add(self, passage: Passage, model: Any) -> None:
         """Run the model over a passage and keep its logits."""
         row = self.spool.rows
@@ -70,8 +76,9 @@ def distinct(groups: Iterable[Sequence[Passage]]) -> list[Passage]:
 def run_reference(
     model: Any, passages: Sequence[Passage], directory: Path, *, name: str, tell: Tell, stage: str = "reference"
 ) -> Reference:
-    """The reference's logits of all passages, on disk; close `.spool` when done."""
+    """The reference's logits of all passages, or of this process' share, on disk; close `.spool` when done."""
     vocab = int(model.config.get_text_config().vocab_size)
+    passages = list(processes.shared_out(passages).values())
     spool = LogitSpool(directory, rows=sum(p.rows for p in passages), vocab=vocab)
     reference = Reference(spool, name)
     try:
@@ -83,6 +90,21 @@ def run_reference(
         raise
     tell(stage, len(passages), len(passages))
     return reference
+
+
+def in_turn(
+    passages: Sequence[Passage],
+    reference: Reference,
+    into: DivergenceAccumulator,
+    measure: Callable[[int, Passage], None],
+) -> None:
+    """Measure the passages that are here; then `into` has the clusters of all, in their order, in every process."""
+    parts = {}
+    for place, passage in reference.mine(passages).items():
+        measure(place, passage)
+        parts[place] = into.take()
+    for clusters in processes.together(parts):
+        into.extend(clusters)
 
 
 def compare_rows(
@@ -152,7 +174,7 @@ def measure_file(
     chunks, cells = passages_of(text.chunks), plan.cells if plan else []
     steps, n_ctx = len(chunks) + len(cells), len(text.chunks[0])
     stage = stage or label
-    ratio: float | None = None
+    ratios: dict[int, float | None] = {}
     with LlamaModel(path) as model:
         if model.vocab_size != reference.spool.vocab:
             raise InputError(
@@ -161,17 +183,21 @@ def measure_file(
             )
         total = _accumulator(reference, label, n_ctx, seed)
         with LlamaLogits(model, n_ctx=n_ctx, threads=threads) as engine:
-            for number, passage in enumerate(chunks):
-                tell(stage, number, steps)
-                found = compare_rows(engine.rows(passage.tokens, first=passage.first), reference, passage, total)
-                ratio = found if number == 0 else ratio
+
+            def measure(place: int, passage: Passage) -> None:
+                tell(stage, place, steps)
+                ratios[place] = compare_rows(
+                    engine.rows(passage.tokens, first=passage.first), reference, passage, total
+                )
+
+            in_turn(chunks, reference, total, measure)
         divergence = total.result()
         results = [_mid(label, divergence)] if plan else []
         for number, cell in enumerate(cells):
             tell(stage, len(chunks) + number, steps)
             results.append(_run_cell(cell, label, model, plan, reference, seed, threads))
     tell(stage, steps, steps)
-    return FileResult(divergence, ratio, results)
+    return FileResult(divergence, processes.together(ratios)[0], results)
 
 
 def _mid(label: str, divergence: Divergence) -> CellResult:
@@ -190,11 +216,14 @@ def _run_cell(
         longest = max(len(p.tokens) for p in passages)
         total = _accumulator(reference, label, longest, f"{cell.name} {seed}")
         with LlamaLogits(model, n_ctx=cell.n_ctx or longest, n_ubatch=cell.n_ubatch, threads=threads) as engine:
-            for passage in passages:
+
+            def measure(_: int, passage: Passage) -> None:
                 singly = len(passage.tokens) - cell.singly if cell.singly else None
                 rows = engine.rows(passage.tokens, first=passage.first, singly_from=singly)
                 block = BLOCK if passage.rows >= 2 * BLOCK else None
                 compare_rows(rows, reference, passage, total, block=block)
+
+            in_turn(passages, reference, total, measure)
         divergence = total.result()
     return CellResult(
         cell=cell.name, title=cell.title, candidate=label, setting=cell.setting, why=cell.why, divergence=divergence
@@ -207,23 +236,26 @@ def _accumulator(reference: Reference, label: str, n_ctx: int, seed: str) -> Div
     )
 
 
-def saved_against_baked(
-    baked: Any, text: Corpus, reference: Reference, *, seed: str, tell: Tell, stage: str = "saved precision"
+def saved_against(
+    model: Any, text: Corpus, reference: Reference, *, name: str, seed: str, tell: Tell, stage: str
 ) -> Divergence:
-    """Divergence of the saved checkpoint, whose logits are in the spool, from the bake in fp32."""
+    """Divergence of the saved checkpoint, whose logits are in the spool, from `model`: the bake in fp32, say."""
     total = DivergenceAccumulator(
-        reference="baked fp32", candidate=SAVED, n_ctx=len(text.chunks[0]), vocab=reference.spool.vocab, seed=seed
+        reference=name, candidate=SAVED, n_ctx=len(text.chunks[0]), vocab=reference.spool.vocab, seed=seed
     )
     chunks = passages_of(text.chunks)
-    for number, passage in enumerate(chunks):
-        tell(stage, number, len(chunks))
+
+    def measure(place: int, passage: Passage) -> None:
+        tell(stage, place, len(chunks))
         total.begin_chunk()
         done = 0
-        for part in hf_rows(baked, passage.tokens, first=passage.first):
+        for part in hf_rows(model, passage.tokens, first=passage.first):
             at = passage.first + done
             targets = passage.tokens[at + 1 : at + 1 + len(part)]
             total.add(part, reference.read(passage, done, done + len(part)), targets, first_position=at)
             done += len(part)
+
+    in_turn(chunks, reference, total, measure)
     tell(stage, len(chunks), len(chunks))
     return total.result()
 
@@ -261,9 +293,13 @@ def base_damage_of(
     kinds = list(dict.fromkeys(c.file.file_type for c in files if not c.file.is_float))
     if not kinds:
         return []
-    digest = sha256_path(base)
-    source = oracle.converted(base, digest)
-    paths = {kind: oracle.of_type(source, kind, base, digest) for kind in kinds}
+
+    def make() -> dict[str, Path]:
+        digest = sha256_path(base)
+        source = oracle.converted(base, digest)
+        return {kind: oracle.of_type(source, kind, base, digest) for kind in kinds}
+
+    paths = processes.from_first(make)
     chunks = passages_of(text.chunks)
     reference = run_reference(load_hf(base), chunks, directory, name="base", tell=tell, stage="base")
     with reference.spool:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from so8t_core.errors import InputError
-from verification import chat_templates
+from so8t_core.quantised import Quantization
+from verification import chat_templates, processes
 from verification.cells import Level, Plan, plan_cells
 from verification.checks import plain_check
 from verification.corpus import Corpus, read_corpus
@@ -34,7 +35,7 @@ from verification.legs_logits import (
     measure_file,
     passages_of,
     run_reference,
-    saved_against_baked,
+    saved_against,
 )
 from verification.legs_quantise import quantise_checks
 from verification.llama_engine import LlamaModel
@@ -43,9 +44,10 @@ from verification.logits import load_hf
 from verification.noise import noise_checks, noise_floor
 from verification.oracle import Oracle
 from verification.policy import Policy
-from verification.schema import CellResult, Check, Divergence, LegName, NoiseRow, TensorRow
+from verification.schema import CellResult, Check, Divergence, LegName, NoiseRow, TensorRow, TrainedFunction
 from verification.tensors import Checkpoint
 from verification.tokenizer import load_tokenizer
+from verification.trained_function import trained_function
 from verification.weights import Sources, rotations
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -64,6 +66,7 @@ class Run:
     durations: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     planned: list[LegName] = field(default_factory=list)
+    trained: TrainedFunction | None = None
     tokens_sha256: str = ""
 
     def add(self, leg: LegName, checks: Sequence[Check]) -> None:
@@ -100,6 +103,7 @@ class Settings:
     file_digests: dict[str, str]  # by label
     corpus_digest: str
     work: Path
+    quantization: Quantization | None  # of the base in training
 
     def seed(self, label: str, text: Corpus) -> str:
         """What fixes the bootstrap: the digests of reference, candidate, corpus and token ids."""
@@ -118,18 +122,23 @@ def measure_all(s: Settings, files: list[Candidate], run: Run, tell: Progress) -
     run.planned += ["bake", "dtype", "controls"] if s.base and s.adapter else []
     checkpoint, tokenizer = Checkpoint(s.reference), load_tokenizer(s.reference)
     same_vocabulary(checkpoint, files)
-    for candidate in files:
+    for candidate in files if processes.is_first() else []:
         require_loadable(candidate.file.path)
     with run.timed("oracle"):
         tell("oracle", 0, 1)
-        source = s.oracle.converted(s.reference, s.digest)
+        source = processes.from_first(lambda: s.oracle.converted(s.reference, s.digest))
+        if not source.is_file():
+            raise InputError(
+                f"{source}, which process 0 made, is not here: set TMPDIR to a disk that all machines share"
+            )
     if not any(c.file.is_float for c in files):
         files = [Candidate("F16 (oracle)", read_gguf(source)), *files]
         run.notes.append("No float file was given: the verifier's own F16 conversion stands in the leg `convert`.")
     with LlamaModel(source, vocab_only=True) as model:
         bos = model.bos if model.add_bos else None
-    with run.timed("files"):
-        _files(s, files, source, checkpoint, tokenizer, run, tell)
+    if processes.is_first():
+        with run.timed("files"):
+            _files(s, files, source, checkpoint, tokenizer, run, tell)
     text = read_corpus(s.corpus, tokenizer, n_ctx=s.n_ctx, chunks=s.chunks, bos=bos)
     run.tokens_sha256 = text.sha256
     plan = _plan(s, text, checkpoint, tokenizer)
@@ -146,9 +155,11 @@ def measure_all(s: Settings, files: list[Candidate], run: Run, tell: Progress) -
         # bfloat16 kernels round the activations too: where there is another float file, the floor is that one's
         first = min((c for c in files if c.file.is_float), key=lambda c: c.file.file_type == "BF16")
         with run.timed("noise floor"):
-            run.noise = noise_floor(
-                first.label, first.file.path, plan.passages["plain"], threads=s.threads,
-                tell=lambda done, total: tell("noise floor", done, total),
+            run.noise = processes.from_first(
+                lambda: noise_floor(
+                    first.label, first.file.path, plan.passages["plain"], threads=s.threads,
+                    tell=lambda done, total: tell("noise floor", done, total),
+                )
             )  # fmt: skip
             run.add("evidence", noise_checks(run.noise))
     run.add("evidence", evidence_checks(next(d for d in run.divergences if d.candidate == first.label)))
@@ -216,8 +227,9 @@ def _before_saving(
     with run.timed("bake"):
         tell("bake", 0, 1)
         if s.adapter is None:
-            own = reference.read(first, 0, first.rows)
-            run.add("controls", [base_control(s.base, own, first.tokens)])
+            if processes.is_first():  # who has the first passage
+                own = reference.read(first, 0, first.rows)
+                run.add("controls", [base_control(s.base, own, first.tokens)])
             return
         bound = s.policy.bake.max_abs_logit
         result = bake_leg(s.base, s.adapter, text.chunks, max_abs_logit=bound)
@@ -229,16 +241,35 @@ def _before_saving(
             [plain_check("dtype.rounding", "Worst saved weight, in roundings of its type", worst, detail=where)],
         )
     with run.timed("saved precision"):
-        saved = saved_against_baked(result.baked, text, reference, seed=s.seed("saved", text), tell=tell)
+        saved = saved_against(
+            result.baked, text, reference, name="baked fp32", seed=s.seed("saved", text), tell=tell,
+            stage="saved precision",
+        )  # fmt: skip
         run.add("dtype", _dtype_checks(saved, checkpoint))
         run.divergences.append(saved)
     gated = result.gated
     del result
     gc.collect()
-    with run.timed("bake"):
-        run.add("controls", [transposed_control(s.base, s.adapter, first.tokens, gated, max_abs_logit=bound)])
-    gc.collect()
+    if processes.is_first():
+        with run.timed("bake"):
+            run.add("controls", [transposed_control(s.base, s.adapter, first.tokens, gated, max_abs_logit=bound)])
+        gc.collect()
+    if s.quantization is not None:
+        with run.timed("trained function"):
+            _trained(s, s.base, s.adapter, s.quantization, text, reference, run, tell)
+        gc.collect()
     run.planned = [leg for leg in run.planned if leg not in ("bake", "dtype", "controls")]
+
+
+def _trained(
+    s: Settings, base: Path, adapter: Path, kind: Quantization, text: Corpus, reference: Reference, run: Run,
+    tell: Progress,
+) -> None:  # fmt: skip
+    """What was trained beside what is shipped: information, so that what was decided stands without it."""
+    try:
+        run.trained = trained_function(base, adapter, kind, text, reference, seed=s.seed("trained", text), tell=tell)
+    except InputError as error:
+        run.notes.append(f"The function that was trained was not measured: {error}")
 
 
 def _dtype_checks(d: Divergence, checkpoint: Checkpoint) -> list[Check]:

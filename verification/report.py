@@ -154,6 +154,7 @@ def _context(report: Report) -> dict[str, Any]:
         "decisive": report_view.decisive(report),
         "decisive_text": decisive_text(report),
         "next_action": report_view.next_action(report),
+        "trained_words": report_view.trained_words(report),
         "attention": report_view.attention(report),
         "counts": [(status, statuses[status]) for status in report_view.SEVERITY if statuses[status]],
         "rungs": rungs,

@@ -101,6 +101,21 @@ def duration(seconds: float) -> str:
     return f"{number(seconds / 60)} min" if seconds < 7200 else f"{number(seconds / 3600)} h"
 
 
+def trained_words(report: Report) -> str:
+    """How far what was trained lies from what is shipped, where the base was quantised in training; else empty."""
+    trained = report.trained_function
+    if trained is None:
+        return ""
+    d, kind = trained.divergence, trained.quantization.replace("bit", "-bit")
+    low, high = d.mean_kld_interval
+    return (
+        f"Trained on a {kind} base, shipped from the original: mean KLD {number(d.mean_kld)} nats "
+        f"[{number(low)}, {number(high)}], same top-1 {percent(d.top1)}, PPL ratio {number(d.ppl_ratio, 4)}; the "
+        f"base's {trained.weights} quantised weights lie {percent(trained.weight_error)} from the original ones. For "
+        "information: what is shipped is held to the original."
+    )
+
+
 def texts(check: Check) -> tuple[str, str]:
     """Value (with unit) and bound (with relation) of a check; more digits where rounding would make them look equal."""
     share, unit = _is_share(check), "" if check.unit == "share" else visible(check.unit)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = "1.1"  # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`
+SCHEMA_VERSION = "1.2"  # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`
 
 Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
 Verdict = Literal["pass", "fail", "inconclusive", "incomplete"]
@@ -122,6 +122,15 @@ class TensorRow(_Model):
     layer: int | None = None
 
 
+class TrainedFunction(_Model):
+    """What was trained beside what is shipped, where the base was quantised in training; information."""
+
+    quantization: Literal["8bit", "4bit"]
+    weight_error: float  # ||quantised - original|| / ||original|| over all quantised weights of the base
+    weights: int  # how many tensors those are
+    divergence: Divergence  # quantised base + adapter as reference, the saved checkpoint as candidate
+
+
 class Report(_Model):
     """Everything a decision needs; `so8t gate` decides again from this file alone."""
 
@@ -136,6 +145,7 @@ class Report(_Model):
     cells: list[CellResult] = Field(default_factory=list)
     noise: list[NoiseRow] = Field(default_factory=list)
     tensors: list[TensorRow] = Field(default_factory=list)
+    trained_function: TrainedFunction | None = None
     policy: dict[str, Any]
     tokens_sha256: str = ""  # of the scored ids as int32, chunk after chunk
     versions: dict[str, str]

@@ -7,12 +7,14 @@ another order; what that amounts to is measured where micro-batches are cut diff
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from pipeline.progress import Reporter
 from pipeline.run import Run
 from pipeline.trainer import Order, last_complete_checkpoint, split_step
 from so8t_core.errors import InputError
-from verification import processes
+from verification import processes, verify
 from verification.schema import TrainingRecord
 
 TEXT = """
@@ -52,11 +54,16 @@ def _launched(config: RunConfig, option: str) -> subprocess.Popen[str]:
     """`accelerate launch` with two processes; `--multi_gpu` is its word for several processes, also on a CPU."""
     file = Path(config.run_dir + ".yaml")
     file.write_text(config.model_dump_json(), encoding="utf-8")  # JSON is YAML
+    return _launched_verb(option, "train", str(file))
+
+
+def _launched_verb(option: str, *arguments: str) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-m", "accelerate.commands.launch", option, "--num_processes", "2", "--main_process_port", "0",
-        "-m", "pipeline.cli", "train", str(file),
+        "-m", "pipeline.cli", *arguments,
     ]  # fmt: skip
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def _launch(config: RunConfig, option: str) -> str:
@@ -114,6 +121,47 @@ def test_one_process_goes_on_from_a_launch(option: str, alone: Path, tiny_dir: P
     process.terminate()
     process.communicate()
     _assert_same(alone, _alone(tiny_dir, tmp_path / "two"))
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """A report without when and how fast."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in report.items() if key not in ("created", "durations")}
+
+
+def test_two_processes_verify_what_one_verifies(tiny_dir: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    arguments = ["verify", "--reference", str(tiny_dir), "--candidate", str(tiny_gguf), "--threads", "1"]
+    arguments += ["--chunks", "3", "--n-ctx", "64"]
+    verify(tiny_dir, [tiny_gguf], out=tmp_path / "one", chunks=3, n_ctx=64, threads=1)
+    process = _launched_verb("--multi_gpu", *arguments, "--out", str(tmp_path / "two"))
+    _, printed = process.communicate(timeout=500)
+    assert (tmp_path / "two" / "report.json").is_file(), printed
+    assert _measured(tmp_path / "one") == _measured(tmp_path / "two")
+    assert process.returncode == 1  # too little text to decide: a launcher answers whatever is not 0 with 1
+
+
+@pytest.mark.soak
+def test_two_processes_run_the_whole_road(tiny_dir: Path, tmp_path: Path) -> None:
+    """Training on a 4-bit base, bake, files and every leg of verify, with base, adapter and the trained function."""
+    more = [
+        "threads=1", "train.quantization=4bit", "train.steps=3", "convert.types=[F16, Q8_0]",
+        "data.generator.heldout_rows=24", "answers={prompts: 2, max_new_tokens: 8}", "verify={chunks: 3, n_ctx: 128}",
+    ]  # fmt: skip
+    one, two = _config(tiny_dir, tmp_path / "one", *more), _config(tiny_dir, tmp_path / "two", *more)
+    Run(one, Reporter(quiet=True)).execute()
+    file = Path(two.run_dir + ".yaml")
+    file.write_text(two.model_dump_json(), encoding="utf-8")
+    _, printed = _launched_verb("--multi_gpu", "run", str(file)).communicate(timeout=1000)
+    assert (tmp_path / "two" / "report" / "report.json").is_file(), printed
+    reports = [_measured(tmp_path / name / "report") for name in ("one", "two")]
+    for report in reports:
+        report["training"].pop("seconds")
+        for artefact in report["artefacts"]:
+            artefact.pop("path")
+            if artefact["role"] == "adapter":  # its training.json holds the seconds
+                artefact.pop("sha256"), artefact.pop("bytes")
+    assert reports[0]["trained_function"] is not None
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize(

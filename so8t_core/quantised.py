@@ -1,0 +1,100 @@
+"""Quantised bases for training (QLoRA): how they are loaded, and how far their weights lie from the original's.
+
+8 bit: one int8 scale a row (LLM.int8). 4 bit: nf4 in blocks of 64 with quantised scales. Nothing is ever merged into
+them: the bake starts from the original checkpoint, so what is shipped differs from what was trained by the
+quantisation of the base; `weight_error` is that difference in the weights.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from so8t_core.errors import InputError
+
+Quantization = Literal["8bit", "4bit"]
+TESTED_BITSANDBYTES = (0, 50)
+
+
+def check_bitsandbytes(version: str) -> None:
+    """Refuse a bitsandbytes whose layers are known to be wrong, warn of one that was never tried.
+
+    Raises:
+        InputError: older than 0.50: 8-bit weights were lost when a layer was moved (0.48), 4-bit ones dequantised
+            inaccurately on CPUs with AVX512 (before 0.49), and the switch that `attach` needs to keep them unpacked was
+            never tried there.
+    """
+    series = tuple(int(part) for part in version.split(".")[:2])
+    if series < TESTED_BITSANDBYTES:
+        raise InputError(
+            f"bitsandbytes {version} is too old: its quantised layers are wrong in ways that were mended later (moved "
+            "8-bit weights, 4-bit weights on CPUs); pip install 'bitsandbytes>=0.50'"
+        )
+    if series > TESTED_BITSANDBYTES:
+        warnings.warn(
+            f"bitsandbytes {version} was not tested with SO8T, which keeps its 4-bit weights unpacked on CPUs; tested "
+            "is 0.50. If training does not lower the loss, pip install 'bitsandbytes>=0.50,<0.51'",
+            stacklevel=2,
+        )
+
+
+def load_quantised(directory: str | Path, kind: Quantization, *, device: int | str | None = None) -> Any:
+    """The causal LM of a local directory with its linear layers quantised, computing in float32 on a CPU and bfloat16
+    on a GPU.
+
+    Raises:
+        InputError: bitsandbytes is missing or known to be wrong.
+        OSError, ValueError: transformers cannot load the directory.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    try:
+        check_bitsandbytes(importlib.metadata.version("bitsandbytes"))
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(f"a {kind} base needs bitsandbytes; pip install 'so8t[quant]'") from None
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    if kind == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    options: dict[str, Any] = {"device_map": {"": 0 if device is None else device}} if cuda else {}
+    return AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=dtype, trust_remote_code=False, quantization_config=config, **options
+    )
+
+
+def weight_error(model: nn.Module, original: Callable[[str], Tensor]) -> tuple[float, int]:
+    """(||quantised - original|| / ||original|| over all quantised weights together, how many they are), Frobenius norm.
+
+    Args:
+        original: gives the original weight (out, in) of a tensor name, e.g. "model.layers.0.self_attn.o_proj.weight".
+
+    Raises:
+        InputError: the model has no quantised weight.
+    """
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    apart = whole = 0.0
+    count = 0
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")  # of the layer itself: an adapter around it shows the same one
+        if type(weight).__name__ not in ("Params4bit", "Int8Params"):
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        exact = original(f"{plain}.weight").double()
+        found = dequantize_bnb_weight(weight, getattr(module, "state", None)).double().cpu()
+        apart += (found - exact).square().sum().item()
+        whole += exact.square().sum().item()
+        count += 1
+    if count == 0:
+        raise InputError("the model has no quantised weight; load it with load_quantised")
+    return (apart / whole) ** 0.5, count
