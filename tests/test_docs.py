@@ -191,6 +191,36 @@ def test_a_block_that_fails_is_seen(world: Path, tmp_path: Path, tiny_dir: Path)
             check([Block("x.md", 0, None, "", script)], world, folder)
 
 
+def api(packages: list[str], out: Path) -> None:
+    """The reference as `tox -e docs` makes it, of some packages."""
+    config = ConfigParser()
+    config.read(ROOT / "tox.ini")
+    words = config["testenv:docs"]["commands"].split()
+    options = words[1 : words.index("-o")]
+    command = [sys.executable, "-m", "pdoc", *options, "-o", str(out), *packages]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_api_reference_of_the_core_is_built_from_its_docstrings(tmp_path: Path) -> None:
+    import so8t_core
+
+    api(["so8t_core"], tmp_path)
+    page = (tmp_path / "so8t_core.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in page for name in so8t_core.__all__)
+
+
+@pytest.mark.soak
+def test_the_whole_api_reference_is_built(tmp_path: Path) -> None:
+    packages = ["so8t_core", "verification", "pipeline"]
+    api(packages, tmp_path)
+    for name in packages:
+        for path in (ROOT / name).rglob("*.py"):
+            if not path.name.startswith("_"):
+                assert (tmp_path / path.relative_to(ROOT)).with_suffix(".html").exists(), path
+
+
 def _serve_for_a_moment(arguments: list[str]) -> int:
     """What the wrapper runs instead of a server that never ends: 0 once it has announced itself and stopped cleanly."""
     command = [sys.executable, "-m", "pipeline.cli", *arguments, "--port", "0", "--max-new-tokens", "64"]
