@@ -13,7 +13,7 @@ from so8t_core import exp_so8, skew
 from so8t_core.exponential import TERMS, evaluate, plans
 
 PLANES = {"one plane": 1, "two equal planes": 2, "four equal planes": 4}
-ANGLES = [0.0, 1e-40, 1e-3, 1.0, 1.99, math.pi, math.nextafter(math.pi, 4), 4.0, 6.49, 50.0]
+ANGLES = [0.0, 1e-310, 1e-40, 1e-3, 1.0, 1.99, math.pi, math.nextafter(math.pi, 4), 4.0, 6.49, 50.0]
 
 
 def sample(kind: str, angle: float, count: int = 64) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_float64_is_as_good_as_scipy(kind: str, angle: float) -> None:
     assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item() <= 3 * bound
 
 
-@pytest.mark.parametrize("angle", [0.0, 1e-40, 1e-3, 1.0, 1.99, math.pi, 4.0, 6.49, 20.0])
+@pytest.mark.parametrize("angle", [0.0, 1e-310, 1e-40, 1e-3, 1.0, 1.99, math.pi, 4.0, 6.49, 20.0])
 @pytest.mark.parametrize("kind", ["generic", *PLANES])
 def test_float32_gradient_is_accurate(kind: str, angle: float) -> None:
     theta = sample(kind, angle, count=16).float().requires_grad_(True)

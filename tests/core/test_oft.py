@@ -74,6 +74,25 @@ def test_adapter_trained_with_stock_oft_is_imported(tmp_path: Path) -> None:
     assert gap(logits(load_adapter(tiny_llama(), tmp_path / "so8t")), want) <= 2e-6 * max(1.0, want.abs().max().item())
 
 
+def test_an_adapter_trained_with_peft_s_default_series_is_refused(tmp_path: Path) -> None:
+    """Cayley-Neumann is the default of `OFTConfig`: what a user trained without thinking of it."""
+    model = get_peft_model(tiny_llama(), OFTConfig(r=0, oft_block_size=8, target_modules=["o_proj"]))
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimiser.step()
+    model.save_pretrained(tmp_path / "oft")
+    with pytest.raises(
+        InputError, match="use_cayley_neumann=True: its truncated series is not a rotation"
+    ):
+        import_oft(tmp_path / "oft", tmp_path / "so8t")
+    assert not (tmp_path / "so8t").exists()
+    # Read as the exact map it would have been another function, without a word.
+    fields = json.loads((tmp_path / "oft" / "adapter_config.json").read_text())
+    (tmp_path / "oft" / "adapter_config.json").write_text(json.dumps({**fields, "use_cayley_neumann": False}))
+    import_oft(tmp_path / "oft", tmp_path / "so8t")
+    assert gap(logits(load_adapter(tiny_llama(), tmp_path / "so8t")), logits(model)) > 1e-3
+
+
 @pytest.mark.parametrize("angle", [3.12, torch.pi])
 def test_angles_near_pi_are_refused(angle: float, tmp_path: Path) -> None:
     _saved(tmp_path / "so8t", angle=angle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from core_models import IDS, LORA, randomise, tiny_llama
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from so8t_core import InputError, SO8TConfig, attach, exponential, gates
-from so8t_core.gate import RotationGate
+from so8t_core.gate import RotationGate, refresh
 
 
 def adapted(**changes: object) -> nn.Module:
@@ -77,6 +79,13 @@ def test_a_compiled_model_has_the_same_gradients():
     assert not same(again, want)
     for name, grad in again.items():
         assert (found[name] - grad).abs().max() <= 64 * torch.finfo(torch.float32).eps * grad.abs().max(), name
+
+
+def test_a_model_compiled_into_the_same_operations_has_the_same_bits():
+    model = adapted(num_hidden_layers=1)
+    want = gradients(model, IDS)
+    torch._dynamo.reset()
+    assert same(gradients(model, IDS, forward=torch.compile(model, backend="eager")), want)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -177,6 +186,51 @@ def test_every_optimiser_step_is_noticed_where_values_are_not_compared():
     with torch.no_grad():
         gate.theta.mul_(2)
     assert gate._stamp() != before
+
+
+class Waits(TorchDispatchMode):
+    """Collects operations after which the host must wait for a device: a value or a size goes to it."""
+
+    NAMES = frozenset({"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "is_nonzero"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.seen += [name] if name in self.NAMES else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_its_device_once_and_not_inside(monkeypatch):
+    """Shown on a CPU, with the gates made to tell a new theta as they do elsewhere: by its stamp."""
+    found = list(gates(adapted()).values())
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    lists: list[int] = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: lists.append(self.numel()) or tolist(self))
+    with Waits() as beginning:
+        refresh(found)
+    assert (beginning.seen, lists) == ([], [3])  # the lengths of all three layers' thetas at once
+    lists.clear()
+    for gate in found:
+        gate._known = gate._known._replace(was=gate._stamp())
+
+    def micro_batch() -> None:
+        y = x
+        for gate in found:
+            y = gate(y)
+        y[..., 0].sum().backward()
+
+    with Waits() as inside:
+        micro_batch()
+        micro_batch()
+    assert (inside.seen, lists) == ([], [])
+    found[0]._known = found[0]._known._replace(was=found[0].theta.detach().clone())
+    with Waits() as comparing:  # as on a CPU: it would show
+        micro_batch()
+    assert comparing.seen == ["equal"]
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
