@@ -22,7 +22,7 @@ from so8t_core.adapter import SO8TLinear
 from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
-from so8t_core.files import atomic_dir
+from so8t_core.files import atomic_dir, read_json
 from so8t_core.folding import Fold, named
 from so8t_core.safetensors_stream import FLOATS, read_entries, rewrite
 from so8t_core.store import KEY_PREFIX, fold_layers, read_adapter
@@ -81,17 +81,12 @@ def unbake(model: nn.Module, adapter_dir: str | Path) -> nn.Module:
     for name, module in modules.items():
         kind = kinds.get(module.weight.dtype, "") if type(module) is nn.Linear else type(module).__name__
         stored[name] = kind, tuple(module.weight.shape)
-    folds = _read_folds(adapter_dir)
+    folds = folds_from_files(*read_adapter(adapter_dir))
     _check_fit(stored, folds, adapter_dir)
     for name, fold in folds.items():
         with named(name):
             modules[name].weight.data = fold.apply(modules[name].weight.data, undo=True)
     return model
-
-
-def _read_folds(adapter_dir: str | Path) -> dict[str, Fold]:
-    """Weight name in the base -> what to fold into it."""
-    return folds_from_files(*read_adapter(adapter_dir))
 
 
 def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str, Fold]:
@@ -156,7 +151,7 @@ def bake_checkpoint(
         if source.resolve().is_relative_to(out_dir.resolve()):
             raise InputError(f"out_dir {out_dir} would replace its own input {source}; choose another place")
     shards = _shards(base_dir)
-    folds = _read_folds(adapter_dir)
+    folds = folds_from_files(*read_adapter(adapter_dir))
     if invert:
         for fold in folds.values():
             fold.theta = None if fold.theta is None else -fold.theta
@@ -180,16 +175,6 @@ def _bake_shard(source: Path, target: Path, folds: dict[str, Fold], dtype: torch
     return rewrite(source, target, {name: fold.apply for name, fold in folds.items()}, dtype)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path} is damaged: expected an object, got {type(fields).__name__}")
-    return fields
-
-
 def _shards(base_dir: Path) -> list[Path]:
     """The weight files that transformers would load: model.safetensors if it exists, else those of the index."""
     if not base_dir.is_dir():
@@ -197,12 +182,12 @@ def _shards(base_dir: Path) -> list[Path]:
     config = base_dir / "config.json"
     if not config.is_file():
         raise InputError(f"{base_dir} has no config.json: not a Hugging Face checkpoint")
-    if _read_json(config).get("quantization_config"):
+    if read_json(config).get("quantization_config"):
         raise InputError(f"{base_dir} is a quantised checkpoint; bake from the original, unquantised one")
     names = ["model.safetensors"]
     index = base_dir / INDEX_NAME
     if not (base_dir / names[0]).is_file() and index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index} is damaged: it has no weight_map")
         names = sorted(set(weight_map.values()))
@@ -243,7 +228,7 @@ def _copy_other_files(base_dir: Path, out_dir: Path, dtype: torch.dtype | None) 
         (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, out_dir / name)
     if dtype is not None:
-        config = _read_json(base_dir / "config.json")
+        config = read_json(base_dir / "config.json")
         config["dtype"] = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
         _write_json(out_dir / "config.json", config)
@@ -252,7 +237,7 @@ def _copy_other_files(base_dir: Path, out_dir: Path, dtype: torch.dtype | None) 
 def _rewrite_index(out_dir: Path, shards: list[Path]) -> None:
     path = out_dir / INDEX_NAME
     if path.is_file():
-        index = _read_json(path)
+        index = read_json(path)
         index.setdefault("metadata", {})["total_size"] = sum(e.nbytes for shard in shards for e in read_entries(shard))
         _write_json(path, index)
 

@@ -9,23 +9,18 @@ Finetuning (2023); the layout is PEFT 0.21's.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import OFTConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
-from so8t_core.files import atomic_dir, write_text
 from so8t_core.rotation import exp_so8, log_so8, plane_angles, skew
-from so8t_core.store import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from so8t_core.store import read_adapter, read_files, write_files
 
 LARGEST_ANGLE = 3.1  # rad; tan(1.55) = 48, and float32 still gives the angle back to 1e-6
 _OURS, _THEIRS = ".lora_so8t.theta", ".oft_R.weight"
@@ -55,10 +50,7 @@ def export_oft(adapter_dir: str | Path, out_dir: str | Path) -> Path:
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    with atomic_dir(Path(out_dir)) as temporary:
-        save_file(exported, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        _write_config(temporary, stock.to_dict())
-    return Path(out_dir)
+    return write_files(out_dir, stock.to_dict(), exported)
 
 
 def import_oft(oft_dir: str | Path, out_dir: str | Path) -> Path:
@@ -69,7 +61,7 @@ def import_oft(oft_dir: str | Path, out_dir: str | Path) -> Path:
             truncates a series (not orthogonal, and turning the other way), constrained or shared blocks likewise.
     """
     folder = Path(oft_dir)
-    fields, tensors = _read_oft(folder)
+    fields, tensors = read_files(folder, "OFT")
     refused = {
         "use_cayley_neumann": "its truncated series is not a rotation; train with use_cayley_neumann=False",
         "coft": "constrained OFT projects its weights while it runs",
@@ -93,10 +85,7 @@ def import_oft(oft_dir: str | Path, out_dir: str | Path) -> Path:
         base_model_name_or_path=fields.get("base_model_name_or_path"),
         inference_mode=True,
     )
-    with atomic_dir(Path(out_dir)) as temporary:
-        save_file(imported, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        _write_config(temporary, config.to_dict())
-    return Path(out_dir)
+    return write_files(out_dir, config.to_dict(), imported)
 
 
 def _to_oft(key: str, theta: Tensor) -> Tensor:
@@ -120,19 +109,3 @@ def _from_oft(weight: Tensor) -> Tensor:
     Q, eye = skew(weight.double()), torch.eye(BLOCK, dtype=torch.float64)
     P = torch.linalg.solve(eye + Q, eye - Q)
     return log_so8(P.mT).float().contiguous()
-
-
-def _read_oft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS_NAME)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} is no readable adapter directory: {error}") from None
-    if fields.get("peft_type") != "OFT":
-        raise InputError(f"{folder} holds a {fields.get('peft_type')} adapter, expected OFT")
-    return fields, tensors
-
-
-def _write_config(folder: Path, fields: dict[str, Any]) -> None:
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
-    write_text(folder / CONFIG_NAME, json.dumps(plain, indent=2, sort_keys=True) + "\n")

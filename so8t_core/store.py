@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from so8t_core.adapter import SO8TLinear
 from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
-from so8t_core.files import atomic_dir, write_text
+from so8t_core.files import atomic_dir, read_json, write_text
 from so8t_core.gate import unshare
 
 CONFIG_NAME = "adapter_config.json"
@@ -153,18 +153,42 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         InputError: the model carries no SO8T adapter, or the place cannot be written.
     """
     config = config_of(model)
-    directory = Path(directory)
-    with atomic_dir(directory) as temporary:
-        (temporary / WEIGHTS_NAME).write_bytes(save(adapter_state(model), metadata={"format": "pt"}))
-        write_text(temporary / CONFIG_NAME, json.dumps(_config_dict(config, model), indent=2, sort_keys=True) + "\n")
-    return directory
-
-
-def _config_dict(config: SO8TConfig, model: nn.Module) -> dict[str, Any]:
-    fields = config.to_dict()
-    fields["inference_mode"] = True
+    fields = config.to_dict() | {"inference_mode": True}
     fields["base_model_name_or_path"] = fields.get("base_model_name_or_path") or getattr(model, "name_or_path", None)
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+    return write_files(directory, fields, adapter_state(model))
+
+
+def write_files(directory: str | Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Write an adapter of any method, whole or not at all: adapter_config.json from `fields`, and the tensors by their
+    file names, each (n, 28) or a LoRA's (r, in), (out, r).
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+    with atomic_dir(directory) as temporary:
+        (temporary / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
+        write_text(temporary / CONFIG_NAME, json.dumps(plain, indent=2, sort_keys=True) + "\n")
+    return Path(directory)
+
+
+def read_files(directory: str | Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Fields of adapter_config.json and tensors, (n, 28) or a LoRA's, of a saved adapter of the method "SO8T" or "OFT".
+
+    Raises:
+        InputError: missing or damaged files, or another method's.
+    """
+    directory = Path(directory)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} is not an adapter directory: {name} is missing")
+    fields = read_json(directory / CONFIG_NAME)
+    if fields.get("peft_type") != method:
+        raise InputError(f"{directory} holds a {fields.get('peft_type')} adapter, expected {method}")
+    try:
+        return fields, load_file(directory / WEIGHTS_NAME)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{directory / WEIGHTS_NAME} is damaged: {error}") from None
 
 
 def read_adapter(directory: str | Path) -> tuple[SO8TConfig, dict[str, Tensor]]:
@@ -174,17 +198,7 @@ def read_adapter(directory: str | Path) -> tuple[SO8TConfig, dict[str, Tensor]]:
         InputError: missing or damaged files, a NaN or Inf, or not an SO8T adapter.
     """
     directory = Path(directory)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise InputError(f"{directory} is not an adapter directory: {name} is missing")
-    try:
-        fields = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{directory / CONFIG_NAME} is damaged: {error}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{directory / CONFIG_NAME} is damaged: expected an object, got {type(fields).__name__}")
-    if fields.get("peft_type") != METHOD:
-        raise InputError(f"{directory} holds a {fields.get('peft_type')} adapter, expected {METHOD}")
+    fields, tensors = read_files(directory, METHOD)
     known = SO8TConfig.__dataclass_fields__
     fields.pop("peft_type")
     unknown = sorted(set(fields) - set(known))
@@ -192,10 +206,6 @@ def read_adapter(directory: str | Path) -> tuple[SO8TConfig, dict[str, Tensor]]:
         raise InputError(
             f"{directory / CONFIG_NAME} has unknown keys {', '.join(unknown)}: written by a newer version?"
         )
-    try:
-        tensors = load_file(directory / WEIGHTS_NAME)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{directory / WEIGHTS_NAME} is damaged: {error}") from None
     broken = sorted(key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
     if broken:
         raise InputError(

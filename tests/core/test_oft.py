@@ -81,9 +81,7 @@ def test_an_adapter_trained_with_peft_s_default_series_is_refused(tmp_path: Path
     model(input_ids=IDS, labels=IDS).loss.backward()
     optimiser.step()
     model.save_pretrained(tmp_path / "oft")
-    with pytest.raises(
-        InputError, match="use_cayley_neumann=True: its truncated series is not a rotation"
-    ):
+    with pytest.raises(InputError, match="use_cayley_neumann=True: its truncated series is not a rotation"):
         import_oft(tmp_path / "oft", tmp_path / "so8t")
     assert not (tmp_path / "so8t").exists()
     # Read as the exact map it would have been another function, without a word.
@@ -123,7 +121,7 @@ def test_what_the_other_side_cannot_hold_is_refused(tmp_path: Path) -> None:
             import_oft(oft, tmp_path / "out")
     with pytest.raises(InputError, match="holds a SO8T adapter"):
         import_oft(tmp_path / "so8t", tmp_path / "out")
-    with pytest.raises(InputError, match="no readable adapter"):
+    with pytest.raises(InputError, match=r"not an adapter directory: adapter_config\.json is missing"):
         import_oft(tmp_path / "nowhere", tmp_path / "out")
 
 
