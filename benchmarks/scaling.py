@@ -2,12 +2,12 @@
 
 python -m benchmarks.scaling [--out benchmarks/results] [--job "train step" ...]
 
-Two fits. The exponent of each axis: the slope of log seconds against log size by least squares, with the 95 % interval
-of Student's t. And a cost model of each job, a sum of terms that the algorithm implies (products of a layer's weights
-with tokens, of the vocabulary with tokens, bytes to copy ...), with coefficients that are not negative, fitted to all
-points of the job by their relative error; it is what is carried over to 3.8B and 70B. Its largest error over the
-measured points stands beside every number it gives; beyond them it is an extrapolation. Written: scaling-DATE-MACHINE
-as JSON and as a page.
+Times are CPU seconds of one thread. Two fits. The exponent of each axis: the slope of log seconds against log size by
+least squares, with the 95 % interval of Student's t. And a cost model of each job, a sum of terms that the algorithm
+implies (products of a layer's weights with tokens, of the vocabulary with tokens, bytes to copy ...), with coefficients
+that are not negative, fitted to all points of the job by their relative error; it is what is carried over to 3.8B and
+70B. Its largest error over the measured points stands beside it; beyond them it is an extrapolation. Written:
+scaling-DATE-MACHINE as JSON and as a page.
 """
 
 from __future__ import annotations

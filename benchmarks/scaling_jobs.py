@@ -73,17 +73,20 @@ def _ids(shape: Shape) -> np.ndarray:
 
 
 def _fastest(work: Callable[[], Any], times: int) -> float:
-    """Seconds of the fastest run: whatever else the machine does only ever adds to it."""
+    """CPU seconds, user and system, of the fastest run: what else the machine does hardly moves them.
+
+    Waiting for a disk is not in them.
+    """
     taken = []
     for _ in range(times):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return min(taken)
 
 
 def train_step(shape: Shape) -> float:
-    """Seconds of forward, backward and the rotation's update, the base frozen, one sequence of `context` tokens."""
+    """CPU seconds of forward, backward and the rotation's update, the base frozen, one sequence of `context` tokens."""
     torch.set_num_threads(1)
     model = attach(_model(shape).requires_grad_(False), SO8TConfig(init_scale=0.05))
     ids = torch.tensor(_ids(shape))[None]
@@ -95,22 +98,22 @@ def train_step(shape: Shape) -> float:
         optimiser.zero_grad()
 
     step()
-    return _fastest(step, 3)
+    return _fastest(step, 2)
 
 
 def bake(shape: Shape) -> float:
-    """Seconds of `bake_checkpoint` over `files` bfloat16 files."""
+    """CPU seconds of `bake_checkpoint` over `files` bfloat16 files."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         sizes = {"layers": shape.layers, "hidden": shape.width, "intermediate": shape.inner, "vocab": shape.vocab}
         make_checkpoint(root / "base", **sizes, files=shape.files)
         make_adapter(root / "adapter", layers=shape.layers, hidden=shape.width)
-        return _fastest(lambda: bake_checkpoint(root / "base", root / "adapter", root / "out"), 3)
+        return _fastest(lambda: bake_checkpoint(root / "base", root / "adapter", root / "out"), 2)
 
 
 def verify(shape: Shape) -> float:
-    """Seconds of the reference's logits of two chunks to the disk and `files` files' divergences from them."""
+    """CPU seconds of the reference's logits of two chunks to the disk and `files` files' divergences from them."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root, model = Path(folder), _model(shape).eval()
@@ -128,7 +131,7 @@ def verify(shape: Shape) -> float:
 
 
 def quantising(shape: Shape) -> float:
-    """Seconds of llama.cpp's quantiser to Q4_K_M, one thread: what the exact oracle costs for every candidate."""
+    """CPU seconds of llama.cpp's quantiser to Q4_K_M, one thread: what the exact oracle costs for every candidate."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_gguf(Path(folder) / "m.gguf", shape)
         return _fastest(lambda: quantise(path, Path(folder) / "q.gguf", "Q4_K_M", threads=1), 2)
