@@ -1,6 +1,6 @@
 """Peak memory of our work above what its process already held, against a peer's or a floor's, in forks of one process.
 
-python -m benchmarks.bench_memory WORK_DIR TOKENIZER_DIR ROUNDS prints what the benchmark records.
+python -m benchmarks.bench_memory WORK_DIR TOKENIZER_DIR ROUNDS METHODS... prints what the benchmark records.
 """
 
 from __future__ import annotations
@@ -14,26 +14,21 @@ from typing import Any
 
 from benchmarks.side_by_side import of_memory
 
+METHODS = ("so8t", "LoRA r=8", "PEFT OFT")
 Jobs = dict[str, dict[str, Callable[[], Any]]]
 
 
 def bench_memory(record: Any, tokenizer_dir: Path, tmp_path: Path, quick: bool) -> None:
     """In a fresh process: a fork of this one would carry its threads' locks along."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.bench_memory",
-        str(tmp_path),
-        str(tokenizer_dir),
-        "2" if quick else "5",
-    ]
+    rounds, methods = ("2", METHODS[:1]) if quick else ("5", METHODS)
+    command = [sys.executable, "-m", "benchmarks.bench_memory", str(tmp_path), str(tokenizer_dir), rounds, *methods]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, sizes in json.loads(done.stdout.splitlines()[-1]).items():
         record(of_memory(name, sizes))
 
 
-def _jobs(work: Path, tokenizer_dir: Path) -> Jobs:
+def _jobs(work: Path, tokenizer_dir: Path, methods: list[str]) -> Jobs:
     """Everything is imported and prepared before the first fork; nothing here computes a gradient."""
     import torch
     from safetensors.torch import load_file
@@ -72,7 +67,7 @@ def _jobs(work: Path, tokenizer_dir: Path) -> Jobs:
         f"peak memory, training step, Llama 768 x 6 bfloat16, 1024 tokens: {name}": {
             name: step(name), "frozen base": step("frozen base")
         }
-        for name in ("so8t", "LoRA r=8", "PEFT OFT")
+        for name in methods
     }  # fmt: skip
     size = sum(file.stat().st_size for file in base.iterdir()) / 1e9
     jobs[f"peak memory, bake_checkpoint of {size:.2f} GB"] = {"so8t": bake, "the checkpoint in memory": whole}
@@ -80,11 +75,11 @@ def _jobs(work: Path, tokenizer_dir: Path) -> Jobs:
     return jobs
 
 
-def main(work: Path, tokenizer_dir: Path, rounds: int) -> None:
+def main(work: Path, tokenizer_dir: Path, rounds: int, methods: list[str]) -> None:
     """Measure everything in turns, print one JSON object: figure -> contender -> MB of every round."""
     from benchmarks.peak import forked
 
-    jobs = _jobs(work, tokenizer_dir)
+    jobs = _jobs(work, tokenizer_dir, methods)
     sizes: dict[str, dict[str, list[float]]] = {name: {who: [] for who in pair} for name, pair in jobs.items()}
     for _ in range(rounds):
         for name, pair in jobs.items():
@@ -94,4 +89,4 @@ def main(work: Path, tokenizer_dir: Path, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

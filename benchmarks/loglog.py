@@ -39,7 +39,7 @@ def plot(points: list[Point], what: Literal["seconds", "megabytes"]) -> str:
     for power in range(int(math.log2(span)) + 1):
         x = px(2.0**power)
         drawn.append(f'<text class="soft" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - 18}">x{2**power}</text>')
-    ends: list[float] = []
+    ends: list[tuple[float, float, str, str]] = []
     for colour, (axis, line) in zip(_COLOURS, lines.items(), strict=False):
         at = [(px(x / ranges[axis][0]), py(y)) for x, y in sorted(line)]
         drawn.append(
@@ -47,11 +47,12 @@ def plot(points: list[Point], what: Literal["seconds", "megabytes"]) -> str:
             f'points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}"/>'
         )
         drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in at]
-        label = at[-1][1] + 4
-        while any(abs(label - other) < 13 for other in ends):
-            label += 3
-        ends.append(label)
-        drawn.append(f'<text x="{at[-1][0] + 7:.1f}" y="{label:.1f}" style="fill:{colour}">{escape(axis)}</text>')
+        ends.append((at[-1][1] + 4, at[-1][0] + 7, axis, colour))
+    placed: list[tuple[float, float]] = []
+    for y, x, axis, colour in sorted(ends):  # from above; a label makes way for one that it would lie on
+        y = max([y, *(other + 13 for other, left in placed if abs(left - x) < 55 and other + 13 > y)])
+        placed.append((y, x))
+        drawn.append(f'<text x="{x:.1f}" y="{y:.1f}" style="fill:{colour}">{escape(axis)}</text>')
     drawn.append(
         f'<text class="soft" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}">'
         f"size over the smallest; {what}</text>"

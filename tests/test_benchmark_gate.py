@@ -16,7 +16,7 @@ from benchmarks.compare import FLOOR, _rank_sum_cut, judge, main, shift
 from benchmarks.page import page
 from benchmarks.peak import forked
 from benchmarks.result_file import Figure, Machine, Results, file_name, machine, make, read, to_json
-from benchmarks.side_by_side import comparisons, interleave, measured, of_memory, rounds_needed
+from benchmarks.side_by_side import HALF_WIDTH, comparisons, interleave, measured, of_memory, rounds_needed
 from so8t_core.errors import InputError
 
 HERE = Machine(
@@ -119,7 +119,9 @@ def test_rounds_are_added_until_thirty_percent_could_be_seen() -> None:
     spread = 0.1
     ratios = [math.exp(spread * z) for z in (-1.3, -0.674, 0.0, 0.674, 1.3)]
     needed = rounds_needed(ratios)
-    assert 2.576 * 2 * spread * math.sqrt(2 / needed) > 0.1 > 2.576 * 0.5 * spread * math.sqrt(2 / needed)
+    assert 2.576 * 2 * spread * math.sqrt(2 / needed) > HALF_WIDTH > 2.576 * 0.5 * spread * math.sqrt(2 / needed)
+    low_end = math.log(1.3) - HALF_WIDTH
+    assert (low_end - math.log(FLOOR)) / (HALF_WIDTH / 2.576) > 2  # standard errors: 98 of 100 runs see 30 %
     flips = iter([0.0, 0.004] * 500)
     seconds = interleave({"a": lambda: time.sleep(next(flips)), "b": lambda: time.sleep(0.001)}, rounds=3, warmup=0)
     assert len(seconds["a"]) == 3  # without a time for more there are no more
