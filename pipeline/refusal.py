@@ -52,6 +52,8 @@ _SENTENCE = re.compile(r"[^。.!?\n]*[。.!?\n]?")
 
 def is_refusal(answer: str) -> bool:
     """True if `answer` refuses; see the module's text."""
+    if len(answer) > 4 * MAX_LENGTH:  # before it is normalised: that takes long for a long run of marks
+        return False
     text = unicodedata.normalize("NFKC", answer).replace("\u2019", "'").strip()
     if not text or len(text) > MAX_LENGTH or _COMPLIES.search(text):
         return False

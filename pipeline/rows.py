@@ -39,7 +39,8 @@ _JAPANESE = (
 _HANDOVER = re.compile(
     f"(?P<english>{_ENGLISH}|{_LABELLED})|(?P<hashes>{_HASHES})|(?P<japanese>{_JAPANESE})", re.IGNORECASE | re.MULTILINE
 )
-_COPULA = re.compile(r"(?:です|でした|になります|となります|である)?[。.\s]*$")
+_COPULA = re.compile("(?:です|でした|になります|となります|である)$")
+_STOPS = "。." + "".join(filter(str.isspace, map(chr, range(0x3001))))
 _JAPANESE_LETTER = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
 
@@ -153,7 +154,7 @@ def split_reasoning(text: str) -> Thought:
     if last["english"] is not None:
         answer = answer.rstrip(".。 ")
     elif last["japanese"] is not None:
-        answer = _COPULA.sub("", answer)
+        answer = _COPULA.sub("", answer.rstrip(_STOPS))
     if not steps:
         raise RowError("no reasoning", "nothing stands before the explicit answer")
     if not answer:

@@ -96,6 +96,14 @@ def test_reasoning_splits_at_its_last_explicit_answer(text: str) -> None:
     assert (thought.steps, thought.answer) == SPLITS[text]
 
 
+def test_a_split_takes_no_longer_for_a_long_run_of_stops() -> None:
+    import time
+
+    began = time.process_time()
+    assert split_reasoning("考える。\n答えは5" + "." * 200_000 + "x です。").answer.endswith(".x ")
+    assert time.process_time() - began < 1
+
+
 @given(st.text(), st.sampled_from(["\nThe answer is ", "\n#### ", "\n答えは"]), st.integers(0, 999))
 def test_a_split_only_ever_cuts_the_text(steps: str, handover: str, answer: int) -> None:
     try:

@@ -155,3 +155,11 @@ def test_labels_that_all_miss_are_an_error_and_some_are_counted(tmp_path: Path) 
     look(found, {"id": "a"})
     found.require_match()
     assert found.unmatched == 1
+
+
+def test_a_long_answer_is_no_refusal_and_said_so_at_once() -> None:
+    import time
+
+    began = time.process_time()
+    assert not is_refusal("I can't help with that." + "\u0301\u0316" * 100_000)
+    assert time.process_time() - began < 1
