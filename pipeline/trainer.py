@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
@@ -144,6 +145,16 @@ class SO8TTrainer(Trainer):
             share = 1 / steps if divided else 1.0
             loss = loss + share * self.settings.orthogonality_weight * orthogonality_loss(model)
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer reports a full disk as RuntimeError
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"cannot write the checkpoint of step {self.state.global_step} to {self.args.output_dir}: {reason}. "
+                "Free some space and run again: training goes on from the checkpoint before"
+            ) from None
 
     def _add(self, name: str, value: float) -> None:
         self.extra[name] = self.extra.get(name, 0.0) + value

@@ -116,6 +116,12 @@ def _run(source: Path, target: Path, number: int, threads: int | None, imatrix: 
                 f"{FILE_TYPES[number]} can only be made with an importance matrix; give the one the file was made with "
                 "(--imatrix FILE)"
             )
+        free = shutil.disk_usage(target.parent).free
+        if "iostream" in words and free < source.stat().st_size:  # all that a C++ stream says of a full disk
+            raise InputError(
+                f"cannot write {FILE_TYPES[number]} of {source.name}: {target.parent} has {free / 2**20:.0f} MiB left; "
+                "free some space and run again"
+            )
         raise InputError(f"llama.cpp cannot quantise {source} to {FILE_TYPES[number]}: {words}")
 
 

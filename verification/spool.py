@@ -33,7 +33,7 @@ class LogitSpool:
         if need > 0.95 * free:
             raise InputError(
                 f"the reference's logits need {need / 2**30:.1f} GiB in {directory}, which has {free / 2**30:.1f} GiB "
-                "free; set TMPDIR to a larger disk, or score fewer chunks"
+                "free; set TMPDIR (in a run: run_dir) to a larger disk, or score fewer chunks"
             )
         self._file = tempfile.TemporaryFile(dir=directory, prefix="so8t-logits-")  # noqa: SIM115  nameless: gone with us
 

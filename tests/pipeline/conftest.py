@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,19 @@ def byte_tokenizer() -> Any:
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     """Each of the two chat formats in turn."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run directory that went through every step, and its report."""
+    from test_run import _execute
+
+    run_dir = tmp_path_factory.mktemp("run") / "demo"
+    report = _execute(tiny_dir, run_dir)
+    assert report is not None
+    return run_dir, report
+
+
+@pytest.fixture
+def copy(finished: tuple[Path, Any], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))

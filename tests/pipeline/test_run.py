@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,21 +34,8 @@ def _config(base: Path, run_dir: Path, *overrides: str) -> RunConfig:
     return parse_config(TEXT, overrides=[f"model.base={base}", f"run_dir={run_dir}", *overrides])
 
 
-def _execute(base: Path, run_dir: Path, *overrides: str, **options: Any) -> Report | None:
-    return Run(_config(base, run_dir, *overrides), Reporter(quiet=True)).execute(**options)
-
-
-@pytest.fixture(scope="session")
-def finished(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    run_dir = tmp_path_factory.mktemp("run") / "demo"
-    report = _execute(tiny_dir, run_dir)
-    assert report is not None
-    return run_dir, report
-
-
-@pytest.fixture
-def copy(finished: tuple[Path, Report], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+def _execute(base: Path, run_dir: Path, *overrides: str, quiet: bool = True, **options: Any) -> Report | None:
+    return Run(_config(base, run_dir, *overrides), Reporter(quiet=quiet)).execute(**options)
 
 
 def _ran(monkeypatch: pytest.MonkeyPatch, *, changing: bool = False) -> list[str]:
