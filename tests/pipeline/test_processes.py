@@ -1,14 +1,16 @@
 """Laws of a launch of several processes: what is learned and measured does not depend on how many there are.
 
-Two gloo processes on the CPU. For two, equality is exact: each micro-batch is computed by the same kernels, a gradient
-times 2 / 2 is itself, and a sum of two does not depend on their order. For more, the sum over processes is rounded in
-another order; what that amounts to is measured where micro-batches are cut differently (`test_training`).
+Two gloo processes on the CPU, started by the commands of docs/scaling_out.md as they stand there. For two, equality is
+exact: each micro-batch is computed by the same kernels, a gradient times 2 / 2 is itself, and a sum of two does not
+depend on their order. For more, the sum over processes is rounded in another order; what that amounts to is measured
+where micro-batches are cut differently (`test_training`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +30,10 @@ from so8t_core.errors import InputError
 from verification import processes, verify
 from verification.schema import TrainingRecord
 
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "scaling_out.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^accelerate launch .*", DOCUMENT, re.M)
+DDP, FSDP = ("--multi_gpu", "train"), ("--use_fsdp", "train")
 TEXT = """
 data: {generator: {rows: 22, heldout_rows: 6}}
 train:
@@ -50,25 +56,33 @@ def _alone(base: Path, run_dir: Path, *overrides: str) -> Path:
     return run_dir
 
 
-def _launched(config: RunConfig, option: str) -> subprocess.Popen[str]:
-    """`accelerate launch` with two processes; `--multi_gpu` is its word for several processes, also on a CPU."""
-    file = Path(config.run_dir + ".yaml")
-    file.write_text(config.model_dump_json(), encoding="utf-8")  # JSON is YAML
-    return _launched_verb(option, "train", str(file))
+def _documented(*words: str) -> list[str]:
+    """The one command of docs/scaling_out.md that has these words."""
+    machines = "--machine_rank" in words
+    found = [line for line in COMMANDS if set(words) <= set(line.split()) and ("--machine_rank" in line) == machines]
+    (line,) = found
+    return line.split()
 
 
-def _launched_verb(option: str, *arguments: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", option, "--num_processes", "2", "--main_process_port", "0",
-        "-m", "pipeline.cli", *arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def _start(command: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
+    """A documented command, as it stands there, in `folder`."""
+    assert command[:2] == ["accelerate", "launch"]
+    words = [sys.executable, "-m", "accelerate.commands.launch", *command[2:], *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        words, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
-def _launch(config: RunConfig, option: str) -> str:
+def _launched(config: RunConfig, *words: str) -> subprocess.Popen[str]:
+    folder = Path(config.run_dir).parent
+    (folder / "my.yaml").write_text(config.model_dump_json(), encoding="utf-8")  # JSON is YAML
+    return _start(_documented(*words, "my.yaml"), folder)
+
+
+def _launch(config: RunConfig, *words: str) -> str:
     """What the finished launch printed."""
-    process = _launched(config, option)
+    process = _launched(config, *words)
     _, printed = process.communicate(timeout=500)
     assert process.returncode == 0, printed
     return printed
@@ -95,7 +109,7 @@ def alone(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def test_two_processes_learn_what_one_learns(alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    _launch(_config(tiny_dir, tmp_path / "two"), "--multi_gpu")
+    _launch(_config(tiny_dir, tmp_path / "two"), *DDP)
     _assert_same(alone, tmp_path / "two")
 
 
@@ -106,15 +120,15 @@ def test_split_base_goes_on_from_one_process_checkpoint(
     _die_at(5, monkeypatch)
     with pytest.raises(Killed):
         _alone(tiny_dir, tmp_path / "two")
-    assert "going on from step 3 of 7" in _launch(_config(tiny_dir, tmp_path / "two"), "--use_fsdp")
+    assert "going on from step 3 of 7" in _launch(_config(tiny_dir, tmp_path / "two"), *FSDP)
     _assert_same(alone, tmp_path / "two")
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("option", ["--multi_gpu", "--use_fsdp"])
-def test_one_process_goes_on_from_a_launch(option: str, alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [DDP, FSDP])
+def test_one_process_goes_on_from_a_launch(words: tuple[str, ...], alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
     main = tmp_path / "two" / "work" / "checkpoints" / "main"
-    process = _launched(_config(tiny_dir, tmp_path / "two"), option)
+    process = _launched(_config(tiny_dir, tmp_path / "two"), *words)
     while last_complete_checkpoint(main) is None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -129,14 +143,17 @@ def _measured(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in report.items() if key not in ("created", "durations")}
 
 
-def test_two_processes_verify_what_one_verifies(tiny_dir: Path, tiny_gguf: Path, tmp_path: Path) -> None:
-    arguments = ["verify", "--reference", str(tiny_dir), "--candidate", str(tiny_gguf), "--threads", "1"]
-    arguments += ["--chunks", "3", "--n-ctx", "64"]
-    verify(tiny_dir, [tiny_gguf], out=tmp_path / "one", chunks=3, n_ctx=64, threads=1)
-    process = _launched_verb("--multi_gpu", *arguments, "--out", str(tmp_path / "two"))
+def test_two_processes_verify_what_one_verifies(
+    tiny_dir: Path, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(tiny_dir)
+    (tmp_path / "my-model-F16.gguf").symlink_to(tiny_gguf)
+    verify("./my-model", ["my-model-F16.gguf"], out="one", chunks=3, n_ctx=64, threads=1)
+    process = _start(_documented("verify"), tmp_path, "--chunks", "3", "--n-ctx", "64", "--threads", "1")
     _, printed = process.communicate(timeout=500)
-    assert (tmp_path / "two" / "report.json").is_file(), printed
-    assert _measured(tmp_path / "one") == _measured(tmp_path / "two")
+    assert (tmp_path / "report" / "report.json").is_file(), printed
+    assert _measured(tmp_path / "one") == _measured(tmp_path / "report")
     assert process.returncode == 1  # too little text to decide: a launcher answers whatever is not 0 with 1
 
 
@@ -149,9 +166,7 @@ def test_two_processes_run_the_whole_road(tiny_dir: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
     one, two = _config(tiny_dir, tmp_path / "one", *more), _config(tiny_dir, tmp_path / "two", *more)
     Run(one, Reporter(quiet=True)).execute()
-    file = Path(two.run_dir + ".yaml")
-    file.write_text(two.model_dump_json(), encoding="utf-8")
-    _, printed = _launched_verb("--multi_gpu", "run", str(file)).communicate(timeout=1000)
+    _, printed = _launched(two, "run").communicate(timeout=1000)
     assert (tmp_path / "two" / "report" / "report.json").is_file(), printed
     reports = [_measured(tmp_path / name / "report") for name in ("one", "two")]
     for report in reports:
@@ -162,6 +177,19 @@ def test_two_processes_run_the_whole_road(tiny_dir: Path, tmp_path: Path) -> Non
                 artefact.pop("sha256"), artefact.pop("bytes")
     assert reports[0]["trained_function"] is not None
     assert reports[0] == reports[1]
+
+
+@pytest.mark.soak
+def test_two_launchers_are_two_machines(alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    config = _config(tiny_dir, tmp_path / "two")
+    (tmp_path / "my.yaml").write_text(config.model_dump_json(), encoding="utf-8")
+    command = ["127.0.0.1" if word == "MAIN" else word for word in _documented("--machine_rank")]
+    rank = command.index("--machine_rank") + 1
+    launchers = [_start([*command[:rank], number, *command[rank + 1 :]], tmp_path) for number in "01"]
+    for launcher in launchers:
+        _, printed = launcher.communicate(timeout=500)
+        assert launcher.returncode == 0, printed
+    _assert_same(alone, tmp_path / "two")
 
 
 @pytest.mark.parametrize(
