@@ -105,16 +105,16 @@ def _ends_undisturbed(config: Path, *options: str) -> Started:
     return run
 
 
-def _measured(run_dir: Path) -> dict[str, Any]:
+def _measured(folder: Path) -> dict[str, Any]:
     """What a report says, without when, where and how fast."""
-    report = json.loads((run_dir / "report" / "report.json").read_text(encoding="utf-8"))
-    report["training"].pop("seconds")
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if report["training"] is not None:
+        report["training"].pop("seconds")
     for artefact in report["artefacts"]:
         artefact.pop("path")
-    for leg in report["legs"]:
-        for check in leg["checks"]:
-            check["detail"] = check["detail"].replace(str(run_dir), "")
-    return {k: v for k, v in report.items() if k not in ("created", "durations")}
+        if artefact["role"] == "adapter":  # its training.json holds the seconds
+            artefact |= {"sha256": "", "bytes": 0}
+    return {key: value for key, value in report.items() if key not in ("created", "durations")}
 
 
 def test_killed_run_ends_like_an_undisturbed_one(tiny_dir: Path, tmp_path: Path) -> None:
@@ -144,4 +144,4 @@ def test_killed_at_ten_moments_over_all_steps_it_still_does(seed: int, tiny_dir:
     run = _ends_undisturbed(config, "--force", "train")
     if checkpoint is not None:
         assert any("going on from step" in line for line in run.lines), run.lines
-    assert _measured(tmp_path / "run") == _measured(tmp_path / "undisturbed")
+    assert _measured(tmp_path / "run" / "report") == _measured(tmp_path / "undisturbed" / "report")

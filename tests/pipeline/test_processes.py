@@ -8,7 +8,6 @@ where micro-batches are cut differently (`test_training`).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -16,10 +15,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from test_kill import _measured
 from test_training import Killed, _die_at, _tensors
 
 from pipeline.config import RunConfig, parse_config
@@ -137,12 +136,6 @@ def test_one_process_goes_on_from_a_launch(words: tuple[str, ...], alone: Path, 
     _assert_same(alone, _alone(tiny_dir, tmp_path / "two"))
 
 
-def _measured(folder: Path) -> dict[str, Any]:
-    """A report without when and how fast."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in report.items() if key not in ("created", "durations")}
-
-
 def test_two_processes_verify_what_one_verifies(
     tiny_dir: Path, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,12 +162,6 @@ def test_two_processes_run_the_whole_road(tiny_dir: Path, tmp_path: Path) -> Non
     _, printed = _launched(two, "run").communicate(timeout=1000)
     assert (tmp_path / "two" / "report" / "report.json").is_file(), printed
     reports = [_measured(tmp_path / name / "report") for name in ("one", "two")]
-    for report in reports:
-        report["training"].pop("seconds")
-        for artefact in report["artefacts"]:
-            artefact.pop("path")
-            if artefact["role"] == "adapter":  # its training.json holds the seconds
-                artefact.pop("sha256"), artefact.pop("bytes")
     assert reports[0]["trained_function"] is not None
     assert reports[0] == reports[1]
 
