@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +22,38 @@ from typing import Any
 from so8t_core.errors import InputError
 
 _CHUNK = 1 << 22  # bytes per read while hashing
+_TICKS = 3_000_000_000  # ns; the coarsest clocks of file systems tick every two seconds
+_known: dict[tuple[int, int, int, int, int], str] = {}
 
 
 def sha256_file(path: str | Path, *, progress: Callable[[int], None] | None = None) -> str:
-    """Hex digest of a file's bytes; `progress` is called with the number of bytes of each chunk."""
+    """Hex digest of a file's bytes; `progress` is called with the number of bytes of each chunk.
+
+    A file that was hashed before in this process, and by device, inode, size and both times is still the same, is not
+    read again: a run asks for its base checkpoint's digest in five places. A file that changed in the last seconds is
+    always read, because a second change could fall into the same tick of the file system's clock.
+    """
+    before = _identity(path)
+    if before in _known:
+        if progress:
+            progress(before[2])
+        return _known[before]
+    settled = time.time_ns() - max(before[3:]) > _TICKS
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
             if progress:
                 progress(len(chunk))
+    if settled and _identity(path) == before:
+        _known[before] = digest.hexdigest()
     return digest.hexdigest()
+
+
+def _identity(path: str | Path) -> tuple[int, int, int, int, int]:
+    """(device, inode, bytes, time of the last write, time of the last change of any kind)."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def sha256_path(path: str | Path) -> str:

@@ -8,13 +8,16 @@ import hashlib
 import os
 import resource
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep as wait
 
 import pytest
 import torch
 from core_models import tiny_llama
 
+import so8t_core.files as files_module
 from so8t_core import InputError, SO8TConfig, attach, save_adapter
 from so8t_core.files import atomic_dir, atomic_file, sha256_file, sha256_path, size_of, sweep, write_text
 
@@ -213,3 +216,41 @@ def test_sweep_removes_what_a_killed_process_left_and_nothing_else(tmp_path):
     sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "kept.tmp"]
     sweep(tmp_path / "absent")
+
+
+def _aged(path: Path, content: bytes) -> Path:
+    """A file that was last written a minute ago."""
+    path.write_bytes(content)
+    os.utime(path, ns=(time.time_ns() - 60 * 10**9,) * 2)
+    return path
+
+
+def test_a_file_that_stayed_the_same_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _aged(tmp_path / "x", b"a")
+    opened: list[object] = []
+    monkeypatch.setattr(files_module, "open", lambda *a: opened.append(a) or open(*a), raising=False)  # noqa: SIM115
+    first = sha256_file(path)  # its inode was changed just now: it could change again in the same tick
+    assert sha256_file(path) == first == hashlib.sha256(b"a").hexdigest()
+    assert len(opened) == 2
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 60 * 10**9)
+    seen: list[int] = []
+    assert [sha256_file(path, progress=seen.append) for _ in range(3)] == [first] * 3
+    assert len(opened) == 3
+    assert seen == [1] * 3
+
+
+def test_a_changed_file_is_hashed_again_even_when_size_and_time_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _aged(tmp_path / "x", b"a")
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 60 * 10**9)
+    kept = path.stat()
+    first = sha256_file(path)
+    assert sha256_file(path) == first
+    wait(0.05)  # a few ticks of the file system's clock
+    with open(path, "r+b") as file:
+        file.write(b"b")
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert sha256_file(path) == hashlib.sha256(b"b").hexdigest() != first
