@@ -107,19 +107,20 @@ def alone(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     torch.set_num_threads(threads)
 
 
-def test_two_processes_learn_what_one_learns(alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    _launch(_config(tiny_dir, tmp_path / "two"), *DDP)
-    _assert_same(alone, tmp_path / "two")
-
-
-def test_split_base_goes_on_from_one_process_checkpoint(
-    alone: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("words", [DDP, pytest.param(FSDP, marks=pytest.mark.soak)])
+def test_two_processes_finish_what_one_began_as_one_would_have(
+    words: tuple[str, ...], alone: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FSDP, and a run that was begun in one process and is finished by two."""
     _die_at(5, monkeypatch)
     with pytest.raises(Killed):
         _alone(tiny_dir, tmp_path / "two")
-    assert "going on from step 3 of 7" in _launch(_config(tiny_dir, tmp_path / "two"), *FSDP)
+    assert "going on from step 3 of 7" in _launch(_config(tiny_dir, tmp_path / "two"), *words)
+    _assert_same(alone, tmp_path / "two")
+
+
+@pytest.mark.soak
+def test_two_processes_learn_what_one_learns(alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    _launch(_config(tiny_dir, tmp_path / "two"), *DDP)
     _assert_same(alone, tmp_path / "two")
 
 
