@@ -202,7 +202,7 @@ def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = Fals
     _execute(config, overrides, until="convert", quiet=quiet)
 
 
-@app.command(epilog="Example: so8t verify --reference ./my-model --candidate my-model-Q4_K_M.gguf --out report")
+@app.command(epilog="Example: so8t verify --reference my-model --candidate my-Q8_0.gguf --out out")
 def verify(
     reference: Annotated[
         Path | None, typer.Option(metavar="HF_DIR", help="checkpoint the files were made from", show_default=False)
@@ -226,7 +226,7 @@ def verify(
     imatrix: Annotated[Path | None, typer.Option(metavar="FILE", help="importance matrix of the candidates")] = None,
     chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks of n_ctx tokens")] = 12,
     n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens a chunk")] = 512,
-    cells: Annotated[str, typer.Option(metavar="LEVEL", help="ways of running each file: quick or full")] = ("quick"),
+    cells: Annotated[str, typer.Option(metavar="LEVEL", help="ways of running: quick or full")] = ("quick"),
     ship_n_ctx: Annotated[
         int | None, typer.Option(metavar="N", min=64, help="context as shipped; default: up to 4096")
     ] = None,
