@@ -68,7 +68,9 @@ def tiny_checkpoint(folder: Path, *, tokenizer_of: Path) -> Path:
     return folder
 
 
-def bench_convert(figures: Any, model: Model, tmp_path: Path) -> None:
+def bench_convert(figures: Any, absent: Any, model: Model, quick: bool, tmp_path: Path) -> None:
+    if quick:
+        absent("convert to F16", "only in a whole run: the converter's start alone takes seconds")
     home = find_converter()
     command = [sys.executable, str(home / SCRIPT), str(model.reference), "--outtype", "f16", "--outfile"]
 
@@ -142,21 +144,21 @@ def bench_verify_logits(figures: Any, model: Model, quick: bool) -> None:
     )
 
 
-def bench_verify_whole(figures: Any, model: Model, quick: bool, tmp_path: Path) -> None:
+def bench_verify_whole(figures: Any, absent: Any, model: Model, quick: bool, tmp_path: Path) -> None:
     """All legs, quick cells, contract and evidence, the oracle kept between runs, against the same forward passes."""
-    n_ctx = 128 if quick else 512
+    if quick:
+        absent("verify, everything", "only in a whole run: it takes a minute even for a tiny model")
+    n_ctx = 256
     text = read_corpus(None, load_tokenizer(model.reference), n_ctx=n_ctx, chunks=2)
-
-    def whole() -> None:
-        verify(
-            model.reference, [model.f16, model.q8], chunks=2, n_ctx=n_ctx, threads=1, work_dir=tmp_path / "work",
-            base_damage=False,
-        )  # fmt: skip
-
-    (tmp_path / "work").mkdir()
+    work = tmp_path / "work"
+    work.mkdir()
+    options: dict[str, Any] = {"chunks": 2, "n_ctx": n_ctx, "threads": 1, "work_dir": work, "base_damage": False}
     figures(
-        f"verify, everything, F16 and Q8_0, 2 x {n_ctx} tokens, {model.name}",
-        {"so8t": whole, "bare forwards": lambda: _bare(model.reference, [model.f16, model.q8], text, 1)},
+        f"verify, everything, Q8_0, 2 x {n_ctx} tokens, {model.name}",
+        {
+            "so8t": lambda: verify(model.reference, [model.q8], **options),
+            "bare forwards": lambda: _bare(model.reference, [model.q8], text, 1),
+        },
         rounds=5,
         warmup=1,
         lower_is_better=True,

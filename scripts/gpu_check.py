@@ -66,10 +66,9 @@ def apply_table(tokens: int, width: int, device: str, dtype: torch.dtype, *, rou
     Any such operator reads x and writes y, one copy of x; its backward reads x and the gradient and writes another,
     so that two copies are less than its traffic can be.
     """
-    x = torch.randn(1, tokens, width).to(device, dtype).requires_grad_()
-    g = torch.randn(1, tokens, 8).to(device, dtype)
-    ours, oft = (_adapted(config, width, 1, dtype).to(device) for config in (SO8TConfig(), OFTConfig(**OFT)))
-    plain = x.detach()
+    with torch.device(device):
+        plain = torch.randn(1, tokens, width, dtype=dtype)
+        (ours, x), (oft, y) = (_adapted(c, tokens, width, 1, dtype) for c in (SO8TConfig(), OFTConfig(**OFT)))
 
     def timed(work: Any) -> Any:
         def run() -> None:
@@ -82,7 +81,7 @@ def apply_table(tokens: int, width: int, device: str, dtype: torch.dtype, *, rou
     def forward(model: Any) -> Any:
         def run() -> None:
             with torch.no_grad():
-                model(plain)
+                model()
 
         return timed(run)
 
@@ -94,8 +93,8 @@ def apply_table(tokens: int, width: int, device: str, dtype: torch.dtype, *, rou
     found += compare(
         f"rotation, forward and backward, {tokens} x {width}, 10 times",
         {
-            "so8t": timed(_step(ours, x, g)),
-            "PEFT OFT": timed(_step(oft, x, g)),
+            "so8t": timed(_step(ours, x)),
+            "PEFT OFT": timed(_step(oft, y)),
             "2 memcpy": timed(lambda: (plain.clone(), plain.clone())),
         },
         rounds=rounds,
