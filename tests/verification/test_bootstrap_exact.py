@@ -80,6 +80,14 @@ def test_a_resample_without_tokens_is_left_out() -> None:
     assert mean_interval(sums, counts, padded[-1:], extremes=(0, 9)) == (0.35, 0.35)  # nothing usable: no width
 
 
+def test_a_resample_without_tokens_is_left_out_of_percentiles_too() -> None:
+    counts, sums, drawn = np.array([10.0, 10, 10, 0]), np.array([1.0, 2, 3, 0]), resampled(3, "s")
+    padded = np.vstack([np.c_[drawn, np.zeros(len(drawn))], [[0, 0, 0, 3]]])
+    assert mean_interval(sums, counts, padded, extremes=(0, 9)) == (
+        mean_interval(sums[:3], counts[:3], drawn, extremes=(0, 9))
+    )
+
+
 def test_equal_chunks_of_unequal_length_have_no_width() -> None:
     counts = np.array([1.0, 2, 4, 8, 16, 32])
     assert mean_interval(counts * 0.5, counts, resampled(6, "s"), extremes=(0, 9)) == (0.5, 0.5)

@@ -322,6 +322,17 @@ def test_open_evidence_that_is_no_number_fails(value: float) -> None:
     assert leg.status == ("inconclusive" if value == 1.5 else "fail")
 
 
+def test_open_evidence_that_is_a_text_or_no_number_is_a_failure_in_words() -> None:
+    assert decided_check(plain_check("evidence.entropy", "X", "much")).status == "fail"
+    nothing = plain_check("evidence.entropy", "Mean entropy", math.nan)
+    assert summary(nothing) == "Do not release: evidence, mean entropy is nan, bound >= 0.5."
+
+
+def test_every_status_is_a_word() -> None:
+    for name in ("cells.decode.mean_kld", "quality.mean_kld", "quality.non_finite"):
+        assert decided_check(plain_check(name, "X", 0.0, subject="Q8_0", interval=(0.0, 0.0))).status == "pass"
+
+
 def decided_check(stored: Check, **overrides: Any) -> Check:
     return decide(report(stored), make_policy({"required": [], **overrides})).legs[0].checks[0]
 
