@@ -63,9 +63,9 @@ def main() -> None:
         sys.exit(code)
     except InputError as error:
         _fail(str(error))
-    except (typer.Abort, KeyboardInterrupt):
-        kept = "; what verify had measured is in its report" if "verify" in sys.argv else "; finished steps are kept"
-        Console(stderr=True).print(f"interrupted{kept}", markup=False)
+    except (typer.Abort, KeyboardInterrupt, _Interrupted) as error:
+        kept = str(error) if isinstance(error, _Interrupted) else "finished steps are kept"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"interrupted; {kept}", markup=False)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,6 +79,10 @@ def main() -> None:
             _fail(f"{error.format_message()} (so8t --help shows the verbs, so8t VERB --help its options)")
         traceback.print_exc()  # a fault of ours: shown whole, but as "could not run", never as "not to be released"
         sys.exit(2)
+
+
+class _Interrupted(Exception):
+    """Ctrl-C inside a verb that says what is left of its work."""
 
 
 def _fail(message: str) -> None:
@@ -246,12 +250,18 @@ def verify(
     from pipeline.progress import Reporter, StageProgress
     from verification import verify as measure
 
-    with StageProgress(Reporter(quiet=quiet)) as progress:
-        report = measure(
-            reference, candidate, base=base, adapter=adapter, policy=policy, out=out, corpus=corpus or None,
-            imatrix=imatrix, chunks=chunks, n_ctx=n_ctx, threads=threads, cells=_level(cells),
-            ship_n_ctx=ship_n_ctx, progress=progress,
-        )  # fmt: skip
+    level = _level(cells)
+    try:
+        with StageProgress(Reporter(quiet=quiet)) as progress:
+            report = measure(
+                reference, candidate, base=base, adapter=adapter, policy=policy, out=out, corpus=corpus or None,
+                imatrix=imatrix, chunks=chunks, n_ctx=n_ctx, threads=threads, cells=level, ship_n_ctx=ship_n_ctx,
+                progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        written = (out / "report.json").is_file()
+        done = f"what was measured is in {out / 'report.html'}" if written else "nothing was measured, so no report"
+        raise _Interrupted(done) from None
     if os.environ.get("RANK", "0") == "0":  # the first process of a launch speaks for all
         _announce(report, out)
 
@@ -340,16 +350,20 @@ def gate(
     from verification.provenance import changed_artefacts
     from verification.report import load_report
 
-    stored = load_report(report)
+    path = report / "report.json" if report.is_dir() else report
+    stored = load_report(path)
     if statement:
-        path = report / "report.json" if report.is_dir() else report
         check_statement(stored, path)
     if policy_sha256 is not None:
         check_policy(stored, policy_sha256)
-    if changed := changed_artefacts(stored):
+    changed, absent = changed_artefacts(stored)
+    if changed:
         raise InputError(f"{', '.join(changed)} changed since {report} was written; verify again")
     decided = decide(stored, load_policy(policy) if policy else None)
-    _announce(decided, report.parent)
+    if absent:
+        words = f"Not here, so not held against their digests: {', '.join(absent)}"
+        Console(stderr=True, highlight=False).print(words, markup=False, soft_wrap=True)
+    _announce(decided, path.parent)
 
 
 @app.command("kld-base", epilog="Example: so8t kld-base ./my-model --out my-model.kld")

@@ -37,7 +37,7 @@ def mean_interval(sums: Floats, counts: Floats, drawn: Floats, *, extremes: tupl
         extremes: smallest and largest single value; a single chunk has no interval and takes these.
     """
     kept = counts > 0
-    if int(kept.sum()) < 2:
+    if kept.sum() < 2:
         return extremes
     sums, counts, drawn = sums[kept], counts[kept], drawn[:, kept]
     chunks, mean = len(sums), float(sums.sum() / counts.sum())
@@ -45,11 +45,11 @@ def mean_interval(sums: Floats, counts: Floats, drawn: Floats, *, extremes: tupl
     drawn, totals = drawn[totals > 0], totals[totals > 0]
     means = (drawn @ sums) / totals
     if chunks < STUDENTISED_FROM:
-        tail = NormalDist().cdf(-math.sqrt(chunks / (chunks - 1)) * float(stdtrit(chunks - 1, 0.975)))
+        tail = NormalDist().cdf(-math.sqrt(chunks / (chunks - 1)) * stdtrit(chunks - 1, 0.975))
         low, high = np.quantile(means, [tail, 1 - tail])
     else:
         residual = sums - mean * counts
-        error = math.sqrt(chunks / (chunks - 1) * float((residual**2).sum())) / float(counts.sum())
+        error = math.sqrt(chunks / (chunks - 1) * float((residual**2).sum())) / counts.sum()
         # sum_c w_c (s_c - m* n_c)^2, expanded so that no (rounds, C) temporary is needed
         squares = drawn @ sums**2
         spread = squares - 2 * means * (drawn @ (sums * counts)) + means**2 * (drawn @ counts**2)

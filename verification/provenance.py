@@ -61,13 +61,14 @@ def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
     return Artefact(role=role, path=str(path), sha256=sha256_path(path), bytes=size_of(path), label=label)
 
 
-def changed_artefacts(report: Report) -> list[str]:
-    """Paths of the report's inputs that are here but are no longer what was measured.
+def changed_artefacts(report: Report) -> tuple[list[str], list[str]]:
+    """Paths of the report's inputs that are here but no longer what was measured, and of those that are not here.
 
     The policy is not among them, its bounds are in the report; nor is the built-in text, which versions may change.
     """
     bound = [a for a in report.artefacts if a.role != "policy" and Path(a.path) != DEFAULT_CORPUS]
-    return [a.path for a in bound if Path(a.path).exists() and sha256_path(a.path) != a.sha256]
+    changed = [a.path for a in bound if Path(a.path).exists() and sha256_path(a.path) != a.sha256]
+    return changed, [a.path for a in bound if not Path(a.path).exists()]
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--so8t-imatrix", metavar="FILE", help="importance matrix the candidates were quantised with")
     add("--so8t-chunks", metavar="N", type=int, default=12, help="chunks of n_ctx tokens")
     add("--so8t-n-ctx", metavar="N", type=int, default=512, help="tokens a chunk")
+    add("--so8t-cells", choices=("quick", "full"), default="quick", help="ways of running each file; full adds lengths")
+    add("--so8t-ship-n-ctx", metavar="N", type=int, help="context as shipped; default: up to 4096")
     add("--so8t-threads", metavar="N", type=int, help="default: all cores")
     add("--so8t-out", metavar="DIR", help="where the report goes; default: nowhere")
 
@@ -74,6 +76,7 @@ def _measure(config: pytest.Config) -> Report:
             adapter=option("so8t_adapter"), policy=option("so8t_policy"), corpus=option("so8t_corpus") or None,
             imatrix=option("so8t_imatrix"), chunks=option("so8t_chunks"), n_ctx=option("so8t_n_ctx"),
             threads=option("so8t_threads"), out=option("so8t_out"),
+            cells=option("so8t_cells"), ship_n_ctx=option("so8t_ship_n_ctx"),
         )  # fmt: skip
     except InputError as error:
         raise pytest.UsageError(f"so8t: {error}") from None

@@ -340,6 +340,25 @@ def test_ctrl_c_says_that_finished_steps_are_kept(capfd: Any, monkeypatch: pytes
     assert "finished steps are kept" in err
 
 
+@pytest.mark.parametrize(
+    ("where", "words", "left"),
+    [("measure_all", "what was measured is in {out}/report.html", True), ("artefacts", "nothing was measured", False)],
+)
+def test_ctrl_c_says_where_the_report_of_what_was_measured_lies(
+    where: str, words: str, left: bool, tiny_dir: Path, tiny_gguf: Path, tmp_path: Path, capfd: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stopped(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"verification.ladder.{where}", stopped)
+    arguments = ("verify", "--reference", tiny_dir, "--candidate", tiny_gguf, "--out", tmp_path / "o", "-q")
+    code, _, err = so8t(capfd, monkeypatch, *arguments)
+    assert code == 130
+    assert words.format(out=tmp_path / "o") in err
+    assert (tmp_path / "o" / "report.json").exists() == left
+
+
 def test_report_decides_by_values_not_by_what_the_file_says_of_itself(
     tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,7 +405,10 @@ def test_gate_refuses_a_report_whose_files_changed(
     assert code == 2
     assert "mine.gguf changed since" in err
     mine.unlink()  # a file that is not here cannot be held against the report: its digest stands in it
-    assert so8t(capfd, monkeypatch, "gate", report)[0] == 0
+    code, out, err = so8t(capfd, monkeypatch, "gate", report.parent)
+    assert code == 0
+    assert err == f"Not here, so not held against their digests: {mine}\n"
+    assert f"Report: {report.parent / 'report.html'}" in out
     # A verification that cannot run takes the old pass away.
     broken = (*arguments[:4], report, *arguments[5:])
     code, _, _ = so8t(capfd, monkeypatch, *broken, "-q")

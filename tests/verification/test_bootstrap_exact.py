@@ -77,7 +77,9 @@ def test_a_resample_without_tokens_is_left_out() -> None:
     assert mean_interval(sums, counts, padded, extremes=(0, 9)) == (
         mean_interval(sums[:6], counts[:6], drawn, extremes=(0, 9))
     )
-    assert mean_interval(sums, counts, padded[-1:], extremes=(0, 9)) == (0.35, 0.35)  # nothing usable: no width
+    for scale in (1e-6, 1.0, 1e6):  # nothing usable: no width, at any size of the values
+        mean = scale * sums.sum() / 60
+        assert mean_interval(scale * sums, counts, padded[-1:], extremes=(0, 9)) == (mean, mean)
 
 
 def test_a_resample_without_tokens_is_left_out_of_percentiles_too() -> None:
@@ -86,6 +88,27 @@ def test_a_resample_without_tokens_is_left_out_of_percentiles_too() -> None:
     assert mean_interval(sums, counts, padded, extremes=(0, 9)) == (
         mean_interval(sums[:3], counts[:3], drawn, extremes=(0, 9))
     )
+
+
+def test_a_resample_of_one_token_counts() -> None:
+    counts, sums = np.array([1.0, 1, 0]), np.array([1.0, 3, 0])
+    drawn = np.array([[1.0, 0, 2], [0, 1, 2], [1, 1, 1]])
+    low, high = mean_interval(sums, counts, drawn, extremes=(9, 9))
+    assert (low, high) == (pytest.approx(1, abs=1e-3), pytest.approx(3, abs=1e-3))
+
+
+def test_nothing_but_zeros_has_a_mean_of_zero_and_plain_numbers_come_out() -> None:
+    counts = np.full(7, 10.0)
+    assert mean_interval(np.zeros(7), counts, resampled(7, "s"), extremes=(0, 9)) == (0.0, 0.0)
+    for chunks in (3, 7):
+        sums, lengths = data(chunks)
+        for found in (
+            mean_interval(sums, lengths, resampled(chunks, "s"), extremes=(0, 9)),
+            share_interval(np.floor(lengths / 2), lengths, resampled(chunks, "s")),
+            share_interval(lengths, lengths, resampled(chunks, "s")),
+            mean_interval(lengths, lengths, resampled(chunks, "s"), extremes=(0, 9)),
+        ):
+            assert [type(end) for end in found] == [float, float]
 
 
 def test_equal_chunks_of_unequal_length_have_no_width() -> None:
