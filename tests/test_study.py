@@ -67,7 +67,7 @@ def test_from_configs_to_tables_and_half_a_study_is_refused(
     assert text.startswith("# Study")
     assert text.endswith("Words.\n")
     assert "| PEFT OFT, block 8 | 1,792 |" in text  # 2 layers x 32 blocks x 28, as many as a rotation of SO8T has
-    assert "(no interval)" in text
+    assert "held-out rows, prompts and chunks of the only seed" in text
     assert {p.name for p in (docs / FOLDER).iterdir()} == {
         "results.json",
         "arms.svg",
@@ -77,8 +77,8 @@ def test_from_configs_to_tables_and_half_a_study_is_refused(
     results = json.loads((docs / FOLDER / "results.json").read_text(encoding="utf-8"))
     runs = {run["arm"]: run for run in results["runs"]}
     assert len({run["batches"] for name, run in runs.items() if name != BASE}) == 1
-    assert runs["oft"]["heldout_loss"] != runs[BASE]["heldout_loss"]
-    assert all(set(run) > {metric.key for metric in METRICS} for run in runs.values())
+    assert runs["oft"]["units"]["heldout_loss"] != runs[BASE]["units"]["heldout_loss"]
+    assert all(set(run["units"]) == {metric.key for metric in METRICS} for run in runs.values())
 
     foreign = result_path(work, "oft", 0)  # trained on other rows: no pair
     foreign.write_text(json.dumps(runs["oft"] | {"batches": "0" * 16}), encoding="utf-8")

@@ -16,7 +16,7 @@ from benchmarks.study.arms import BASE, Arm, Study
 from benchmarks.study.cost import COST_NAME, UNIT
 from benchmarks.study.figures import write_figures
 from benchmarks.study.runs import result_path
-from benchmarks.study.statistics import METRICS, Difference, Metric, check_batches, paired, values
+from benchmarks.study.statistics import METRICS, Difference, Metric, check_batches, difference, values
 from so8t_core.errors import InputError
 from so8t_core.files import write_text
 
@@ -100,20 +100,20 @@ def tables(results: dict[str, Any]) -> str:
 
 def _arms_table(results: dict[str, Any]) -> str:
     runs, seeds = results["runs"], results["seeds"]
+    count = len(seeds)
     rows = []
     for name, arm in results["arms"].items():
         own = [run for run in runs if run["arm"] == name]
         cells = [arm["title"], f"{own[0]['parameters']:,}" if own else ""]
         for metric in METRICS:
             found = values(runs, name, metric, seeds)
-            spread = "" if name == BASE else f" [{_n(min(found), metric)}, {_n(max(found), metric)}]"
+            spread = "" if name == BASE or count == 1 else f" [{_n(min(found), metric)}, {_n(max(found), metric)}]"
             cells.append(_n(statistics.fmean(found), metric) + spread)
         rows.append(cells)
-    count = len(seeds)
-    prompts = next(run["prompts"] for run in runs)
+    counts = {name: len(unit) for name, unit in runs[0]["units"].items()}
     title = (
-        f"**Every arm**: mean over {count} seed{'s' * (count > 1)} [smallest, largest]; {prompts} held-out prompts "
-        "answered from the Q8_0 file."
+        f"**Every arm**: mean over {count} seed{'s [smallest, largest]' if count > 1 else ''}; "
+        f"{counts['heldout_loss']} held-out rows, {counts['form']} prompts answered from the Q8_0 file, {counts['kld_q8_0']} chunks of text."
     )
     return _table(title, ["arm", "trained parameters", *(m.title for m in METRICS)], rows)
 
@@ -121,20 +121,18 @@ def _arms_table(results: dict[str, Any]) -> str:
 def _differences_table(results: dict[str, Any]) -> str:
     pairs = [(name, BASE) for name in results["arms"] if name != BASE] + [tuple(p) for p in results["comparisons"]]
     titles = {name: arm["title"] for name, arm in results["arms"].items()}
+    runs, seeds = results["runs"], results["seeds"]
+    over = f"the {len(seeds)} seeds" if len(seeds) > 1 else "held-out rows, prompts and chunks of the only seed"
     rows = []
     for arm, against in pairs:
-        rows.append([f"{titles[arm]} - {titles[against]}", *(_d(d, m) for m, d in differences(results, arm, against))])
+        rows.append(
+            [f"{titles[arm]} - {titles[against]}", *(_d(difference(runs, arm, against, m, seeds), m) for m in METRICS)]
+        )
     title = (
-        "**Paired differences** with 95 % intervals (Student's t over seeds); bold: the interval leaves out zero. "
+        f"**Paired differences** with 95 % intervals (Student's t over {over}); bold: the interval leaves out zero. "
         f"{len(pairs) * len(METRICS)} intervals stand here: about one in twenty would leave out zero by chance alone."
     )
     return _table(title, ["difference", *(m.title for m in METRICS)], rows)
-
-
-def differences(results: dict[str, Any], arm: str, against: str) -> list[tuple[Metric, Difference]]:
-    """Every metric's paired difference."""
-    runs, seeds = results["runs"], results["seeds"]
-    return [(m, paired(values(runs, arm, m, seeds), values(runs, against, m, seeds))) for m in METRICS]
 
 
 def _cost_table(results: dict[str, Any]) -> str:

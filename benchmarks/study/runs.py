@@ -12,6 +12,7 @@ import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ def _one(shop: Workshop, arm: Arm, seed: int) -> None:
         "versions": versions(),
     }
     write_text(target, json.dumps(record, indent=1) + "\n")
-    shop.report.note(f"{title}: {json.dumps({k: round(v, 4) for k, v in found.items()})}")
+    means = {name: round(fmean(unit), 4) for name, unit in found["units"].items()}
+    shop.report.note(f"{title}: {json.dumps(means)}")
 
 
 def tune(shop: Workshop) -> dict[str, list[dict[str, float]]]:

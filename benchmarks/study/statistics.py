@@ -1,8 +1,9 @@
-"""From runs to numbers: means over seeds, and paired differences with Student's t intervals.
+"""From runs to numbers: means, and paired differences with Student's t intervals.
 
-Seed s gives x_s for one arm and y_s for another, trained on the same rows in the same order; d_s = x_s - y_s, and the
-95 % interval of its mean is mean(d) +- t(0.975, S - 1) sd(d) / sqrt(S). The base has no seed: its one value stands for
-y_s. The interval speaks of other seeds on these held-out rows; it does not hold the choice of the held-out rows.
+With several seeds: seed s gives x_s for one arm and y_s for another, trained on the same rows in the same order; the
+95 % interval of the mean of d_s = x_s - y_s is mean(d) +- t(0.975, S - 1) sd(d) / sqrt(S). It speaks of other seeds on
+these held-out rows. The base has no seed: its one value stands for y_s. With one seed the pairs are the held-out rows,
+prompts or chunks instead: the interval then speaks of other such rows after this very training, and of no other seed.
 """
 
 from __future__ import annotations
@@ -68,12 +69,25 @@ def values(runs: Sequence[dict[str, Any]], arm: str, metric: Metric, seeds: Sequ
     Raises:
         InputError: a run that is not there.
     """
-    found = {run["seed"]: run[metric.key] * metric.factor for run in runs if run["arm"] == arm}
-    if arm == BASE and None in found:
-        return [found[None]] * len(seeds)
-    if missing := [seed for seed in seeds if seed not in found]:
-        raise InputError(f"there is no run of arm {arm} with seed {missing[0]}")
-    return [found[seed] for seed in seeds]
+    return [statistics.fmean(units(runs, arm, metric, seed)) for seed in seeds]
+
+
+def units(runs: Sequence[dict[str, Any]], arm: str, metric: Metric, seed: int) -> list[float]:
+    """A metric of one run, unit by unit (held-out row, prompt or chunk)."""
+    wanted = None if arm == BASE else seed
+    for run in runs:
+        if run["arm"] == arm and run["seed"] == wanted:
+            return [value * metric.factor for value in run["units"][metric.key]]
+    raise InputError(f"there is no run of arm {arm} with seed {seed}")
+
+
+def difference(
+    runs: Sequence[dict[str, Any]], arm: str, against: str, metric: Metric, seeds: Sequence[int]
+) -> Difference:
+    """arm - against over the seeds, or over the units of the only seed."""
+    if len(seeds) == 1:
+        return paired(units(runs, arm, metric, seeds[0]), units(runs, against, metric, seeds[0]))
+    return paired(values(runs, arm, metric, seeds), values(runs, against, metric, seeds))
 
 
 def check_batches(runs: Sequence[dict[str, Any]]) -> None:
