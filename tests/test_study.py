@@ -15,7 +15,7 @@ from benchmarks.study.arms import BASE, STUDY_NAME, load_study
 from benchmarks.study.evaluation import check_same_model
 from benchmarks.study.report import BEGIN, DOCUMENT, END, FOLDER, tables, with_tables
 from benchmarks.study.runs import result_path
-from benchmarks.study.statistics import METRICS, paired
+from benchmarks.study.statistics import METRICS, paired, paired_shares
 from so8t_core.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +102,16 @@ def test_paired_interval_is_students() -> None:
     assert paired([1.0, 1.1, 0.9], [0.0, 0.0, 0.0]).shown
     assert paired([1.0], [0.0]).interval is None
     assert not paired([1.0], [0.0]).shown
+
+
+def test_all_of_32_is_no_proof_of_all() -> None:
+    certain = paired_shares([100.0] * 32, [0.0] * 32)
+    assert certain.mean == 100
+    assert certain.interval is not None
+    assert 80 < certain.interval[0] < 95  # by hand: (32 - 1.96 sqrt(33 - 32^2 / 34)) / 34 = 0.84
+    assert certain.interval[1] == 100
+    assert not paired_shares([0.0] * 32, [0.0] * 32).shown
+    assert not paired_shares([100.0, 0.0] * 16, [0.0, 100.0] * 16).shown
 
 
 def test_an_arm_that_is_wrong_is_named(tmp_path: Path, tiny_dir: Path) -> None:

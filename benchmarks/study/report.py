@@ -113,7 +113,8 @@ def _arms_table(results: dict[str, Any]) -> str:
     counts = {name: len(unit) for name, unit in runs[0]["units"].items()}
     title = (
         f"**Every arm**: mean over {count} seed{'s [smallest, largest]' if count > 1 else ''}; "
-        f"{counts['heldout_loss']} held-out rows, {counts['form']} prompts answered from the Q8_0 file, {counts['kld_q8_0']} chunks of text."
+        f"{counts['heldout_loss']} held-out rows, {counts['form']} prompts answered from the Q8_0 file, "
+        f"{counts['kld_q8_0']} chunks of text."
     )
     return _table(title, ["arm", "trained parameters", *(m.title for m in METRICS)], rows)
 
@@ -122,14 +123,16 @@ def _differences_table(results: dict[str, Any]) -> str:
     pairs = [(name, BASE) for name in results["arms"] if name != BASE] + [tuple(p) for p in results["comparisons"]]
     titles = {name: arm["title"] for name, arm in results["arms"].items()}
     runs, seeds = results["runs"], results["seeds"]
-    over = f"the {len(seeds)} seeds" if len(seeds) > 1 else "held-out rows, prompts and chunks of the only seed"
+    over = (
+        f"over the {len(seeds)} seeds" if len(seeds) > 1 else "over held-out rows, prompts and chunks of the only seed"
+    )
     rows = []
     for arm, against in pairs:
         rows.append(
             [f"{titles[arm]} - {titles[against]}", *(_d(difference(runs, arm, against, m, seeds), m) for m in METRICS)]
         )
     title = (
-        f"**Paired differences** with 95 % intervals (Student's t over {over}); bold: the interval leaves out zero. "
+        f"**Paired differences** with 95 % intervals ({over}); bold: the interval leaves out zero. "
         f"{len(pairs) * len(METRICS)} intervals stand here: about one in twenty would leave out zero by chance alone."
     )
     return _table(title, ["difference", *(m.title for m in METRICS)], rows)
