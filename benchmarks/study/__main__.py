@@ -1,6 +1,7 @@
 """`python -m benchmarks.study [all|run|tune|cost|report]`: see docs/study.md.
 
-all (the default): run every arm, measure the costs, write tables and figures. Exit 0 done, 2 bad input.
+all (the default): run every arm, measure the costs, write tables and figures. Exit 0 done, 2 bad input. Two processes
+may run two seeds at once (`run --seeds 1` beside `run --seeds 2`): each takes one thread.
 """
 
 from __future__ import annotations
