@@ -80,6 +80,11 @@ def test_from_configs_to_tables_and_half_a_study_is_refused(
     assert runs["oft"]["units"]["heldout_loss"] != runs[BASE]["units"]["heldout_loss"]
     assert all(set(run["units"]) == {metric.key for metric in METRICS} for run in runs.values())
 
+    assert main(["report", "--seeds", "0", "--arms", "oft", *places]) == 0
+    part = (docs / DOCUMENT).read_text(encoding="utf-8")
+    assert "Not run: SO8T + LoRA + PET." in part
+    assert "| SO8T + LoRA + PET |" not in part
+
     foreign = result_path(work, "oft", 0)  # trained on other rows: no pair
     foreign.write_text(json.dumps(runs["oft"] | {"batches": "0" * 16}), encoding="utf-8")
     assert main(["report", "--seeds", "0", *places]) == 2

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where study.md and study/ are")
     parser.add_argument("--seeds", type=int, nargs="+", help="of these seeds only (default: study.yaml's)")
-    parser.add_argument("--arms", nargs="+", help="run these arms only")
+    parser.add_argument("--arms", nargs="+", help="run or report these arms only")
     args = parser.parse_args(arguments)
     from so8t_core.errors import InputError
 
@@ -52,7 +52,7 @@ def _do(args: argparse.Namespace) -> int:
     if args.verb in ("all", "report"):
         from benchmarks.study.report import write_report
 
-        write_report(study, arms, args.work, args.docs, seeds)
+        write_report(study, arms, args.work, args.docs, seeds, args.arms)
     return 0
 
 
