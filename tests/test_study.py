@@ -110,13 +110,15 @@ def test_paired_interval_is_students() -> None:
 
 
 def test_all_of_32_is_no_proof_of_all() -> None:
-    certain = paired_shares([100.0] * 32, [0.0] * 32)
+    certain = paired_shares([100.0] * 32, [0.0] * 32, 100)
     assert certain.mean == 100
     assert certain.interval is not None
     assert 80 < certain.interval[0] < 95  # by hand: (32 - 1.96 sqrt(33 - 32^2 / 34)) / 34 = 0.84
     assert certain.interval[1] == 100
-    assert not paired_shares([0.0] * 32, [0.0] * 32).shown
-    assert not paired_shares([100.0, 0.0] * 16, [0.0, 100.0] * 16).shown
+    nothing = paired_shares([0.0] * 32, [0.0] * 32, 100)
+    assert not nothing.shown
+    assert nothing.interval == pytest.approx((-5.77, 5.77), abs=0.01)  # 196 / 34
+    assert not paired_shares([100.0, 0.0] * 16, [0.0, 100.0] * 16, 100).shown
 
 
 def test_an_arm_that_is_wrong_is_named(tmp_path: Path, tiny_dir: Path) -> None:

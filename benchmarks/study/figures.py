@@ -95,5 +95,6 @@ def _losses(figure: Figure, results: dict[str, Any]) -> None:
                 range(1, len(smooth) + 1), smooth, styles[number % 4], lw=1.4, label=results["arms"][name]["title"]
             )
         axis.set(xlabel="optimiser step", title="with PET" if pet else "without PET")
-        axis.legend(fontsize=8)
+        if names:
+            axis.legend(fontsize=8)
     left.set_ylabel(f"task loss, nats (mean of {SMOOTHED} steps)")

@@ -64,20 +64,19 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     return Difference(mean, (mean - half, mean + half))
 
 
-def paired_shares(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """a - b for units that are 0 or one same unit, with an interval that 32 of 32 does not close to a point.
+def paired_shares(a: Sequence[float], b: Sequence[float], one: float) -> Difference:
+    """a - b for units that are 0 or `one`, with an interval that 32 of 32 does not close to a point.
 
     Half a pair is added to each of the four outcomes, then the normal interval. Source: Agresti and Min, Simple
     improved confidence intervals for comparing matched proportions, Statistics in Medicine 24 (2005).
     """
-    unit = max(*a, *b, 0.0) or 1.0
     up = sum(x > y for x, y in zip(a, b, strict=True)) + 0.5
     down = sum(x < y for x, y in zip(a, b, strict=True)) + 0.5
     count = len(a) + 2
     centre = (up - down) / count
     half = 1.959964 * math.sqrt(up + down - (up - down) ** 2 / count) / count
     low, high = max(-1.0, centre - half), min(1.0, centre + half)
-    return Difference(statistics.fmean(a) - statistics.fmean(b), (unit * low, unit * high))
+    return Difference(statistics.fmean(a) - statistics.fmean(b), (one * low, one * high))
 
 
 def values(runs: Sequence[dict[str, Any]], arm: str, metric: Metric, seeds: Sequence[int]) -> list[float]:
@@ -103,9 +102,8 @@ def difference(
 ) -> Difference:
     """arm - against over the seeds, or over the units of the only seed."""
     if len(seeds) == 1:
-        return (paired_shares if metric.share else paired)(
-            units(runs, arm, metric, seeds[0]), units(runs, against, metric, seeds[0])
-        )
+        a, b = units(runs, arm, metric, seeds[0]), units(runs, against, metric, seeds[0])
+        return paired_shares(a, b, metric.factor) if metric.share else paired(a, b)
     return paired(values(runs, arm, metric, seeds), values(runs, against, metric, seeds))
 
 
