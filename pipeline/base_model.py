@@ -65,17 +65,28 @@ def prepare_base(base: str, work_dir: Path) -> Path:
 
 def _from_hub(base: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
     try:
         return Path(snapshot_download(base, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"model.base = {base!r} is no directory here and the hub did not give it ({reason}). "
-            f"Give a checkpoint directory, a hub id, or {DEMO_MODEL}"
-        ) from None
+    except hub_errors() as error:
+        raise not_on_the_hub(base, error) from None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises for an id that it cannot give."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    return (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def not_on_the_hub(base: str, error: Exception) -> InputError:
+    """The refusal of such an id."""
+    reason = str(error).strip().splitlines()[0]
+    return InputError(
+        f"model.base = {base!r} is no directory here and the hub did not give it ({reason}). "
+        f"Give a checkpoint directory, a hub id, or {DEMO_MODEL}"
+    )
 
 
 def demo_tokenizer() -> Any:

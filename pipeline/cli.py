@@ -126,6 +126,27 @@ def _execute(
         _announce(report, run.report)
 
 
+def _plan(
+    config: Path, overrides: list[str] | None, *, first: str | None, until: str | None, force: list[str] | None
+) -> None:
+    """The plan on standard output; exit code 2 when something speaks against it."""
+    from pipeline.config import load_config
+
+    loaded = load_config(config, overrides)
+    _quiet_transformers()
+    from pipeline.plan import make_plan, plan_table
+    from pipeline.progress import Reporter
+    from pipeline.run import Run
+
+    plan = make_plan(Run(loaded, Reporter(quiet=True)), first=first, until=until, force=tuple(force or ()))
+    console = Console(highlight=False)
+    console.print(plan_table(plan))
+    for line in (plan.basis, *(f"Note: {note}" for note in plan.notes)):
+        console.print(line, markup=False)
+    if plan.problems:
+        raise InputError("\nso8t: ".join(plan.problems))
+
+
 def _announce(report: Report, folder: Path) -> None:
     """Verdict table, the report's path, and the exit code that follows."""
     from verification.console import verdict_table
@@ -154,9 +175,13 @@ def run(
     ] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="stop after this step")] = None,
     force: Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="run this step again")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check the inputs, print the plan, do nothing")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run every step that is not up to date."""
+    if dry_run:
+        _plan(config, overrides, first=first, until=until, force=force)
+        return
     _execute(config, overrides, first=first, until=until, force=force, quiet=quiet)
 
 

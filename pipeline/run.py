@@ -68,11 +68,9 @@ class Run:
         Raises:
             InputError: an unknown step, a missing input, or whatever a step cannot do.
         """
-        for name in (first, until, *force):
-            if name is not None and name not in STEPS:
-                raise InputError(f"unknown step {name!r}; the steps are {', '.join(STEPS)}")
+        check_steps(first, until, force)
         last = STEPS.index(until) if until else len(STEPS) - 1
-        _check_early(self.config, last)
+        check_early(self.config, last)
         again = set(force) | (set(STEPS[STEPS.index(first) :]) if first else set())
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
@@ -85,6 +83,10 @@ class Run:
             resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             write_text(self.dir / "config.resolved.yaml", resolved)
             self.base_dir = prepare_base(self.config.model.base, self.dir / "base")
+            if "train" not in load_manifest(self.dir).steps:
+                from pipeline.plan import refuse_early
+
+                refuse_early(self, last)
             for number, name in enumerate(STEPS[1 : last + 1], start=1):
                 self._one(name, number, last, forced=name in again)
         processes.from_first(lambda: None)  # nothing more to do for the others
@@ -234,7 +236,18 @@ def _verify(run: Run) -> None:
         )
 
 
-def _check_early(config: RunConfig, last: int) -> None:
+def check_steps(first: str | None, until: str | None, force: tuple[str, ...]) -> None:
+    """Refuse a step that does not exist.
+
+    Raises:
+        InputError: lists those that do.
+    """
+    for name in (first, until, *force):
+        if name is not None and name not in STEPS:
+            raise InputError(f"unknown step {name!r}; the steps are {', '.join(STEPS)}")
+
+
+def check_early(config: RunConfig, last: int) -> None:
     """What only the late steps read, found before the long ones start.
 
     Raises:

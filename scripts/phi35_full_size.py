@@ -4,7 +4,7 @@
     python scripts/phi35_full_size.py --work DIR --out RESULT.json --miniature
 
 Stages: make (weights layer by layer), train (adapter of configs/phi35_mini.yaml on a bfloat16 base, one step), bake,
-convert (F16, BF16), quantise (Q8_0, Q4_K_M), lint. Each is a process of its own; its memory and that of its children is
+convert (F16), quantise (Q8_0, Q4_K_M), lint. Each is a process of its own; its memory and that of its children is
 sampled ten times a second: `own` is memory that is not backed by a file, `all` includes mapped files. A stage whose
 result stands in RESULT.json is not run again. What a later stage no longer needs is deleted.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-STAGES = ("make", "train", "bake", "convert F16", "convert BF16", "quantise Q8_0", "quantise Q4_K_M", "lint Q4_K_M")
+STAGES = ("make", "train", "bake", "convert F16", "quantise Q8_0", "quantise Q4_K_M", "lint Q4_K_M")
 TOKENS = 64  # of the training step's one row
 
 
@@ -95,10 +95,7 @@ def convert(work: Path, miniature: bool, kind: str) -> dict[str, Any]:
     from verification.gguf_file import read_gguf
 
     path = to_gguf(work / "baked", work / f"m-{kind}.gguf", outtype=kind.lower())
-    found = {"bytes": path.stat().st_size, "general.name": read_gguf(path).metadata["general.name"]}
-    if kind == "BF16":
-        path.unlink()
-    return found
+    return {"bytes": path.stat().st_size, "general.name": read_gguf(path).metadata["general.name"]}
 
 
 def quantise(work: Path, miniature: bool, kind: str) -> dict[str, Any]:

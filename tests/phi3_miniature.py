@@ -13,15 +13,21 @@ import functools
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import RunConfig, load_config
+from verification.report import load_report
+from verification.schema import Report
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +72,7 @@ def save_miniature(
     """Write the checkpoint.
 
     Args:
-        weights: False leaves the safetensors files out, as in a repository fetched without them.
+        weights: False leaves the safetensors files out and their index in, as in a repository fetched without them.
         canary: the file that the remote code beside the weights would leave behind.
         name: `_name_or_path` in config.json; the converter's first choice for general.name.
     """
@@ -77,8 +83,7 @@ def save_miniature(
     _remote_code(directory, canary or directory / "canary")
     (directory / "LICENSE").write_text("MIT\n", encoding="utf-8")
     (directory / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
-    if weights:
-        _weights(directory, size, seed, dtype)
+    _weights(directory, size, seed, dtype, write=weights)
     return directory
 
 
@@ -129,7 +134,7 @@ def config(size: Size) -> dict[str, Any]:
 # --- weights
 
 
-def _weights(directory: Path, size: Size, seed: int, dtype: torch.dtype) -> None:
+def _weights(directory: Path, size: Size, seed: int, dtype: torch.dtype, *, write: bool) -> None:
     """Random weights under which activations keep their size and logits are far from uniform, shard by shard."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -175,7 +180,8 @@ def _weights(directory: Path, size: Size, seed: int, dtype: torch.dtype) -> None
             if number == count - 1:
                 part |= {"model.norm.weight": gains(), "lm_head.weight": head}
         name = f"model-{number + 1:05}-of-{count:05}.safetensors"
-        save_file(part, directory / name, metadata={"format": "pt"})
+        if write:
+            save_file(part, directory / name, metadata={"format": "pt"})
         index |= dict.fromkeys(part, name)
         total += sum(tensor.nbytes for tensor in part.values())
         parts.clear()
@@ -343,3 +349,39 @@ def miniature_run(base: Path, run_dir: Path, *overrides: str) -> RunConfig:
         "answers.prompts=0", "verify.chunks=24", "verify.n_ctx=128", "verify.base_damage=false",
     )  # fmt: skip
     return load_config(ROOT / "configs" / "phi35_mini.yaml", [*amounts, *overrides])
+
+
+@dataclass(frozen=True)
+class MiniatureRun:
+    """A finished `so8t run`, and what its process and all that it started took."""
+
+    base: Path
+    dir: Path
+    config: RunConfig
+    report: Report
+    canary: Path
+    cpu_seconds: float
+    peak_bytes: int  # of the largest process
+
+    def file(self, kind: str) -> Path:
+        return next((self.dir / "gguf").glob(f"*-{kind}.gguf"))
+
+
+def run_miniature(root: Path, *, name: str) -> MiniatureRun:
+    """Make the base under a name and send it through `so8t run`."""
+    canary = root / "canary"
+    base = save_miniature(root / "base", canary=canary, name=name)
+    config = miniature_run(base, root / "run")
+    file = root / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(file), "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with open(root / "said.txt", "w", encoding="utf-8") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, (root / "said.txt").read_text(encoding="utf-8")[-2000:]
+    report = load_report(root / "run" / "report" / "report.json")
+    return MiniatureRun(
+        base, root / "run", config, report, canary, used.ru_utime + used.ru_stime, 1024 * used.ru_maxrss
+    )

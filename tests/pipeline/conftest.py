@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phi3_miniature import MiniatureRun, run_miniature
 
 # Phi-3.5 closes every turn with <|end|> and, without a generation prompt, the whole text with <|endoftext|>.
 PHI_TEMPLATE = (
@@ -68,3 +69,9 @@ def finished(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 @pytest.fixture
 def copy(finished: tuple[Path, Any], tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def phi35_run(tmp_path_factory: pytest.TempPathFactory) -> MiniatureRun:
+    """Phi-3.5 in miniature, finished; the base's name says nothing of Phi, as a user's own may not."""
+    return run_miniature(tmp_path_factory.mktemp("phi35"), name="me/my-assistant")

@@ -9,17 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from phi3_miniature import STOPS, Size, miniature_run, save_miniature
+from phi3_miniature import STOPS, MiniatureRun, Size, miniature_run, save_miniature
 
 from pipeline.conversion import released_n_ctx
-from pipeline.progress import Reporter
 from pipeline.rows import to_think_row
-from pipeline.run import Run
 from pipeline.serve.engine_llama import LlamaEngine
 from pipeline.serve.protocol import conversation, parse_request
 from pipeline.thinking import format_assistant
@@ -32,71 +29,48 @@ from verification.gguf_file import read_gguf
 from verification.llama_engine import LlamaModel
 from verification.metadata import unused_window
 from verification.policy import make_policy
-from verification.schema import Report
 from verification.tensors import read_config
 from verification.tokenizer import load_tokenizer
 
-NAME = "me/my-assistant"  # a user's own name for a Phi-3.5: nothing in it says so
-
-
-@dataclass(frozen=True)
-class Finished:
-    base: Path
-    dir: Path
-    report: Report
-    canary: Path
-
-    def file(self, kind: str) -> Path:
-        return next((self.dir / "gguf").glob(f"*-{kind}.gguf"))
-
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    root = tmp_path_factory.mktemp("phi35")
-    base = save_miniature(root / "base", canary=root / "canary", name=NAME)
-    report = Run(miniature_run(base, root / "run"), Reporter(quiet=True)).execute()
-    assert report is not None
-    return Finished(base, root / "run", report, root / "canary")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(finished: Finished) -> Any:
-    return load_tokenizer(finished.base)
+def tokenizer(phi35_run: MiniatureRun) -> Any:
+    return load_tokenizer(phi35_run.base)
 
 
 # --- the run
 
 
-def test_the_shipped_configuration_passes_the_gate_with_every_file(finished: Finished) -> None:
-    report = finished.report
+def test_the_shipped_configuration_passes_the_gate_with_every_file(phi35_run: MiniatureRun) -> None:
+    report = phi35_run.report
     assert report.verdict == "pass", report.summary
     assert {leg.name for leg in report.legs} == set(make_policy({}).required) | {
         "bake", "dtype", "quantise", "quality", "controls", "evidence", "cells",
     }  # fmt: skip
-    types = json.loads((finished.dir / "gguf" / "types.json").read_text(encoding="utf-8"))
+    types = json.loads((phi35_run.dir / "gguf" / "types.json").read_text(encoding="utf-8"))
     assert [list(row["fallbacks"]) for row in types.values()] == [[], [], []]
     q4 = next(row["counts"] for name, row in types.items() if name.endswith("-Q4_K_M.gguf"))
     assert set(q4) == {"F32", "Q4_K", "Q6_K"}  # a true Q4_K_M
     assert q4["Q4_K"] >= 7
 
 
-def test_every_file_of_the_base_that_is_no_weights_comes_through_byte_for_byte(finished: Finished) -> None:
-    names = {path.name for path in finished.base.iterdir()}
+def test_every_file_of_the_base_that_is_no_weights_comes_through_byte_for_byte(phi35_run: MiniatureRun) -> None:
+    names = {path.name for path in phi35_run.base.iterdir()}
     assert names >= {
         "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
         "generation_config.json", "config.json", "model.safetensors.index.json", "modeling_phi3.py", "LICENSE",
     }  # fmt: skip
-    for name in names - {path.name for path in finished.base.glob("*.safetensors")}:
-        assert sha256_file(finished.dir / "baked" / name) == sha256_file(finished.base / name), name
+    for name in names - {path.name for path in phi35_run.base.glob("*.safetensors")}:
+        assert sha256_file(phi35_run.dir / "baked" / name) == sha256_file(phi35_run.base / name), name
 
 
 # --- trap 1: general.name decides how the special tokens swallow spaces
 
 
 def test_a_base_that_is_not_named_phi_still_tokenises_as_phi(
-    finished: Finished, tokenizer: Any, tmp_path: Path
+    phi35_run: MiniatureRun, tokenizer: Any, tmp_path: Path
 ) -> None:
-    file = finished.file("F16")
+    file = phi35_run.file("F16")
     name = read_gguf(file).metadata["general.name"]
     assert name == "Phi-3-my-assistant-so8t"
     with LlamaModel(file, vocab_only=True) as model:
@@ -121,11 +95,11 @@ def ids_differ(tokenizer: Any, model: LlamaModel, messages: list[dict[str, str]]
     return bool(tokenizer(text, add_special_tokens=False).input_ids != model.tokenize(text))
 
 
-def test_the_data_step_and_the_server_take_leading_unicode_spaces_away(finished: Finished, tokenizer: Any) -> None:
+def test_the_data_step_and_the_server_take_leading_unicode_spaces_away(phi35_run: MiniatureRun, tokenizer: Any) -> None:
     row = to_think_row({"prompt": SPACED, "response": format_assistant("\u30001 + 1 = 2", "\u30002")}, family="f")
     body = {"messages": [{"role": "system", "content": SPACED}, {"role": "user", "content": SPACED}]}
     served = conversation(parse_request(json.dumps(body).encode()))
-    with LlamaModel(finished.file("F16"), vocab_only=True) as model:
+    with LlamaModel(phi35_run.file("F16"), vocab_only=True) as model:
         assert ids_differ(tokenizer, model, [{"role": "user", "content": SPACED}])  # as it came: two functions
         assert not ids_differ(tokenizer, model, list(row.messages))
         assert not ids_differ(tokenizer, model, served)
@@ -134,17 +108,17 @@ def test_the_data_step_and_the_server_take_leading_unicode_spaces_away(finished:
 # --- trap 3: LongRoPE's factors follow the allocated context
 
 
-def test_what_is_shipped_stays_within_the_original_length(finished: Finished) -> None:
-    modelfile = (finished.dir / "gguf" / "Modelfile").read_text(encoding="utf-8")
+def test_what_is_shipped_stays_within_the_original_length(phi35_run: MiniatureRun) -> None:
+    modelfile = (phi35_run.dir / "gguf" / "Modelfile").read_text(encoding="utf-8")
     assert "PARAMETER num_ctx 4096\n" in modelfile
-    assert "4096 tokens or below" in (finished.dir / "gguf" / "README.md").read_text(encoding="utf-8")
+    assert "4096 tokens or below" in (phi35_run.dir / "gguf" / "README.md").read_text(encoding="utf-8")
     for wanted, given in ((8192, 4096), (131072, 4096), (2048, 2048)):
-        asked = miniature_run(finished.base, finished.dir, f"convert.n_ctx={wanted}")
-        assert released_n_ctx(asked, finished.base) == given
+        asked = miniature_run(phi35_run.base, phi35_run.dir, f"convert.n_ctx={wanted}")
+        assert released_n_ctx(asked, phi35_run.base) == given
 
 
-def test_the_server_allocates_no_more_than_the_original_length(finished: Finished, tmp_path: Path) -> None:
-    file = Path(shutil.copy(finished.file("Q8_0"), tmp_path / "m-Q8_0.gguf"))
+def test_the_server_allocates_no_more_than_the_original_length(phi35_run: MiniatureRun, tmp_path: Path) -> None:
+    file = Path(shutil.copy(phi35_run.file("Q8_0"), tmp_path / "m-Q8_0.gguf"))
     file.with_suffix(".Modelfile").write_text("FROM ./m-Q8_0.gguf\nPARAMETER num_ctx 8192\n", encoding="utf-8")
 
     async def opened() -> int:
@@ -157,23 +131,25 @@ def test_the_server_allocates_no_more_than_the_original_length(finished: Finishe
         LlamaEngine(file, n_ctx=8192, max_new_tokens=16)
 
 
-def test_the_cell_above_the_original_length_shows_what_would_happen(finished: Finished) -> None:
-    found = {c.name: c for leg in finished.report.legs if leg.name == "cells" for c in leg.checks if c.subject == "F16"}
+def test_the_cell_above_the_original_length_shows_what_would_happen(phi35_run: MiniatureRun) -> None:
+    found = {
+        c.name: c for leg in phi35_run.report.legs if leg.name == "cells" for c in leg.checks if c.subject == "F16"
+    }
     above, shipped = found["cells.n_ctx_larger.mean_kld"], found["cells.n_ctx_shipped.mean_kld"]
     assert above.status == "waived"
     assert "LongRoPE factor choice" in above.detail
     assert float(above.value or 0) > 1000 * float(shipped.value or 1)  # measured: 0.08 against 1e-7
-    policy = make_policy({**finished.report.policy, "waivers": []})
-    assert decide(finished.report, policy).verdict == "fail"
+    policy = make_policy({**phi35_run.report.policy, "waivers": []})
+    assert decide(phi35_run.report, policy).verdict == "fail"
 
 
 # --- trap 4: tokenizer.model and add_bos_token
 
 
-def test_a_tokenizer_saved_again_breaks_the_conversion(finished: Finished, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_tokenizer_saved_again_breaks_the_conversion(phi35_run: MiniatureRun, tokenizer: Any, tmp_path: Path) -> None:
     """What copying byte for byte avoids: `save_pretrained` leaves tokenizer.model out, and the converter needs it."""
     again = weightless(
-        finished.base, tmp_path / "again", "tokenizer.model", "tokenizer_config.json", "added_tokens.json"
+        phi35_run.base, tmp_path / "again", "tokenizer.model", "tokenizer_config.json", "added_tokens.json"
     )
     tokenizer.save_pretrained(again)
     assert not (again / "tokenizer.model").exists()
@@ -182,12 +158,12 @@ def test_a_tokenizer_saved_again_breaks_the_conversion(finished: Finished, token
 
 
 def test_add_bos_token_lost_on_the_way_doubles_the_beginning(
-    finished: Finished, tokenizer: Any, tmp_path: Path
+    phi35_run: MiniatureRun, tokenizer: Any, tmp_path: Path
 ) -> None:
-    with LlamaModel(finished.file("F16"), vocab_only=True) as model:
+    with LlamaModel(phi35_run.file("F16"), vocab_only=True) as model:
         assert not model.add_bos
         assert tokens.added_specials(tokenizer, model) == []
-    lost = weightless(finished.base, tmp_path / "lost")
+    lost = weightless(phi35_run.base, tmp_path / "lost")
     fields = json.loads((lost / "tokenizer_config.json").read_text(encoding="utf-8"))
     del fields["add_bos_token"]
     (lost / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
@@ -204,17 +180,17 @@ def weightless(base: Path, target: Path, *without: str) -> Path:
 
 
 def test_all_three_stops_reach_the_files_the_modelfile_and_the_server(
-    finished: Finished, tokenizer: Any, tmp_path: Path
+    phi35_run: MiniatureRun, tokenizer: Any, tmp_path: Path
 ) -> None:
     wanted = tokenizer.convert_tokens_to_ids(list(STOPS))
-    modelfile = (finished.dir / "gguf" / "Modelfile").read_text(encoding="utf-8")
+    modelfile = (phi35_run.dir / "gguf" / "Modelfile").read_text(encoding="utf-8")
     assert all(f'PARAMETER stop "{name}"\n' in modelfile for name in STOPS)
     for kind in ("F16", "Q8_0", "Q4_K_M"):
-        with LlamaModel(finished.file(kind), vocab_only=True) as model:  # the server asks `is_end` after every token
+        with LlamaModel(phi35_run.file(kind), vocab_only=True) as model:  # the server asks `is_end` after every token
             assert [model.is_end(token) for token in wanted] == [True, True, True], kind
-    planted = set_metadata(finished.file("F16"), tmp_path / "f.gguf", {"tokenizer.ggml.eom_token_id": None})
+    planted = set_metadata(phi35_run.file("F16"), tmp_path / "f.gguf", {"tokenizer.ggml.eom_token_id": None})
     with LlamaModel(planted, vocab_only=True) as model:
-        (found,) = tokens.stop_set(finished.base, tokenizer, model)
+        (found,) = tokens.stop_set(phi35_run.base, tokenizer, model)
     assert "<|assistant|>" in found.where
     assert found.found == "llama.cpp goes on"
 
@@ -222,9 +198,9 @@ def test_all_three_stops_reach_the_files_the_modelfile_and_the_server(
 # --- trap 7: no sliding window to lose
 
 
-def test_phi35s_window_is_longer_than_its_context(finished: Finished, tmp_path: Path) -> None:
-    lost = set_metadata(finished.file("F16"), tmp_path / "f.gguf", {"phi3.attention.sliding_window": None})
-    config = read_config(finished.base)
+def test_phi35s_window_is_longer_than_its_context(phi35_run: MiniatureRun, tmp_path: Path) -> None:
+    lost = set_metadata(phi35_run.file("F16"), tmp_path / "f.gguf", {"phi3.attention.sliding_window": None})
+    config = read_config(phi35_run.base)
     assert unused_window(config, read_gguf(lost)) is None
     assert unused_window({**config, "sliding_window": 2047}, read_gguf(lost)) == 2047  # Phi-3-mini-4k's
 
@@ -232,10 +208,10 @@ def test_phi35s_window_is_longer_than_its_context(finished: Finished, tmp_path: 
 # --- trap 9: no remote code
 
 
-def test_the_remote_code_beside_the_weights_was_never_imported(finished: Finished, tmp_path: Path) -> None:
-    config = json.loads((finished.dir / "baked" / "config.json").read_text(encoding="utf-8"))
+def test_the_remote_code_beside_the_weights_was_never_imported(phi35_run: MiniatureRun, tmp_path: Path) -> None:
+    config = json.loads((phi35_run.dir / "baked" / "config.json").read_text(encoding="utf-8"))
     assert "auto_map" in config  # the temptation was there, in base and baked
-    assert not finished.canary.exists()
+    assert not phi35_run.canary.exists()
     planted = save_miniature(tmp_path / "base", Size(layers=1), canary=tmp_path / "canary", weights=False)
     code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(planted)!r}, trust_remote_code=True)"
     subprocess.run(
