@@ -265,13 +265,15 @@ def _verifying(
     loads = 6 * shape.parameters * 4 / DISK
     forward = 2 * scored + CELLS + BAKE_PASSES * settings.n_ctx  # the reference, what was baked, the bake's legs
     forward += len(kinds) * (scored + 2 * CELLS)
-    disk = shape.parameters * 2.0 + sum(size for kind, size in files.items() if kind != "F16")
+    own = {"F16": shape.parameters * 2.0, **files}  # the oracle's files of the checkpoint, and those of its base
+    again = own if settings.base_damage else {}
+    if config.answers.prompts:  # which made two of the base's already
+        again = {kind: size for kind, size in again.items() if kind not in ("F16", config.answers.type.upper())}
+    disk = sum(own.values()) + sum(again.values())
     made = 2 * STARTED + 2 * disk / DISK
-    made += sum(quantising(kind, shape, machine) for kind in kinds if kind not in ("F32", "F16", "BF16"))
+    made += sum(quantising(kind, shape, machine) for kind in [*own, *again] if kind not in ("F32", "F16", "BF16"))
     if settings.base_damage:
         forward += scored * len(kinds)
-        made *= 2
-        disk *= 2
     spool = (scored / 2 + CELLS) * shape.vocabulary * 4.0
     logits = settings.n_ctx * shape.vocabulary * 4.0 * 4
     work = 2.0 * shape.parameters * forward / (machine.cpu * EFFICIENCY)
