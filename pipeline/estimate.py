@@ -236,7 +236,7 @@ def _converting(
             seconds += 2 * STARTED + (read + 3 * files[kind]) / DISK
         else:
             seconds += quantising(kind, shape, machine) + 2 * files[kind] / DISK
-    return Cost(seconds, RUNTIME + 12.0 * shape.largest, 0, sum(files.values()))
+    return Cost(seconds, RUNTIME + 2 * shape.stored * shape.largest, 0, sum(files.values()))
 
 
 def quantising(kind: str, shape: Shape, machine: Machine) -> float:
