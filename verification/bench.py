@@ -25,7 +25,7 @@ from verification.diagnosis import diagnose
 from verification.faults import Fault, Strength
 from verification.gguf_edit import Raw
 from verification.gguf_file import GGUFFile, read_gguf
-from verification.healthy import KINDS, Healthy, make_family, make_main, save_sharp
+from verification.healthy import KINDS, Healthy, make_family, make_main, make_plain, save_sharp
 from verification.judging import Judgement, decided, judge, logit_checks
 from verification.legs_bake import saved_rounding
 from verification.memory import tensor_key
@@ -71,13 +71,14 @@ class Bench:
         return not self.quick or (fault.quick and fault.pair.split()[0] in ("main", "mistral", *QUICK_FAMILIES))
 
     def pair(self, name: str) -> Healthy:
-        """A healthy pair, made the first time: "main", or a family as in `make_family`."""
+        """A healthy pair, made the first time: "main", "plain" (main's base as it is), or a family."""
         if name not in self.pairs:
             folder = self.work / name
             folder.mkdir(parents=True, exist_ok=True)
-            if name == "main":
+            if name in ("main", "plain"):
                 base = self.base or save_sharp(self.work / "base", self.tokenizer)
-                self.pairs[name] = make_main(base, folder)
+                plain = name == "plain"
+                self.pairs[name] = make_plain(base, folder) if plain else make_main(base, folder)
             else:
                 words = None if name.split()[0] in SENTENCEPIECE else self.pair("main").tokenizer
                 self.pairs[name] = make_family(name, folder, words)
@@ -91,7 +92,7 @@ class Bench:
 
     def healthy_rows(self, tell: Tell) -> Iterator[HealthyRow]:
         """Every healthy file of this run through the gate, its logits included."""
-        names = ("main", *(QUICK_FAMILIES if self.quick else FAMILIES))
+        names = ("plain", "main", *(QUICK_FAMILIES if self.quick else FAMILIES))
         for number, name in enumerate(names):
             for step, kind in enumerate(KINDS):
                 tell("healthy files", len(KINDS) * number + step, len(KINDS) * len(names))
@@ -129,11 +130,11 @@ class Bench:
         fault.plant(pair, source, target, strength.value)
         judgement = judge(pair, target, self.policy)
         row = Row(
-            fault=fault.name, kind=fault.kind, pair=fault.pair, level=fault.level, strength=strength.label,
+            fault=fault.name, kind=fault.kind, pair=fault.pair.split()[0], level=fault.level, strength=strength.label,
             value=None if np.isnan(strength.value) else strength.value, real=real, caught=not judgement.passed,
             caught_by=judgement.caught_by,
         )  # fmt: skip
-        row.identical = _same_bytes(source, target)
+        row.identical = "{" not in fault.pair and _same_bytes(source, target)
         if fault.logits or (not row.caught and not row.identical):
             self._logits(row, judgement, pair, target)
         self._diagnose(row, fault, judgement)
@@ -153,7 +154,7 @@ class Bench:
         (check,) = decided({"dtype": [found]}, self.policy)
         caught, bound = check.status != "pass", self.policy.dtype.rounding
         return Row(
-            fault=fault.name, kind=fault.kind, pair=fault.pair, level="checkpoint", strength=strength.label,
+            fault=fault.name, kind=fault.kind, pair=fault.pair.split()[0], level="checkpoint", strength=strength.label,
             value=None if np.isnan(strength.value) else strength.value, real=real, caught=caught,
             caught_by=["verify dtype.rounding"] if caught else [], margin=worst / bound if caught else None,
             margin_words=f"{worst:.4g} roundings, {bound:g} allowed", named_where=where if caught else "",
@@ -189,8 +190,9 @@ class Bench:
         if found is None:
             row.named_right = False
             return
-        row.diagnosis, row.named_kind, row.named_where = found.words, found.kind, found.where
-        row.named_right = found.kind == fault.kind and any(word in found.where for word in fault.where)
+        words, where = (text.replace(f"{self.work}/", "") for text in (found.words, found.where))
+        row.diagnosis, row.named_kind, row.named_where = words, found.kind, where
+        row.named_right = found.kind == fault.kind and any(word in where for word in fault.where)
         row.margin, row.margin_words = margin_of(judgement)
 
     def _others(self, row: Row, pair: Healthy, path: Path, judgement: Judgement) -> None:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
 ON_THE_LINE = 0.2  # share of the difference that may lie beside the line
-BITS = 1e-3  # |f - 1| below this is no other scale
+LEAST = 5e-4  # |f - 1| below this is no other scale
+CERTAIN = 6.0  # standard errors of f
 
 
 def damage_cause(actual: Raw, expected: Raw, rows: int) -> str:
@@ -32,8 +33,14 @@ def damage_cause(actual: Raw, expected: Raw, rows: int) -> str:
     return ""
 
 
-def merge_cause(values: Array, wanted: Array, base: Array) -> str:
-    """Another scale of what was merged into the base; three arrays of one shape."""
+def merge_cause(values: Array, wanted: Array, base: Array, step: Array | float = 0.0) -> str:
+    """Another scale of what was merged into the base; three arrays of one shape.
+
+    Args:
+        step: distance of the type's neighbouring numbers, (1) or of the arrays' shape. A small change d of a weight
+            moves its stored number by a whole step in d / step of all cases, so rounding alone adds |d| step to the
+            squares beside the line.
+    """
     change = wanted.astype(np.float64) - base
     square = float(np.vdot(change, change))
     if square == 0:
@@ -41,6 +48,9 @@ def merge_cause(values: Array, wanted: Array, base: Array) -> str:
     difference = values.astype(np.float64) - wanted
     excess = float(np.vdot(change, difference)) / square
     beside = float(np.linalg.norm(difference - excess * change))
-    if abs(excess) < BITS or beside > ON_THE_LINE * float(np.linalg.norm(difference)):
+    rounding = 2 * float(np.sum(np.abs(excess * change) * step))
+    allowed = (ON_THE_LINE * float(np.linalg.norm(difference))) ** 2 + rounding
+    certain = abs(excess) * np.sqrt(square * change.size) >= CERTAIN * beside
+    if abs(excess) < LEAST or beside**2 > allowed or not certain:
         return ""
     return f"the change from the base scaled by {1 + excess:.4g}"

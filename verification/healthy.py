@@ -97,6 +97,11 @@ def make_files(reference: Path, work: Path, *, name: str, threads: int = 1) -> d
     return files
 
 
+def make_plain(base: Path, work: Path) -> Healthy:
+    """A checkpoint as it is, without anything merged."""
+    return Healthy("plain", base, work, make_files(base, work, name="self-test"))
+
+
 def make_main(base: Path, work: Path) -> Healthy:
     """A rotation on every layer and a LoRA on `down_proj`, baked into `base`."""
     from so8t_core import SO8TConfig, attach, bake_checkpoint, save_adapter
@@ -167,7 +172,7 @@ def make_family(name: str, work: Path, tokenizer: Any = None) -> Healthy:
     reference = work / "hf"
     if not (reference / "config.json").is_file():
         save_model(family, reference, tokenizer, **({key: int(value)} if key and key != "small" else {}))
-        _rescale(reference, _SHARP)
+        _rescale(reference, _SHARP | _OTHERWISE.get(family, {}))
         if key == "small":
             _rescale(reference, {".v_proj.": 2.0 ** -int(value), "o_proj.weight": 2.0 ** int(value)})
     return Healthy(name, reference, work, make_files(reference, work, name=f"tiny-{family}"))
@@ -175,6 +180,19 @@ def make_family(name: str, work: Path, tokenizer: Any = None) -> Healthy:
 
 # A random model's logits are nearly uniform and its quantisation errors add up undamped; a trained one's are neither.
 _SHARP = {"lm_head.weight": 2.0, "embed_tokens.weight": 1.6, "o_proj.weight": 0.4, "down_proj.weight": 0.4}
+# A larger vocabulary needs a wider spread. Norms behind a branch undo what its weights are scaled by: OLMo-2's are
+# scaled themselves; Gemma's keep the stream at one size, and a larger tied head would only repeat the input.
+_OTHERWISE: dict[str, dict[str, float]] = {
+    "gemma2": {"embed_tokens.weight": 1.0},
+    "gemma3": {"embed_tokens.weight": 1.0},
+    "qwen3": {"lm_head.weight": 2.6, "o_proj.weight": 0.2, "down_proj.weight": 0.2},
+    "olmo2": {
+        "lm_head.weight": 2.6,
+        "embed_tokens.weight": 10.0,
+        "post_attention_layernorm": 0.2,
+        "post_feedforward_layernorm": 0.2,
+    },
+}
 
 
 def _rescale(directory: Path, factors: dict[str, float]) -> None:

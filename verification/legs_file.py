@@ -14,6 +14,7 @@ from typing import Any
 
 from verification import chat_templates, metadata, self_check, tokens
 from verification.checks import plain_check, zero_check
+from verification.examined import SAME_MAKER
 from verification.findings import Finding, as_check
 from verification.gguf_file import GGUFFile
 from verification.llama_engine import LlamaModel
@@ -21,7 +22,7 @@ from verification.memory import Memory, key_digest
 from verification.quantise import nominal_types
 from verification.schema import Check, TensorRow
 from verification.tensors import Checkpoint, Comparison, compare, inventory, is_known, tensor_row
-from verification.weights import SAME_MAKER, Examination, Sources
+from verification.weights import Examination, Sources
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
 from verification import chat_templates, metadata, self_check
 from verification.converter import convert_metadata
+from verification.examined import Examined
 from verification.findings import Finding
 from verification.gguf_file import GGUFFile, read_gguf
 from verification.legs_file import TITLES, vocabulary_findings
@@ -29,7 +30,7 @@ from verification.llama_engine import LlamaModel
 from verification.load_probe import Probe, probe
 from verification.memory import Memory
 from verification.tensors import Checkpoint, inventory, is_known
-from verification.weights import Examination, Examined, Sources, rotations
+from verification.weights import Examination, Sources, rotations
 
 SCHEMA_VERSION = "1.0"
 _FLUSHED = 1e-3  # share of a tensor's weights that is worth a note: single ones become zero in every F16 file

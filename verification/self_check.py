@@ -155,9 +155,16 @@ def weights(file: GGUFFile, *, known_good: Collection[str] = ()) -> tuple[list[F
 
 
 def promised_types(file: GGUFFile) -> list[Finding]:
-    """The file type's name against what most weights are stored in."""
+    """The file type's name against what most weights are stored in; in a float file, every weight."""
     if file.file_type == "unknown":
         return []
+    if file.is_float:  # F32 beside F16 or BF16 loses nothing
+        odd = [t for t in file.tensors.values() if t.type not in (file.file_type, "F32")]
+        if 0 < len(odd) <= len(file.tensors) // 2:
+            return [
+                Finding(t.name, f"{file.file_type} or F32", t.type, "convert again", "file type and tensors disagree")
+                for t in odd
+            ]
     sizes: Counter[str] = Counter()
     for row in nominal_types(file):
         tensor = file.tensors[row.name]

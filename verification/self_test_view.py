@@ -70,8 +70,8 @@ def seen_by(row: Row, check: str) -> bool:
 
 
 def score(result: SelfTest, check: str) -> tuple[int, int]:
-    """(faults at the strength people met that the check stops, all of them)."""
-    real = [row for row in result.rows if row.real]
+    """(faults at the strength people met that the check stops, all of which it was asked)."""
+    real = [row for row in result.rows if row.real and (check == "gate" or getattr(row, f"{check}_says") != "not run")]
     return sum(row.caught if check == "gate" else seen_by(row, check) for row in real), len(real)
 
 
@@ -80,7 +80,7 @@ def markdown(result: SelfTest, *, rows: bool = True) -> str:
     gate, nmse, kld = (score(result, check) for check in ("gate", "nmse", "kld"))
     healthy_nmse = sum(h.nmse_says == "fail" for h in result.healthy)
     lines = [
-        f"**{'Pass' if result.verdict == 'pass' else 'Fail'}:** {result.summary}.", "",
+        f"**{'Pass' if result.verdict == 'pass' else 'Fail'}** on {result.model}: {result.summary}.", "",
         "| | this gate | llama.cpp's NMSE check | Q4_K_M KLD below 0.15 |", "|---|---|---|---|",
         f"| faults stopped at the strength people met | {gate[0]} of {gate[1]} | {nmse[0]} of {nmse[1]} | "
         f"{kld[0]} of {kld[1]} |",

@@ -22,24 +22,20 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from verification import tensors
 from verification.causes import damage_cause, merge_cause
+from verification.examined import AGAIN, DAMAGED, VAGUE, Examined, held_together
 from verification.findings import Finding
 from verification.gguf_file import FLOAT_TYPES, GGUFFile, GGUFTensor
-from verification.hypotheses import Known, Nearest, Other, Role, Rotation, nearest, sample_rows
+from verification.hypotheses import Known, Other, Role, Rotation, nearest, sample_rows
 from verification.memory import Memory, frame
 from verification.requantise import quantised_bytes
-from verification.residual_rotation import Residual, residual_rotation
+from verification.residual_rotation import residual_rotation
 from verification.self_check import F16_MAX
 from verification.tensors import Checkpoint, Inventory
 
 Array = npt.NDArray[np.float32]
 WORSE_THAN_OWN = 1.5  # relative error of a tensor, in its own quantiser's
 OF_BLOCK = {True: 0.5, False: 1.0}  # largest error in a block, in its largest weight; key: at least 4 bits a weight
-DAMAGED = 1.2  # squared error of a block, in its own quantiser's
-SINGLE_BLOCKS = 1e-3  # share of a tensor's blocks that the last bit of another machine's arithmetic may change
-SAME_MAKER = 0.9  # share of equal blocks from which the file is taken to come from the same quantiser
-_AGAIN = "convert and quantise the reference again"
-_OTHER, _EDITED = "slightly other weights", "flipped bits or edited weights"
-_VAGUE = ("", "damaged block", _OTHER, _EDITED)  # causes that `causes` may sharpen
+_SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # of neighbouring numbers, relative, at most
 _ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
 
 
@@ -50,28 +46,6 @@ class Sources:
     reference: Checkpoint
     base: Checkpoint | None = None
     rotations: dict[str, Rotation] = field(default_factory=dict)  # checkpoint weight name -> R (in/8, 8, 8)
-
-
-@dataclass(frozen=True)
-class Examined:
-    """One tensor's outcome."""
-
-    name: str
-    type: str
-    compared: bool  # with the reference's values
-    equal: bool = False  # every weight is what the type's own rounding or quantiser gives
-    rel_error: float | None = None
-    own_error: float | None = None  # of the type's own quantiser on the same values
-    roundings: float | None = None  # worst weight, float types
-    blocks: int = 0
-    blocks_differ: int = 0
-    blocks_damaged: int = 0
-    size: int = 0
-    clipped: int = 0  # weights beyond F16's range
-    flushed: int = 0  # weights that became zero
-    nearest: tuple[Nearest, ...] = ()
-    residual: Residual | None = None
-    findings: tuple[Finding, ...] = ()
 
 
 def rotations(adapter: Path) -> dict[str, Rotation]:
@@ -101,18 +75,8 @@ class Examination:
             self.samples  # noqa: B018 (filled before the threads ask for it)
         with ThreadPoolExecutor(threads) as pool:
             results = list(pool.map(self._recalled, self.file.tensors.values()))
-        blocks = sum(r.blocks for r in results)
-        same_maker = blocks > 0 and 1 - sum(r.blocks_differ for r in results) / blocks >= SAME_MAKER
-        results = [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
-        results = [_other_weights(r) if _stands_out(r, results) else r for r in results]
-        exact = sum(r.compared and r.equal and r.roundings is None and not r.blocks for r in results)
-        floats = sum(r.compared and not r.blocks for r in results)
-        if exact >= SAME_MAKER * (floats - 1):  # one rounding is not enough where all others are exactly rounded
-            computed = self.found.computed
-            results = [
-                _other_rounding(r) if _is_rounded_otherwise(r) and r.name not in computed else r for r in results
-            ]
-        return [self._traced(r) if r.findings and all(f.cause in _VAGUE for f in r.findings) else r for r in results]
+        results = held_together(results, self.found.computed.keys())
+        return [self._traced(r) if r.findings and all(f.cause in VAGUE for f in r.findings) else r for r in results]
 
     def _traced(self, result: Examined) -> Examined:
         """A difference whose kind is still open, traced to what it was made from; see `causes`."""
@@ -124,18 +88,22 @@ class Examination:
         cause = "" if own is None else damage_cause(tensor.raw, own, tensor.shape[0])
         base = self._base_of(result.name, self.found.source_of.get(result.name, ""))
         if not cause and base is not None:
-            cause = merge_cause(self._values_before(tensor, wanted, own), wanted, base.reshape(tensor.shape))
+            before, step = self._values_before(tensor, wanted, own)
+            cause = merge_cause(before, wanted, base.reshape(tensor.shape), step)
         if not cause:
             return result
-        findings = tuple(dataclasses.replace(f, cause=cause) if f.cause in _VAGUE else f for f in result.findings)
+        findings = tuple(dataclasses.replace(f, cause=cause) if f.cause in VAGUE else f for f in result.findings)
         return dataclasses.replace(result, findings=findings)
 
-    def _values_before(self, tensor: GGUFTensor, wanted: Array, own: npt.NDArray[np.uint8] | None) -> Array:
-        """The file's values with the quantiser's own error on the expectation taken out."""
+    def _values_before(
+        self, tensor: GGUFTensor, wanted: Array, own: npt.NDArray[np.uint8] | None
+    ) -> tuple[Array, Array | float]:
+        """The file's values with the quantiser's own error on the expectation taken out, and the type's step."""
         if own is None or tensor.type in FLOAT_TYPES:
-            return tensor.values()
-        mine: Array = tensor.values() - dataclasses.replace(tensor, raw=own).values() + wanted
-        return mine
+            return tensor.values(), np.abs(wanted) * np.float32(_SPACING.get(tensor.type, 0.0))
+        error = dataclasses.replace(tensor, raw=own).values() - wanted
+        step = float(np.sqrt(12 * np.mean(error.astype(np.float64) ** 2)))  # rounding errors are uniform in one step
+        return tensor.values() - error, step
 
     def attention(self, oracle: GGUFFile) -> list[Examined]:
         """Only what the attention tensors are nearest to; `oracle` holds the reference in the file's own types."""
@@ -177,7 +145,7 @@ class Examination:
         if wanted is None:
             return Examined(tensor.name, tensor.type, compared=False)
         if wanted.size != int(np.prod(tensor.shape)) or (len(wanted.shape) == 2 and wanted.shape != tensor.shape):
-            shape = Finding(tensor.name, f"shape {list(wanted.shape)}", f"{list(tensor.shape)}", _AGAIN)
+            shape = Finding(tensor.name, f"shape {list(wanted.shape)}", f"{list(tensor.shape)}", AGAIN)
             return Examined(tensor.name, tensor.type, compared=True, findings=(shape,))
         wanted = wanted.reshape(tensor.shape)
         result, values, own = self._float(tensor, wanted) if tensor.type in FLOAT_TYPES else _quant(tensor, wanted)
@@ -206,7 +174,7 @@ class Examination:
             place = ", ".join(map(str, at))
             findings.append(
                 Finding(tensor.name, f"{wanted[at]:.6g} at [{place}] within one rounding of {tensor.type}",
-                        f"{values[at]:.6g}, relative error of the tensor {error:.2g}", _AGAIN,
+                        f"{values[at]:.6g}, relative error of the tensor {error:.2g}", AGAIN,
                         "F16 overflow" if overflow else "")
             )  # fmt: skip
         result = Examined(
@@ -235,7 +203,7 @@ class Examination:
             if match.is_fault:
                 far = f"relative distance {match.distance:.2g} (to the expected {match.expected_distance:.2g})"
                 text = f"{match.best}, {far}"
-                findings.append(Finding(match.name, "the reference's weight", text, _AGAIN, match.best))
+                findings.append(Finding(match.name, "the reference's weight", text, AGAIN, match.best))
         residual = None
         if is_weight and ".attn_output." in tensor.name:
             reference = own if own is not None else wanted
@@ -366,7 +334,7 @@ def _quant(tensor: GGUFTensor, wanted: Array) -> tuple[Examined, Array | None, A
         if error > WORSE_THAN_OWN * own_error:
             findings.append(
                 Finding(tensor.name, f"relative error near {own_error:.2g}, as {tensor.type} gives for the reference",
-                        f"{error:.2g}", _AGAIN)
+                        f"{error:.2g}", AGAIN)
             )  # fmt: skip
     within = np.abs(values - wanted).reshape(blocks, block).max(axis=1)
     largest = np.abs(wanted).reshape(blocks, block).max(axis=1)
@@ -376,66 +344,13 @@ def _quant(tensor: GGUFTensor, wanted: Array) -> tuple[Examined, Array | None, A
         at = int(np.argmax(within / np.maximum(largest, 1e-30)))
         findings.append(
             Finding(tensor.name, f"weights within {share * largest[at]:.3g} of the reference in block {at}",
-                    f"{within[at]:.3g} off", _AGAIN, "damaged block")
+                    f"{within[at]:.3g} off", AGAIN, "damaged block")
         )  # fmt: skip
     result = Examined(
         tensor.name, tensor.type, compared=True, rel_error=error, own_error=own_error, blocks=blocks,
         blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings),
     )  # fmt: skip
     return result, values, own_values
-
-
-def _damage(result: Examined) -> Examined:
-    """In a file that otherwise equals the own quantiser's, blocks that fit worse than its own are damage."""
-    if result.findings:
-        return result
-    text = f"{result.blocks_damaged} worse blocks of {result.blocks}"
-    finding = Finding(
-        result.name,
-        "the blocks that the quantiser gives for the reference",
-        text,
-        _AGAIN,
-        _EDITED,
-    )
-    return dataclasses.replace(result, findings=(finding,))
-
-
-def _stands_out(result: Examined, results: list[Examined]) -> bool:
-    """Whether other bytes can only mean other weights: no other quantiser, machine or importance matrix explains them.
-
-    Q8_0 knows no importance matrix and is the same on every machine. Of another type the tensor must be the odd one
-    out: nine in ten tensors of its type equal, and more than single blocks of its own differ.
-    """
-    if result.equal or result.findings or not result.blocks_differ or result.own_error is None:
-        return False
-    if result.type == "Q8_0":
-        return True
-    alike = [r for r in results if r.type == result.type and r.name != result.name and r.blocks]
-    equal = sum(r.equal for r in alike)
-    odd = len(alike) >= 3 and equal >= SAME_MAKER * len(alike)
-    return odd and result.blocks_differ > max(1.0, SINGLE_BLOCKS * result.blocks)
-
-
-def _other_weights(result: Examined) -> Examined:
-    left = result.residual
-    rotated = f"; rotation left over {left.rms:.1g} rad" if left is not None else ""
-    text = f"{result.blocks_differ} of {result.blocks} blocks differ{rotated}"
-    finding = Finding(
-        result.name, "the bytes that the quantiser gives for the reference, as in its neighbours", text, _AGAIN,
-        _OTHER,
-    )  # fmt: skip
-    return dataclasses.replace(result, findings=(finding,))
-
-
-def _is_rounded_otherwise(result: Examined) -> bool:
-    """Within one rounding of a float type, but not the nearest number."""
-    return bool(result.roundings) and not result.blocks and not result.findings
-
-
-def _other_rounding(result: Examined) -> Examined:
-    text = f"weights up to {result.roundings:.3g} roundings off"
-    finding = Finding(result.name, "the nearest numbers of its type, as in its neighbours", text, _AGAIN, _EDITED)
-    return dataclasses.replace(result, equal=False, findings=(finding,))
 
 
 def _cause(result: Examined, cause: str) -> Examined:
