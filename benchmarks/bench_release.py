@@ -82,7 +82,7 @@ def bench_convert(figures: Any, absent: Any, model: Model, quick: bool, tmp_path
     figures(
         f"convert to F16, {model.name}",
         {"so8t": lambda: convert(model.reference, tmp_path / "ours.gguf"), "upstream's converter": upstream},
-        rounds=7,
+        rounds=5,
         warmup=1,
         bar=1.3,
         lower_is_better=True,
@@ -101,7 +101,8 @@ def bench_quantise(figures: Any, model: Model, tmp_path: Path, kind: str) -> Non
     figures(
         f"quantise to {kind}, {model.name}",
         {"so8t": lambda: quantise(model.f16, tmp_path / "ours.gguf", kind, threads=1), "llama_model_quantize": bare},
-        rounds=9,
+        rounds=5,
+        warmup=1,
         lower_is_better=True,
     )
 
@@ -122,7 +123,8 @@ def bench_lint(figures: Any, model: Model, against: str) -> None:
     figures(
         f"lint Q8_0 {'alone' if against == 'alone' else 'against its reference'}, {model.name}",
         {"so8t": lambda: lint(model.q8, **options), "read + sha256": floor},
-        rounds=9,
+        rounds=5,
+        warmup=1,
         lower_is_better=True,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -129,6 +130,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             bar,
         )
     Console(width=180).print(table)
+    terminalreporter.write_line(f"{time.monotonic() - _START:.0f} s, {sum(os.times()[:4]):.0f} s of CPU")
     for name, why in _ABSENT.items():
         terminalreporter.write_line(f"not measured: {name}: {why}")
     if config.getoption("--save") or config.getoption("--save-to"):

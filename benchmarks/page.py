@@ -69,7 +69,8 @@ def _about(results: Results) -> str:
     return (
         f"{escape(str(m))}, {m.memory_gb:g} GB, bfloat16 unit: {'yes' if m.bfloat16 else 'no'}, load {m.load} at the "
         f'end.<br><span class="soft">{escape(results.date)}, commit {escape(results.commit[:12])}{state}, {kind} of '
-        f"{results.seconds:.0f} s. {escape(m.system)}, Python {escape(m.python)}, {escape(packages)}.</span>"
+        f"{results.seconds:.0f} s, of CPU {results.cpu_seconds:.0f} s. "
+        f"{escape(m.system)}, Python {escape(m.python)}, {escape(packages)}.</span>"
     )
 
 

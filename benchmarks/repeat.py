@@ -1,6 +1,6 @@
 """The gate's own proof: the same commit measured ten times, and once with a planted slowdown of 30 %.
 
-python -m benchmarks.repeat OUT.jsonl [--times 10] [-- PYTEST_ARGUMENTS]
+python -m benchmarks.repeat OUT.jsonl [--times 10] [-- FILES AND OPTIONS OF PYTEST]
 
 Every run is `pytest benchmarks --quick` in a process of its own; the last one's --plant 1.3 really slows our side, by
 waiting inside the timed part. One result file a line; `summary` compares all of them, and the tests decide again on
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from benchmarks.compare import compare
 from benchmarks.result_file import Results
 
-COMMAND = ["-m", "pytest", "benchmarks", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-q"]
+OPTIONS = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-o", "timeout=1800", "-q", "--quick"]
 
 
 class Summary(NamedTuple):
@@ -65,8 +65,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, plant in enumerate([*["1.0"] * given.times, "1.3"]):
             file = Path(folder) / f"{number}.json"
-            options = ["--quick", "--plant", plant, "--save-to", str(file), *rest]
-            done = subprocess.run([sys.executable, *COMMAND, *options], capture_output=True, text=True)
+            command = [sys.executable, "-m", "pytest", *(rest or ["benchmarks"]), *OPTIONS]
+            done = subprocess.run([*command, "--plant", plant, "--save-to", file], capture_output=True, text=True)
             if not file.is_file():
                 sys.exit(f"error: run {number} wrote no result: {done.stdout[-2000:]}{done.stderr[-500:]}")
             lines.append(json.dumps(json.loads(file.read_text(encoding="utf-8")), separators=(",", ":")))

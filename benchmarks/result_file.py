@@ -92,6 +92,7 @@ class Results(_Model):
     quick: bool
     planted: float = 1.0  # a slowdown that was put in on purpose
     seconds: float = 0.0  # what the run took
+    cpu_seconds: float = 0.0  # of it and of the processes it started; far below `seconds` on a busy machine
     machine: Machine
     figures: list[Figure]
     absent: dict[str, str] = Field(default_factory=dict)  # what could not be measured here, and why
@@ -138,6 +139,7 @@ def make(figures: list[Comparison], *, quick: bool, planted: float, seconds: flo
         quick=quick,
         planted=planted,
         seconds=round(seconds, 1),
+        cpu_seconds=round(sum(os.times()[:4]), 1),
         machine=machine(),
         figures=[Figure(**figure.to_dict()) for figure in figures],
         absent=absent,
