@@ -276,11 +276,10 @@ class _Judge:
             _exchange(sys.modules[self.module], source, self.path)
             for number, item in enumerate(session.items):
                 following = session.items[number + 1] if number + 1 < len(session.items) else None
-                # the hooks themselves: a report with its traceback would cost more than most tests
-                item.ihook.pytest_runtest_setup(item=item)
-                item.ihook.pytest_runtest_call(item=item)
-                item.ihook.pytest_runtest_teardown(item=item, nextitem=following)
-            code = 0
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if session.testsfailed:
+                    break
+            code = int(session.testsfailed > 0)
         except BaseException as error:
             print(repr(error), flush=True)
         finally:
@@ -323,7 +322,7 @@ def main() -> None:
 
     path = ROOT / (given.module.replace(".", "/") + ".py")
     judge = _Judge(given.module, path, every=given.every, offset=given.offset, jobs=given.jobs)
-    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *given.tests], plugins=[judge])
+    code = pytest.main(["-q", "--tb=no", "-p", "no:logging", "-p", "no:cacheprovider", *given.tests], plugins=[judge])
     if code != 0:
         sys.exit(int(code))
     survivors = dict(sorted(judge.survivors.items()))

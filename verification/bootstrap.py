@@ -49,7 +49,7 @@ def mean_interval(sums: Floats, counts: Floats, drawn: Floats, *, extremes: tupl
         low, high = np.quantile(means, [tail, 1 - tail])
     else:
         residual = sums - mean * counts
-        error = math.sqrt(chunks / (chunks - 1) * float((residual**2).sum())) / counts.sum()
+        error = math.sqrt(chunks / (chunks - 1) * (residual**2).sum()) / counts.sum()
         # sum_c w_c (s_c - m* n_c)^2, expanded so that no (rounds, C) temporary is needed
         squares = drawn @ sums**2
         spread = squares - 2 * means * (drawn @ (sums * counts)) + means**2 * (drawn @ counts**2)

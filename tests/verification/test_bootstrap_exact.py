@@ -145,4 +145,7 @@ def test_a_share_takes_the_wider_of_both_intervals_and_stays_a_share() -> None:
     wild = np.array([400.0, 400, 400, 400, 400, 400, 400, 0])
     assert share_interval(wild, counts, drawn)[1] == 1.0
     assert share_interval(400 - wild, counts, drawn)[0] == 0.0
-    assert share_interval(hits[:1], counts[:1], resampled(1, "s")) == (0.0, 1.0)  # one chunk: no interval of its own
+    assert share_interval(hits[:1] / 4, counts[:1], resampled(1, "s")) == (
+        0.0,
+        1.0,
+    )  # one chunk: no interval of its own

@@ -230,12 +230,14 @@ def test_the_stream_takes_names_length_and_targets_from_its_chunks() -> None:
     assert tuple(N_CTX - 1 - len(t) for t in targets) == FIRST
     assert d == accumulate(ref, cand, targets)
     plain = divergence(ref, cand, tokens)
+    assert plain == divergence(ref, cand, tokens, seed="")
     assert (plain.reference, plain.candidate) == ("reference", "candidate")
 
 
 def test_the_mean_of_a_few_rows_is_the_plain_mean_and_nan_is_not_hidden() -> None:
     ref, cand, _ = made()
     lp, lq = softmax(ref[0]), softmax(cand[0])
+    assert type(mean_kld(ref[0], cand[0])) is float
     assert mean_kld(ref[0], cand[0]) == pytest.approx((np.exp(lp) * (lp - lq)).sum(1).mean(), rel=1e-9)
     assert mean_kld(ref[0][::2], cand[0][::2]) == pytest.approx((np.exp(lp) * (lp - lq)).sum(1)[::2].mean(), rel=1e-9)
     cand[0][5, 5] = np.nan
