@@ -77,7 +77,7 @@ def test_a_resample_without_tokens_is_left_out() -> None:
     assert mean_interval(sums, counts, padded, extremes=(0, 9)) == (
         mean_interval(sums[:6], counts[:6], drawn, extremes=(0, 9))
     )
-    for scale in (1e-6, 1.0, 1e6):  # nothing usable: no width, at any size of the values
+    for scale in (1e-6, 1.0, 333.3, 1e6):  # nothing usable: no width, at any size of the values
         mean = scale * sums.sum() / 60
         assert mean_interval(scale * sums, counts, padded[-1:], extremes=(0, 9)) == (mean, mean)
 

@@ -113,6 +113,18 @@ def test_every_field_is_what_its_definition_says(block: int, monkeypatch: pytest
     assert d.histogram == [(-12 + 0.5 * s, int((steps == s).sum())) for s in sorted(set(steps.tolist()))]
 
 
+def test_what_is_handed_over_is_forgotten_and_adds_up_elsewhere() -> None:
+    ref, cand, targets = made()
+    whole = DivergenceAccumulator(reference="the reference", candidate="Q8_0", n_ctx=N_CTX, vocab=VOCAB, seed="seed")
+    part = DivergenceAccumulator(reference="the reference", candidate="Q8_0", n_ctx=N_CTX, vocab=VOCAB, seed="seed")
+    for a, b, t, first in zip(ref, cand, targets, FIRST, strict=True):
+        part.begin_chunk()
+        part.add(a, b, t, first_position=first)
+        whole.extend(part.take())
+        assert part.take() == []
+    assert whole.result() == accumulate(ref, cand, targets)
+
+
 def test_a_single_chunk_has_its_extremes_in_place_of_intervals() -> None:
     ref, cand, targets = made()
     total = DivergenceAccumulator(reference="r", candidate="c", n_ctx=N_CTX, vocab=VOCAB)
