@@ -7,8 +7,8 @@ A comment directly above a block says what becomes of it; without one it is run 
     <!-- sh: not run: REASON -->        only its `so8t` and `tox` lines are parsed, as those of all blocks are
 
 Blocks of one document run in order, in one folder with a small random model under the names that the documents use.
-`so8t serve` is started, awaited and ended; a verdict (exit code 1) of `verify`, `lint` and `run` is no error, because
-a random model earns none; `verify` gets fewer chunks; pip is only written down.
+`so8t serve` is started, awaited and ended; a verdict (exit code 1) of `verify`, `lint`, `run` and `report` is no error,
+because a random model earns none; `verify` gets fewer chunks; pip is only written down.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WRAPPER = f"""#!/bin/sh
 [ "$1" = verify ] && set -- "$@" --chunks 2 --n-ctx 64
 "{sys.executable}" -m pipeline.cli "$@"
 code=$?
-case "$1" in verify|lint|run) [ $code = 1 ] && exit 0;; esac
+case "$1" in verify|lint|run|report) [ $code = 1 ] && exit 0;; esac
 exit $code
 """
 
@@ -144,6 +144,7 @@ def place(world: Path, folder: Path, tiny_dir: Path) -> Path:
     (folder / "audit.key").write_text("k" * 64)
     (folder / "audit.key").chmod(0o600)
     bounds = "quality: {Q4_K_M: {mean_kld: 9, top1: 0}}\nevidence: {positions: 60, chunks: 2}\n"
+    bounds += "convert: {mean_kld: 1.0e-3, top1: 0.5}\n"
     cells = "cells: {Q4_K_M: {mean_kld: 9, top1: 0}}\nrequired: [contract]\n"
     (folder / "gate.yaml").write_text(bounds + cells, encoding="utf-8")
     return folder
