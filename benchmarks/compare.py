@@ -1,6 +1,6 @@
 """Two result files of one machine, figure by figure, and a verdict: did something of ours become slower or hungrier?
 
-python -m benchmarks.compare OLD NEW [--other-machine] [--partial]
+python -m benchmarks.compare OLD NEW [--again NEWER] [--other-machine] [--partial]
 
 Judged is the ratio to the peer of the same run, never a time. The change of a figure is the shift between the two
 runs' log ratios (Hodges, Lehmann: the median of all differences of a round of one and a round of the other) with the
@@ -8,6 +8,8 @@ exact 99 % interval of the rank-sum test, which assumes no distribution. A figur
  * the interval's near end lies beyond 1.14, the square root of 1.3: half way, on a log scale, between no change and the
    30 % that must be seen, so that what differs from run to run (memory layout, a neighbour) has as much room as noise;
  * and the change is more than 0.2 ms (0.1 for a figure of less than 1 ms is no news to anybody) or 16 MB.
+The interval covers noise from round to round, not a disturbance that lasts as long as a figure's rounds: on a machine
+that others use, measure NEW twice and give both; a figure then counts as regressed only if it is so in both.
 A figure whose interval reaches from below the floor to above 1.3 is undecided, and said to be: measure again, longer.
 Exit codes: 0 nothing regressed; 1 something did, or a figure is gone; 2 the files cannot be compared.
 """
@@ -18,7 +20,7 @@ import argparse
 import functools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -130,22 +132,38 @@ def compare(old: Results, new: Results) -> tuple[list[Change], list[str]]:
     return changes, list(before)
 
 
+def confirmed(changes: list[Change], again: list[Change]) -> list[Change]:
+    """The changes, where a regression that the second measurement does not show as well is undecided."""
+    worse = {(change.name, change.peer) for change in again if change.status == "regressed"}
+    return [
+        replace(change, status="undecided")
+        if change.status == "regressed" and (change.name, change.peer) not in worse
+        else change
+        for change in changes
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse, compare, print; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
+    parser.add_argument("--again", type=Path, help="NEW measured a second time; a regression must be in both")
     parser.add_argument("--other-machine", action="store_true", help="compare although the machines differ")
     parser.add_argument("--partial", action="store_true", help="figures may be missing from NEW")
     given = parser.parse_args(arguments)
     try:
         old, new = read(given.old), read(given.new)
-        if not old.machine.same_as(new.machine) and not given.other_machine:
-            raise InputError(
-                f"measured on different machines, {old.machine} and {new.machine}: peers gain and lose differently; "
-                "measure both on one, or say --other-machine"
-            )
+        second = read(given.again) if given.again else None
+        for other in (new, *([second] if second else [])):
+            if not old.machine.same_as(other.machine) and not given.other_machine:
+                raise InputError(
+                    f"measured on different machines, {old.machine} and {other.machine}: peers gain and lose "
+                    "differently; measure both on one, or say --other-machine"
+                )
         changes, gone = compare(old, new)
+        if second:
+            changes = confirmed(changes, compare(old, second)[0])
         if not changes:
             raise InputError(
                 f"{given.old} and {given.new} have no figure in common; were they both quick, or both not?"
@@ -160,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [change.name for change in changes if change.status == "undecided"]
     print(f"{len(changes)} figures: {len(worse)} regressed, {len(unknown)} undecided")
     for name in unknown:
-        print(f"undecided, too noisy to exclude {SEEN - 1:.0%}: {name}")
+        print(f"undecided, too noisy to exclude {SEEN - 1:.0%}, or not confirmed: {name}")
     for name in worse:
         print(f"regressed: {name}")
     if gone and not given.partial:

@@ -1,8 +1,8 @@
-"""The gate's own proof: the same commit measured ten times, and once with a planted slowdown of 30 %.
+"""The gate's own proof: the same commit measured ten times, and twice with a planted slowdown of 30 %.
 
 python -m benchmarks.repeat OUT.jsonl [--times 10] [-- FILES AND OPTIONS OF PYTEST]
 
-Every run is `pytest benchmarks --quick` in a process of its own; the last one's --plant 1.3 really slows our side, by
+Every run is `pytest benchmarks --quick` in a process of its own; the last two's --plant 1.3 really slows our side, by
 waiting inside the timed part. One result file a line; `summary` compares all of them, and the tests decide again on
 what was kept (tests/fixtures/benchmark_runs.jsonl).
 """
@@ -18,7 +18,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.compare import compare
+from benchmarks.compare import compare, confirmed
 from benchmarks.result_file import Results
 
 OPTIONS = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-o", "timeout=1800", "-q", "--quick"]
@@ -28,7 +28,8 @@ class Summary(NamedTuple):
     """What the gate said."""
 
     pairs: int
-    false_alarms: list[str]
+    alone: list[str]  # false alarms of one comparison
+    false_alarms: list[str]  # of those, what any third run confirmed
     undecided: float  # share of the comparisons of unchanged figures
     planted: int  # comparisons of slowed figures
     caught: int
@@ -41,10 +42,16 @@ def summary(runs: list[Results]) -> Summary:
     slowed = [run for run in runs if run.planted != 1.0]
     pairs = list(permutations(clean, 2))
     unchanged = [change for old, new in pairs for change in compare(old, new)[0]]
+    twice = [
+        change
+        for old, new, again in permutations(clean, 3)
+        for change in confirmed(compare(old, new)[0], compare(old, again)[0])
+    ]
     changed = [change for old in clean for new in slowed for change in compare(old, new)[0] if change.extra]
     return Summary(
         len(pairs),
         [change.name for change in unchanged if change.status == "regressed"],
+        [change.name for change in twice if change.status == "regressed"],
         sum(change.status == "undecided" for change in unchanged) / max(1, len(unchanged)),
         len(changed),
         sum(change.status == "regressed" for change in changed),
@@ -63,7 +70,7 @@ def main() -> None:
     given = parser.parse_args(words)
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, plant in enumerate([*["1.0"] * given.times, "1.3"]):
+        for number, plant in enumerate([*["1.0"] * given.times, "1.3", "1.3"]):
             file = Path(folder) / f"{number}.json"
             command = [sys.executable, "-m", "pytest", *(rest or ["benchmarks"]), *OPTIONS]
             done = subprocess.run([*command, "--plant", plant, "--save-to", file], capture_output=True, text=True)

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.compare import FLOOR, _rank_sum_cut, judge, main, shift
 from benchmarks.page import page
 from benchmarks.peak import forked
+from benchmarks.repeat import summary
 from benchmarks.result_file import Figure, Machine, Results, file_name, machine, make, read, to_json
 from benchmarks.side_by_side import HALF_WIDTH, comparisons, interleave, measured, of_memory, rounds_needed
 from so8t_core.errors import InputError
@@ -225,3 +226,37 @@ def test_peak_memory_is_the_works_own() -> None:
 def test_floor_is_half_way() -> None:
     assert pytest.approx(1.3) == FLOOR**2
     assert json.loads(to_json(run(figure(STEADY))))["schema_version"] == "2.0"
+
+
+RUNS = Path(__file__).parent / "fixtures" / "benchmark_runs.jsonl"
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Results]:
+    """One commit measured ten times while 22 to 37 processes wanted two cores, and twice with our side slowed."""
+    return [Results(**json.loads(line)) for line in RUNS.read_text(encoding="utf-8").splitlines()]
+
+
+def test_one_commit_measured_ten_times_never_fails(runs: list[Results]) -> None:
+    """Confirmed by a second measurement; alone, one of forty figures was disturbed while all its rounds ran."""
+    found = summary(runs)
+    assert found.pairs == 90
+    assert found.false_alarms == []
+    assert len(found.alone) == 6
+    assert len(set(found.alone)) == 1
+
+
+def test_the_planted_slowdown_fails(runs: list[Results], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [run.planted for run in runs] == [1.0] * 10 + [1.3] * 2
+    new, again = (written(tmp_path / f"slowed{k}.json", run) for k, run in enumerate(runs[10:]))
+    for number, clean in enumerate(runs[:10]):
+        assert main([written(tmp_path / f"{number}.json", clean), new, "--again", again]) == 1
+        assert "regressed: " in capsys.readouterr().out
+
+
+def test_a_regression_that_is_not_confirmed_is_undecided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, slow = run(figure(STEADY)), run(figure([1.3 * r for r in STEADY]))
+    files = [written(tmp_path / "old", old), written(tmp_path / "slow", slow)]
+    assert main([*files, "--again", files[1]]) == 1
+    assert main([*files, "--again", files[0]]) == 0
+    assert "not confirmed: x" in capsys.readouterr().out
