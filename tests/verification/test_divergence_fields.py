@@ -125,11 +125,12 @@ def test_what_is_handed_over_is_forgotten_and_adds_up_elsewhere() -> None:
     assert whole.result() == accumulate(ref, cand, targets)
 
 
-def test_a_single_chunk_has_its_extremes_in_place_of_intervals() -> None:
+@pytest.mark.parametrize("starts", [(0, 20), (20, 0)])
+def test_a_single_chunk_has_its_extremes_in_place_of_intervals(starts: tuple[int, int]) -> None:
     ref, cand, targets = made()
     total = DivergenceAccumulator(reference="r", candidate="c", n_ctx=N_CTX, vocab=VOCAB)
     total.begin_chunk()
-    for start in (0, 20):  # two calls are one chunk
+    for start in starts:  # two calls are one chunk
         rows = slice(start, start + 20)
         total.add(ref[1][rows], cand[1][rows], targets[1][rows], first_position=FIRST[1] + start)
     d = total.result()

@@ -346,7 +346,7 @@ def test_fallback_types_are_shown_as_allowed_or_held_to_zero() -> None:
 
 
 def test_a_statistic_without_a_bound_says_which_key_the_policy_lacks() -> None:
-    stored = plain_check("quality.mean_kld", "X", 0.1, subject="IQ3_M").model_copy(
+    stored = plain_check("quality.mean_kld", "X", 0.1, subject="IQ3_M (a b.gguf)").model_copy(
         update={"relation": "<=", "bound": 1.0, "status": "pass"}
     )
     found = decided_check(stored)
