@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.conftest import machine
+from benchmarks.result_file import machine
 from benchmarks.study.arms import Arm
 from benchmarks.study.runs import Workshop
 from pipeline.collate import Collator, EncodedRows
@@ -84,6 +84,6 @@ def measure_cost(shop: Workshop) -> dict[str, Any]:
                 for name, value in turn.items():
                     found[arm.name][name].append(round(value, 4))
                 advance(1, info=f"{arm.name} {turn['seconds']:.2f} s")
-    record = {"machine": machine(), "rounds": plan.rounds, "steps": plan.steps, "arms": found}
+    record = {"machine": machine().model_dump(), "rounds": plan.rounds, "steps": plan.steps, "arms": found}
     write_text(shop.work / COST_NAME, json.dumps(record, indent=1) + "\n")
     return record
