@@ -15,7 +15,7 @@ from benchmarks.study.arms import BASE, STUDY_NAME, load_study
 from benchmarks.study.evaluation import check_same_model
 from benchmarks.study.report import BEGIN, DOCUMENT, END, FOLDER, tables, with_tables
 from benchmarks.study.runs import result_path
-from benchmarks.study.statistics import METRICS, paired
+from benchmarks.study.statistics import METRICS, paired, paired_shares
 from so8t_core.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def test_from_configs_to_tables_and_half_a_study_is_refused(
     assert text.startswith("# Study")
     assert text.endswith("Words.\n")
     assert "| PEFT OFT, block 8 | 1,792 |" in text  # 2 layers x 32 blocks x 28, as many as a rotation of SO8T has
-    assert "(no interval)" in text
+    assert "held-out rows, prompts and chunks of the only seed" in text
     assert {p.name for p in (docs / FOLDER).iterdir()} == {
         "results.json",
         "arms.svg",
@@ -77,8 +77,13 @@ def test_from_configs_to_tables_and_half_a_study_is_refused(
     results = json.loads((docs / FOLDER / "results.json").read_text(encoding="utf-8"))
     runs = {run["arm"]: run for run in results["runs"]}
     assert len({run["batches"] for name, run in runs.items() if name != BASE}) == 1
-    assert runs["oft"]["heldout_loss"] != runs[BASE]["heldout_loss"]
-    assert all(set(run) > {metric.key for metric in METRICS} for run in runs.values())
+    assert runs["oft"]["units"]["heldout_loss"] != runs[BASE]["units"]["heldout_loss"]
+    assert all(set(run["units"]) == {metric.key for metric in METRICS} for run in runs.values())
+
+    assert main(["report", "--seeds", "0", "--arms", "oft", *places]) == 0
+    part = (docs / DOCUMENT).read_text(encoding="utf-8")
+    assert "Not run: SO8T + LoRA + PET." in part
+    assert "| SO8T + LoRA + PET |" not in part
 
     foreign = result_path(work, "oft", 0)  # trained on other rows: no pair
     foreign.write_text(json.dumps(runs["oft"] | {"batches": "0" * 16}), encoding="utf-8")
@@ -102,6 +107,18 @@ def test_paired_interval_is_students() -> None:
     assert paired([1.0, 1.1, 0.9], [0.0, 0.0, 0.0]).shown
     assert paired([1.0], [0.0]).interval is None
     assert not paired([1.0], [0.0]).shown
+
+
+def test_all_of_32_is_no_proof_of_all() -> None:
+    certain = paired_shares([100.0] * 32, [0.0] * 32, 100)
+    assert certain.mean == 100
+    assert certain.interval is not None
+    assert 80 < certain.interval[0] < 95  # by hand: (32 - 1.96 sqrt(33 - 32^2 / 34)) / 34 = 0.84
+    assert certain.interval[1] == 100
+    nothing = paired_shares([0.0] * 32, [0.0] * 32, 100)
+    assert not nothing.shown
+    assert nothing.interval == pytest.approx((-5.77, 5.77), abs=0.01)  # 196 / 34
+    assert not paired_shares([100.0, 0.0] * 16, [0.0, 100.0] * 16, 100).shown
 
 
 def test_an_arm_that_is_wrong_is_named(tmp_path: Path, tiny_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """`python -m benchmarks.study [all|run|tune|cost|report]`: see docs/study.md.
 
-all (the default): run every arm, measure the costs, write tables and figures. Exit 0 done, 2 bad input.
+all (the default): run every arm, measure the costs, write tables and figures. Exit 0 done, 2 bad input. Two processes
+may run two seeds at once (`run --seeds 1` beside `run --seeds 2`): each takes one thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where study.md and study/ are")
     parser.add_argument("--seeds", type=int, nargs="+", help="of these seeds only (default: study.yaml's)")
-    parser.add_argument("--arms", nargs="+", help="run these arms only")
+    parser.add_argument("--arms", nargs="+", help="run or report these arms only")
     args = parser.parse_args(arguments)
     from so8t_core.errors import InputError
 
@@ -51,7 +52,7 @@ def _do(args: argparse.Namespace) -> int:
     if args.verb in ("all", "report"):
         from benchmarks.study.report import write_report
 
-        write_report(study, arms, args.work, args.docs, seeds)
+        write_report(study, arms, args.work, args.docs, seeds, args.arms)
     return 0
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ from verification.quantise import quantise
 # Between the adapter's model in base_dtype and the saved checkpoint in fp32 on a few rows, nats. Rounding of a bfloat16
 # forward pass moves a loss by hundredths at most (every record keeps both numbers), a lost merge by tenths.
 SAME_MODEL = 0.1
+Units = list[float]  # one value for each held-out row, prompt or chunk; an arm's figure is their mean
 
 
 def save_checkpoint(arm: Arm, base_dir: Path, adapter_dir: Path, out_dir: Path) -> Path:
@@ -58,26 +61,26 @@ def save_checkpoint(arm: Arm, base_dir: Path, adapter_dir: Path, out_dir: Path) 
 
 
 @torch.no_grad()
-def loss_and_bends(model: Any, rows: EncodedRows, collator: Collator, batch_size: int) -> tuple[float, float]:
-    """(held-out loss in nats per assistant token, second difference of the last layer's states at unit RMS)."""
+def loss_and_bends(model: Any, rows: EncodedRows, collator: Collator, batch_size: int) -> tuple[Units, Units]:
+    """Row by row: (loss in nats per assistant token, second difference of the last layer's states at unit RMS)."""
     kept: list[torch.Tensor] = []
     layer = decoder_layers(model)[-1]
     handle = layer.register_forward_hook(lambda m, a, out: kept.append(out[0] if isinstance(out, tuple) else out))
-    total, tokens, bends, triples = 0.0, 0, 0.0, 0
+    losses: Units = []
+    bends: Units = []
     try:
         for start in range(0, len(rows), batch_size):
             batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch, use_cache=False).logits[:, :-1]
-            chosen = labels != -100
-            total += F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="sum").item()
-            tokens += int(chosen.sum())
-            count = int((batch["attention_mask"].sum(dim=1) - 2).clamp(min=0).sum())
-            bends += pet_penalty(unit_rms(kept.pop()), batch["attention_mask"]).item() * count
-            triples += count
+            labels = batch.pop("labels")[:, 1:]  # (B, T-1)
+            logits = model(**batch, use_cache=False).logits[:, :-1]  # (B, T-1, V)
+            states, mask = unit_rms(kept.pop()), batch["attention_mask"]  # (B, T, C), (B, T)
+            for i in range(len(labels)):
+                chosen = labels[i] != -100
+                losses.append(F.cross_entropy(logits[i][chosen].float(), labels[i][chosen]).item())
+                bends.append(pet_penalty(states[i : i + 1], mask[i : i + 1]).item())
     finally:
         handle.remove()
-    return total / tokens, bends / triples
+    return losses, bends
 
 
 def evaluate(
@@ -101,19 +104,20 @@ def evaluate(
         if adapter_dir is not None:
             trained = json.loads((adapter_dir / FIT_NAME).read_text(encoding="utf-8"))["probe_loss"]
             probe = EncodedRows(heldout_path, tokenizer, limit=PROBE_ROWS)
-            found["probe_loss_saved"] = loss_and_bends(model, probe, collator, PROBE_ROWS)[0]
+            found["probe_loss_saved"] = fmean(loss_and_bends(model, probe, collator, PROBE_ROWS)[0])
             check_same_model(arm.name, trained, found["probe_loss_saved"])
         tell("held-out rows")
         loss, bends = loss_and_bends(model, heldout, collator, arm.train.batch_size)
         files = {"F16": convert(saved, place / "model-F16.gguf", outtype="f16")}
         for kind in ("Q8_0", "Q4_K_M"):
             files[kind] = quantise(files["F16"], place / f"model-{kind}.gguf", kind, threads=1)
-        found |= {"heldout_loss": loss, "second_difference": bends}
+        units = {"heldout_loss": loss, "second_difference": bends}
         tell("quantisation damage")
-        found |= _damage(arm, files, model, tokenizer, heldout_path, place)
+        units |= _damage(arm, files, model, tokenizer, heldout_path, place)
         del model
         tell("answers")
-        return found | _answers(arm, files[arm.config.answers.type], tokenizer, heldout_path)
+        units |= _answers(arm, files[arm.config.answers.type], tokenizer, heldout_path)
+        return found | {"units": {name: [round(value, 7) for value in unit] for name, unit in units.items()}}
 
 
 def check_same_model(name: str, trained: float, saved: float) -> None:
@@ -127,25 +131,27 @@ def check_same_model(name: str, trained: float, saved: float) -> None:
 
 def _damage(
     arm: Arm, files: dict[str, Path], model: Any, tokenizer: Any, heldout_path: Path, place: Path
-) -> dict[str, float]:
+) -> dict[str, Units]:
+    """Chunk by chunk: mean KLD of each quantised file from the saved checkpoint."""
     settings = arm.config.verify
     with LlamaModel(files["F16"], vocab_only=True) as head:
         bos = head.bos if head.add_bos else None
     text = read_corpus([heldout_path, DEFAULT_CORPUS], tokenizer, n_ctx=settings.n_ctx, chunks=settings.chunks, bos=bos)
     reference = run_reference(model, passages_of(text.chunks), place, name="saved", tell=lambda *a: None)
-    found = {}
+    found: dict[str, Units] = {}
     with reference.spool:
         for kind, path in files.items():
-            if kind == "F16":
-                continue
-            result = measure_file(kind, path, text, reference, seed=kind, threads=1, tell=lambda *a: None).divergence
-            if result.non_finite or not result.tokens:
-                raise InputError(f"arm {arm.name}: {kind} gave {result.non_finite} positions with NaN or Inf")
-            found[f"kld_{kind.lower()}"] = result.mean_kld
+            for chunk in text.chunks if kind != "F16" else ():
+                one = replace(text, chunks=(chunk,))
+                result = measure_file(kind, path, one, reference, seed=kind, threads=1, tell=lambda *a: None).divergence
+                if result.non_finite or not result.tokens:
+                    raise InputError(f"arm {arm.name}: {kind} gave {result.non_finite} positions with NaN or Inf")
+                found.setdefault(f"kld_{kind.lower()}", []).append(result.mean_kld)
     return found
 
 
-def _answers(arm: Arm, gguf: Path, tokenizer: Any, heldout_path: Path) -> dict[str, Any]:
+def _answers(arm: Arm, gguf: Path, tokenizer: Any, heldout_path: Path) -> dict[str, Units]:
+    """Prompt by prompt: 1 for an answer in /think form, and for an exactly right one."""
     settings = arm.config.answers
     rows = [row for row in read_jsonl(heldout_path) if row.get("answer")][: settings.prompts]
     given = complete(
@@ -153,8 +159,4 @@ def _answers(arm: Arm, gguf: Path, tokenizer: Any, heldout_path: Path) -> dict[s
         max_new_tokens=settings.max_new_tokens, parallel=settings.parallel, threads=1,
     )  # fmt: skip
     scores = [judge(completion, row["answer"]) for completion, row in zip(given, rows, strict=True)]
-    return {
-        "prompts": len(rows),
-        "form": sum(form for form, _ in scores) / len(rows),
-        "exact": sum(exact for _, exact in scores) / len(rows),
-    }
+    return {"form": [float(form) for form, _ in scores], "exact": [float(exact) for _, exact in scores]}

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from benchmarks.study.arms import BASE
-from benchmarks.study.statistics import METRICS, Metric, paired, values
+from benchmarks.study.statistics import METRICS, Metric, difference, values
 from so8t_core.files import atomic_file
 
 _RC = {
@@ -74,7 +74,7 @@ def _differences_panel(axis: Any, results: dict[str, Any], metric: Metric) -> li
     titles = {name: arm["title"] for name, arm in results["arms"].items()}
     axis.axvline(0, color=_GREY, lw=0.8)
     for row, (arm, against) in enumerate(results["comparisons"]):
-        d = paired(values(runs, arm, metric, seeds), values(runs, against, metric, seeds))
+        d = difference(runs, arm, against, metric, seeds)
         colour = _PET if arm.endswith("_pet") else _PLAIN
         if d.interval is not None:
             axis.plot(d.interval, [row, row], "-", lw=1.5, color=colour)
@@ -95,5 +95,6 @@ def _losses(figure: Figure, results: dict[str, Any]) -> None:
                 range(1, len(smooth) + 1), smooth, styles[number % 4], lw=1.4, label=results["arms"][name]["title"]
             )
         axis.set(xlabel="optimiser step", title="with PET" if pet else "without PET")
-        axis.legend(fontsize=8)
+        if names:
+            axis.legend(fontsize=8)
     left.set_ylabel(f"task loss, nats (mean of {SMOOTHED} steps)")

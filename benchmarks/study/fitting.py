@@ -111,9 +111,8 @@ class _Losses(TrainerCallback):
         self.losses: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        loss = self.trainer.extra["task"]
+        loss = self.trainer.take_terms()["task"]
         self.losses.append(round(loss, 5))
-        self.trainer.extra = {}
         self.advance(1, info=f"loss {loss:.3f}")
         return control
 

@@ -12,6 +12,7 @@ import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -72,17 +73,16 @@ def result_path(work: Path, arm: str, seed: int) -> Path:
 
 
 def run_all(shop: Workshop, seeds: list[int], names: list[str]) -> None:
-    """Do what is not up to date, seed by seed.
+    """Do what is not up to date, seed by seed. Two processes may do two seeds at once.
 
     Raises:
-        InputError: an unknown arm, another process at work in the same directory, or what an arm cannot do.
+        InputError: an unknown arm, another process at work on the same seed, or what an arm cannot do.
     """
     if unknown := sorted(set(names) - set(shop.arms)):
         raise InputError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(shop.arms)}")
-    with locked(shop.work):
-        for seed in seeds:
-            for name in names:
-                _one(shop, shop.arms[name], seed)
+    for seed in seeds:
+        for name in names:
+            _one(shop, shop.arms[name], seed)
 
 
 def _one(shop: Workshop, arm: Arm, seed: int) -> None:
@@ -91,6 +91,11 @@ def _one(shop: Workshop, arm: Arm, seed: int) -> None:
     if target.is_file() and json.loads(target.read_text(encoding="utf-8"))["key"] == key:
         shop.report.note(f"{title}: up to date")
         return
+    with locked(target.parent):
+        _do(shop, arm, seed, title, target, key)
+
+
+def _do(shop: Workshop, arm: Arm, seed: int, title: str, target: Path, key: str) -> None:
     started, cpu = time.monotonic(), time.process_time()
     adapter = None if arm.method == "none" else shop.work / f"seed{seed}" / arm.name / f"adapter-{key}"
     fitted: dict[str, Any] = {"parameters": 0}
@@ -100,7 +105,7 @@ def _one(shop: Workshop, arm: Arm, seed: int) -> None:
             heldout = EncodedRows(shop.heldout, shop.tokenizer, limit=arm.train.heldout_rows)
             fit_and_save(
                 adapter, arm, shop.base, shop.study.base_dtype, train, heldout, shop.collator, seed,
-                shop.work / "checkpoints", shop.report, title,
+                target.parent / "checkpoints", shop.report, title,
             )  # fmt: skip
         fitted = json.loads((adapter / FIT_NAME).read_text(encoding="utf-8"))
     found = evaluate(
@@ -119,7 +124,8 @@ def _one(shop: Workshop, arm: Arm, seed: int) -> None:
         "versions": versions(),
     }
     write_text(target, json.dumps(record, indent=1) + "\n")
-    shop.report.note(f"{title}: {json.dumps({k: round(v, 4) for k, v in found.items()})}")
+    means = {name: round(fmean(unit), 4) for name, unit in found["units"].items()}
+    shop.report.note(f"{title}: {json.dumps(means)}")
 
 
 def tune(shop: Workshop) -> dict[str, list[dict[str, float]]]:
@@ -141,7 +147,7 @@ def tune(shop: Workshop) -> dict[str, list[dict[str, float]]]:
         parts[name] = EncodedRows(path, shop.tokenizer)
     done_path = shop.work / "tuning" / "tuning.json"
     done: dict[str, Any] = json.loads(done_path.read_text(encoding="utf-8")) if done_path.is_file() else {}
-    with locked(shop.work):
+    with locked(shop.work / "tuning"):
         for rate_number in range(max(len(rates) for rates in plan.grid.values())):
             for name, rates in plan.grid.items():
                 known = done.setdefault(name, [])
@@ -152,7 +158,7 @@ def tune(shop: Workshop) -> dict[str, list[dict[str, float]]]:
                 tuned = arm.model_copy(update={"config": arm.config.model_copy(update={"train": train})})
                 peft, _ = fit(
                     tuned, shop.base, shop.study.base_dtype, parts["train"], parts["validation"], shop.collator,
-                    plan.seed, shop.work / "checkpoints", shop.report, f"tune {name} {rates[rate_number]:g}",
+                    plan.seed, shop.work / "tuning" / "checkpoints", shop.report, f"tune {name} {rates[rate_number]:g}",
                 )  # fmt: skip
                 loss = heldout_loss(peft, parts["validation"], shop.collator, train.batch_size)
                 known.append({"rate": rates[rate_number], "loss": loss})
