@@ -178,22 +178,29 @@ def test_the_run_itself_refuses_before_any_work(bare: Path, tmp_path: Path) -> N
 
 
 def test_the_miniature_took_what_was_estimated(phi35_run: MiniatureRun, tmp_path: Path) -> None:
-    """One thread, so processor seconds are what the run takes on a machine that does nothing else.
+    """Memory within 1.5: most of it is the packages, which is measured and not derived.
 
-    Time within a factor of three: half of it is starting Python and its packages, which differs by two between machines
-    that I could measure, and a sampled matrix product differs by as much from one moment to the next. Memory within
-    1.5: most of it is the same packages, which is measured and not derived. Disk within 1.25: sizes are counted, and
-    only logs, tokenizers and reports (0.5 MB of 60) are not.
+    Disk within 1.25: sizes are counted, and only logs, tokenizers and reports (0.5 MB of 60) are not.
     """
     found = planned(phi35_run.base, tmp_path / "run")
-    seconds = sum(step.cost.seconds for step in found.steps)
-    assert phi35_run.cpu_seconds / 3 < seconds < 3 * phi35_run.cpu_seconds, (seconds, phi35_run.cpu_seconds)
     memory = max(step.cost.host for step in found.steps)
     assert phi35_run.peak_bytes / 1.5 < memory < 1.5 * phi35_run.peak_bytes, (memory, phi35_run.peak_bytes)
     cost = {step.name: step.cost for step in found.steps}
     kept = {"bake": size_of(phi35_run.dir / "baked"), "convert": size_of(phi35_run.dir / "gguf")}
     for name, actual in kept.items():
         assert actual / 1.25 < cost[name].disk < 1.25 * actual, (name, cost[name].disk, actual)
+
+
+@pytest.mark.soak
+def test_the_miniature_took_the_time_that_was_estimated(phi35_run: MiniatureRun, tmp_path: Path) -> None:
+    """On a machine that does nothing else: a busy one slows the sampled product by another factor than the run.
+
+    Within a factor of three: half of it is starting Python and its packages, which differs by two between machines
+    that could be measured, and a sampled matrix product differs by as much from one moment to the next.
+    """
+    found = planned(phi35_run.base, tmp_path / "run")
+    seconds = sum(step.cost.seconds for step in found.steps)
+    assert phi35_run.cpu_seconds / 3 < seconds < 3 * phi35_run.cpu_seconds, (seconds, phi35_run.cpu_seconds)
 
 
 def test_counts_are_exact(phi35_run: MiniatureRun) -> None:
