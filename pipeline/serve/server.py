@@ -185,11 +185,16 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
         listener.listen(BACKLOG)  # before it is announced: who reads the line may connect
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
+        server = uvicorn.Server(uvicorn_config(app))
+
+        def stop(*_: object) -> None:  # before uvicorn has handlers of its own, and when it raises a signal once more
+            server.should_exit = True
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         announce(f"{engine.model_id} at http://{shown}:{port}/v1, audit log {config.audit_log} at {log.head}")
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them once more when it has stopped
-            signal.signal(number, lambda *_: None)
         try:
-            await uvicorn.Server(uvicorn_config(app)).serve(sockets=[listener])
+            await server.serve(sockets=[listener])
         finally:
             await engine.close()
             await recorder.close()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,3 +168,29 @@ def test_a_killed_server_starts_again_with_its_log(tmp_path: Path, upstream: Fak
             client.chat.completions.create(model="m", messages=[{"role": "user", "content": "q"}])
             process.kill()
         assert (tmp_path / "so8t-audit.jsonl").read_bytes().count(b"\n") == expected + 2
+
+
+def test_a_signal_at_the_first_moment_stops_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its announcement and the web server's own handlers lay a moment in which SIGTERM was lost for good."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SO8T_AUDIT_KEY", KEY)
+    lines: list[str] = []
+
+    def announce(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    second = threading.Timer(5, os.kill, (os.getpid(), signal.SIGTERM))
+    second.start()
+    try:
+        serve(ServeConfig(upstream="http://127.0.0.1:1", port=0), announce=announce)
+        needed_only_one = second.is_alive()
+    finally:
+        second.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert needed_only_one
+    assert len(lines) == 2
+    assert lines[1].startswith("stopped")
