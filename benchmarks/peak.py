@@ -7,6 +7,7 @@ with more than one thread, nor run a backward: neither survives a fork.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import sys
@@ -39,6 +40,9 @@ def forked(work: Callable[[], Any]) -> Cost:
         code = 1
         try:
             os.close(reading)
+            gc.collect()
+            gc.freeze()  # what the parent holds and drops is no part of the work
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
             before, start = resident("VmRSS"), time.perf_counter()
             value = work()
             cost = Cost(time.perf_counter() - start, max(resident("VmHWM") - before, 0.1), value)

@@ -361,10 +361,22 @@ class MiniatureRun:
     report: Report
     canary: Path
     cpu_seconds: float
-    peak_bytes: int  # of the largest process
+    peak_bytes: int  # of its own process
 
     def file(self, kind: str) -> Path:
         return next((self.dir / "gguf").glob(f"*-{kind}.gguf"))
+
+
+# The command itself, and at its end its peak: ru_maxrss survives exec and may be that of the process that started it.
+RUN = """
+import atexit, sys
+def keep(path=sys.argv.pop(1)):
+    with open("/proc/self/status") as status, open(path, "w") as out:
+        out.write(next(line for line in status if line.startswith("VmHWM")))
+atexit.register(keep)
+from pipeline.cli import main
+main()
+"""
 
 
 def run_miniature(root: Path, *, name: str) -> MiniatureRun:
@@ -374,7 +386,7 @@ def run_miniature(root: Path, *, name: str) -> MiniatureRun:
     config = miniature_run(base, root / "run")
     file = root / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(file), "--quiet"]
+    command = [sys.executable, "-c", RUN, str(root / "peak.txt"), "run", str(file), "--quiet"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with open(root / "said.txt", "w", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
@@ -383,5 +395,6 @@ def run_miniature(root: Path, *, name: str) -> MiniatureRun:
     assert process.returncode == 0, (root / "said.txt").read_text(encoding="utf-8")[-2000:]
     report = load_report(root / "run" / "report" / "report.json")
     return MiniatureRun(
-        base, root / "run", config, report, canary, used.ru_utime + used.ru_stime, 1024 * used.ru_maxrss
-    )
+        base, root / "run", config, report, canary, used.ru_utime + used.ru_stime,
+        1024 * int((root / "peak.txt").read_text().split()[1]),
+    )  # fmt: skip

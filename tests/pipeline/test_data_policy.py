@@ -269,7 +269,7 @@ def test_countless_families_are_counted_together(tmp_path: Path, phi35: Any) -> 
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]  # as pytest has it: this conftest uses a neighbour above
 from conftest import byte_tokenizer
@@ -278,9 +278,11 @@ from pipeline.dataset import build_dataset
 tokenizer = byte_tokenizer()
 config = DataConfig(sources=[sys.argv[2]], unlisted_sources="allow")
 Path(sys.argv[3]).mkdir()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # KiB; not ru_maxrss, which survives exec and may be that of the tests' process
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
 report = build_dataset(config, tokenizer, Path(sys.argv[3]), 0)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak()
 print(json.dumps([report.train_rows + report.heldout_rows, report.duplicates, before, after]))
 """
 
