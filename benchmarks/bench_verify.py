@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peak import resident
 from verification.cells import Plan, plan_cells
 from verification.chat_templates import fixtures
 from verification.corpus import Corpus, read_corpus
@@ -57,7 +57,7 @@ def main() -> None:
     result: dict[str, object] = {**shown, "ratio": _summary(ratios)}
     if given.cells != "none":
         result["cells_and_noise_seconds"] = round(_cells(given, text, tokenizer), 2)
-    result["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    result["peak_gib"] = round(resident("VmHWM") * 1e6 / 2**30, 2)
     print(json.dumps(result, indent=1))
 
 

@@ -105,6 +105,32 @@ def _forget_other_runs(work_dir: Path, config: RunConfig, base_dir: Path, data_d
     write_text(stored, text)
 
 
+def training_arguments(settings: TrainConfig, output_dir: Path, seed: int, **more: Any) -> TrainingArguments:
+    """transformers' arguments for a run of `settings`; nothing is saved on the way unless `more` says so."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "learning_rate": settings.learning_rate,
+        "warmup_steps": round(settings.warmup_share * settings.steps),
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": settings.max_grad_norm,
+        "weight_decay": settings.weight_decay,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": seed,
+        "data_seed": seed,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "label_names": ["labels"],
+    }
+    return TrainingArguments(**{**arguments, **more})
+
+
 class _Fitted:
     def __init__(self, peft: nn.Module, record: TrainingRecord) -> None:
         self.peft, self.record = peft, record
@@ -140,28 +166,15 @@ def _fit(
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(
-        output_dir=str(work_dir),
-        max_steps=settings.steps,
+    arguments = training_arguments(
+        settings,
+        work_dir,
+        config.seed,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
-        learning_rate=settings.learning_rate,
-        warmup_steps=round(settings.warmup_share * settings.steps),
-        lr_scheduler_type="cosine",
-        max_grad_norm=settings.max_grad_norm,
-        weight_decay=settings.weight_decay,
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
         save_total_limit=2,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=config.seed,
-        data_seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
-        label_names=["labels"],
         **checkpointing,
     )
     trainer = SO8TTrainer(settings=settings, model=peft, args=arguments, train_dataset=rows, data_collator=collator)

@@ -6,7 +6,6 @@ The method "so8t" becomes a true member of PEFT's `PeftType` when this module is
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from so8t_core.errors import InputError
+from so8t_core.versions import check_version
 
 METHOD = "SO8T"
 TESTED_PEFT = (0, 21)
@@ -31,18 +31,13 @@ def check_peft(version: str) -> None:
     Raises:
         InputError: older than 0.21. Up to 0.20 it merged OFT into quantised layers without the rotation, silently.
     """
-    series = tuple(int(part) for part in version.split(".")[:2])
-    if series < TESTED_PEFT:
-        raise InputError(
-            f"peft {version} is too old: its merges into quantised layers are silently wrong; "
-            "pip install 'peft>=0.21,<0.22'"
-        )
-    if series > TESTED_PEFT:
-        warnings.warn(
-            f"peft {version} was not tested with SO8T, which extends peft's own tables; tested is 0.21. If attaching "
-            "or loading fails, pip install 'peft>=0.21,<0.22'",
-            stacklevel=2,
-        )
+    check_version(
+        "peft",
+        version,
+        TESTED_PEFT,
+        faults="its merges into quantised layers are silently wrong",
+        untried="SO8T extends its tables: if attaching or loading fails",
+    )
 
 
 def _add_peft_type() -> PeftType:

@@ -209,10 +209,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        InputError: not UTF-8, not JSON, or no object.
+        InputError: missing, not UTF-8, not JSON, or no object.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
     if not isinstance(fields, dict):

@@ -8,7 +8,6 @@ quantisation of the base; `weight_error` is that difference in the weights.
 from __future__ import annotations
 
 import importlib.metadata
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from so8t_core.errors import InputError
+from so8t_core.versions import check_version
 
 Quantization = Literal["8bit", "4bit"]
 TESTED_BITSANDBYTES = (0, 50)
@@ -30,18 +30,13 @@ def check_bitsandbytes(version: str) -> None:
             inaccurately on CPUs with AVX512 (before 0.49), and the switch that `attach` needs to keep them unpacked was
             never tried there.
     """
-    series = tuple(int(part) for part in version.split(".")[:2])
-    if series < TESTED_BITSANDBYTES:
-        raise InputError(
-            f"bitsandbytes {version} is too old: its quantised layers are wrong in ways that were mended later (moved "
-            "8-bit weights, 4-bit weights on CPUs); pip install 'bitsandbytes>=0.50'"
-        )
-    if series > TESTED_BITSANDBYTES:
-        warnings.warn(
-            f"bitsandbytes {version} was not tested with SO8T, which keeps its 4-bit weights unpacked on CPUs; tested "
-            "is 0.50. If training does not lower the loss, pip install 'bitsandbytes>=0.50,<0.51'",
-            stacklevel=2,
-        )
+    check_version(
+        "bitsandbytes",
+        version,
+        TESTED_BITSANDBYTES,
+        faults="its quantised layers are wrong in ways mended later (moved 8-bit weights, 4-bit weights on CPUs)",
+        untried="Its 4-bit weights have to stay unpacked on CPUs: if training does not lower the loss",
+    )
 
 
 def load_quantised(directory: str | Path, kind: Quantization, *, device: int | str | None = None) -> Any:

@@ -292,7 +292,8 @@ def _exchange(module: ModuleType, source: str, path: Path) -> None:
     Raises:
         ImportError: the source no longer has a name that another module imported.
     """
-    old = {name: value for name, value in vars(module).items() if not name.startswith("__")}
+    # pytest's rewriting of asserts adds names that no source could: @py_builtins, @pytest_ar
+    old = {name: value for name, value in vars(module).items() if name.isidentifier() and not name.startswith("__")}
     for name in old:
         delattr(module, name)
     exec(compile(source, str(path), "exec"), vars(module))

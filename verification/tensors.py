@@ -9,7 +9,6 @@ not in KNOWN) is left to the oracle, the verifier's own conversion.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from gguf.tensor_mapping import get_tensor_name_map
 from safetensors import safe_open
 
 from so8t_core.errors import InputError
+from so8t_core.files import read_json
 from verification import rope
 from verification.gguf_file import GGUFFile, GGUFTensor
 from verification.memory import Memory, frame
@@ -85,21 +85,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory, with a nested text model's keys laid on top."""
     value = read_json(directory / "config.json")
     return {**value, **(value.get("text_config") or {})}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint.
-
-    Raises:
-        InputError: missing, not UTF-8, not JSON, or no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return value
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from so8t_core.files import read_json
 from verification.findings import Finding
 from verification.gguf_file import GGUFFile
 from verification.llama_engine import LlamaModel
-from verification.tensors import read_json
 
 PLAIN = (
     "The quick test of a plain sentence.",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.peak import resident
 from benchmarks.result_file import machine
 from benchmarks.study.arms import Arm
 from benchmarks.study.runs import Workshop
@@ -61,7 +61,7 @@ def one_round(arm: Arm, base: Path, dtype: str, data: Path, steps: int) -> dict[
         clock = _Clock()
         trainer.add_callback(clock)
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux gives KiB
+    peak = resident("VmHWM") * 1e6 / 2**20
     return {"seconds": statistics.median(clock.seconds[1:]), "peak_mib": peak}
 
 

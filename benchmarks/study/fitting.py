@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 from benchmarks.study.arms import Arm
 from pipeline.collate import Collator, EncodedRows
 from pipeline.config import TrainConfig
 from pipeline.progress import Reporter
 from pipeline.trainer import SO8TTrainer
-from pipeline.training import adapter_config, heldout_loss
+from pipeline.training import adapter_config, heldout_loss, training_arguments
 from so8t_core import gates, plane_angles
 from so8t_core.files import atomic_dir, write_text
 
@@ -63,27 +63,7 @@ def load(base_dir: Path, dtype: str) -> Any:
 def make_trainer(peft: PeftModel, arm: Arm, rows: EncodedRows, collator: Any, seed: int, work_dir: Path) -> SO8TTrainer:
     """The product's trainer with the arm's settings; nothing is saved on the way."""
     train: TrainConfig = arm.train
-    arguments = TrainingArguments(
-        output_dir=str(work_dir),
-        max_steps=train.steps,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation,
-        learning_rate=train.learning_rate,
-        warmup_steps=round(train.warmup_share * train.steps),
-        lr_scheduler_type="cosine",
-        max_grad_norm=train.max_grad_norm,
-        weight_decay=train.weight_decay,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
-        label_names=["labels"],
-    )
+    arguments = training_arguments(train, work_dir, seed)
     trainer = SO8TTrainer(settings=train, model=peft, args=arguments, train_dataset=rows, data_collator=collator)
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -1,0 +1,30 @@
+"""Versions of the libraries under us: older ones with known faults are refused, newer ones that were never tried are
+said so."""
+
+from __future__ import annotations
+
+import warnings
+
+from so8t_core.errors import InputError
+
+
+def check_version(package: str, version: str, tested: tuple[int, int], *, faults: str, untried: str) -> None:
+    """Hold "MAJOR.MINOR..." of an installed package against the one series that was tested.
+
+    Args:
+        faults: what is wrong in older ones, as a clause.
+        untried: what may go wrong in newer ones, as a sentence that advice can follow.
+
+    Raises:
+        InputError: an older series.
+    """
+    series = tuple(int(part) for part in version.split(".")[:2])
+    major, minor = tested
+    install = f"pip install '{package}>={major}.{minor},<{major}.{minor + 1}'"
+    if series < tested:
+        raise InputError(f"{package} {version} is too old: {faults}; {install}")
+    if series > tested:
+        warnings.warn(
+            f"{package} {version} was not tested with SO8T, tested is {major}.{minor}. {untried}, {install}",
+            stacklevel=3,
+        )
