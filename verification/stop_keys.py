@@ -9,14 +9,12 @@ Source: llama.cpp, src/llama-vocab.cpp (special_eog_ids).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import struct
 from pathlib import Path
 
-from so8t_core.errors import InputError
-from so8t_core.files import atomic_file
+from so8t_core.files import atomic_file, read_json
 from verification.gguf_file import read_gguf
 from verification.llama_engine import LlamaModel
 
@@ -34,10 +32,7 @@ def listed_stops(directory: Path) -> set[int]:
     path = directory / "generation_config.json"
     if not path.is_file():
         return set()
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read as a JSON object: {error}") from None
+    value = read_json(path).get("eos_token_id")
     found = value if isinstance(value, list) else [value]
     return {token for token in found if isinstance(token, int)}
 

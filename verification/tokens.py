@@ -124,6 +124,6 @@ def stop_set(directory: Path, tokenizer: Any, model: LlamaModel) -> list[Finding
     for token in sorted(wanted_stops(directory, tokenizer)):
         if not 0 <= token < model.vocab_size or not model.is_end(token):
             name = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else "?"
-            action = f"set tokenizer.ggml.eot_token_id to {token} with gguf's gguf-set-metadata"
+            action = f"gguf-new-metadata --special-token-by-id eot {token} OLD.gguf NEW.gguf (gguf's), or convert again"
             found.append(Finding(f"token {token} {name!r}", "an end of generation", "llama.cpp goes on", action))
     return found

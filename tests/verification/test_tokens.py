@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,12 @@ def test_a_stop_token_that_llama_cpp_does_not_know_is_found(family: Family, toke
         (found,) = tokens.stop_set(directory, tokenizer, model)
     assert found.where.startswith("token 500 ")
     assert found.found == "llama.cpp goes on"
+    tool, *options, old, new = found.action.split(" (", 1)[0].split()
+    assert (old, new) == ("OLD.gguf", "NEW.gguf")
+    mended = tmp_path / new
+    subprocess.run([Path(sys.executable).parent / tool, *options, family.files["F16"], mended], check=True)
+    with vocabulary(mended) as model:
+        assert tokens.stop_set(directory, tokenizer, model) == []
 
 
 @pytest.mark.parametrize(
