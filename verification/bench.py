@@ -12,6 +12,7 @@ import hashlib
 import pickle
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,7 @@ class Bench:
     pairs: dict[str, Healthy] = field(default_factory=dict)
     texts: dict[str, Texts] = field(default_factory=dict)
     said: dict[tuple[str, str], Said] = field(default_factory=dict)
-    digests: dict[int, tuple[GGUFFile, str]] = field(default_factory=dict)
+    digests: dict[int, tuple[weakref.ref[GGUFFile], str]] = field(default_factory=dict)  # holds no file open
 
     @property
     def model(self) -> str:
@@ -225,7 +226,7 @@ class Bench:
 
     def digest(self, file: GGUFFile) -> str:
         """Of everything that a forward pass depends on: tensors, and keys that are neither tokens nor words."""
-        if id(file) in self.digests and self.digests[id(file)][0] is file:
+        if id(file) in self.digests and self.digests[id(file)][0]() is file:
             return self.digests[id(file)][1]
         total = hashlib.blake2b(digest_size=16)
         for name in sorted(file.metadata):
@@ -233,7 +234,7 @@ class Bench:
                 total.update(f"{name}={file.metadata[name]!r};".encode())
         for tensor in sorted(file.tensors.values(), key=lambda t: t.name):
             total.update(repr(tensor_key(tensor)).encode())
-        self.digests[id(file)] = file, total.hexdigest()
+        self.digests[id(file)] = weakref.ref(file), total.hexdigest()
         return total.hexdigest()
 
 
