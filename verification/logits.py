@@ -18,7 +18,6 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from so8t_core.errors import InputError
 from verification.llama_engine import LlamaModel, last_words
@@ -39,8 +38,8 @@ def scored(n_ctx: int) -> tuple[int, int]:
     return n_ctx // 2, n_ctx - 1
 
 
-def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal LM from a local directory, ready for evaluation; never remote code.
+def load_hf(directory: str | Path) -> Any:
+    """A causal LM from a local directory in float32, ready for evaluation; never remote code.
 
     Raises:
         InputError: no such directory, no config.json, or transformers cannot read it.
@@ -52,7 +51,7 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Any
         raise InputError(f"{directory} is not a Hugging Face model directory: it has no config.json")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=dtype, trust_remote_code=False, local_files_only=True
+            str(directory), dtype="float32", trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"transformers cannot load {directory}: {' '.join(str(error).split())[:300]}") from None
@@ -65,6 +64,8 @@ def hf_rows(model: Any, tokens: Ids, *, first: int | None = None, piece: int = P
     Long pieces are cut: the model's body runs once and its head once a piece, so memory does not grow with the length.
     A model without `logits_to_keep` gives all of its logits at once.
     """
+    import torch  # here: a command that runs llama.cpp alone starts two seconds sooner without
+
     start, stop = scored(len(tokens))
     start = start if first is None else first
     ids_1T = torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(model.device)
@@ -84,8 +85,10 @@ def hf_rows(model: Any, tokens: Ids, *, first: int | None = None, piece: int = P
 @contextlib.contextmanager
 def _body_once(model: Any) -> Iterator[None]:
     """Inside, the model's body answers every call with what it gave the first time: only the head runs again."""
+    from torch import nn
+
     body = getattr(model, getattr(model, "base_model_prefix", "") or "?", None)
-    if not isinstance(body, torch.nn.Module) or body is model or "forward" in vars(body):
+    if not isinstance(body, nn.Module) or body is model or "forward" in vars(body):
         yield  # no body of its own, or somebody else's forward on it: run the whole model for every piece
         return
     kept: list[Any] = []
@@ -103,7 +106,7 @@ def _body_once(model: Any) -> Iterator[None]:
         del body.forward
 
 
-def _numpy(logits: torch.Tensor) -> Array:
+def _numpy(logits: Any) -> Array:
     result: Array = logits.float().cpu().numpy()
     return result
 
@@ -117,9 +120,9 @@ def _joined(parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def hf_logits(model: Any, chunks: Iterable[Ids], *, dtype: torch.dtype = torch.float32) -> Iterator[Array]:
+def hf_logits(model: Any, chunks: Iterable[Ids]) -> Iterator[Array]:
     """Yield (T, V) for each chunk; `model` is a loaded model or a directory."""
-    loaded = load_hf(model, dtype=dtype) if isinstance(model, str | Path) else model
+    loaded = load_hf(model) if isinstance(model, str | Path) else model
     for tokens in chunks:
         yield hf_chunk(loaded, tokens)
 

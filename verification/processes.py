@@ -14,9 +14,6 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
-import torch.distributed as dist
-
 from so8t_core.errors import InputError
 
 T = TypeVar("T")
@@ -45,7 +42,12 @@ def is_first() -> bool:
 
 def join() -> None:
     """Meet the others; at once when there are none, or when that has happened."""
-    if count() == 1 or dist.is_initialized():
+    if count() == 1:
+        return
+    import torch  # here: who is alone does not wait for it
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -62,6 +64,8 @@ def from_first(make: Callable[[], T]) -> T:
     """What `make` gives in the first process, in all of them; the others do not call it."""
     if count() == 1:
         return make()
+    import torch.distributed as dist
+
     join()
     box = [make() if is_first() else None]
     dist.broadcast_object_list(box, src=0)
@@ -72,6 +76,8 @@ def everyones(value: T) -> list[T]:
     """The values of all processes, in their order, in each of them."""
     if count() == 1:
         return [value]
+    import torch.distributed as dist
+
     join()
     box: list[T | None] = [None] * count()
     dist.all_gather_object(box, value)
