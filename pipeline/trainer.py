@@ -192,6 +192,13 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: SO8TTrainer, advance: Any, heldout: Callable[[], float], every: int) -> None:
         self.trainer, self.advance, self.heldout, self.every = trainer, advance, heldout, every
         self.curves: dict[str, list[tuple[int, float]]] = {}
+        self._rate = 0.0  # of the step's first group: the rotation
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])  # at the step's end it is the next one's
+        return control
 
     def add(self, name: str, step: int, value: float) -> None:
         """One point of a curve."""
@@ -216,9 +223,7 @@ class Watch(TrainerCallback):
         self.add("max_angle", step, angles.max().item())
         self.add("mean_angle", step, angles.mean().item())
         self.add("orthogonality", step, error)
-        scheduler = kwargs.get("lr_scheduler")
-        if scheduler is not None:
-            self.add("learning_rate", step, scheduler.get_last_lr()[0])
+        self.add("learning_rate", step, self._rate)
         if step % self.every == 0 and step < args.max_steps:
             self.add("heldout_loss", step, self.heldout())
         self.advance(1, info=f"loss {extra['task']:.3f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ def test_training_lowers_the_heldout_loss_and_turns_the_blocks(trained: tuple[Pa
         assert layer == same
         assert max(blocks) == pytest.approx(largest, rel=1e-3)
     assert {"loss", "heldout_loss", "lambda", "pet", "orthogonality", "max_angle"} <= {c.name for c in record.curves}
+    rates = [rate for curve in record.curves if curve.name == "learning_rate" for _, rate in curve.points]
+    # one step of warm-up, then half a cosine over the other five; the rates that the steps were made with
+    assert rates == pytest.approx([0.0, *(5e-3 * (1 + math.cos(math.pi * k / 5)) / 2 for k in range(5))])
     assert record.rotation_parameters == 2 * 32 * 28  # two layers, 256 / 8 blocks, 28 each
 
 
