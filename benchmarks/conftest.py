@@ -20,7 +20,7 @@ _FIGURES: list[Comparison] = []
 _ABSENT: dict[str, str] = {}
 _START = time.monotonic()
 RESULTS = Path(__file__).parent / "results"
-MORE_SECONDS, MORE_SECONDS_QUICK = 12.0, 2.0  # a figure's time for rounds beyond the planned ones, where it is noisy
+MORE_SECONDS, MORE_SECONDS_QUICK = 12.0, 1.0  # a figure's time for rounds beyond the planned ones, where it is noisy
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save", action="store_true", help="write benchmarks/results/DATE-MACHINE.json and .html")
     parser.addoption("--save-to", type=Path, help="write the result file and its page here instead")
     parser.addoption("--plant", type=float, default=1.0, help="slow our side of every timed figure, 1.3: by 30 %%")
-    parser.addoption("--more", type=float, help="seconds a figure may add to reach its precision (12; quick: 2)")
+    parser.addoption("--more", type=float, help="seconds a figure may add to reach its precision (12; quick: 1)")
 
 
 @pytest.fixture(autouse=True)
