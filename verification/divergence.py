@@ -90,19 +90,16 @@ class DivergenceAccumulator:
             self._add_block(ref_TV[rows], cand_TV[rows], targets_T[rows], first_position + start)
 
     def _add_block(self, ref: Array, cand: Array, targets: Ids, first_position: int) -> None:
-        a, b = (
-            torch.from_numpy(np.ascontiguousarray(ref)).double(),
-            torch.from_numpy(np.ascontiguousarray(cand)).double(),
-        )
+        a, b = torch.from_numpy(ref).double(), torch.from_numpy(cand).double()
         lse_a, lse_b = torch.logsumexp(a, dim=1), torch.logsumexp(b, dim=1)
         # a row's sum is finite exactly when its logits are: float32 values cannot overflow a float64 sum
         good_T = torch.isfinite(a.sum(dim=1) + b.sum(dim=1))
         good = good_T.numpy()
         into = self._clusters[-1]
-        into.non_finite += int((~good).sum())
-        target_T1 = torch.from_numpy(np.asarray(targets, dtype=np.int64))[:, None]
-        nll_ref = (lse_a - a.gather(1, target_T1)[:, 0]).numpy()[good]
-        nll_cand = (lse_b - b.gather(1, target_T1)[:, 0]).numpy()[good]
+        into.non_finite += (~good).sum()
+        target_T1 = torch.from_numpy(targets)[:, None]
+        nll_ref = (lse_a - a.gather(1, target_T1).squeeze(1)).numpy()[good]
+        nll_cand = (lse_b - b.gather(1, target_T1).squeeze(1)).numpy()[good]
         shift = lse_b - lse_a
         log_p = a - lse_a[:, None]
         p = log_p.exp()
@@ -113,27 +110,27 @@ class DivergenceAccumulator:
         confidence = p.amax(dim=1).numpy()[good]
         p.masked_fill_(log_p <= LLAMA_CPP_CUT, 0.0)
         kld_cut = (torch.linalg.vecdot(p, a) + shift * p.sum(dim=1)).numpy()[good]
-        same_top = (np.argmax(cand, axis=1) == np.argmax(ref, axis=1))[good].astype(np.float64)  # the first of equals
+        same_top = (np.argmax(cand, axis=1) == np.argmax(ref, axis=1))[good]  # the first of equals
         dp = np.exp(-nll_cand) - np.exp(-nll_ref)
         columns = (kld, kld_cut, same_top, dp * dp, nll_ref, nll_cand, entropy.numpy()[good])
-        into.sums += [float(column.sum()) for column in columns]
+        into.sums += [column.sum() for column in columns]
         into.count += len(kld)
         into.kld.append(kld)
         if not len(kld):
             return
         low, high = into.log_ratio
-        into.log_ratio = (min(low, float((nll_cand - nll_ref).min())), max(high, float((nll_cand - nll_ref).max())))
+        into.log_ratio = (min(low, (nll_cand - nll_ref).min()), max(high, (nll_cand - nll_ref).max()))
         position = np.arange(first_position, first_position + len(good))[good]
         _into(into.position, position, kld)
         _into(into.confidence, np.minimum((confidence * 10).astype(np.int64), 9), kld)
-        log = np.clip(np.log10(np.maximum(kld, 10.0**_HISTOGRAM_LOW)), _HISTOGRAM_LOW, _HISTOGRAM_HIGH)
-        bucket = np.floor((log - _HISTOGRAM_LOW) / _HISTOGRAM_STEP).astype(np.int64)
+        log = np.minimum(np.log10(np.maximum(kld, 10.0**_HISTOGRAM_LOW)), _HISTOGRAM_HIGH)
+        bucket = ((log - _HISTOGRAM_LOW) / _HISTOGRAM_STEP).astype(np.int64)
         into.histogram += np.bincount(bucket, minlength=_HISTOGRAM_SIZE)
 
     def result(self) -> Divergence:
         """The statistics of everything added. Rows with a non-finite logit are counted, not averaged."""
         counts = np.asarray([cluster.count for cluster in self._clusters], dtype=np.float64)
-        total = float(counts.sum())
+        total = counts.sum()
         non_finite = sum(cluster.non_finite for cluster in self._clusters)
         if total == 0:
             return self._empty(non_finite)
@@ -154,10 +151,10 @@ class DivergenceAccumulator:
             n_ctx=self.n_ctx,
             vocab=self.vocab,
             mean_kld=means["kld"],
-            mean_kld_interval=mean_interval(sums[:, 0], counts, drawn, extremes=(float(kld.min()), float(kld.max()))),
+            mean_kld_interval=mean_interval(sums[:, 0], counts, drawn, extremes=(kld.min(), kld.max())),
             mean_kld_llama_cpp=means["kld_cut"],
-            max_kld=float(kld.max()),
-            kld_percentiles={f"{q:g}": float(np.percentile(kld, q)) for q in PERCENTILES},
+            max_kld=kld.max(),
+            kld_percentiles={f"{q:g}": np.percentile(kld, q) for q in PERCENTILES},
             top1=means["same_top"],
             top1_interval=share_interval(sums[:, 2], counts, drawn),
             rms_dp=math.sqrt(means["dp2"]),
@@ -167,8 +164,8 @@ class DivergenceAccumulator:
             ppl_ratio_interval=(_exp(low), _exp(high)),
             reference_entropy=means["entropy"],
             kld_by_position=_by_position(position),
-            kld_by_confidence=[(i / 10, float(s / n), int(n)) for i, (s, n) in enumerate(confidence.T) if n],
-            histogram=[(_HISTOGRAM_LOW + i * _HISTOGRAM_STEP, int(n)) for i, n in enumerate(histogram) if n],
+            kld_by_confidence=[(i / 10, s / n, n) for i, (s, n) in enumerate(confidence.T) if n],
+            histogram=[(_HISTOGRAM_LOW + i * _HISTOGRAM_STEP, n) for i, n in enumerate(histogram) if n],
             non_finite=non_finite,
         )
 
@@ -223,10 +220,7 @@ def divergence(
 
 def mean_kld(ref_TV: Array, cand_TV: Array) -> float:
     """Mean KLD of a few rows; NaN when any logit is not finite."""
-    a, b = (
-        torch.from_numpy(np.ascontiguousarray(ref_TV)).double(),
-        torch.from_numpy(np.ascontiguousarray(cand_TV)).double(),
-    )
+    a, b = torch.from_numpy(ref_TV).double(), torch.from_numpy(cand_TV).double()
     log_p = torch.log_softmax(a, dim=1)
     return float(torch.linalg.vecdot(log_p.exp(), log_p - torch.log_softmax(b, dim=1)).mean())
 
@@ -242,7 +236,7 @@ def _exp(x: float) -> float:
 
 def _by_position(table: Floats) -> list[tuple[int, float]]:
     seen = np.flatnonzero(table[1])
-    first, last = int(seen[0]), int(seen[-1])
-    width = max(1, math.ceil((last - first + 1) / _POSITION_BUCKETS))
+    first, last = seen[0], seen[-1]
+    width = math.ceil((last - first + 1) / _POSITION_BUCKETS)
     buckets = ((start, table[:, start : start + width].sum(axis=1)) for start in range(first, last + 1, width))
-    return [(start, float(total / count)) for start, (total, count) in buckets if count]
+    return [(start, total / count) for start, (total, count) in buckets if count]

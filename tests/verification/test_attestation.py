@@ -167,6 +167,8 @@ def so8t(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_the_gate_exits_2_on_each_kind_of_change(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)  # the report names runs/demo, which is there where the demo ran
+
     def decided(change: Callable[[Path], object], *options: object) -> tuple[int, str]:
         path = written(tmp_path / "r")
         change(path)

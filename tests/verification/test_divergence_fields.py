@@ -255,3 +255,36 @@ def test_the_mean_of_a_few_rows_is_the_plain_mean_and_nan_is_not_hidden() -> Non
     assert mean_kld(ref[0][::2], cand[0][::2]) == pytest.approx((np.exp(lp) * (lp - lq)).sum(1)[::2].mean(), rel=1e-9)
     cand[0][5, 5] = np.nan
     assert math.isnan(mean_kld(ref[0], cand[0]))
+
+
+def test_a_chunk_alone_among_lost_ones_has_its_extremes_for_an_interval() -> None:
+    ref, cand, targets = made()
+    ref[0][:], cand[2][:] = np.nan, np.inf
+    d = accumulate(ref, cand, targets)
+    lp, lq = softmax(ref[1]), softmax(cand[1])
+    each = np.arange(len(targets[1]))
+    ratio = lp[each, targets[1]] - lq[each, targets[1]]
+    assert d.ppl_ratio_interval == pytest.approx((math.exp(ratio.min()), math.exp(ratio.max())), rel=1e-9)
+    assert d.mean_kld_interval[1] == pytest.approx(d.max_kld)
+
+
+def test_no_seed_is_the_empty_one() -> None:
+    several = [made(seed) for seed in range(4)]
+    ref, cand, targets = ([chunk for one in several for chunk in one[side]] for side in range(3))
+    tokens = [np.concatenate([np.zeros(N_CTX - len(t), dtype=np.int64), t]) for t in targets]
+    wanted = divergence(ref, cand, tokens, seed="").mean_kld_interval
+    assert divergence(ref, cand, tokens).mean_kld_interval == wanted
+    assert divergence(ref, cand, tokens, seed="XX").mean_kld_interval != wanted
+    total = DivergenceAccumulator(reference="a", candidate="b", n_ctx=N_CTX, vocab=VOCAB)
+    for a, b, t in zip(ref, cand, targets, strict=True):
+        total.begin_chunk()
+        total.add(a, b, t, first_position=0)
+    assert total.result().mean_kld_interval == wanted
+
+
+def test_the_numbers_of_a_divergence_are_pythons_own() -> None:
+    d = accumulate(*made())
+    for value in (d.max_kld, d.mean_kld, d.ppl_ratio_interval[0], d.kld_percentiles["50"], d.kld_by_position[0][1]):
+        assert type(value) is float
+    for value in (d.non_finite, d.kld_by_position[0][0], d.kld_by_confidence[0][2], d.histogram[0][1]):
+        assert type(value) is int

@@ -287,6 +287,32 @@ def test_the_self_test_itself_can_fail(bench: Bench, monkeypatch: pytest.MonkeyP
     assert "<script" not in page
 
 
+MAIN = {  # one fault for each way of planting one into the model with rotation and LoRA, and for each kind of file
+    "linear RoPE scaling that the model has not", "norm's gain off", "merges cut off", "chat template's end cut",
+    "embedding rows shifted", "a weight is NaN", "tensors of two layers exchanged", "an importance matrix nobody named", "weights went through a smaller float type",
+    "a tensor in a smaller type than promised", "one layer's R off by an angle", "rotated on the output's side",
+    "o_proj transposed", "the base converted, nothing merged", "LoRA's scale wrong in one layer",
+    "saved without the rotation in one layer", "cut off", "a bit flipped in an exponent", "a tensor nobody asked for",
+    "a key written twice", "bytes hidden in the padding",
+}  # fmt: skip
+
+
+def test_a_part_of_the_catalogue_through_the_whole_runner(tokenizer: Any, tmp_path: Path) -> None:
+    """Every fault of it is refused and named; the rest, all strengths and the healthy files: `tox -e soak`."""
+    told: list[str] = []
+    result = runner.self_test(
+        tokenizer=tokenizer, quick=True, only=lambda fault: fault.name in MAIN, healthy=False, out=tmp_path / "out",
+        work=tmp_path / "work", tell=lambda stage, done, total: told.append(f"{stage} {done}/{total}"),
+    )  # fmt: skip
+    assert {row.fault for row in result.rows} == MAIN
+    assert result.verdict == "pass", (result.missed, result.alarms)
+    assert [row.fault for row in result.rows if not row.named_right] == []
+    assert told[-1] == f"faults {len(result.rows)}/{len(result.rows)}"
+    blind = [row for row in result.rows if row.nmse_says == "pass" and row.kld_says == "pass"]
+    assert len(blind) >= 5  # what the usual checks let pass
+    assert (tmp_path / "out" / "self_test.html").is_file()
+
+
 @pytest.mark.soak
 def test_the_quick_run_passes(tokenizer: Any, tmp_path: Path) -> None:
     result = runner.self_test(tokenizer=tokenizer, quick=True, out=tmp_path)

@@ -62,5 +62,5 @@ def test_more_stops_than_keys_are_left_to_the_gate(file: Path, tmp_path: Path) -
 
 def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[", encoding="utf-8")
-    with pytest.raises(InputError, match=r"generation_config\.json cannot be read"):
+    with pytest.raises(InputError, match=r"generation_config\.json is damaged"):
         listed_stops(tmp_path)
