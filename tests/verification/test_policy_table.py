@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -135,6 +136,9 @@ def test_a_policy_cannot_be_changed_after_it_was_read() -> None:
         ({"bake": 3}, "policy: `bake` = 3: Input should be a valid dictionary or instance of BakeBounds"),
         ({"bakes": 3}, "policy: `bakes` = 3: unknown key"),
         ({"convert": {"BF16": {"mean_kld": 1, "top1": 2}}}, "policy: `convert.BF16.top1` = 2: Input should be less"),
+        ({"required": {"bake": 1}}, "policy: `required` = {'bake': 1}: Input should be a valid list"),
+        ({"bakes": {"top1": 1}}, "policy: `bakes` = {'top1': 1}: unknown key"),
+        ({"bake": 3, "bakes": 3}, "policy: `bake` = 3: Input should be a valid dictionary"),  # the first of several
         ({"waivers": [{"check": "", "reason": "x"}]}, "policy: `waivers.0.check` = '': String should have at least 1"),
         ({"waivers": [{"check": "x", "reason": ""}]}, "policy: `waivers.0.reason` = '': String should have at least 1"),
         ({"waivers": [{"check": "x", "reason": "\t"}]}, "policy: `waivers.0.reason` = '\\t': String should match"),
@@ -248,6 +252,17 @@ def test_several_gaps_of_a_leg_are_counted() -> None:
     assert details["contract"] == "the report has no contract.token_ids of Q8_0 and 11 more"
     assert all(leg.status == "not evaluated" and leg.compared == "" for leg in decided.legs)
     assert decide(decided, make_policy({"required": []})) == decided
+    first = plain_check("quality.mean_kld", "Mean KLD", 0.01, subject="Q8_0", interval=(0.009, 0.011))
+    two = decide(report(first).model_copy(update={"artefacts": [artefact("candidate", "Q8_0")]}))
+    (quality,) = [leg for leg in two.legs if leg.name == "quality"]
+    assert quality.checks[-1].detail.endswith(" and 1 more")
+
+
+def test_a_report_decided_again_carries_the_policy_it_was_decided_by() -> None:
+    other = make_policy({"required": [], "quality": {"Q8_0": {"mean_kld": 0.5, "top1": 0.1}}})
+    decided = decide(report(*healthy()), other)
+    assert decided.policy == json.loads(other.model_dump_json())
+    assert decided.policy != decide(report(*healthy()), make_policy({})).policy
 
 
 def test_a_required_leg_without_anything_says_why_it_is_open() -> None:
@@ -390,6 +405,12 @@ def test_sentences_of_a_failure() -> None:
     assert summary(long, count, *healthy()) == (
         "Do not release: quality, mean KL divergence of Q8_0 is 0.123, bound <= 0.02 (1 more): 3060 positions."
     )
+    odd = {"quality": {"Q8_0": {"mean_kld": 0.0123456, "top1": 0.9}}, "evidence": {"entropy": 0.54321}}
+    assert "is 0.123, bound <= 0.0123: 3060" in summary(long, **odd)
+    near = plain_check("quality.mean_kld", "Mean KLD", 0.012, subject="Q8_0", interval=(0.011, 0.013))
+    assert summary(near, **odd) == "Inconclusive: mean KLD of Q8_0 may reach 0.013, bound 0.0123; use more chunks."
+    flat = plain_check("evidence.entropy", "Entropy", 0.5)
+    assert summary(flat, **odd) == "Inconclusive: entropy is 0.5, bound >= 0.543."
     low = plain_check("convert.top1", "Same top", 0.5, subject="F16", interval=(0.4, 0.6))
     assert summary(low) == "Do not release: convert, same top of F16 is 0.5, bound >= 0.995."
 
