@@ -197,7 +197,8 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])  # at the step's end it is the next one's
+        """Keeps the step's own learning rate: at the step's end the optimizer already holds the next one's."""
+        self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])
         return control
 
     def add(self, name: str, step: int, value: float) -> None:
