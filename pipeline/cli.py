@@ -134,7 +134,8 @@ def _plan(
 
     loaded = load_config(config, overrides)
     _quiet_transformers()
-    from pipeline.plan import make_plan, plan_table
+    from pipeline.plan import make_plan
+    from pipeline.plan_table import plan_table
     from pipeline.progress import Reporter
     from pipeline.run import Run
 

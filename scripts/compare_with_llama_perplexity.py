@@ -3,6 +3,7 @@
 
     python scripts/compare_with_llama_perplexity.py --binary .../llama-perplexity --candidate F.gguf --base base.kld
     python scripts/compare_with_llama_perplexity.py --binary .../llama-perplexity --candidate F.gguf --reference HF_DIR
+    ... --chunks 12 --n-ctx 512 --rounds 5      # and which of the two commands is faster, taking turns
 
 Exit 0: every printed line is the same; 1: lines differ (they are shown); 2: could not run. The tool is asked for one
 chunk a batch and the same number of threads, so that both take the same kernels: other shapes round differently.
@@ -12,9 +13,11 @@ Its log thread may lose the end of its output although it exits 0 (seen on 2 cor
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from so8t_core.errors import InputError
@@ -25,15 +28,36 @@ FIRST, LAST = "====== Perplexity statistics ======", "Same top p:"
 ATTEMPTS = 5
 
 
+def stock_command(binary: Path, candidate: Path, base: Path, *, n_ctx: int, threads: int) -> list[str]:
+    """The real tool's command line: one chunk a batch, no GPU."""
+    command = [str(binary), "-m", str(candidate), "--kl-divergence", "--kl-divergence-base", str(base)]
+    command += ["-c", str(n_ctx), "-b", str(n_ctx), "-ub", str(min(n_ctx, 512)), "-t", str(threads)]
+    return [*command, "-ngl", "0", "--no-warmup"]
+
+
+def race(ours: list[str], stock: list[str], rounds: int) -> str:
+    """Wall times of both whole commands, taking turns at going first; one line with the median ratio and its range."""
+    times: dict[str, list[float]] = {"ours": [], "stock": []}
+    for turn in range(rounds):
+        for name, command in [("ours", ours), ("stock", stock)][:: 1 if turn % 2 == 0 else -1]:
+            start = time.perf_counter()
+            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+            times[name].append(time.perf_counter() - start)
+    ratios = [a / b for a, b in zip(times["ours"], times["stock"], strict=True)]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return (
+        f"so8t kld {medians['ours']:.2f} s, llama-perplexity {medians['stock']:.2f} s: "
+        f"{statistics.median(ratios):.2f}x its time [{min(ratios):.2f}, {max(ratios):.2f}] in {rounds} rounds"
+    )
+
+
 def stock_lines(binary: Path, candidate: Path, base: Path, *, n_ctx: int, threads: int) -> list[str]:
     """The statistics that the real tool prints, without empty lines."""
     found: list[str] = []
     for _ in range(ATTEMPTS):
         with tempfile.TemporaryDirectory(prefix="so8t-") as work:
             log = Path(work) / "log.txt"
-            command = [str(binary), "-m", str(candidate), "--kl-divergence", "--kl-divergence-base", str(base)]
-            command += ["-c", str(n_ctx), "-b", str(n_ctx), "-ub", str(min(n_ctx, 512)), "-t", str(threads)]
-            command += ["-ngl", "0", "--no-warmup", "--log-file", str(log)]
+            command = [*stock_command(binary, candidate, base, n_ctx=n_ctx, threads=threads), "--log-file", str(log)]
             done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
         if any(line.startswith(LAST) for line in found):
@@ -51,6 +75,7 @@ def main() -> int:
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--n-ctx", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=0, help="time both commands this often")
     args = parser.parse_args()
     try:
         if not args.binary.is_file() or not (args.base or args.reference):
@@ -63,6 +88,11 @@ def main() -> int:
             ours = [line.rstrip() for line in text.splitlines() if line.strip()]
             n_ctx = read_base(base).n_ctx
             theirs = stock_lines(args.binary, args.candidate, base, n_ctx=n_ctx, threads=args.threads)
+            if args.rounds:
+                own = [str(Path(sys.executable).with_name("so8t")), "kld", str(base), "-q"]
+                own += ["--candidate", str(args.candidate), "--threads", str(args.threads)]
+                stock = stock_command(args.binary, args.candidate, base, n_ctx=n_ctx, threads=args.threads)
+                print(race(own, stock, args.rounds))
     except InputError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2

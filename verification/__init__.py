@@ -12,12 +12,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from verification.decision import decide
     from verification.divergence import divergence
     from verification.ladder import verify
-    from verification.policy import Policy, decide, load_policy
+    from verification.policy import Policy, load_policy
     from verification.schema import Report
 
-_HOME = {"verify": "ladder", "Policy": "policy", "decide": "policy", "load_policy": "policy", "Report": "schema"}
+_HOME = {"verify": "ladder", "Policy": "policy", "decide": "decision", "load_policy": "policy", "Report": "schema"}
 
 __all__ = ["Policy", "Report", "decide", "divergence", "load_policy", "verify"]
 

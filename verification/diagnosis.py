@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from verification.faults import Kind
 from verification.judging import Judgement, differing_matrices
-from verification.lint import LintCheck, LintFinding
+from verification.lint_report import LintCheck, LintFinding
 
 _ORDER = (
     "finite_weights", "saturated_weights", "oracle_metadata", "metadata", "special_ids", "added_specials", "vocabulary",

@@ -12,14 +12,16 @@ from pathlib import Path
 
 from so8t_core.errors import InputError
 from verification.checks import plain_check
+from verification.decision import LEG_TITLES, decide
 from verification.gguf_file import FLOAT_TYPES, GGUFFile, read_gguf
 from verification.healthy import Healthy
 from verification.legs_file import Candidate, contract_checks, weight_checks
 from verification.legs_quantise import quantise_checks
-from verification.lint import LintReport, lint
+from verification.lint import lint
+from verification.lint_report import LintReport
 from verification.measuring import same_vocabulary
 from verification.others import Said
-from verification.policy import LEG_TITLES, Policy, decide
+from verification.policy import Policy
 from verification.schema import Check, Leg, LegName, Report
 
 

@@ -22,12 +22,13 @@ from so8t_core.files import explain_os_errors
 from so8t_core.quantised import Quantization
 from verification import processes
 from verification.cells import Level
+from verification.decision import LEG_TITLES, decide
 from verification.gguf_file import GGUFFile, read_gguf
 from verification.legs_file import Candidate
 from verification.logits import usable_cores
 from verification.measuring import Progress, Run, Settings, measure_all
 from verification.oracle import Oracle
-from verification.policy import LEG_TITLES, Policy, decide, load_policy
+from verification.policy import Policy, load_policy
 from verification.provenance import artefacts, imatrix_artefact, versions
 from verification.schema import AnswerRecord, Check, Leg, LegName, Report, TrainingRecord
 

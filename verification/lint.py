@@ -14,9 +14,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
@@ -26,89 +23,24 @@ from verification.examined import Examined
 from verification.findings import Finding
 from verification.gguf_file import GGUFFile, read_gguf
 from verification.legs_file import TITLES, vocabulary_findings
+from verification.lint_report import (
+    LintCheck,
+    LintFinding,
+    LintHypothesis,
+    LintReport,
+    LintTensor,
+    Status,
+    Verdict,
+    hypothesis_rows,
+    tensor_row,
+)
 from verification.llama_engine import LlamaModel
 from verification.load_probe import Probe, probe
 from verification.memory import Memory
 from verification.tensors import Checkpoint, inventory, is_known
 from verification.weights import Examination, Sources, rotations
 
-SCHEMA_VERSION = "1.0"
 _FLUSHED = 1e-3  # share of a tensor's weights that is worth a note: single ones become zero in every F16 file
-Status = Literal["pass", "fail", "note", "not evaluated"]
-Verdict = Literal["pass", "fail", "incomplete"]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class LintFinding(_Model):
-    """One line of the answer: what, expected, found, what to do."""
-
-    where: str
-    expected: str
-    found: str
-    action: str = ""
-    cause: str = ""
-
-
-class LintCheck(_Model):
-    """One check and what it found."""
-
-    name: str  # stable id: "oracle_metadata", "weights"
-    title: str
-    status: Status
-    findings: list[LintFinding] = Field(default_factory=list)
-    detail: str = ""
-
-
-class LintTensor(_Model):
-    """One tensor against the reference."""
-
-    name: str
-    type: str
-    how: Literal["bytes of the type's own rounding or quantiser", "within the type's bound", "refused", "not compared"]
-    rel_error: float | None = None
-    own_error: float | None = None
-    roundings: float | None = None
-    blocks: int = 0
-    blocks_differ: int = 0
-    clipped: int = 0
-    flushed: int = 0
-
-
-class LintHypothesis(_Model):
-    """What an attention tensor is nearest to."""
-
-    name: str
-    best: str
-    distance: float
-    second: str
-    second_distance: float
-    z: float | None  # None where no noise is left to compare with
-    residual_rms: float | None = None  # rad, o_proj only
-    residual_largest: float | None = None
-    standard_error: float | None = None
-
-
-class LintReport(_Model):
-    """The whole answer; `so8t lint --out` writes it as lint.json."""
-
-    schema_version: str = SCHEMA_VERSION
-    verdict: Verdict
-    file: str
-    sha256: str
-    bytes: int
-    architecture: str
-    file_type: str
-    tensors_total: int
-    reference: str | None
-    checks: list[LintCheck]
-    tensors: list[LintTensor] = Field(default_factory=list)
-    hypotheses: list[LintHypothesis] = Field(default_factory=list)
-    seconds: dict[str, float] = Field(default_factory=dict)
-
-
 _TITLES = TITLES | {
     "loads": "llama.cpp loads the file",
     "finite_weights": "Weights that are NaN or Inf",
@@ -261,8 +193,8 @@ class _Run:
         self.add("hypotheses", [f for f in findings if f.where in hypothetical and f.cause != ""])
         self.add("other_maker", _other_maker(results), note=True)
         self.add("flushed_weights", _flushed(results), note=True)
-        self.tensors = [_tensor_row(result) for result in results]
-        self.hypotheses = [row for result in results for row in _hypothesis_rows(result)]
+        self.tensors = [tensor_row(result) for result in results]
+        self.hypotheses = [row for result in results for row in hypothesis_rows(result)]
 
     def against_metadata(self, reference: Checkpoint, oracle: Future[Path]) -> None:
         """config.json, and what upstream's converter makes of it."""
@@ -319,34 +251,3 @@ def _flushed(results: Sequence[Examined]) -> list[Finding]:
         for r in results
         if r.flushed > _FLUSHED * r.size
     ]
-
-
-def _tensor_row(result: Examined) -> LintTensor:
-    row = {key: value for key, value in asdict(result).items() if key in LintTensor.model_fields}
-    how = (
-        "not compared" if not result.compared
-        else "refused" if result.findings
-        else "bytes of the type's own rounding or quantiser" if result.equal
-        else "within the type's bound"
-    )  # fmt: skip
-    return LintTensor(**row, how=how)
-
-
-def _hypothesis_rows(result: Examined) -> list[LintHypothesis]:
-    rows = []
-    left = result.residual
-    for match in result.nearest:
-        rows.append(
-            LintHypothesis(
-                name=match.name,
-                best=match.best,
-                distance=match.distance,
-                second=match.second,
-                second_distance=match.second_distance,
-                z=match.z if match.z < 1e12 else None,
-                residual_rms=left.rms if left else None,
-                residual_largest=left.largest if left else None,
-                standard_error=left.standard_error if left else None,
-            )
-        )
-    return rows

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from so8t_core.files import atomic_file
-from verification.lint import LintCheck, LintReport
+from verification.lint_report import LintCheck, LintReport
 from verification.report_view import visible
 
 _WORDS = {"pass": "PASS", "fail": "FAIL", "incomplete": "INCOMPLETE"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from verification import Report
 from verification.checks import plain_check as check_of
 from verification.checks import zero_check
-from verification.policy import LEG_TITLES
+from verification.decision import LEG_TITLES
 from verification.schema import Check, Leg
 
 

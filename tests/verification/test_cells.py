@@ -13,9 +13,10 @@ import torch
 from verification.cells import CACHE_LIMIT, Passage, Plan, cache_bytes, original_length, plan_cells, shipped_n_ctx
 from verification.converter import convert
 from verification.corpus import Corpus
+from verification.decision import decide
 from verification.legs_logits import cell_checks, distinct, measure_file, passages_of, run_reference
 from verification.logits import load_hf
-from verification.policy import Policy, decide, make_policy
+from verification.policy import Policy, make_policy
 from verification.schema import Check, Leg, Report
 
 PHI35 = {

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 EXPLAINED: dict[str, dict[str, str]] = yaml.safe_load((HERE / "surviving_mutants.yaml").read_text(encoding="utf-8"))
 JUDGES = {
     "verification.divergence": ("test_divergence_fields.py", "test_divergence.py"),
+    "verification.decision": ("test_policy_table.py", "test_policy.py"),
     "verification.policy": ("test_policy_table.py", "test_policy.py"),
     "verification.hypotheses": ("test_hypotheses.py",),
     "verification.bootstrap": ("test_bootstrap_exact.py",),
@@ -41,7 +42,7 @@ def test_every_surviving_mutant_is_explained(module: str) -> None:
 @pytest.mark.soak
 def test_tests_that_look_at_too_little_let_mutants_live() -> None:
     """The planted fault: the policy judged by the tests of the hypotheses."""
-    outcome = judged("verification.policy", judges_of("verification.hypotheses"), every=25, jobs=2)
+    outcome = judged("verification.decision", judges_of("verification.hypotheses"), every=25, jobs=2)
     assert len(outcome.survivors) == outcome.tried > 40
 
 

@@ -14,7 +14,7 @@ import pytest
 from verification_models import Family
 
 from verification import decide, verify
-from verification.policy import LEG_TITLES
+from verification.decision import LEG_TITLES
 from verification.report import load_report
 
 # stage: legs that were finished when it began, with base, adapter and one F16 and one Q8_0 file

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import runpy
 import struct
 import subprocess
 import sys
@@ -218,6 +220,15 @@ def test_a_base_from_the_checkpoint_shows_the_conversion_as_harmless(family: Fam
     near = candidate_statistics(tmp_path / "b.kld", family.files["F16"]).values
     far = candidate_statistics(tmp_path / "b.kld", family.files["Q4_K_M"]).values
     assert abs(near["Mean    KLD"][0]) < 1e-3 < 0.05 < far["Mean    KLD"][0]
+
+
+def test_the_race_of_the_two_commands_tells_who_is_slower() -> None:
+    race = runpy.run_path(str(SCRIPT))["race"]
+    wait = [[sys.executable, "-c", f"import time; time.sleep({seconds})"] for seconds in (0, 1)]
+    assert re.search(r": 0\.\d\dx its time \[0\.\d\d, 0\.\d\d\] in 2 rounds$", race(wait[0], wait[1], 2))
+    assert re.search(r": [1-9]\d*\.\d\dx its time", race(wait[1], wait[0], 1))
+    with pytest.raises(subprocess.CalledProcessError):
+        race(wait[0], [sys.executable, "-c", "raise SystemExit(3)"], 1)
 
 
 @pytest.mark.skipif("SO8T_LLAMA_PERPLEXITY" not in os.environ, reason="SO8T_LLAMA_PERPLEXITY names no real binary")

@@ -16,7 +16,8 @@ from rich.console import Console
 from so8t_core.errors import InputError
 from verification import gguf_edit as faults
 from verification.gguf_file import read_gguf
-from verification.lint import LintReport, lint
+from verification.lint import lint
+from verification.lint_report import LintReport
 from verification.lint_view import lint_table, write_lint
 from verification.specimens import FAMILIES, Baked, Pair, make_baked, make_pairs
 from verification.tensors import Checkpoint, inventory

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from so8t_core.errors import InputError
 from verification import decide, load_policy
 from verification.checks import zero_check
-from verification.policy import DEFAULT_POLICY, LEG_TITLES, BakeBounds, leg_status, make_policy
+from verification.decision import LEG_TITLES, leg_status
+from verification.policy import DEFAULT_POLICY, BakeBounds, make_policy
 from verification.schema import Artefact, Check, Divergence
 
 # a value of its own for every bound, so that a check held against another one's shows
