@@ -72,8 +72,14 @@ class Run:
         last = STEPS.index(until) if until else len(STEPS) - 1
         check_early(self.config, last)
         again = set(force) | (set(STEPS[STEPS.index(first) :]) if first else set())
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.config.threads or before)
+        try:
+            return self._execute(last, again)
+        finally:
+            torch.set_num_threads(before)
+
+    def _execute(self, last: int, again: set[str]) -> Report | None:
         if not processes.is_first():
             self._follow()
             return None

@@ -117,6 +117,17 @@ def test_same_inputs_give_the_same_artefacts(copy: Path, tiny_dir: Path, finishe
         assert sha256_path(copy / name) == sha256_path(finished[0] / name), name
 
 
+def test_the_caller_keeps_its_threads(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over other numbers of threads differ in their last bits: a run must not decide on what comes after it."""
+    step, seen = run_module.WORK["data"], []
+    work = run_module.Step(step.settings, step.inputs, step.outputs, lambda run: seen.append(torch.get_num_threads()))
+    monkeypatch.setitem(run_module.WORK, "data", work)
+    before = torch.get_num_threads()
+    with pytest.raises((InputError, FileNotFoundError)):  # the step wrote nothing
+        _execute(tiny_dir, tmp_path / "run", f"threads={before + 1}", until="data")
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
+
+
 def test_artefact_changed_by_something_else_is_made_again(
     copy: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
