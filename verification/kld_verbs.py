@@ -16,7 +16,7 @@ from so8t_core.errors import InputError
 from verification.corpus import Corpus, read_corpus
 from verification.kld_file import Array, read_base, write_base
 from verification.kld_stats import KldStatistics, statistics
-from verification.logits import LlamaLogits, hf_chunk, load_hf
+from verification.logits import LlamaLogits, hf_chunk, load_hf, usable_cores
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,7 +76,7 @@ def candidate_statistics(
                     ids[0] = bos
                 yield engine.chunk(ids)
 
-        return statistics(found, logits())
+        return statistics(found, logits(), threads=threads or usable_cores())
 
 
 def _bos(tokenizer: Any) -> int | None:

@@ -222,6 +222,21 @@ def test_a_base_from_the_checkpoint_shows_the_conversion_as_harmless(family: Fam
     assert abs(near["Mean    KLD"][0]) < 1e-3 < 0.05 < far["Mean    KLD"][0]
 
 
+def test_threads_change_no_digit() -> None:
+    """Of SmolLM2's vocabulary ten positions are a block, so that 300 of them are really shared out."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 3, (300, 49152)).astype(np.float32)
+    base = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+    other, targets = (logits + random.normal(0, 0.1, logits.shape)).astype(np.float32), random.integers(0, 49152, 300)
+    texts = []
+    for threads in (1, 2, 5):
+        totals = KldTotals(49152, threads)
+        totals.add(base, other, targets)
+        texts.append(totals.result())
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0].tokens == 300
+
+
 def test_the_race_of_the_two_commands_tells_who_is_slower() -> None:
     race = runpy.run_path(str(SCRIPT))["race"]
     wait = [[sys.executable, "-c", f"import time; time.sleep({seconds})"] for seconds in (0, 1)]
