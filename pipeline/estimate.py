@@ -26,6 +26,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pipeline.config import RunConfig, TrainConfig
+from so8t_core.threads import torch_threads
 
 RUNTIME = 0.7e9  # bytes of a process that has imported torch, transformers and peft; measured 0.5 to 0.8
 STARTED = 3.0  # seconds until such a process works: upstream's converter is one
@@ -128,13 +129,8 @@ def shape_of(directory: Path, settings: TrainConfig, *, gguf: str | None = None)
 
 def this_machine(threads: int | None) -> Machine:
     """Time a matrix product on the CPU (with the run's threads) and on the GPU, where there is one."""
-    before = torch.get_num_threads()
-    count = threads or before
-    torch.set_num_threads(count)
-    try:
+    with torch_threads(threads) as count:
         cpu = _speed(torch.device("cpu"), torch.float32, 384)  # about a millisecond: between two interruptions
-    finally:
-        torch.set_num_threads(before)
     cuda = torch.cuda.is_available()
     device = _speed(torch.device("cuda"), torch.bfloat16, 4096) if cuda else cpu
     return Machine(device, cpu, cuda, count)

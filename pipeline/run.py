@@ -23,6 +23,7 @@ from pipeline.manifest import StepRecord, load_manifest, locked, save_manifest, 
 from pipeline.progress import Reporter, StageProgress
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, sweep, write_text
+from so8t_core.threads import torch_threads
 from verification import processes
 from verification.policy import Policy, load_policy, make_policy
 from verification.quantise import type_number
@@ -72,12 +73,8 @@ class Run:
         last = STEPS.index(until) if until else len(STEPS) - 1
         check_early(self.config, last)
         again = set(force) | (set(STEPS[STEPS.index(first) :]) if first else set())
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.config.threads or before)
-        try:
+        with torch_threads(self.config.threads):
             return self._execute(last, again)
-        finally:
-            torch.set_num_threads(before)
 
     def _execute(self, last: int, again: set[str]) -> Report | None:
         if not processes.is_first():

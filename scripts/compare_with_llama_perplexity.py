@@ -17,9 +17,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` of this checkout
+
+from benchmarks.side_by_side import interleave
 from so8t_core.errors import InputError
 from verification.kld_file import read_base
 from verification.kld_verbs import candidate_statistics, write_base_of
@@ -37,12 +40,8 @@ def stock_command(binary: Path, candidate: Path, base: Path, *, n_ctx: int, thre
 
 def race(ours: list[str], stock: list[str], rounds: int) -> str:
     """Wall times of both whole commands, taking turns at going first; one line with the median ratio and its range."""
-    times: dict[str, list[float]] = {"ours": [], "stock": []}
-    for turn in range(rounds):
-        for name, command in [("ours", ours), ("stock", stock)][:: 1 if turn % 2 == 0 else -1]:
-            start = time.perf_counter()
-            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-            times[name].append(time.perf_counter() - start)
+    commands = {"ours": ours, "stock": stock}
+    times = interleave({name: partial(_silent, command) for name, command in commands.items()}, rounds=rounds, warmup=0)
     ratios = [a / b for a, b in zip(times["ours"], times["stock"], strict=True)]
     medians = {name: statistics.median(values) for name, values in times.items()}
     return (
@@ -51,19 +50,23 @@ def race(ours: list[str], stock: list[str], rounds: int) -> str:
     )
 
 
-def stock_lines(binary: Path, candidate: Path, base: Path, *, n_ctx: int, threads: int) -> list[str]:
+def _silent(command: list[str]) -> None:
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+
+
+def stock_lines(stock: list[str]) -> list[str]:
     """The statistics that the real tool prints, without empty lines."""
     found: list[str] = []
     for _ in range(ATTEMPTS):
         with tempfile.TemporaryDirectory(prefix="so8t-") as work:
             log = Path(work) / "log.txt"
-            command = [*stock_command(binary, candidate, base, n_ctx=n_ctx, threads=threads), "--log-file", str(log)]
+            command = [*stock, "--log-file", str(log)]
             done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
         if any(line.startswith(LAST) for line in found):
             start, stop = found.index(FIRST), next(i for i, line in enumerate(found) if line.startswith(LAST))
             return [line.rstrip() for line in found[start : stop + 1] if line.strip()]
-    raise InputError(f"{binary} printed no statistics in {ATTEMPTS} runs (exit code {done.returncode}): {found[-2:]}")
+    raise InputError(f"{stock[0]} printed no statistics in {ATTEMPTS} runs (exit code {done.returncode}): {found[-2:]}")
 
 
 def main() -> int:
@@ -87,11 +90,11 @@ def main() -> int:
             text = candidate_statistics(base, args.candidate, threads=args.threads).text
             ours = [line.rstrip() for line in text.splitlines() if line.strip()]
             n_ctx = read_base(base).n_ctx
-            theirs = stock_lines(args.binary, args.candidate, base, n_ctx=n_ctx, threads=args.threads)
+            stock = stock_command(args.binary, args.candidate, base, n_ctx=n_ctx, threads=args.threads)
+            theirs = stock_lines(stock)
             if args.rounds:
                 own = [str(Path(sys.executable).with_name("so8t")), "kld", str(base), "-q"]
                 own += ["--candidate", str(args.candidate), "--threads", str(args.threads)]
-                stock = stock_command(args.binary, args.candidate, base, n_ctx=n_ctx, threads=args.threads)
                 print(race(own, stock, args.rounds))
     except InputError as error:
         print(f"compare: {error}", file=sys.stderr)

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 from so8t_core.errors import InputError
 from so8t_core.files import explain_os_errors
 from so8t_core.quantised import Quantization
+from so8t_core.threads import torch_threads
 from verification import processes
 from verification.cells import Level
 from verification.decision import LEG_TITLES, decide
@@ -110,15 +109,13 @@ def verify(
     tell: Progress = progress or (lambda stage, done, total: None)
     run = Run(notes=list(notes))
     start = time.monotonic()
-    before = torch.get_num_threads()
     if processes.count() > 1:
         threads = threads or processes.threads_each(usable_cores())
     interrupted = False
     report: Report | None = None
     with contextlib.ExitStack() as stack:
         work = Path(work_dir) if work_dir else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="so8t-")))
-        stack.callback(torch.set_num_threads, before)
-        torch.set_num_threads(threads or before)
+        stack.enter_context(torch_threads(threads))
         inputs = processes.from_first(
             lambda: [
                 *artefacts(reference, files, base=base, adapter=adapter, corpus=corpus, policy=policy),
