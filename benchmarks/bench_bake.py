@@ -148,7 +148,7 @@ def bench_bake_of_one_weight(figures: Any, threads: int) -> None:
     )
 
 
-def bench_bake_of_a_checkpoint(record: Any, tmp_path: Path) -> None:
+def bench_bake_of_a_checkpoint(record: Any, quick: bool, tmp_path: Path) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     shape = SHAPE if FULL else SMALL
     base = make_checkpoint(tmp_path / "base", **shape)
@@ -159,7 +159,7 @@ def bench_bake_of_a_checkpoint(record: Any, tmp_path: Path) -> None:
     _, peak = bake_in_a_process(base, adapter, tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     ours, floor = [], []
-    for _ in range(2 if FULL else 5):
+    for _ in range(2 if FULL else 3 if quick else 5):
         floor.append(seconds(lambda: copy_and_hash(base, tmp_path / "copy")))
         shutil.rmtree(tmp_path / "copy")
         took = seconds(lambda: bake_checkpoint(base, adapter, tmp_path / "out"))

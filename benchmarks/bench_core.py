@@ -172,7 +172,7 @@ def _methods() -> dict[str, nn.Module]:
 
 
 def bench_whole_training_step(figures: Any, quick: bool) -> None:
-    tokens = 256 if quick else 1024
+    tokens = 64 if quick else 1024
     ids = torch.randint(0, 4096, (2, tokens // 2), generator=torch.Generator().manual_seed(0))
 
     def run(model: nn.Module) -> Callable[[], Any]:

@@ -1,6 +1,6 @@
 """Peak memory of our work above what its process already held, against a peer's or a floor's, in forks of one process.
 
-python -m benchmarks.bench_memory WORK_DIR TOKENIZER_DIR ROUNDS METHODS... prints what the benchmark records.
+python -m benchmarks.bench_memory WORK_DIR TOKENIZER_DIR ROUNDS TOKENS METHODS... prints what the benchmark records.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Jobs = dict[str, dict[str, Callable[[], Any]]]
 
 def bench_memory(record: Any, tokenizer_dir: Path, tmp_path: Path, quick: bool) -> None:
     """In a fresh process: a fork of this one would carry its threads' locks along."""
-    rounds, methods = ("2", METHODS[:1]) if quick else ("5", METHODS)
-    command = [sys.executable, "-m", "benchmarks.bench_memory", str(tmp_path), str(tokenizer_dir), rounds, *methods]
+    settings = ("2", "256", *METHODS[:1]) if quick else ("5", "1024", *METHODS)
+    command = [sys.executable, "-m", "benchmarks.bench_memory", str(tmp_path), str(tokenizer_dir), *settings]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, sizes in json.loads(done.stdout.splitlines()[-1]).items():
         record(of_memory(name, sizes))
 
 
-def _jobs(work: Path, tokenizer_dir: Path, methods: list[str]) -> Jobs:
+def _jobs(work: Path, tokenizer_dir: Path, tokens: int, methods: list[str]) -> Jobs:
     """Everything is imported and prepared before the first fork; nothing here computes a gradient."""
     import torch
     from safetensors.torch import load_file
@@ -44,7 +44,7 @@ def _jobs(work: Path, tokenizer_dir: Path, methods: list[str]) -> Jobs:
     make_adapter(adapter, layers=SMALL["layers"], hidden=SMALL["hidden"])
     rows = rows_file(work / "rows.jsonl", 300)
     models = _methods()
-    ids = torch.randint(0, 4096, (2, 512), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 4096, (2, tokens // 2), generator=torch.Generator().manual_seed(0))
 
     def step(name: str) -> Callable[[], None]:
         return lambda: models[name](input_ids=ids, labels=ids).loss.backward()
@@ -64,7 +64,7 @@ def _jobs(work: Path, tokenizer_dir: Path, methods: list[str]) -> Jobs:
         return len([json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()])
 
     jobs: Jobs = {
-        f"peak memory, training step, Llama 768 x 6 bfloat16, 1024 tokens: {name}": {
+        f"peak memory, training step, Llama 768 x 6 bfloat16, {tokens} tokens: {name}": {
             name: step(name), "frozen base": step("frozen base")
         }
         for name in methods
@@ -75,11 +75,11 @@ def _jobs(work: Path, tokenizer_dir: Path, methods: list[str]) -> Jobs:
     return jobs
 
 
-def main(work: Path, tokenizer_dir: Path, rounds: int, methods: list[str]) -> None:
+def main(work: Path, tokenizer_dir: Path, rounds: int, tokens: int, methods: list[str]) -> None:
     """Measure everything in turns, print one JSON object: figure -> contender -> MB of every round."""
     from benchmarks.peak import forked
 
-    jobs = _jobs(work, tokenizer_dir, methods)
+    jobs = _jobs(work, tokenizer_dir, tokens, methods)
     sizes: dict[str, dict[str, list[float]]] = {name: {who: [] for who in pair} for name, pair in jobs.items()}
     for _ in range(rounds):
         for name, pair in jobs.items():
@@ -89,4 +89,4 @@ def main(work: Path, tokenizer_dir: Path, rounds: int, methods: list[str]) -> No
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])

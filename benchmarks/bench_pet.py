@@ -39,7 +39,7 @@ def _loss(layers: list[int], ids: Tensor) -> Callable[[], Tensor]:
 
 
 def bench_pet_training_step(figures: Any, quick: bool) -> None:
-    tokens = 256 if quick else 1024
+    tokens = 64 if quick else 1024
     ids = torch.randint(0, 4096, (2, tokens // 2), generator=torch.Generator().manual_seed(0))
     without = _loss([], ids)
     for name, layers in LAYERS.items():

@@ -87,8 +87,9 @@ def encode(logits_TV: Array) -> Rows:
 
 def log_sum_exp(logits_TV: Array, top_T: Array) -> Array:
     """(T,) float32: log of the sum of exp(logit - top), each exponential rounded to float32, the sum in float64."""
-    exponentials = np.exp((logits_TV - top_T[:, None]).astype(np.float64)).astype(np.float32)
-    result: Array = np.log(exponentials.sum(axis=1, dtype=np.float64)).astype(np.float32)
+    exponentials = (logits_TV - top_T[:, None]).astype(np.float64)
+    np.exp(exponentials, out=exponentials)
+    result: Array = np.log(exponentials.astype(np.float32).sum(axis=1, dtype=np.float64)).astype(np.float32)
     return result
 
 

@@ -25,7 +25,7 @@ _FEWEST = 100  # scored tokens below which the tool prints no statistics
 _KLD_PERCENTILES = (0.999, 0.99, 0.95, 0.9, None, 0.1, 0.05, 0.01, 0.001)  # None is the median
 _DP_PERCENTILES = (0.999, 0.99, 0.95, 0.9, 0.75, None, 0.25, 0.1, 0.05, 0.01, 0.001)
 _Block = tuple[Array, Array, npt.NDArray[np.float64], Array, npt.NDArray[np.bool_]]
-_BLOCK_ELEMENTS = 1 << 19  # elements of a (rows, V) block, near a cache's size
+_BLOCK_ELEMENTS = 1 << 18  # elements of a (rows, V) block, near a cache's size
 
 
 @dataclass
@@ -53,8 +53,6 @@ class KldTotals:
         """
         if logits_TV.shape != base_TV.shape:
             raise InputError(f"the candidate's logits have shape {logits_TV.shape}, the base file's {base_TV.shape}")
-        if not np.isfinite(logits_TV).all():
-            raise InputError("the candidate gives a logit that is NaN or infinite; its divergence has no value")
         step = max(1, _BLOCK_ELEMENTS // self.vocab)
 
         def block(start: int) -> _Block:
@@ -120,13 +118,23 @@ def statistics(base: BaseFile, logit_chunks: Iterable[Array], *, threads: int = 
 
 def _block(base: Array, logits: Array, targets: npt.NDArray[np.int64]) -> _Block:
     """Negative log-likelihood, the base's, KLD, difference of probability, same top: each (T,)."""
+    if not np.isfinite(logits).all():
+        raise InputError("the candidate gives a logit that is NaN or infinite; its divergence has no value")
     each = np.arange(len(base))
-    top = logits.max(axis=1)
+    first = logits.argmax(axis=1)
+    top = logits[each, first]
     log_z = top + log_sum_exp(logits, top)
     nll, nll_base = log_z - logits[each, targets], -base[each, targets]
-    terms = np.where(base > _CUT, _exp(base) * ((base - logits) + log_z[:, None]), np.float32(0))
-    same = logits.argmax(axis=1) == base.argmax(axis=1)
-    return nll, nll_base, terms.sum(axis=1, dtype=np.float64), _exp(-nll) - _exp(-nll_base), same
+    kld = np.array([_divergence(*row) for row in zip(base, logits, log_z, strict=True)])
+    return nll, nll_base, kld, _exp(-nll) - _exp(-nll_base), first == base.argmax(axis=1)
+
+
+def _divergence(base_V: Array, logits_V: Array, log_z: np.float32) -> np.float64:
+    """One position's KLD; only the ids above the cut, few of a vocabulary, are worked on."""
+    kept = np.flatnonzero(base_V > _CUT)
+    likely = base_V[kept]
+    result: np.float64 = (_exp(likely) * ((likely - logits_V[kept]) + log_z)).sum(dtype=np.float64)
+    return result
 
 
 def _exp(x: Array) -> Array:
