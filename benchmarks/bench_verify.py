@@ -17,12 +17,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.peak import resident
+from benchmarks.side_by_side import interleave
 from verification.cells import Plan, plan_cells
 from verification.chat_templates import fixtures
 from verification.corpus import Corpus, read_corpus
@@ -30,8 +32,6 @@ from verification.legs_logits import measure_file, passages_of, run_reference
 from verification.logits import LlamaLogits, hf_rows, load_hf
 from verification.noise import noise_floor
 from verification.tokenizer import load_tokenizer
-
-Result = dict[str, list[float]]
 
 
 def main() -> None:
@@ -47,13 +47,10 @@ def main() -> None:
     given = parser.parse_args()
     tokenizer = load_tokenizer(given.reference)
     text = read_corpus(None, tokenizer, n_ctx=given.n_ctx, chunks=given.chunks)
-    times: Result = {"bare": [], "ours": []}
-    for turn in range(given.rounds):
-        order = [("bare", _bare), ("ours", _ours)]
-        for name, work in order if turn % 2 == 0 else order[::-1]:
-            times[name].append(_timed(lambda work=work: work(given.reference, given.candidate, text, given.threads)))
+    work = (given.reference, given.candidate, text, given.threads)
+    times = interleave({"ours": partial(_ours, *work), "bare": partial(_bare, *work)}, rounds=given.rounds, warmup=0)
+    ratios = [ours / bare for ours, bare in zip(times["ours"], times["bare"], strict=True)]
     shown = {name: _summary(values) for name, values in times.items()}
-    ratios = [ours / bare for bare, ours in zip(times["bare"], times["ours"], strict=True)]
     result: dict[str, object] = {**shown, "ratio": _summary(ratios)}
     if given.cells != "none":
         result["cells_and_noise_seconds"] = round(_cells(given, text, tokenizer), 2)
