@@ -30,6 +30,8 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# an environment may lie in ROOT too: not everything there is ours
+OURS = tuple(f"{ROOT / name}/" for name in ("so8t_core", "verification", "pipeline", "tests"))
 CPU_LIMIT = 60  # seconds of its own, whatever the machine's load; an endless loop counts as caught
 
 _COMPARE: dict[type, list[type]] = {
@@ -298,7 +300,7 @@ def _exchange(module: ModuleType, source: str, path: Path) -> None:
         delattr(module, name)
     exec(compile(source, str(path), "exec"), vars(module))
     for other in [m for m in sys.modules.values() if type(m).__module__ != "_pytest" and m is not module]:
-        if not str(getattr(other, "__file__", None) or "").startswith(str(ROOT)):
+        if not str(getattr(other, "__file__", None) or "").startswith(OURS):
             continue
         for held, value in list(vars(other).items()):
             for name, before in old.items():
