@@ -218,7 +218,7 @@ def train(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False)
 def bake(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Fold the adapter into the checkpoint.
 
-    Always into the original, unquantised one; steps before it run if they must.
+    A copy of the original, unquantised one; steps before it run if they must.
     """
     _execute(config, overrides, until="bake", quiet=quiet)
 
