@@ -112,7 +112,7 @@ def machine() -> Machine:
         gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         cache={name: cpu[name] for name in ("l2_cache_size", "l3_cache_size") if name in cpu},
-        bfloat16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        bfloat16=torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),  # oneDNN emulates it
         system=platform.system(),
         python=platform.python_version(),
         packages={name: found for name in PACKAGES if (found := _version(name))},

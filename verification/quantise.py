@@ -24,6 +24,7 @@ from so8t_core.errors import InputError
 from so8t_core.files import atomic_file
 from verification.gguf_file import FILE_TYPES, GGUFFile, read_gguf
 from verification.llama_engine import last_words, quiet
+from verification.logits import usable_cores
 
 # what llama.cpp writes instead when a row is not a multiple of the type's block; Q2_K and Q3_K in older builds: IQ4_NL
 FALLBACKS: dict[str, tuple[str, ...]] = {
@@ -99,7 +100,7 @@ def _run(source: Path, target: Path, number: int, threads: int | None, imatrix: 
     quiet()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = number
-    params.nthread = threads or os.cpu_count() or 1
+    params.nthread = threads or usable_cores()
     kept = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in imatrix.items()}
     if kept:  # `kept` and `entries` must outlive the call: C holds only pointers. The last entry's name is null
         entries = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()
