@@ -17,6 +17,7 @@ import argparse
 import ast
 import copy
 import gc
+import importlib
 import json
 import os
 import re
@@ -275,7 +276,7 @@ class _Judge:
                 os.dup2(nowhere, 1)
                 os.dup2(nowhere, 2)
             source = mutant.source if mutant else self.path.read_text(encoding="utf-8")
-            _exchange(sys.modules[self.module], source, self.path)
+            _exchange(importlib.import_module(self.module), source, self.path)
             for number, item in enumerate(session.items):
                 following = session.items[number + 1] if number + 1 < len(session.items) else None
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
