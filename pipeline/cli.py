@@ -71,7 +71,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except ModuleNotFoundError as error:
-        _fail(f"the package {error.name!r} is not installed; `so8t doctor` says what is missing and how to get it")
+        what = f"the package {error.name!r} is not installed" if error.name else str(error)  # transformers names none
+        _fail(f"{what}; `so8t doctor` says what is missing and how to get it")
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except Exception as error:

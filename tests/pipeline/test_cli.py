@@ -443,3 +443,23 @@ def test_lint_exits_by_its_verdict(
     assert code == 2
     assert "truncated" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), "the package 'peft' is not installed"),
+        (ModuleNotFoundError("Could not import module 'Trainer'."), "Could not import module 'Trainer'."),
+    ],
+)
+def test_what_cannot_be_imported_is_named(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"so8t: {said}; `so8t doctor`")
