@@ -1,6 +1,6 @@
 """Peak memory of our work above what its process already held, against a peer's or a floor's, in forks of one process.
 
-python -m benchmarks.bench_memory WORK_DIR TOKENIZER_DIR ROUNDS TOKENS METHODS... prints what the benchmark records.
+python -m benchmarks.bench_memory WORK_DIR TOKENIZER_DIR quick|whole prints what the benchmark records.
 """
 
 from __future__ import annotations
@@ -14,36 +14,39 @@ from typing import Any
 
 from benchmarks.side_by_side import of_memory
 
-METHODS = ("so8t", "LoRA r=8", "PEFT OFT")
+QUICK: dict[str, Any] = {"rounds": 2, "tokens": 256, "methods": ["so8t"], "shape": "TINY"}
+WHOLE: dict[str, Any] = {"rounds": 5, "tokens": 1024, "methods": ["so8t", "LoRA r=8", "PEFT OFT"], "shape": "SMALL"}
 Jobs = dict[str, dict[str, Callable[[], Any]]]
 
 
 def bench_memory(record: Any, tokenizer_dir: Path, tmp_path: Path, quick: bool) -> None:
     """In a fresh process: a fork of this one would carry its threads' locks along."""
-    settings = ("2", "256", *METHODS[:1]) if quick else ("5", "1024", *METHODS)
-    command = [sys.executable, "-m", "benchmarks.bench_memory", str(tmp_path), str(tokenizer_dir), *settings]
+    size = "quick" if quick else "whole"
+    command = [sys.executable, "-m", "benchmarks.bench_memory", str(tmp_path), str(tokenizer_dir), size]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, sizes in json.loads(done.stdout.splitlines()[-1]).items():
         record(of_memory(name, sizes))
 
 
-def _jobs(work: Path, tokenizer_dir: Path, tokens: int, methods: list[str]) -> Jobs:
+def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], shape: str) -> Jobs:
     """Everything is imported and prepared before the first fork; nothing here computes a gradient."""
     import torch
     from safetensors.torch import load_file
 
-    from benchmarks.bench_bake import SMALL, make_adapter, make_checkpoint
-    from benchmarks.bench_core import _methods
+    from benchmarks import bench_bake
+    from benchmarks.bench_bake import make_adapter, make_checkpoint
+    from benchmarks.bench_core import FLOOR, method
     from benchmarks.bench_data import build, rows_file
     from so8t_core import bake_checkpoint
     from verification.tokenizer import load_tokenizer
 
     torch.set_num_threads(1)
-    base, adapter = make_checkpoint(work / "base", **SMALL), work / "adapter"
-    make_adapter(adapter, layers=SMALL["layers"], hidden=SMALL["hidden"])
+    sizes: dict[str, int] = getattr(bench_bake, shape)
+    base, adapter = make_checkpoint(work / "base", **sizes), work / "adapter"
+    make_adapter(adapter, layers=sizes["layers"], hidden=sizes["hidden"])
     rows = rows_file(work / "rows.jsonl", 300)
-    models = _methods()
+    models = {name: method(name) for name in (FLOOR, *methods)}
     ids = torch.randint(0, 4096, (2, tokens // 2), generator=torch.Generator().manual_seed(0))
 
     def step(name: str) -> Callable[[], None]:
@@ -65,7 +68,7 @@ def _jobs(work: Path, tokenizer_dir: Path, tokens: int, methods: list[str]) -> J
 
     jobs: Jobs = {
         f"peak memory, training step, Llama 768 x 6 bfloat16, {tokens} tokens: {name}": {
-            name: step(name), "frozen base": step("frozen base")
+            name: step(name), FLOOR: step(FLOOR)
         }
         for name in methods
     }  # fmt: skip
@@ -75,11 +78,11 @@ def _jobs(work: Path, tokenizer_dir: Path, tokens: int, methods: list[str]) -> J
     return jobs
 
 
-def main(work: Path, tokenizer_dir: Path, rounds: int, tokens: int, methods: list[str]) -> None:
+def main(work: Path, tokenizer_dir: Path, *, rounds: int, **sizes_of_jobs: Any) -> None:
     """Measure everything in turns, print one JSON object: figure -> contender -> MB of every round."""
     from benchmarks.peak import forked
 
-    jobs = _jobs(work, tokenizer_dir, tokens, methods)
+    jobs = _jobs(work, tokenizer_dir, **sizes_of_jobs)
     sizes: dict[str, dict[str, list[float]]] = {name: {who: [] for who in pair} for name, pair in jobs.items()}
     for _ in range(rounds):
         for name, pair in jobs.items():
@@ -89,4 +92,4 @@ def main(work: Path, tokenizer_dir: Path, rounds: int, tokens: int, methods: lis
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), **{"quick": QUICK, "whole": WHOLE}[sys.argv[3]])
