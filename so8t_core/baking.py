@@ -28,7 +28,10 @@ from so8t_core.safetensors_stream import FLOATS, read_entries, rewrite
 from so8t_core.store import KEY_PREFIX, fold_layers, read_adapter
 
 INDEX_NAME = "model.safetensors.index.json"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+# other frameworks' copies of the weights too: left beside the baked ones they would be the model without its rotation
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".tflite"
+)  # fmt: skip
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 

@@ -86,17 +86,19 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
 def _with_gaps(report: Report) -> list[Leg]:
     """The measured legs, each with one check more where something that its inputs call for is not in the report."""
     made_here = {f"{name}.{word}" for name in LEG_TITLES for word in ("evaluated", "complete")}
-    found = {leg.name: [check for check in leg.checks if check.name not in made_here] for leg in report.legs}
+    found: dict[LegName, list[Check]] = {}
+    for leg in report.legs:  # a merged report may hold a leg twice: both count
+        found.setdefault(leg.name, []).extend(check for check in leg.checks if check.name not in made_here)
     present = {(check.name, check.subject) for checks in found.values() for check in checks}
     gaps: dict[LegName, list[str]] = {}
-    for name, subject in _called_for(report):
-        if (name, subject) not in present:
-            gaps.setdefault(_leg_of(name), []).append(f"{name} of {subject}" if subject else name)
-    for leg, names in gaps.items():
+    for wanted, subject in _called_for(report):
+        if (wanted, subject) not in present:
+            gaps.setdefault(_leg_of(wanted), []).append(f"{wanted} of {subject}" if subject else wanted)
+    for name, names in gaps.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        found.setdefault(leg, []).append(
+        found.setdefault(name, []).append(
             Check(
-                name=f"{leg}.complete",
+                name=f"{name}.complete",
                 title="All of the leg's checks are there",
                 status="not evaluated",
                 detail=f"the report has no {names[0]}{more}",
@@ -104,9 +106,9 @@ def _with_gaps(report: Report) -> list[Leg]:
         )
     compared = {leg.name: leg.compared for leg in report.legs}
     return [
-        Leg(name=leg, title=LEG_TITLES[leg], compared=compared.get(leg, ""), status="not evaluated", checks=found[leg])
-        for leg in LEG_TITLES
-        if found.get(leg)
+        Leg(name=name, title=title, compared=compared.get(name, ""), status="not evaluated", checks=found[name])
+        for name, title in LEG_TITLES.items()
+        if found.get(name)
     ]
 
 
@@ -163,7 +165,7 @@ def _decide_check(check: Check, policy: Policy) -> Check:
     elif _is_statistic(check):  # never the bound that a stored report says it had
         check = check.model_copy(update={"relation": None, "bound": None, "detail": _unknown(check)})
     status = _evaluate(check)
-    if status in ("fail", "inconclusive", "not evaluated"):
+    if status in ("fail", "inconclusive"):  # what was not measured cannot be accepted
         for waiver in policy.waivers:
             if waiver.check == check.name and waiver.subject in (None, check.subject):
                 return _waive(check, waiver.reason)

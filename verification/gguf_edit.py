@@ -93,11 +93,6 @@ class Raw:
         return path
 
 
-def set_keys(source: Path, target: Path, **values: Any) -> Path:
-    """Set metadata; "__" in a name stands for ".", None removes the key, a new key takes the value's own type."""
-    return set_metadata(source, target, {key.replace("__", "."): value for key, value in values.items()})
-
-
 def set_metadata(source: Path, target: Path, values: dict[str, Any]) -> Path:
     """Set metadata by key; None removes it."""
     raw = Raw.read(source)

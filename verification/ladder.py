@@ -2,7 +2,7 @@
 
 Cheap legs come first. Then the reference computes its logits once, onto disk, and is released; after it the bake, after
 that every file in its turn: one model or one file is in memory at any time. What was measured (`measuring`) and what
-was decided (`policy.decide` sets every status) stay apart. Ctrl-C leaves a report of what was done, with verdict
+was decided (`decision.decide` sets every status) stay apart. Ctrl-C leaves a report of what was done, with verdict
 incomplete.
 """
 
@@ -28,7 +28,7 @@ from verification.logits import usable_cores
 from verification.measuring import Progress, Run, Settings, measure_all
 from verification.oracle import Oracle
 from verification.policy import Policy, load_policy
-from verification.provenance import artefacts, imatrix_artefact, versions
+from verification.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
 from verification.schema import AnswerRecord, Check, Leg, LegName, Report, TrainingRecord
 
 _COMPARED: dict[LegName, str] = {
@@ -162,6 +162,8 @@ def verify(
             training=training,
             answers=answers,
         )
+        if not interrupted:
+            _unchanged(report)
         report = decide(report, rules)
         if out is not None and processes.is_first():
             from verification.report import write_report
@@ -182,6 +184,20 @@ def _clear(out: Path) -> None:
         tempfile.TemporaryFile(dir=out).close()
         for name in ("report.json", "report.html", "report.md", "junit.xml", "report.intoto.json"):
             (out / name).unlink(missing_ok=True)
+
+
+def _unchanged(report: Report) -> None:
+    """What was read minutes apart, by tensor and by llama.cpp, was one and the same file all the time.
+
+    Raises:
+        InputError: an input was replaced, changed or taken away meanwhile.
+    """
+    changed, absent = processes.from_first(lambda: changed_artefacts(report))
+    if changed or absent:
+        raise InputError(
+            f"{(changed + absent)[0]} {'changed' if changed else 'went away'} while it was being verified: the numbers "
+            "belong to no one file. Verify again when nothing writes there."
+        )
 
 
 def _interrupted(leg: LegName) -> Check:

@@ -127,7 +127,7 @@ def compare_rows(
     into.begin_chunk()
     for part in rows:
         own = reference.read(passage, done, done + len(part))
-        if done == 0 and len(part) > 1:
+        if ratio is None and len(part) > 1:  # the first batch may end behind the first scored row
             ratio = alignment(own[:ALIGNED_ROWS], part[:ALIGNED_ROWS])
         start = 0
         while start < len(part):

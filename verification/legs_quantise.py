@@ -11,12 +11,12 @@ from collections import Counter
 
 from verification.block_bounds import Held, hold
 from verification.checks import plain_check
+from verification.examined import SAME_MAKER
 from verification.gguf_file import FLOAT_TYPES, GGUFFile
 from verification.legs_file import Candidate
 from verification.oracle import Twin, same_bytes
 from verification.schema import Check
 
-SAME_MAKER = 0.9  # share of a tensor's neighbours that equal the oracle in a file of the same build
 _IMATRIX_KEY = "quantize.imatrix.file"  # llama-quantize writes it, among others, when it was given a matrix
 
 

@@ -7,6 +7,7 @@ be cut off anywhere: what it finished stands in `Run`, what is left in `Run.plan
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ from verification.noise import noise_checks, noise_floor
 from verification.oracle import Oracle
 from verification.policy import Policy
 from verification.schema import CellResult, Check, Divergence, LegName, NoiseRow, TensorRow, TrainedFunction
-from verification.tensors import Checkpoint
+from verification.tensors import Checkpoint, read_config
 from verification.tokenizer import load_tokenizer
 from verification.trained_function import trained_function
 from verification.weights import Sources, rotations
@@ -122,6 +123,7 @@ def measure_all(s: Settings, files: list[Candidate], run: Run, tell: Progress) -
     run.planned += ["bake", "dtype", "controls"] if s.base and s.adapter else []
     checkpoint, tokenizer = Checkpoint(s.reference), load_tokenizer(s.reference)
     same_vocabulary(checkpoint, files)
+    alike = _comparable_base(s, checkpoint, run)
     for candidate in files if processes.is_first() else []:
         require_loadable(candidate.file.path)
     with run.timed("oracle"):
@@ -148,7 +150,7 @@ def measure_all(s: Settings, files: list[Candidate], run: Run, tell: Progress) -
         reference = run_reference(load_hf(s.reference), wanted, s.work, name="saved checkpoint", tell=tell)
         gc.collect()  # a model's modules refer to each other: without this it would stay beside the next one
     with reference.spool:
-        _before_saving(s, text, reference, checkpoint, run, tell)
+        _before_saving(alike, text, reference, checkpoint, run, tell)
         for candidate in files:
             with run.timed(f"logits {candidate.label}"):
                 _measure(s, candidate, text, plan, reference, run, tell)
@@ -164,14 +166,32 @@ def measure_all(s: Settings, files: list[Candidate], run: Run, tell: Progress) -
             run.add("evidence", noise_checks(run.noise))
     run.add("evidence", evidence_checks(next(d for d in run.divergences if d.candidate == first.label)))
     run.planned = []
-    if s.base_damage and s.base is not None:
+    if s.base_damage and alike.base is not None:
         with run.timed("base damage"):
             try:
                 run.base_divergences = base_damage_of(
-                    s.base, files, s.oracle, text, s.work, seed=text.sha256, threads=s.threads, tell=tell
+                    alike.base, files, s.oracle, text, s.work, seed=text.sha256, threads=s.threads, tell=tell
                 )
             except InputError as error:  # information only: what was decided stands without it
                 run.notes.append(f"The base's own quantisation damage was not measured: {error}")
+
+
+def _comparable_base(s: Settings, checkpoint: Checkpoint, run: Run) -> Settings:
+    """Without a base of another vocabulary, whose logits cannot be set beside the reference's.
+
+    Raises:
+        InputError: with an adapter, which never changes the vocabulary.
+    """
+    if s.base is None:
+        return s
+    base, own = (config.get("vocab_size") for config in (read_config(s.base), checkpoint.config))
+    if base == own:
+        return s
+    differs = f"{s.base} has a vocabulary of {base} tokens, the reference {checkpoint.directory} has {own}"
+    if s.adapter is not None:
+        raise InputError(f"{differs}: the reference is no bake of that base")
+    run.notes.append(f"The base was not compared with: {differs}.")
+    return dataclasses.replace(s, base=None)
 
 
 def _files(

@@ -7,6 +7,7 @@ with this build can mean, and a bound below it decides nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def noise_checks(rows: Sequence[NoiseRow]) -> list[Check]:
     """The same settings give the same bits; the floor lies below the conversion's bound."""
     same = [row.max_abs_logit for row in rows if row.setting == SAME]
     others = [row for row in rows if row.setting != SAME]
-    worst = max(others, key=lambda row: row.mean_kld, default=None)
+    worst = max(others, key=lambda row: math.inf if math.isnan(row.mean_kld) else row.mean_kld, default=None)
     return [
         plain_check(
             "evidence.repeat",

@@ -20,7 +20,7 @@ DEFAULT_POLICY = Path(__file__).with_name("default_policy.yaml")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BakeBounds(_Section):

@@ -146,10 +146,16 @@ def nominal_types(file: GGUFFile) -> list[NominalType]:
     return rows
 
 
+def main_type(file_type: str) -> str:
+    """The tensor type that a file type stores most weights in; "F32" for a name without one."""
+    stem = file_type.rsplit("_", 1)[0] if file_type.endswith(("_S", "_M", "_L")) else file_type
+    names = (_MAIN_TYPES.get(file_type, file_type), stem, "F32")
+    return next(name for name in names if name in GGMLQuantizationType.__members__)
+
+
 def _recipe(file_type: str) -> tuple[str, ...]:
     """Types with blocks of 256 that a file type's recipe uses, its main type first."""
-    stem = file_type.rsplit("_", 1)[0] if file_type.endswith(("_S", "_M", "_L")) else file_type
-    main = stem if stem in GGMLQuantizationType.__members__ else _MAIN_TYPES.get(file_type, file_type)
-    if main not in GGMLQuantizationType.__members__ or GGML_QUANT_SIZES[GGMLQuantizationType[main]][0] != 256:
+    main = main_type(file_type)
+    if GGML_QUANT_SIZES[GGMLQuantizationType[main]][0] != 256:
         return ()
     return (main, *(other for other in ("Q4_K", "Q5_K", "Q6_K") if other != main))

@@ -1,7 +1,8 @@
 """The report's data model: what `verify` measured, against which bound, and what follows.
 
 `report.json` is this model and the source of every other form (HTML, Markdown, JUnit). A check passes only when it
-was evaluated and held; a leg takes the worst status of its checks; the verdict takes the worst of the legs.
+was evaluated and held; a leg takes the worst status of its checks (waived beside passed is a pass); the verdict takes
+the worst of the legs.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from verification.findings import Finding, show
 from verification.gguf_file import FLOAT_TYPES, GGUFFile
 from verification.load_probe import Probe
-from verification.quantise import nominal_types
+from verification.quantise import main_type, nominal_types
 
 F16_MAX = 65504.0
 _MARKERS = ("bos_token_id", "eos_token_id", "eot_token_id")
@@ -80,16 +80,16 @@ def counts(file: GGUFFile) -> list[Finding]:
         tokens = file.metadata.get("tokenizer.ggml.tokens")
         equal("tokenizer.ggml.tokens", embedding.shape[0], len(tokens) if tokens else None, "rows of token_embd")
     heads, key = file.get("attention.head_count"), file.get("attention.key_length")
-    if isinstance(heads, int) and heads > 0:
+    if isinstance(heads, int) and heads > 0 and not file.get("attention.kv_lora_rank"):  # MLA: sizes of its own
         dim = key or (file.get("embedding_length") or 0) // heads
         equal("blk.0.attn_q.weight", heads * dim, rows("blk.0.attn_q.weight"), "heads x channels a head")
         kv = file.get("attention.head_count_kv") or heads
         if isinstance(kv, int):
             equal("blk.0.attn_k.weight", kv * dim, rows("blk.0.attn_k.weight"), "KV heads x channels a head")
-    if arch != "phi3":  # gate and up stand in one tensor there
-        equal(
-            "blk.0.ffn_up.weight", file.get("feed_forward_length"), rows("blk.0.ffn_up.weight"), "feed_forward_length"
-        )
+    wide, up = file.get("feed_forward_length"), rows("blk.0.ffn_up.weight")
+    if isinstance(wide, int):  # a list: each layer its own
+        fused = "blk.0.ffn_gate.weight" not in file.tensors and up == 2 * wide  # Phi-3, GLM-4: gate and up in one
+        equal("blk.0.ffn_up.weight", wide, wide if fused else up, "feed_forward_length")
     eps, theta = file.get("attention.layer_norm_rms_epsilon"), file.get("rope.freq_base")
     if eps is not None and not 0 < eps <= 1e-3:
         found.append(Finding(f"{arch}.attention.layer_norm_rms_epsilon", "above 0, at most 1e-3", show(eps), _AGAIN))
@@ -172,7 +172,7 @@ def promised_types(file: GGUFFile) -> list[Finding]:
             sizes[row.nominal] += int(np.prod(tensor.shape))
     if not sizes:
         return []
-    main, promised = sizes.most_common(1)[0][0], _main_type(file.file_type)
+    main, promised = sizes.most_common(1)[0][0], main_type(file.file_type)
     bits = {kind: _bits(kind) for kind in (main, promised)}
     wrong = main != promised if file.is_float or main in FLOAT_TYPES else abs(bits[main] - bits[promised]) > 1.1
     if not wrong:
@@ -201,11 +201,6 @@ def fallbacks(file: GGUFFile) -> list[Finding]:
         for row in nominal_types(file)
         if row.is_fallback
     ]
-
-
-def _main_type(file_type: str) -> str:
-    stem = file_type.rsplit("_", 1)[0] if file_type.endswith(("_S", "_M", "_L")) else file_type
-    return next(kind for kind in (file_type, stem, "F32") if kind in GGMLQuantizationType.__members__)
 
 
 def _bits(kind: str) -> float:

@@ -211,7 +211,9 @@ class Examination:
         base = self.sources.base
         if base is None or source not in base:
             return None
-        return tensors.expected_values(name, source, base, self.file.architecture)
+        values = tensors.expected_values(name, source, base, self.file.architecture)
+        tensor = self.file.tensors[name]  # a fine-tune with more tokens than its base has other embeddings
+        return values if values.size == int(np.prod(tensor.shape)) else None
 
     def _rotation(self, prefix: str, source: str, role: Role) -> Rotation | None:
         if role == "v":  # the o_proj of the same layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from verification import Report, decide, verify
 from verification.cells import Passage
 from verification.converter import convert
 from verification.logits import LlamaLogits, hf_logits, llama_logits, load_hf
-from verification.noise import noise_checks, noise_floor
+from verification.noise import SAME, noise_checks, noise_floor
 from verification.policy import make_policy
 from verification.report import load_report
+from verification.schema import NoiseRow
 
 SMALL = {"chunks": 6, "n_ctx": 64, "base_damage": False, "threads": 1}  # one: no barrier waits on a busy machine
 # a random model's quants are worse than a trained one's: its logits depend on every weight alike; and 6 x 31 positions
@@ -268,6 +270,46 @@ def test_the_noise_floor_sees_an_engine_that_does_not_repeat(family: Family, mon
     monkeypatch.setattr(LlamaLogits, "chunk", drifting)
     found = noise_checks(noise_floor("F16", family.files["F16"], plain_passages(), threads=2))
     assert [check.value > 0 for check in found] == [True, True]
+
+
+def test_a_nan_of_any_setting_is_the_noise_floor() -> None:
+    """Wherever it stands: Python's max keeps what came before a NaN."""
+    settings = [SAME, "n_batch 16", "n_ubatch 8", "1 thread"]
+    for place in (1, 2, 3):
+        rows = [
+            NoiseRow(candidate="F16", setting=name, positions=1, mean_kld=math.nan if i == place else 0.0,
+                     max_abs_logit=0.0, top1=1.0)
+            for i, name in enumerate(settings)
+        ]  # fmt: skip
+        assert math.isnan(noise_checks(rows)[1].value)  # type: ignore[arg-type]
+
+
+def test_a_file_replaced_while_it_is_verified_leaves_no_report(family: Family, tmp_path: Path) -> None:
+    """The contract would be of one file and the logits of another."""
+    path = Path(shutil.copyfile(family.files["Q8_0"], tmp_path / "a.gguf"))
+    other = Path(shutil.copyfile(path, tmp_path / "new.gguf"))
+    with other.open("ab") as stream:
+        stream.write(bytes(32))
+
+    def replace(stage: str, done: int, total: int) -> None:
+        if other.is_file() and stage.startswith("reference"):
+            other.replace(path)
+
+    with pytest.raises(InputError, match=r"a\.gguf changed while it was being verified"):
+        one_file(family, path, progress=replace, out=tmp_path / "report")
+    assert not (tmp_path / "report" / "report.json").exists()
+
+
+def test_a_base_with_fewer_tokens_is_said_and_left_out(family: Family, tmp_path: Path) -> None:
+    """A fine-tune that added tokens; no adapter does that."""
+    small = load_hf(family.base)
+    small.resize_token_embeddings(small.config.vocab_size - 256)
+    small.save_pretrained(tmp_path / "base")
+    report = one_file(family, family.files["Q8_0"], base=tmp_path / "base", base_damage=True)
+    assert report.verdict == "pass"
+    assert any("base was not compared with" in note and "49152" in note for note in report.notes)
+    with pytest.raises(InputError, match="no bake of that base"):
+        one_file(family, family.files["Q8_0"], base=tmp_path / "base", adapter=family.adapter)
 
 
 def plain_passages() -> list[Passage]:

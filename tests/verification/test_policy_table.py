@@ -378,10 +378,10 @@ def test_a_saved_type_without_a_bound_is_named() -> None:
     assert decided_check(stored).detail == "float8 has no bound; save in float32, float16 or bfloat16"
 
 
-@pytest.mark.parametrize("status", ["fail", "inconclusive", "not evaluated"])
-def test_a_waiver_covers_every_way_of_not_passing_and_nothing_that_passes(status: str) -> None:
-    value = {"fail": 0.3, "inconclusive": 0.019, "not evaluated": 0.01}[status]
-    interval = {"fail": (0.2, 0.4), "inconclusive": (0.01, 0.03), "not evaluated": None}[status]
+@pytest.mark.parametrize("status", ["fail", "inconclusive"])
+def test_a_waiver_covers_what_was_measured_and_does_not_hold_and_nothing_that_passes(status: str) -> None:
+    value = {"fail": 0.3, "inconclusive": 0.019}[status]
+    interval = {"fail": (0.2, 0.4), "inconclusive": (0.01, 0.03)}[status]
     stored = plain_check("quality.mean_kld", "X", value, subject="Q8_0", interval=interval)
     assert decided_check(stored).status == status
     waiver = {"check": "quality.mean_kld", "reason": "because"}
@@ -390,6 +390,35 @@ def test_a_waiver_covers_every_way_of_not_passing_and_nothing_that_passes(status
     assert decided_check(waived).reason == ""
     good = plain_check("quality.mean_kld", "X", 0.01, subject="Q8_0")
     assert (decided_check(good, waivers=[waiver]).status, decided_check(good, waivers=[waiver]).reason) == ("pass", "")
+
+
+@pytest.mark.parametrize("value", [None, 0.01])
+def test_a_waiver_never_accepts_what_was_not_measured(value: float | None) -> None:
+    """Neither a value that is not there nor a mean without its interval."""
+    stored = plain_check("quality.mean_kld", "X", 0.01, subject="Q8_0")
+    stored = stored.model_copy(update={"value": value, "interval": None})
+    waiver = {"check": "quality.mean_kld", "reason": "because"}
+    assert decided_check(stored, waivers=[waiver]).status == "not evaluated"
+    assert decide(report(*healthy(), stored), make_policy({"waivers": [waiver]})).verdict == "incomplete"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_leg_that_stands_twice_in_a_report_counts_twice(order: int) -> None:
+    legs = [
+        report(plain_check("bake.max_abs_logit", "X", value)).legs[0].model_copy(update={"compared": word})
+        for value, word in ((99.0, "first"), (0.0, "second"))
+    ]
+    twice = report(*healthy())
+    twice = twice.model_copy(update={"legs": [*twice.legs, *legs[::order]]})
+    assert decide(twice, make_policy({})).verdict == "fail"
+    alone = twice.model_copy(update={"legs": [leg for leg in twice.legs if leg is not legs[0]]})
+    assert decide(alone, make_policy({})).verdict == "pass"
+
+
+@pytest.mark.parametrize("bound", [float("inf"), float("nan")])
+def test_a_bound_that_is_no_number_is_refused(bound: float) -> None:
+    with pytest.raises(InputError, match=r"bake\.max_abs_logit.*finite"):
+        make_policy({"bake": {"max_abs_logit": bound}})
 
 
 def summary(*checks: Check, **overrides: Any) -> str:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from verification_models import Family, rewrite
 
+from so8t_core import SO8TConfig, attach, bake, bake_checkpoint, load_adapter, save_adapter
 from so8t_core.errors import InputError
 from verification.gguf_edit import edit_tensor
 from verification.gguf_file import read_gguf
@@ -191,6 +193,30 @@ def test_a_saved_nan_is_not_hidden_by_the_tensors_after_it(family: Family, tmp_p
     value, where = saved_rounding(model, Checkpoint(folder))
     assert value == float("inf")
     assert "embed_tokens" in where
+
+
+def test_experts_are_held_against_the_files_that_name_each(tmp_path: Path) -> None:
+    """In memory the experts of a layer are one tensor, in the files they are one each."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    save_adapter(attach(load_hf(tmp_path / "base"), SO8TConfig(init_scale=0.1)), tmp_path / "adapter")
+    saved = bake_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "saved")
+    baked = bake(load_adapter(load_hf(tmp_path / "base"), tmp_path / "adapter"))
+    assert saved_rounding(baked, Checkpoint(saved))[0] <= 1.01
+    (path,) = saved.glob("*.safetensors")
+    weights, name = load_file(path), "model.layers.1.mlp.experts.2.up_proj.weight"
+    weights[name][3, 5] += 0.01
+    save_file(weights, path, metadata={"format": "pt"})
+    value, where = saved_rounding(baked, Checkpoint(saved))
+    assert value > 10
+    assert name in where
+    del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert saved_rounding(baked, Checkpoint(saved)) == (float("inf"), f"{name} is not in the saved checkpoint")
 
 
 def test_the_largest_difference_is_nan_wherever_the_nan_stands() -> None:

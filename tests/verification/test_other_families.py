@@ -1,0 +1,96 @@
+"""Healthy files of families and types that state their sizes in their own way raise no alarm; wrong ones still do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from verification.cells import Passage
+from verification.divergence import DivergenceAccumulator
+from verification.gguf_file import FILE_TYPES, GGUFFile, GGUFTensor
+from verification.legs_logits import compare_rows
+from verification.metadata import against_config
+from verification.quantise import main_type
+from verification.self_check import counts, promised_types
+
+
+def file_of(architecture: str, tensors: dict[str, tuple[tuple[int, ...], str]], **metadata: Any) -> GGUFFile:
+    """A header without data."""
+    values = {f"{architecture}.{key.replace('__', '.')}": value for key, value in metadata.items()}
+    made = {name: GGUFTensor(name, shape, kind, np.zeros(1, np.uint8)) for name, (shape, kind) in tensors.items()}
+    return GGUFFile(Path("x.gguf"), {"general.architecture": architecture, **values}, made)
+
+
+def quant(file_type: str, kind: str) -> GGUFFile:
+    file = file_of("llama", {"blk.0.ffn_up.weight": ((512, 256), kind)})
+    number = next(number for number, name in FILE_TYPES.items() if name == file_type)
+    return GGUFFile(file.path, {**file.metadata, "general.file_type": number}, file.tensors)
+
+
+@pytest.mark.parametrize(
+    ("file_type", "kind"),
+    [("IQ2_M", "IQ2_S"), ("IQ3_M", "IQ3_S"), ("IQ3_XS", "IQ3_S"), ("IQ3_S", "IQ3_S"), ("Q4_K_M", "Q4_K"),
+     ("Q2_K_S", "Q2_K"), ("Q8_0", "Q8_0")],
+)  # fmt: skip
+def test_the_main_type_of_a_file_type(file_type: str, kind: str) -> None:
+    assert main_type(file_type) == kind
+    assert promised_types(quant(file_type, kind)) == []
+    wrong = "Q8_0" if kind != "Q8_0" else "Q4_K"
+    assert promised_types(quant(file_type, wrong))
+
+
+@pytest.mark.parametrize(("rows", "gate", "held"), [(1024, False, True), (512, False, True), (1024, True, False),
+                                                    (768, False, False), (512, True, True)])  # fmt: skip
+def test_gate_and_up_may_stand_in_one_tensor(rows: int, gate: bool, held: bool) -> None:
+    """GLM-4, like Phi-3: then there is no gate of its own."""
+    tensors = {"blk.0.ffn_up.weight": ((rows, 256), "F16")}
+    tensors |= {"blk.0.ffn_gate.weight": ((512, 256), "F16")} if gate else {}
+    found = counts(file_of("glm4", tensors, feed_forward_length=512, block_count=1))
+    assert (found == []) == held
+
+
+def test_a_width_of_its_own_for_every_layer() -> None:
+    tensors = {"blk.0.ffn_up.weight": ((1024, 256), "F16"), "blk.0.ffn_gate.weight": ((1024, 256), "F16")}
+    assert counts(file_of("gemma4", tensors, feed_forward_length=[1024, 512], block_count=1)) == []
+    listed = file_of("gemma4", {}, feed_forward_length=[1024, 512])
+    assert against_config({"intermediate_size": 512}, listed) == []
+    known = file_of("llama", {}, feed_forward_length=[1024, 512])  # this family has one width
+    assert [f.where for f in against_config({"intermediate_size": 512}, known)] == ["llama.feed_forward_length"]
+
+
+def test_latent_attention_is_no_contradiction() -> None:
+    """DeepSeek-V2: the latent is stored as one KV head."""
+    config = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512}
+    keys: dict[str, Any] = {
+        "attention__key_length": 576, "attention__value_length": 512, "attention__head_count": 16,
+        "attention__head_count_kv": 1, "attention__kv_lora_rank": 512, "embedding_length": 2048, "block_count": 1,
+    }  # fmt: skip
+    tensors = {"blk.0.attn_q.weight": ((3072, 2048), "F16")}
+    assert against_config(config, file_of("deepseek2", tensors, **keys)) == []
+    assert counts(file_of("deepseek2", tensors, **keys)) == []
+    plain = {key: value for key, value in config.items() if key != "kv_lora_rank"}
+    assert against_config(plain, file_of("deepseek2", tensors, **keys))
+    assert counts(file_of("deepseek2", tensors, **{**keys, "attention__kv_lora_rank": None}))
+
+
+@pytest.mark.parametrize("n_ctx", [1021, 1022, 1023, 1024, 1025])
+def test_every_context_length_shows_its_alignment(n_ctx: int) -> None:
+    """At 1022 and 1023 the engine's first batch of 512 holds a single scored row."""
+    rng = np.random.default_rng(0)
+    first = n_ctx // 2
+    passage = Passage(rng.integers(0, 50, n_ctx), first)
+    logits = rng.standard_normal((passage.rows, 50)).astype(np.float32)
+
+    class Kept:
+        def read(self, _: Passage, start: int, stop: int) -> Any:
+            return logits[start:stop]
+
+    batches = [(max(b, first), min(b + 512, n_ctx - 1)) for b in range(0, n_ctx, 512)]
+    parts = [logits[a - first : b - first] for a, b in batches if b > a]
+    into = DivergenceAccumulator(reference="r", candidate="c", n_ctx=n_ctx, vocab=50)
+    ratio = compare_rows(iter(parts), Kept(), passage, into)  # type: ignore[arg-type]
+    assert ratio is not None
+    assert ratio > 2
