@@ -247,16 +247,3 @@ def load_adapter(model: Model, directory: str | Path, *, trainable: bool = False
     for parameter in model.parameters() if not trainable else ():
         parameter.requires_grad_(False)
     return model
-
-
-__all__ = [
-    "active_adapter",
-    "adapter_state",
-    "attach",
-    "config_of",
-    "detach",
-    "fold_layers",
-    "load_adapter",
-    "read_adapter",
-    "save_adapter",
-]

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from verification.gguf_file import Cursor, read_gguf
-from verification.hypotheses import halves_to_pairs
+from verification.gguf_file import ARRAY, SCALARS, STRING, Cursor, read_gguf
+from verification.hypotheses import halves_to_pairs, pairs_to_halves
 from verification.requantise import quantised_bytes
 
 Array = npt.NDArray[np.float32]
-_STRUCTS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY, _UINT32, _FLOAT32, _BOOL = 8, 9, 4, 6, 7
+_UINT32, _FLOAT32, _BOOL = 4, 6, 7
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Raw:
         raw = cls({}, [])
         for _ in range(n_keys):
             key, kind = cursor.string(), cursor.unpack("I")
-            if kind == _ARRAY:
+            if kind == ARRAY:
                 raw.arrays[key] = struct.unpack_from("<I", cursor.data, cursor.at)[0]
             raw.keys[key] = kind, cursor.value(kind)
         for _ in range(n_tensors):
@@ -72,12 +71,12 @@ class Raw:
             return struct.pack("<Q", len(encoded)) + encoded
 
         def pack(kind: int, value: Any) -> bytes:
-            return text(value) if kind == _STRING else struct.pack("<" + _STRUCTS[kind], value)
+            return text(value) if kind == STRING else struct.pack("<" + SCALARS[kind], value)
 
         header = [b"GGUF", struct.pack("<IQQ", 3, len(self.tensors), len(self.keys))]
         for key, (kind, value) in self.keys.items():
             header += [text(key), struct.pack("<I", kind)]
-            if kind == _ARRAY:
+            if kind == ARRAY:
                 inner = self.arrays[key]
                 header += [struct.pack("<IQ", inner, len(value)), *(pack(inner, item) for item in value)]
             else:
@@ -101,7 +100,7 @@ def set_metadata(source: Path, target: Path, values: dict[str, Any]) -> Path:
             raw.keys.pop(key, None)
             continue
         new = _BOOL if isinstance(value, bool) else _FLOAT32 if isinstance(value, float) else _UINT32
-        new = _STRING if isinstance(value, str) else new
+        new = STRING if isinstance(value, str) else new
         raw.keys[key] = raw.keys[key][0] if key in raw.keys else new, value
     return raw.write(target)
 
@@ -141,12 +140,7 @@ def permuted(source: Path, target: Path, name: str, head_rows: int) -> Path:
 
 def unpermuted(source: Path, target: Path, name: str, head_rows: int) -> Path:
     """q or k rows left as the checkpoint has them: halves, where llama.cpp wants pairs."""
-
-    def back(w: Array) -> Array:
-        split = w.reshape(-1, head_rows // 2, 2, *w.shape[1:])
-        return np.swapaxes(split, 1, 2).reshape(w.shape)
-
-    return edit_tensor(source, target, name, back)
+    return edit_tensor(source, target, name, lambda w: pairs_to_halves(w, head_rows))
 
 
 def swapped(source: Path, target: Path, one: str, other: str) -> Path:

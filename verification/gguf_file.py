@@ -23,8 +23,8 @@ from gguf.quants import dequantize
 
 from so8t_core.errors import InputError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
 FLOAT_TYPES = {"F32", "F16", "BF16"}
 
 # llama.cpp's enum llama_ftype (include/llama.h): the number stored in general.file_type
@@ -138,21 +138,21 @@ class Cursor:
         Raises:
             InputError: an unknown type, or an array of arrays.
         """
-        if kind == _STRING:
+        if kind == STRING:
             return self.string()
-        if kind == _ARRAY:
+        if kind == ARRAY:
             inner, count = self.unpack("I"), self.unpack("Q")
-            if inner == _ARRAY:
+            if inner == ARRAY:
                 raise InputError(f"{self.path}: {self.inside} is an array of arrays, which llama.cpp does not read")
-            if inner in _SCALARS:
-                size = struct.calcsize("<" + _SCALARS[inner])
-                return list(struct.unpack(f"<{count}{_SCALARS[inner]}", self.take(size * count)))
-            return self.strings(count) if inner == _STRING else [self.value(inner) for _ in range(count)]
-        if kind not in _SCALARS:
+            if inner in SCALARS:
+                size = struct.calcsize("<" + SCALARS[inner])
+                return list(struct.unpack(f"<{count}{SCALARS[inner]}", self.take(size * count)))
+            return self.strings(count) if inner == STRING else [self.value(inner) for _ in range(count)]
+        if kind not in SCALARS:
             raise InputError(
                 f"{self.path}: {self.inside} has the unknown value type {kind}; the file is damaged or newer"
             )
-        return self.unpack(_SCALARS[kind])
+        return self.unpack(SCALARS[kind])
 
 
 def read_gguf(path: str | Path) -> GGUFFile:

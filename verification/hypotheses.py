@@ -96,7 +96,7 @@ def hypotheses(known: Known) -> Iterator[tuple[str, Array]]:
         yield "transposed", np.ascontiguousarray(W.T)
     if known.role in ("q", "k") and known.head_rows % 2 == 0 and known.head_rows:
         names = ("not permuted", "permuted twice") if known.in_pairs else ("un-permuted", "permuted")
-        yield f"q/k rows {names[0]}", _pairs_to_halves(W, known.head_rows)
+        yield f"q/k rows {names[0]}", pairs_to_halves(W, known.head_rows)
         yield f"q/k rows {names[1]}", halves_to_pairs(W, known.head_rows)
     for name, values in known.siblings:
         if values.shape == W.shape:
@@ -158,7 +158,8 @@ def halves_to_pairs(values: Array, head_rows: int) -> Array:
     return np.swapaxes(split, 1, 2).reshape(values.shape)
 
 
-def _pairs_to_halves(values: Array, head_rows: int) -> Array:
+def pairs_to_halves(values: Array, head_rows: int) -> Array:
+    """The way back."""
     heads = values.shape[0] // head_rows
     split = values.reshape(heads, head_rows // 2, 2, *values.shape[1:])  # (heads, d/2, half, ...)
     return np.swapaxes(split, 1, 2).reshape(values.shape)

@@ -21,7 +21,7 @@ from so8t_core.errors import InputError
 from so8t_core.quantised import Quantization
 from verification import chat_templates, processes
 from verification.cells import Level, Plan, plan_cells
-from verification.checks import plain_check
+from verification.checks import plain_check, zero_check
 from verification.corpus import Corpus, read_corpus
 from verification.evidence import alignment_check, evidence_checks
 from verification.gguf_file import read_gguf
@@ -294,24 +294,15 @@ def _trained(
 
 def _dtype_checks(d: Divergence, checkpoint: Checkpoint) -> list[Check]:
     kind = dtype_name(checkpoint)
-    kld = Check(
-        name=f"dtype.mean_kld.{kind}",
-        title=f"Mean KL divergence of saving in {kind}",
-        status="not evaluated",
-        value=d.mean_kld if d.tokens else None,
+    kld = plain_check(
+        f"dtype.mean_kld.{kind}",
+        f"Mean KL divergence of saving in {kind}",
+        d.mean_kld if d.tokens else None,
         interval=d.mean_kld_interval if d.tokens else None,
         unit="nats",
         detail=f"{d.tokens} positions in {d.chunks} chunks",
     )
-    finite = Check(
-        name="dtype.non_finite",
-        title="Positions with NaN or Inf",
-        status="not evaluated",
-        value=d.non_finite,
-        bound=0,
-        relation="<=",
-    )
-    return [kld, finite]
+    return [kld, zero_check("dtype.non_finite", "Positions with NaN or Inf", d.non_finite)]
 
 
 def same_vocabulary(checkpoint: Checkpoint, files: list[Candidate]) -> None:

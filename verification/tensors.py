@@ -25,6 +25,7 @@ from so8t_core.errors import InputError
 from so8t_core.files import read_json
 from verification import rope
 from verification.gguf_file import GGUFFile, GGUFTensor
+from verification.hypotheses import halves_to_pairs
 from verification.memory import Memory, frame
 from verification.schema import TensorRow
 
@@ -137,9 +138,10 @@ def expected_values(name: str, source: str, checkpoint: Checkpoint, architecture
     values = checkpoint[source]
     config = checkpoint.config
     if architecture in PERMUTED and ".attn_q." in name:
-        return _halves_to_pairs(values, int(config["num_attention_heads"]))
+        return halves_to_pairs(values, len(values) // int(config["num_attention_heads"]))
     if architecture in PERMUTED and ".attn_k." in name:
-        return _halves_to_pairs(values, int(config.get("num_key_value_heads") or config["num_attention_heads"]))
+        heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+        return halves_to_pairs(values, len(values) // heads)
     if architecture in _NORM_PLUS_ONE and name.endswith("norm.weight"):
         return values + np.float32(1)
     return values
@@ -156,13 +158,6 @@ def expectation(name: str, found: Inventory, checkpoint: Checkpoint, file: GGUFF
     if file.architecture == "gemma3" and name == "token_embd.weight":  # its converter leaves out rows without a token
         return values[: len(file.metadata.get("tokenizer.ggml.tokens") or values)]
     return values
-
-
-def _halves_to_pairs(values: Array, heads: int) -> Array:
-    """Reorder each head's rows (r0..r[d/2-1], i0..i[d/2-1]) to (r0, i0, r1, i1, ..): RoPE on neighbours."""
-    rows = values.shape[0]
-    split = values.reshape(heads, 2, rows // heads // 2, *values.shape[1:])  # (heads, half, d/2, ...)
-    return np.ascontiguousarray(np.swapaxes(split, 1, 2).reshape(values.shape))
 
 
 @dataclass(frozen=True)

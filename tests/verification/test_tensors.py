@@ -17,13 +17,13 @@ from so8t_core import SO8TConfig, attach, bake, bake_checkpoint, load_adapter, s
 from so8t_core.errors import InputError
 from verification.gguf_edit import edit_tensor
 from verification.gguf_file import read_gguf
-from verification.hypotheses import rotated
+from verification.hypotheses import halves_to_pairs, rotated
 from verification.legs_bake import _largest, saved_rounding
 from verification.legs_file import Candidate, weight_checks
 from verification.legs_quantise import quantise_checks
 from verification.logits import load_hf
 from verification.oracle import Twin
-from verification.tensors import Checkpoint, _halves_to_pairs, inventory
+from verification.tensors import Checkpoint, inventory
 from verification.weights import Sources, rotations
 
 
@@ -122,7 +122,7 @@ def test_a_tensor_nobody_expects_is_unexplained(family: Family) -> None:
 
 def test_the_rope_permutation_pairs_the_halves() -> None:
     rows = np.arange(8, dtype=np.float32)[:, None]  # two heads of four rows: r0 r1 i0 i1
-    assert _halves_to_pairs(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert halves_to_pairs(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_a_rotation_of_a_milliradian_in_one_layer_is_seen(family: Family, tmp_path: Path) -> None:
