@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_bake import SMALL, TINY, make_adapter, make_checkpoint
 from benchmarks.side_by_side import of_memory
 
-QUICK: dict[str, Any] = {"rounds": 2, "tokens": 256, "methods": ["so8t"], "shape": "TINY"}
-WHOLE: dict[str, Any] = {"rounds": 5, "tokens": 1024, "methods": ["so8t", "LoRA r=8", "PEFT OFT"], "shape": "SMALL"}
+QUICK: dict[str, Any] = {"rounds": 2, "tokens": 256, "methods": ["so8t"], "shape": TINY}
+WHOLE: dict[str, Any] = {"rounds": 5, "tokens": 1024, "methods": ["so8t", "LoRA r=8", "PEFT OFT"], "shape": SMALL}
 Jobs = dict[str, dict[str, Callable[[], Any]]]
 
 
@@ -29,22 +30,19 @@ def bench_memory(record: Any, tokenizer_dir: Path, tmp_path: Path, quick: bool) 
         record(of_memory(name, sizes))
 
 
-def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], shape: str) -> Jobs:
+def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], shape: dict[str, int]) -> Jobs:
     """Everything is imported and prepared before the first fork; nothing here computes a gradient."""
     import torch
     from safetensors.torch import load_file
 
-    from benchmarks import bench_bake
-    from benchmarks.bench_bake import make_adapter, make_checkpoint
     from benchmarks.bench_core import FLOOR, method
     from benchmarks.bench_data import build, rows_file
     from so8t_core import bake_checkpoint
     from verification.tokenizer import load_tokenizer
 
     torch.set_num_threads(1)
-    sizes: dict[str, int] = getattr(bench_bake, shape)
-    base, adapter = make_checkpoint(work / "base", **sizes), work / "adapter"
-    make_adapter(adapter, layers=sizes["layers"], hidden=sizes["hidden"])
+    base, adapter = make_checkpoint(work / "base", **shape), work / "adapter"
+    make_adapter(adapter, layers=shape["layers"], hidden=shape["hidden"])
     rows = rows_file(work / "rows.jsonl", 300)
     models = {name: method(name) for name in (FLOOR, *methods)}
     ids = torch.randint(0, 4096, (2, tokens // 2), generator=torch.Generator().manual_seed(0))

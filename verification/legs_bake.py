@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers.core_model_loading import revert_weight_conversion
 
 from verification.checks import plain_check
 from verification.logits import hf_chunk, load_hf
@@ -145,6 +144,8 @@ def saved_rounding(baked: Any, saved: Checkpoint) -> tuple[float, str]:
 
     Infinite for a missing tensor, another shape, a NaN or Inf, or a type that is not float32, float16 or bfloat16.
     """
+    from transformers.core_model_loading import revert_weight_conversion  # costs a second, needed with a model alone
+
     state = baked.state_dict()
     tied = {"lm_head.weight"} if getattr(baked.config, "tie_word_embeddings", False) else set()
     if not state.keys() - tied <= saved.keys():  # experts are one tensor in memory, one each in the files

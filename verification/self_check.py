@@ -87,9 +87,9 @@ def counts(file: GGUFFile) -> list[Finding]:
         if isinstance(kv, int):
             equal("blk.0.attn_k.weight", kv * dim, rows("blk.0.attn_k.weight"), "KV heads x channels a head")
     wide, up = file.get("feed_forward_length"), rows("blk.0.ffn_up.weight")
-    if isinstance(wide, int):  # a list: each layer its own
-        fused = "blk.0.ffn_gate.weight" not in file.tensors and up == 2 * wide  # Phi-3, GLM-4: gate and up in one
-        equal("blk.0.ffn_up.weight", wide, wide if fused else up, "feed_forward_length")
+    no_gate = "blk.0.ffn_gate.weight" not in file.tensors
+    if isinstance(wide, int) and not (no_gate and up == 2 * wide):  # a list for each layer; Phi-3's gate stands in up
+        equal("blk.0.ffn_up.weight", wide, up, "feed_forward_length")
     eps, theta = file.get("attention.layer_norm_rms_epsilon"), file.get("rope.freq_base")
     if eps is not None and not 0 < eps <= 1e-3:
         found.append(Finding(f"{arch}.attention.layer_norm_rms_epsilon", "above 0, at most 1e-3", show(eps), _AGAIN))

@@ -150,10 +150,6 @@ def test_a_damaged_or_absent_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_saving_a_stale_checkpoint_is_seen(family: Family, tmp_path: Path) -> None:
-    from so8t_core import bake, load_adapter
-    from verification.legs_bake import saved_rounding
-    from verification.logits import load_hf
-
     baked = bake(load_adapter(load_hf(family.base), family.adapter))
     assert saved_rounding(baked, Checkpoint(family.reference))[0] <= 1.01
     stale, where = saved_rounding(baked, Checkpoint(family.base))
