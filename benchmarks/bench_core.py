@@ -1,5 +1,5 @@
 """The core against its peers. Shapes: the 12288 rotations of a Phi-3.5, its o_proj (2048 tokens x 3072) and SmolLM2's
-(2048 x 576), decoding of one token, and a whole training step of a Llama 768 x 6 in bfloat16."""
+(2048 x 576), decoding of one token, and a whole training step of a Llama 768 x 6 in `number_type`'s type."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.number_type import DTYPE, NAME
 from benchmarks.side_by_side import measured
 from so8t_core import SO8TConfig, exp_so8, skew
 
@@ -144,29 +145,29 @@ def bench_adapter_inference(figures: Any, tokens: int, width: int, bar: float) -
         )
 
 
-def llama() -> LlamaForCausalLM:
+def llama(layers: int = 6, dtype: torch.dtype = DTYPE) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=768,
         intermediate_size=2048,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         num_key_value_heads=12,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).bfloat16()
+    return LlamaForCausalLM(config).to(dtype)
 
 
 @functools.cache
-def method(name: str) -> nn.Module:
+def method(name: str, layers: int = 6, dtype: torch.dtype = DTYPE) -> nn.Module:
     """The frozen base, or a method on its o_proj. The base's embeddings need a gradient so that all go backward."""
     configs: dict[str, PeftConfig] = {
         "so8t": SO8TConfig(init_scale=0.05),
         "LoRA r=8": LoraConfig(r=8, target_modules=["o_proj"]),
         "PEFT OFT": OFTConfig(**OFT),
     }
-    model: Any = llama().requires_grad_(False)
+    model: Any = llama(layers, dtype).requires_grad_(False)
     if name != FLOOR:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -194,7 +195,7 @@ def bench_whole_training_step(figures: Any, quick: bool) -> None:
     floor = run(method(FLOOR))
     for name, bar in (("so8t", None if quick else 1.04), ("LoRA r=8", None), ("PEFT OFT", None)):
         figures(
-            f"whole training step, Llama 768 x 6 bfloat16, {tokens} tokens: {name}",
+            f"whole training step, Llama 768 x 6 {NAME}, {tokens} tokens: {name}",
             {name: run(method(name)), FLOOR: floor},
             rounds=11,
             bar=bar,
@@ -203,7 +204,8 @@ def bench_whole_training_step(figures: Any, quick: bool) -> None:
 
 
 def bench_saved_activations(record: Any) -> None:
-    """Bytes a token, channel and layer that the backward needs more than the frozen base's."""
+    """Bytes a token, channel and layer that the backward needs more than the frozen base's, counted over two layers;
+    in bfloat16 everywhere: of float32 states the base keeps already what an adapter would."""
     ids = torch.randint(0, 4096, (1, 512), generator=torch.Generator().manual_seed(0))
 
     def saved(model: nn.Module) -> int:
@@ -220,8 +222,8 @@ def bench_saved_activations(record: Any) -> None:
         assert logits.requires_grad
         return sum(kept.values())
 
-    base = saved(method(FLOOR))
+    base = saved(method(FLOOR, 2, torch.bfloat16))
     for name, bar in (("so8t", 2.2), ("LoRA r=8", None), ("PEFT OFT", None)):
-        per = (saved(method(name)) - base) / (512 * 768 * 6)
+        per = (saved(method(name, 2, torch.bfloat16)) - base) / (512 * 768 * 2)
         title = f"saved activations, bytes a token, channel and layer, bfloat16: {name}"
         record(measured(title, per, bar=bar, peer=FLOOR))

@@ -37,6 +37,7 @@ def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], s
 
     from benchmarks.bench_core import FLOOR, method
     from benchmarks.bench_data import build, rows_file
+    from benchmarks.number_type import NAME
     from so8t_core import bake_checkpoint
     from verification.tokenizer import load_tokenizer
 
@@ -65,7 +66,7 @@ def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], s
         return len([json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()])
 
     jobs: Jobs = {
-        f"peak memory, training step, Llama 768 x 6 bfloat16, {tokens} tokens: {name}": {
+        f"peak memory, training step, Llama 768 x 6 {NAME}, {tokens} tokens: {name}": {
             name: step(name), FLOOR: step(FLOOR)
         }
         for name in methods

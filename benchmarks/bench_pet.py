@@ -1,7 +1,7 @@
 """What PET costs: a training step with it and without, and the bytes it keeps for the backward.
 
-Shape: a Llama 768 x 6 in bfloat16 with a rotation on every layer, as in `bench_core`; PET on the last layer,
-the default, and on all six.
+Shape: a Llama 768 x 6 in `number_type`'s type with a rotation on every layer, as in `bench_core`; PET on the last
+layer, the default, and on all six.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.bench_core import llama
+from benchmarks.number_type import DTYPE, NAME
 from benchmarks.side_by_side import measured
 from pipeline.pet_term import HiddenStates, penalty
 from so8t_core import SO8TConfig, attach
@@ -21,14 +22,14 @@ from so8t_core import SO8TConfig, attach
 LAYERS = {"the last layer": [-1], "all 6 layers": [0, 1, 2, 3, 4, 5]}
 
 
-def _model() -> Any:
-    model: Any = attach(llama(), SO8TConfig(init_scale=0.05))
+def _model(dtype: torch.dtype) -> Any:
+    model: Any = attach(llama(dtype=dtype), SO8TConfig(init_scale=0.05))
     model.enable_input_require_grads()
     return model
 
 
-def _loss(layers: list[int], ids: Tensor) -> Callable[[], Tensor]:
-    model, inputs = _model(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def _loss(layers: list[int], ids: Tensor, dtype: torch.dtype = DTYPE) -> Callable[[], Tensor]:
+    model, inputs = _model(dtype), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     states = HiddenStates(model, layers) if layers else None
 
     def run() -> Tensor:
@@ -45,7 +46,7 @@ def bench_pet_training_step(figures: Any, quick: bool) -> None:
     for name, layers in LAYERS.items():
         with_pet = _loss(layers, ids)
         figures(
-            f"training step with PET on {name}, Llama 768 x 6 bfloat16, {tokens} tokens",
+            f"training step with PET on {name}, Llama 768 x 6 {NAME}, {tokens} tokens",
             {"with PET": lambda run=with_pet: run().backward(), "without PET": lambda: without().backward()},
             rounds=11,
             lower_is_better=True,
@@ -53,8 +54,8 @@ def bench_pet_training_step(figures: Any, quick: bool) -> None:
 
 
 def bench_pet_saved_bytes(record: Any) -> None:
-    """Bytes a token, channel and layer looked at that the backward needs more than without PET."""
-    ids = torch.randint(0, 4096, (1, 512), generator=torch.Generator().manual_seed(0))
+    """Bytes a token, channel and layer looked at that the backward needs more than without PET; always bfloat16."""
+    ids = torch.randint(0, 4096, (1, 128), generator=torch.Generator().manual_seed(0))
 
     def saved(run: Callable[[], Tensor]) -> int:
         kept: dict[int, int] = {}
@@ -69,9 +70,9 @@ def bench_pet_saved_bytes(record: Any) -> None:
         assert loss.requires_grad
         return sum(kept.values())
 
-    without = saved(_loss([], ids))
+    without = saved(_loss([], ids, torch.bfloat16))
     for name, layers in LAYERS.items():
-        per = (saved(_loss(layers, ids)) - without) / (512 * 768 * len(layers))
+        per = (saved(_loss(layers, ids, torch.bfloat16)) - without) / (128 * 768 * len(layers))
         record(
             measured(f"saved for PET on {name}, bytes a token, channel and layer, bfloat16", per, peer="without PET")
         )

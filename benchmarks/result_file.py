@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from benchmarks.number_type import has_bfloat16
 from benchmarks.side_by_side import Comparison
 from so8t_core.errors import InputError
 
@@ -28,7 +29,7 @@ class _Model(BaseModel):
 
 
 class Machine(_Model):
-    """Where it was measured. The first four decide whether two files may be compared."""
+    """Where it was measured. The first four and `bfloat16` decide whether two files may be compared."""
 
     cpu: str
     cores: int
@@ -36,7 +37,7 @@ class Machine(_Model):
     gpu: str | None
     memory_gb: float
     cache: dict[str, int | str] = Field(default_factory=dict)
-    bfloat16: bool
+    bfloat16: bool  # `number_type`
     system: str
     python: str
     packages: dict[str, str]
@@ -44,11 +45,12 @@ class Machine(_Model):
 
     def same_as(self, other: Machine) -> bool:
         """Whether ratios measured here and there may be held against each other."""
-        mine, yours = ((m.cpu, m.cores, m.capability, m.gpu) for m in (self, other))
+        mine, yours = ((m.cpu, m.cores, m.capability, m.bfloat16, m.gpu) for m in (self, other))
         return mine == yours
 
     def __str__(self) -> str:
-        return f"{self.cpu}, {self.cores} cores, {self.capability}, {self.gpu or 'no GPU'}"
+        unit = f"{self.capability} + bfloat16" if self.bfloat16 else self.capability
+        return f"{self.cpu}, {self.cores} cores, {unit}, {self.gpu or 'no GPU'}"
 
 
 class Figure(_Model):
@@ -112,7 +114,7 @@ def machine() -> Machine:
         gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         cache={name: cpu[name] for name in ("l2_cache_size", "l3_cache_size") if name in cpu},
-        bfloat16=torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),  # oneDNN emulates it
+        bfloat16=has_bfloat16(),
         system=platform.system(),
         python=platform.python_version(),
         packages={name: found for name in PACKAGES if (found := _version(name))},
