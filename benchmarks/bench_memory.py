@@ -79,14 +79,14 @@ def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], s
 
 def main(work: Path, tokenizer_dir: Path, *, rounds: int, **sizes_of_jobs: Any) -> None:
     """Measure everything in turns, print one JSON object: figure -> contender -> MB of every round."""
-    from benchmarks.peak import forked
+    from benchmarks.peak import peak
 
     jobs = _jobs(work, tokenizer_dir, **sizes_of_jobs)
     sizes: dict[str, dict[str, list[float]]] = {name: {who: [] for who in pair} for name, pair in jobs.items()}
     for _ in range(rounds):
         for name, pair in jobs.items():
             for who, job in pair.items():
-                sizes[name][who].append(round(forked(job).megabytes, 2))
+                sizes[name][who].append(round(peak(job), 2))
     print(json.dumps(sizes))
 
 

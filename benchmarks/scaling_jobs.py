@@ -21,7 +21,7 @@ from gguf import GGUFWriter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.bench_bake import make_adapter, make_checkpoint
-from benchmarks.peak import Cost, forked
+from benchmarks.peak import forked, peak
 from so8t_core import SO8TConfig, attach, bake_checkpoint
 from verification.corpus import Corpus
 from verification.legs_logits import measure_file, passages_of, run_reference
@@ -218,8 +218,7 @@ class Point:
 
 
 def measure(job: str, axis: str, value: int) -> Point:
-    """One point in a fork of its own."""
+    """One point: seconds in a fork of its own, memory in another one, since measuring it takes time."""
     work, base, _ = JOBS[job]
     shape = resized(base, axis, value)
-    cost: Cost = forked(lambda: work(shape))
-    return Point(job, axis, value, float(cost.value), cost.megabytes, shape)
+    return Point(job, axis, value, float(forked(lambda: work(shape))), peak(lambda: work(shape)), shape)
