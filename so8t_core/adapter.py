@@ -137,13 +137,13 @@ class SO8TModel(BaseTuner):
     def _prepare_model(self, peft_config: SO8TConfig, model: nn.Module) -> None:
         """Every check of the choice, before anything is replaced: a refused model stays as it was."""
         modules = dict(model.named_modules())
-        targets = {name: _layer_of(name) for name in modules if _is_target(peft_config, name)}
+        targets = {name: layer_of(name) for name in modules if _is_target(peft_config, name)}
         if not targets:
             raise InputError(
                 f"no decoder layer of {type(model).__name__} has a `{peft_config.target}`; "
                 f"SO8T needs an architecture with one (target={peft_config.target!r})"
             )
-        self.so8t_layers = resolve_layers(peft_config.layers, 1 + max(map(_layer_of, modules)))
+        self.so8t_layers = resolve_layers(peft_config.layers, 1 + max(map(layer_of, modules)))
         without = sorted(self.so8t_layers - set(targets.values()))
         if peft_config.layers is not None and without:
             raise InputError(f"layer {without[0]} has no `{peft_config.target}` to rotate; leave it out of `layers`")
@@ -185,7 +185,7 @@ class SO8TModel(BaseTuner):
                 wrapper = SO8TLinear(target, adapter_name)
                 self._replace_module(parent, target_name, wrapper, target)
                 target = wrapper
-            if _layer_of(current_key) in self.so8t_layers:
+            if layer_of(current_key) in self.so8t_layers:
                 target.add_gate(adapter_name, init_scale=config.init_scale, layer=current_key)
             parent, target_name, target = target, "base_layer", target.base_layer
         lora = config.lora_config
@@ -251,13 +251,14 @@ def resolve_layers(layers: list[int] | None, count: int) -> set[int]:
     return {layer % count for layer in layers}
 
 
-def _layer_of(key: str) -> int:
+def layer_of(key: str) -> int:
+    """The decoder layer that a module's or tensor's name lies in; -1 outside of the layers."""
     found = _LAYER.search(key)
     return int(found.group(1)) if found else -1
 
 
 def _is_target(config: SO8TConfig, key: str) -> bool:
-    return key.rpartition(".")[2] == config.target and _layer_of(key) >= 0
+    return key.rpartition(".")[2] == config.target and layer_of(key) >= 0
 
 
 def _check_lora_targets(lora: LoraConfig, model: nn.Module, modules: dict[str, nn.Module]) -> None:

@@ -9,13 +9,13 @@ Finetuning (2023); the layout is PEFT 0.21's.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from peft import OFTConfig
 from torch import Tensor
 
+from so8t_core.adapter import layer_of
 from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
@@ -24,7 +24,6 @@ from so8t_core.store import read_adapter, read_files, write_files
 
 LARGEST_ANGLE = 3.1  # rad; tan(1.55) = 48, and float32 still gives the angle back to 1e-6
 _OURS, _THEIRS = ".lora_so8t.theta", ".oft_R.weight"
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def export_oft(adapter_dir: str | Path, out_dir: str | Path) -> Path:
@@ -39,7 +38,7 @@ def export_oft(adapter_dir: str | Path, out_dir: str | Path) -> Path:
             f"{adapter_dir} has a LoRA inside the rotation, which an OFT adapter cannot hold; bake it instead"
         )
     exported = {key.removesuffix(_OURS) + _THEIRS: _to_oft(key, theta) for key, theta in tensors.items()}
-    layers = sorted(int(found[1]) for key in tensors if (found := _LAYER.search(key)))
+    layers = sorted(layer for key in tensors if (layer := layer_of(key)) >= 0)
     stock = OFTConfig(
         r=0,
         oft_block_size=BLOCK,
@@ -79,7 +78,7 @@ def import_oft(oft_dir: str | Path, out_dir: str | Path) -> Path:
     if len(modules) != 1:
         raise InputError(f"{folder} turns {', '.join(sorted(modules))}; an SO8T adapter turns one kind of layer")
     config = SO8TConfig(
-        layers=sorted(int(found[1]) for key in imported if (found := _LAYER.search(key))),
+        layers=sorted(layer for key in imported if (layer := layer_of(key)) >= 0),
         target=modules.pop(),
         task_type=fields.get("task_type"),
         base_model_name_or_path=fields.get("base_model_name_or_path"),

@@ -90,8 +90,8 @@ def bake_leg(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit:
 
 def transposed_control(base: Path, adapter: Path, chunk: Ids, gated: Array, *, max_abs_logit: float) -> Check:
     """The same comparison with the wrong bake, which must miss the bound; `gated` is from `bake_leg`."""
-    wrong = _logits_of_transposed(base, adapter, [chunk])
-    by, flips = _largest([gated], wrong), _flips([gated], wrong, 2 * max_abs_logit)
+    wrong = _logits_of_transposed(base, adapter, chunk)
+    by, flips = _largest([gated], [wrong]), _flips([gated], [wrong], 2 * max_abs_logit)
     return plain_check(
         "controls.transposed",
         "Wrong bake (R transposed) misses the bake leg (largest logit difference)",
@@ -109,7 +109,7 @@ def base_control(base: Path, reference: Array, chunk: Ids) -> Check:
     )
 
 
-def _logits_of_transposed(base: Path, adapter: Path, chunks: Sequence[Ids]) -> list[Array]:
+def _logits_of_transposed(base: Path, adapter: Path, chunk: Ids) -> Array:
     """exp(-A) = R^T: the same adapter with every angle negated, baked the same way."""
     from so8t_core import bake, gates, load_adapter
 
@@ -117,8 +117,7 @@ def _logits_of_transposed(base: Path, adapter: Path, chunks: Sequence[Ids]) -> l
     with torch.no_grad():
         for gate in gates(model).values():
             gate.theta.neg_()
-    model = bake(model)
-    return [hf_chunk(model, tokens) for tokens in chunks]
+    return hf_chunk(bake(model), chunk)
 
 
 def _largest(ours: list[Array], theirs: list[Array]) -> float:

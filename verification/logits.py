@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -120,13 +120,6 @@ def _joined(parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def hf_logits(model: Any, chunks: Iterable[Ids]) -> Iterator[Array]:
-    """Yield (T, V) for each chunk; `model` is a loaded model or a directory."""
-    loaded = load_hf(model) if isinstance(model, str | Path) else model
-    for tokens in chunks:
-        yield hf_chunk(loaded, tokens)
-
-
 class LlamaLogits:
     """One context of one GGUF file, asked chunk by chunk; a context manager.
 
@@ -225,18 +218,3 @@ class LlamaLogits:
             batch.logits[i] = int(start <= begin + i < stop)
             wanted += batch.logits[i]
         return wanted
-
-
-def llama_logits(
-    path: str | Path,
-    chunks: Iterable[Ids],
-    *,
-    n_ctx: int,
-    n_batch: int | None = None,
-    n_ubatch: int | None = None,
-    threads: int | None = None,
-) -> Iterator[Array]:
-    """Yield (T, V) for each chunk of one GGUF file."""
-    with LlamaLogits(path, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, threads=threads) as engine:
-        for tokens in chunks:
-            yield engine.chunk(tokens)

@@ -17,7 +17,7 @@ from so8t_core.errors import InputError
 from verification import Report, decide, verify
 from verification.cells import Passage
 from verification.converter import convert
-from verification.logits import LlamaLogits, hf_logits, llama_logits, load_hf
+from verification.logits import LlamaLogits, hf_chunk, load_hf
 from verification.noise import SAME, noise_checks, noise_floor
 from verification.policy import make_policy
 from verification.report import load_report
@@ -324,8 +324,10 @@ def chunks_of(count: int, n_ctx: int) -> list[Any]:
 def test_hf_and_llama_cpp_score_the_same_positions(family: Family) -> None:
     """The right alignment agrees to F16's rounding; a shift by one position is far off."""
     chunks = chunks_of(2, 64)
-    ours = list(hf_logits(family.reference, chunks))
-    theirs = list(llama_logits(family.files["F16"], chunks, n_ctx=64))
+    model = load_hf(family.reference)
+    ours = [hf_chunk(model, chunk) for chunk in chunks]
+    with LlamaLogits(family.files["F16"], n_ctx=64) as engine:
+        theirs = [engine.chunk(chunk) for chunk in chunks]
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape == (31, 49152)
         close = np.abs(a - b).mean()
