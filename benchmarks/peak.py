@@ -4,7 +4,7 @@ The fork starts with the parent's imports and data, and with its high-water mark
 difference at the end is the work's own. Three things would hide it, feign it or make it wander, and are settled first
 (`_settle`): a fork inherits no page of a mapped file (59 MB of a training step were the code of libraries), it does
 inherit heap that the parent has freed, which work can fill without growing, and glibc keeps freed blocks of up to
-32 MB or not, as the layout of the process falls out (one step: 97 to 134 MB in six processes, since then 86 to 87 in
+32 MB or not, as the layout of the process falls out (one step: 97 to 134 MB in seven processes, since then 86 to 87 in
 five). Call it from a process that has not yet used torch with more than one thread, nor run a backward: neither
 survives a fork.
 """
