@@ -1,6 +1,6 @@
 """Two result files of one machine, figure by figure, and a verdict: did something of ours become slower or hungrier?
 
-python -m benchmarks.compare OLD NEW [--again NEWER] [--other-machine] [--partial]
+python -m benchmarks.compare OLD NEW [--again NEWER] [--old-again OLDER] [--other-machine] [--partial]
 
 Judged is the ratio to the peer of the same run, never a time. The change of a figure is the shift between the two
 runs' log ratios (Hodges, Lehmann: the median of all differences of a round of one and a round of the other) with the
@@ -8,8 +8,9 @@ exact 99 % interval of the rank-sum test, which assumes no distribution. A figur
  * the interval's near end lies beyond 1.14, the square root of 1.3: half way, on a log scale, between no change and the
    30 % that must be seen, so that what differs from run to run (memory layout, a neighbour) has as much room as noise;
  * and the change is more than 0.2 ms (0.1 for a figure of less than 1 ms is no news to anybody) or 16 MB.
-The interval covers noise from round to round, not a disturbance that lasts as long as a figure's rounds: on a machine
-that others use, measure NEW twice and give both; a figure then counts as regressed only if it is so in both.
+The interval covers noise from round to round, not what lasts as long as a figure's rounds, such as a neighbour, or as
+a process, such as where its memory lies. So measure NEW twice, and OLD twice, and give all four: a figure then counts
+as regressed only if it is so in both new files against both old ones.
 A figure whose interval reaches from below the floor to above 1.3 is undecided, and said to be: measure again, longer.
 Exit codes: 0 nothing regressed; 1 something did, or a figure is gone; 2 the files cannot be compared.
 """
@@ -21,6 +22,7 @@ import functools
 import math
 import sys
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -133,7 +135,7 @@ def compare(old: Results, new: Results) -> tuple[list[Change], list[str]]:
 
 
 def confirmed(changes: list[Change], again: list[Change]) -> list[Change]:
-    """The changes, where a regression that the second measurement does not show as well is undecided."""
+    """The changes, where a regression that another comparison does not show as well is undecided."""
     worse = {(change.name, change.peer) for change in again if change.status == "regressed"}
     return [
         replace(change, status="undecided")
@@ -149,21 +151,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--again", type=Path, help="NEW measured a second time; a regression must be in both")
+    parser.add_argument("--old-again", type=Path, help="OLD measured a second time; it must be against both")
     parser.add_argument("--other-machine", action="store_true", help="compare although the machines differ")
     parser.add_argument("--partial", action="store_true", help="figures may be missing from NEW")
     given = parser.parse_args(arguments)
     try:
         old, new = read(given.old), read(given.new)
-        second = read(given.again) if given.again else None
-        for other in (new, *([second] if second else [])):
+        olds = [old, *([read(given.old_again)] if given.old_again else [])]
+        news = [new, *([read(given.again)] if given.again else [])]
+        for other in (*olds[1:], *news):
             if not old.machine.same_as(other.machine) and not given.other_machine:
                 raise InputError(
                     f"measured on different machines, {old.machine} and {other.machine}: peers gain and lose "
                     "differently; measure both on one, or say --other-machine"
                 )
         changes, gone = compare(old, new)
-        if second:
-            changes = confirmed(changes, compare(old, second)[0])
+        for before, after in list(product(olds, news))[1:]:
+            changes = confirmed(changes, compare(before, after)[0])
         if not changes:
             raise InputError(
                 f"{given.old} and {given.new} have no figure in common; were they both quick, or both not?"

@@ -14,11 +14,11 @@ import json
 import subprocess
 import sys
 import tempfile
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.compare import compare, confirmed
+from benchmarks.compare import compare
 from benchmarks.result_file import Results
 
 OPTIONS = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-o", "timeout=1800", "-q", "--quick"]
@@ -30,6 +30,7 @@ class Summary(NamedTuple):
     pairs: int
     alone: list[str]  # false alarms of one comparison
     false_alarms: list[str]  # of those, what any third run confirmed
+    of_four: list[str]  # of those, what a second old and a second new run both confirm
     undecided: float  # share of the comparisons of unchanged figures
     planted: int  # comparisons of slowed figures
     caught: int
@@ -40,18 +41,21 @@ def summary(runs: list[Results]) -> Summary:
     """Every ordered pair of unslowed runs, and every slowed run against every unslowed one."""
     clean = [run for run in runs if run.planted == 1.0]
     slowed = [run for run in runs if run.planted != 1.0]
-    pairs = list(permutations(clean, 2))
-    unchanged = [change for old, new in pairs for change in compare(old, new)[0]]
-    twice = [
-        change
-        for old, new, again in permutations(clean, 3)
-        for change in confirmed(compare(old, new)[0], compare(old, again)[0])
-    ]
+    pairs = {(i, j): compare(clean[i], clean[j])[0] for i, j in permutations(range(len(clean)), 2)}
+    unchanged = [change for changes in pairs.values() for change in changes]
+    worse = {pair: {c.name for c in changes if c.status == "regressed"} for pair, changes in pairs.items()}
+    twos = list(combinations(range(len(clean)), 2))
     changed = [change for old in clean for new in slowed for change in compare(old, new)[0] if change.extra]
     return Summary(
         len(pairs),
         [change.name for change in unchanged if change.status == "regressed"],
-        [change.name for change in twice if change.status == "regressed"],
+        [name for i, j, k in permutations(range(len(clean)), 3) for name in sorted(worse[i, j] & worse[i, k])],
+        [
+            name
+            for (a, b), (c, d) in permutations(twos, 2)
+            if not {a, b} & {c, d}
+            for name in sorted(worse[a, c] & worse[a, d] & worse[b, c] & worse[b, d])
+        ],
         sum(change.status == "undecided" for change in unchanged) / max(1, len(unchanged)),
         len(changed),
         sum(change.status == "regressed" for change in changed),
