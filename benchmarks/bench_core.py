@@ -207,27 +207,33 @@ def bench_whole_training_step(figures: Any, quick: bool) -> None:
         )
 
 
+def saved_bytes(run: Callable[[], Tensor]) -> int:
+    """What the graph of `run`'s result keeps for the backward, parameters left out; each storage counts once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    run()  # the rotation is computed once for many passes; what that keeps is none of this one's
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    assert result.requires_grad
+    return sum(kept.values())
+
+
 def bench_saved_activations(record: Any) -> None:
     """Bytes a token, channel and layer that the backward needs more than the frozen base's, counted in one layer; in
     bfloat16 everywhere: of float32 states the base keeps already what an adapter would."""
     ids = torch.randint(0, 4096, (1, 512), generator=torch.Generator().manual_seed(0))
 
-    def saved(model: nn.Module) -> int:
-        kept: dict[int, int] = {}
+    def saved(name: str) -> int:
+        model = method(name, 1, torch.bfloat16)
+        return saved_bytes(lambda: model(input_ids=ids).logits)
 
-        def pack(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        model(input_ids=ids)
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            logits = model(input_ids=ids).logits
-        assert logits.requires_grad
-        return sum(kept.values())
-
-    base = saved(method(FLOOR, 1, torch.bfloat16))
+    base = saved(FLOOR)
     for name, bar in (("so8t", 2.2), ("LoRA r=8", None), ("PEFT OFT", None)):
-        per = (saved(method(name, 1, torch.bfloat16)) - base) / (512 * 768)
+        per = (saved(name) - base) / (512 * 768)
         title = f"saved activations, bytes a token, channel and layer, bfloat16: {name}"
         record(measured(title, per, bar=bar, peer=FLOOR))

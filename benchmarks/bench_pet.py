@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.bench_core import llama
+from benchmarks.bench_core import llama, saved_bytes
 from benchmarks.number_type import DTYPE, NAME
 from benchmarks.side_by_side import measured
 from pipeline.pet_term import HiddenStates, penalty
@@ -57,22 +56,9 @@ def bench_pet_saved_bytes(record: Any) -> None:
     """Bytes a token, channel and layer looked at that the backward needs more than without PET; always bfloat16."""
     ids = torch.randint(0, 4096, (1, 128), generator=torch.Generator().manual_seed(0))
 
-    def saved(run: Callable[[], Tensor]) -> int:
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        run()
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = run()
-        assert loss.requires_grad
-        return sum(kept.values())
-
-    without = saved(_loss([], ids, torch.bfloat16))
+    without = saved_bytes(_loss([], ids, torch.bfloat16))
     for name, layers in LAYERS.items():
-        per = (saved(_loss(layers, ids, torch.bfloat16)) - without) / (128 * 768 * len(layers))
+        per = (saved_bytes(_loss(layers, ids, torch.bfloat16)) - without) / (128 * 768 * len(layers))
         record(
             measured(f"saved for PET on {name}, bytes a token, channel and layer, bfloat16", per, peer="without PET")
         )

@@ -257,13 +257,15 @@ def test_floor_is_half_way() -> None:
     assert json.loads(to_json(run(figure(STEADY))))["schema_version"] == "2.0"
 
 
-RUNS = Path(__file__).parent / "fixtures" / "benchmark_runs.jsonl"
+def kept_runs(name: str) -> list[Results]:
+    lines = (Path(__file__).parent / "fixtures" / name).read_text(encoding="utf-8").splitlines()
+    return [Results(**json.loads(line)) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def runs() -> list[Results]:
     """One commit measured ten times while 22 to 37 processes wanted two cores, and twice with our side slowed."""
-    return [Results(**json.loads(line)) for line in RUNS.read_text(encoding="utf-8").splitlines()]
+    return kept_runs("benchmark_runs.jsonl")
 
 
 def test_one_commit_measured_ten_times_never_fails(runs: list[Results]) -> None:
@@ -278,8 +280,7 @@ def test_one_commit_measured_ten_times_never_fails(runs: list[Results]) -> None:
 
 def test_one_commit_on_a_quiet_machine_never_fails_with_both_sides_measured_twice() -> None:
     """All figures of a quick run; what wanders is from process to process, so one old file may be the odd one."""
-    lines = (RUNS.parent / "benchmark_runs_quiet.jsonl").read_text(encoding="utf-8").splitlines()
-    runs = [Results(**json.loads(line)) for line in lines]
+    runs = kept_runs("benchmark_runs_quiet.jsonl")
     assert [run.planted for run in runs] == [1.3] + [1.0] * 10
     found = summary(runs)
     assert (found.pairs, len(found.alone), len(found.false_alarms)) == (90, 8, 2)
