@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataConfig
-from pipeline.dataset import build_dataset
-from pipeline.generator import generate
+from pipeline.data.build import build_dataset
+from pipeline.data.generator import generate
 from so8t_core.files import atomic_dir
-from verification.tokenizer import load_tokenizer
+from verification.reference.tokenizer import load_tokenizer
 
 
 def rows_file(path: Path, rows: int) -> Path:

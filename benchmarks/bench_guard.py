@@ -67,7 +67,7 @@ def bench_guard(figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         stack.callback(upstream.close)
         upstream.keep = False
         upstream.script = lambda _: [reply]
-        serve = ["-m", "pipeline.cli", "serve", "--port", "0", "--upstream", upstream.url, "--name", "m"]
+        serve = ["-m", "pipeline.cli.main", "serve", "--port", "0", "--upstream", upstream.url, "--name", "m"]
         commands = {"so8t serve": serve, "bare proxy": [str(SERVE / "bare_proxy.py"), upstream.url]}
         ports = {
             name: stack.enter_context(_server([sys.executable, *words], tmp_path)) for name, words in commands.items()

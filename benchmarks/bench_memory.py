@@ -39,7 +39,7 @@ def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], s
     from benchmarks.bench_data import build, rows_file
     from benchmarks.number_type import NAME
     from so8t_core import bake_checkpoint
-    from verification.tokenizer import load_tokenizer
+    from verification.reference.tokenizer import load_tokenizer
 
     torch.set_num_threads(1)
     base, adapter = make_checkpoint(work / "base", **shape), work / "adapter"

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.bench_core import llama, saved_bytes
 from benchmarks.number_type import DTYPE, NAME
 from benchmarks.side_by_side import measured
-from pipeline.pet_term import HiddenStates, penalty
+from pipeline.train.pet import HiddenStates, penalty
 from so8t_core import SO8TConfig, attach
 
 LAYERS = {"the last layer": [-1], "all 6 layers": [0, 1, 2, 3, 4, 5]}

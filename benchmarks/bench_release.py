@@ -21,12 +21,12 @@ import torch
 from benchmarks.bench_verify import _bare, _ours
 from so8t_core.files import sha256_file
 from verification import verify
-from verification.converter import SCRIPT, _environment, convert, find_converter
-from verification.corpus import read_corpus
-from verification.lint import lint
-from verification.llama_engine import quiet
-from verification.quantise import quantise, type_number
-from verification.tokenizer import load_tokenizer
+from verification.commands.lint import lint
+from verification.engines.convert import SCRIPT, _environment, convert, find_converter
+from verification.engines.llama_model import quiet
+from verification.engines.quantise import quantise, type_number
+from verification.logit_parity.text import read_corpus
+from verification.reference.tokenizer import load_tokenizer
 
 
 class Model(NamedTuple):

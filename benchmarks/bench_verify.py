@@ -25,13 +25,13 @@ import numpy as np
 
 from benchmarks.peak import resident
 from benchmarks.side_by_side import interleave
-from verification.cells import Plan, plan_cells
-from verification.chat_templates import fixtures
-from verification.corpus import Corpus, read_corpus
-from verification.legs_logits import measure_file, passages_of, run_reference
-from verification.logits import LlamaLogits, hf_rows, load_hf
-from verification.noise import noise_floor
-from verification.tokenizer import load_tokenizer
+from verification.contract.chat import fixtures
+from verification.engines.logits import LlamaLogits, hf_rows, load_hf
+from verification.logit_parity.compare import measure_file, passages_of, run_reference
+from verification.logit_parity.engine_noise import noise_floor
+from verification.logit_parity.run_modes import Plan, plan_cells
+from verification.logit_parity.text import Corpus, read_corpus
+from verification.reference.tokenizer import load_tokenizer
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.bench_bake import make_adapter, make_checkpoint
 from benchmarks.peak import forked, peak
 from so8t_core import SO8TConfig, attach, bake_checkpoint
-from verification.corpus import Corpus
-from verification.legs_logits import measure_file, passages_of, run_reference
-from verification.quantise import quantise
+from verification.engines.quantise import quantise
+from verification.logit_parity.compare import measure_file, passages_of, run_reference
+from verification.logit_parity.text import Corpus
 
 
 @dataclass(frozen=True)

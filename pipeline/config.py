@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.licences import LicencePolicy
-from pipeline.pii_kinds import KINDS, Kind
+from pipeline.data.licences import LicencePolicy
+from pipeline.data.pii.kinds import KINDS, Kind
 from so8t_core.errors import InputError
 
 DEMO_MODEL = "demo:smollm2-135m-instruct"
@@ -61,7 +61,7 @@ class DataConfig(_Section):
     skip_bad_rows: bool = False
     manifest: str | None = None  # YAML file with licence, robots decision, date and purpose of every source
     unlisted_sources: Literal["exclude", "allow"] = "exclude"  # files that the manifest does not list
-    allowed_licences: list[str] | None = None  # SPDX identifiers; null = those of pipeline/licences.py
+    allowed_licences: list[str] | None = None  # SPDX identifiers; null = those of pipeline/data/licences.py
     forbidden_licences: list[str] | None = None
     pii: Literal["exclude", "mask"] = "exclude"  # rows with personal or confidential content
     pii_kinds: list[Kind] = Field(default_factory=lambda: list(KINDS), min_length=1)

@@ -13,7 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from verification import processes
+from verification.engines import distributed
 
 LOG_EVERY = 10.0  # seconds between two lines when the output is no terminal
 
@@ -28,7 +28,7 @@ class Reporter:
     """Progress of one command on standard error; `quiet` shows nothing, and of a launch only the first process does."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet or not processes.is_first(), highlight=False)
+        self.console = Console(stderr=True, quiet=quiet or not distributed.is_first(), highlight=False)
 
     def note(self, text: str) -> None:
         """One plain line."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from so8t_core.errors import InputError
-from verification.tokenizer import load_tokenizer as load_any
+from verification.reference.tokenizer import load_tokenizer as load_any
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` of this check
 
 from benchmarks.side_by_side import interleave
 from so8t_core.errors import InputError
-from verification.kld_file import read_base
-from verification.kld_verbs import candidate_statistics, write_base_of
+from verification.logit_parity.llama_cpp_commands import candidate_statistics, write_base_of
+from verification.logit_parity.llama_cpp_file import read_base
 
 FIRST, LAST = "====== Perplexity statistics ======", "Same top p:"
 ATTEMPTS = 5

@@ -42,8 +42,8 @@ def train(work: Path, miniature: bool) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from pipeline.config import load_config
-    from pipeline.pet_term import HiddenStates, penalty
-    from pipeline.training import adapter_config
+    from pipeline.train.fit import adapter_config
+    from pipeline.train.pet import HiddenStates, penalty
     from so8t_core import gates, save_adapter, trainable_counts
 
     settings = load_config(ROOT / "configs" / "phi35_mini.yaml").train
@@ -91,8 +91,8 @@ def bake(work: Path, miniature: bool) -> dict[str, Any]:
 
 
 def convert(work: Path, miniature: bool, kind: str) -> dict[str, Any]:
-    from verification.converter import convert as to_gguf
-    from verification.gguf_file import read_gguf
+    from verification.engines.convert import convert as to_gguf
+    from verification.gguf.reader import read_gguf
 
     path = to_gguf(work / "baked", work / f"m-{kind}.gguf", outtype=kind.lower())
     return {"bytes": path.stat().st_size, "general.name": read_gguf(path).metadata["general.name"]}
@@ -101,9 +101,9 @@ def convert(work: Path, miniature: bool, kind: str) -> dict[str, Any]:
 def quantise(work: Path, miniature: bool, kind: str) -> dict[str, Any]:
     from collections import Counter
 
-    from verification.gguf_file import read_gguf
-    from verification.quantise import nominal_types
-    from verification.quantise import quantise as to_quant
+    from verification.engines.quantise import nominal_types
+    from verification.engines.quantise import quantise as to_quant
+    from verification.gguf.reader import read_gguf
 
     path = to_quant(work / "m-F16.gguf", work / f"m-{kind}.gguf", kind, threads=len(os.sched_getaffinity(0)))
     rows = nominal_types(read_gguf(path))
@@ -118,7 +118,7 @@ def quantise(work: Path, miniature: bool, kind: str) -> dict[str, Any]:
 
 
 def lint(work: Path, miniature: bool, kind: str) -> dict[str, Any]:
-    from verification.lint import lint as examine
+    from verification.commands.lint import lint as examine
 
     report = examine(work / f"m-{kind}.gguf", reference=work / "baked")
     refused = [f"{check.name}: {check.detail}"[:200] for check in report.checks if check.status == "fail"]

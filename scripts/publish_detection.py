@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from verification.self_test_schema import SelfTest
-from verification.self_test_view import markdown
+from verification.fault_catalogue.page import markdown
+from verification.fault_catalogue.result import SelfTest
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -61,6 +61,6 @@ def tiny_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as an F32 GGUF file."""
-    from verification.converter import convert
+    from verification.engines.convert import convert
 
     return convert(tiny_dir, tmp_path_factory.mktemp("gguf") / "tiny-F32.gguf", outtype="f32")

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import RunConfig, load_config
-from verification.report import load_report
-from verification.schema import Report
+from verification.gate.report import Report
+from verification.show.write import load_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -203,7 +203,7 @@ def _sentencepiece(pieces: int) -> bytes:
     """A SentencePiece model with Phi-3's settings (BPE, byte fallback, a space in front), of the built-in problems."""
     import sentencepiece
 
-    from pipeline.generator import generate
+    from pipeline.data.generator import generate
 
     rows = generate(600, 200, ["ja", "en"], 0)
     text = [line for group in rows for r in group for line in (r["prompt"], *r["steps"].splitlines(), r["answer"])]
@@ -374,7 +374,7 @@ def keep(path=sys.argv.pop(1)):
     with open("/proc/self/status") as status, open(path, "w") as out:
         out.write(next(line for line in status if line.startswith("VmHWM")))
 atexit.register(keep)
-from pipeline.cli import main
+from pipeline.cli.main import main
 main()
 """
 

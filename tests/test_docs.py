@@ -34,7 +34,7 @@ _BLOCK = re.compile(
 WRAPPER = f"""#!/bin/sh
 [ "$1" = serve ] && case "$*" in *--model*|*--upstream*) exec "{sys.executable}" "{Path(__file__)}" "$@";; esac
 [ "$1" = verify ] && set -- "$@" --chunks 2 --n-ctx 64
-"{sys.executable}" -m pipeline.cli "$@"
+"{sys.executable}" -m pipeline.cli.main "$@"
 code=$?
 case "$1" in verify|lint|run|report) [ $code = 1 ] && exit 0;; esac
 exit $code
@@ -88,7 +88,7 @@ def test_a_block_that_another_test_runs_is_named_there() -> None:
 def test_every_so8t_line_parses(document: str, line: str) -> None:
     import typer
 
-    from pipeline.cli import app
+    from pipeline.cli.main import app
 
     words = shlex.split(re.split(r"\s[|&;>]", line)[0], comments=True)[1:]
     command: Any = typer.main.get_command(app)
@@ -119,7 +119,7 @@ def test_links_and_named_files_exist(path: Path) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, tiny_gguf: Path) -> Path:
     """Models under the names of the documents, and the programs."""
-    from verification.quantise import quantise
+    from verification.engines.quantise import quantise
 
     folder = tmp_path_factory.mktemp("docs")
     for kind in ("Q8_0", "Q4_K_M"):
@@ -224,7 +224,7 @@ def test_the_whole_api_reference_is_built(tmp_path: Path) -> None:
 
 def _serve_for_a_moment(arguments: list[str]) -> int:
     """What the wrapper runs instead of a server that never ends: 0 once it has announced itself and stopped cleanly."""
-    command = [sys.executable, "-m", "pipeline.cli", *arguments, "--port", "0", "--max-new-tokens", "64"]
+    command = [sys.executable, "-m", "pipeline.cli.main", *arguments, "--port", "0", "--max-new-tokens", "64"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     line = server.stdout.readline()

@@ -57,8 +57,8 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(built: tupl
         declared = archive.read(entry_points).decode()
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
     assert more == set()
-    assert "so8t = pipeline.cli:main" in declared
-    assert "so8t = verification.pytest_plugin" in declared
+    assert "so8t = pipeline.cli.main:main" in declared
+    assert "so8t = verification.commands.pytest_plugin" in declared
 
 
 def test_a_data_file_that_is_not_packaged_would_be_seen(tmp_path: Path) -> None:
@@ -66,13 +66,13 @@ def test_a_data_file_that_is_not_packaged_would_be_seen(tmp_path: Path) -> None:
     shutil.copytree(ROOT, tmp_path / "source", ignore=LEFT_OUT, symlinks=True)
     settings = tmp_path / "source" / "pyproject.toml"
     text = settings.read_text(encoding="utf-8")
-    line = 'verification = ["py.typed", "*.yaml", "templates/*", "corpus/*"]\n'
+    line = 'verification = ["py.typed", "gate/*.yaml", "show/templates/*", "logit_parity/corpus/*"]\n'
     assert line in text
     settings.write_text(
         text.replace(line, "").replace("[tool.setuptools]", "[tool.setuptools]\ninclude-package-data = false")
     )
     lost = missing(build(tmp_path / "source", tmp_path / "out")[1])
-    assert {"verification/default_policy.yaml", "verification/templates/report.html.j2"} <= lost
+    assert {"verification/gate/default_policy.yaml", "verification/show/templates/report.html.j2"} <= lost
 
 
 def test_the_source_distribution_can_run_its_tests(built: tuple[Path, Path]) -> None:

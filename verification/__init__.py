@@ -6,19 +6,24 @@ Names are loaded when first used: pytest imports the plugin in here at every sta
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from verification.decision import decide
-    from verification.divergence import divergence
-    from verification.ladder import verify
-    from verification.policy import Policy, load_policy
-    from verification.schema import Report
+    from verification.commands.verify import verify
+    from verification.gate.decide import decide
+    from verification.gate.policy import Policy, load_policy
+    from verification.gate.report import Report
+    from verification.logit_parity.kl import divergence
 
-_HOME = {"verify": "ladder", "Policy": "policy", "decide": "decision", "load_policy": "policy", "Report": "schema"}
+_HOME = {
+    "Policy": "gate.policy",
+    "Report": "gate.report",
+    "decide": "gate.decide",
+    "divergence": "logit_parity.kl",
+    "load_policy": "gate.policy",
+    "verify": "commands.verify",
+}
 
 __all__ = ["Policy", "Report", "decide", "divergence", "load_policy", "verify"]
 
@@ -32,18 +37,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """`verification.divergence` is the function, although importing the submodule sets the name to the module."""
-
-    @property
-    def divergence(self) -> Any:
-        return import_module("verification.divergence").divergence
-
-    @divergence.setter
-    def divergence(self, module: ModuleType) -> None:
-        pass  # what the import system does after loading the submodule
-
-
-sys.modules[__name__].__class__ = _Package

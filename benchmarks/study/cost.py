@@ -23,9 +23,9 @@ from benchmarks.peak import resident
 from benchmarks.result_file import machine
 from benchmarks.study.arms import Arm
 from benchmarks.study.runs import Workshop
-from pipeline.collate import Collator, EncodedRows
 from pipeline.manifest import locked
 from pipeline.tokenizer import load_tokenizer
+from pipeline.train.collate import Collator, EncodedRows
 from so8t_core.files import write_text
 
 UNIT = "lora"  # the arm that ratios are taken to

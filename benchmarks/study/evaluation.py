@@ -21,20 +21,20 @@ from torch.nn import functional as F
 
 from benchmarks.study.arms import Arm
 from benchmarks.study.fitting import FIT_NAME, PROBE_ROWS, load
-from pipeline.answers import judge, render_prompt
-from pipeline.collate import Collator, EncodedRows
-from pipeline.generate import complete
-from pipeline.jsonl import read_jsonl
-from pipeline.pet_term import decoder_layers, unit_rms
+from pipeline.data.jsonl import read_jsonl
+from pipeline.release.answers import judge, render_prompt
+from pipeline.release.generate import complete
 from pipeline.tokenizer import load_tokenizer
+from pipeline.train.collate import Collator, EncodedRows
+from pipeline.train.pet import decoder_layers, unit_rms
 from so8t_core import bake_checkpoint, pet_penalty
 from so8t_core.errors import InputError
-from verification.converter import convert
-from verification.corpus import DEFAULT_CORPUS, read_corpus
-from verification.legs_logits import measure_file, passages_of, run_reference
-from verification.llama_engine import LlamaModel
-from verification.logits import load_hf
-from verification.quantise import quantise
+from verification.engines.convert import convert
+from verification.engines.llama_model import LlamaModel
+from verification.engines.logits import load_hf
+from verification.engines.quantise import quantise
+from verification.logit_parity.compare import measure_file, passages_of, run_reference
+from verification.logit_parity.text import DEFAULT_CORPUS, read_corpus
 
 # Between the adapter's model in base_dtype and the saved checkpoint in fp32 on a few rows, nats. Rounding of a bfloat16
 # forward pass moves a loss by hundredths at most (every record keeps both numbers), a lost merge by tenths.

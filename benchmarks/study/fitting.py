@@ -19,11 +19,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 from benchmarks.study.arms import Arm
-from pipeline.collate import Collator, EncodedRows
 from pipeline.config import TrainConfig
 from pipeline.progress import Reporter
-from pipeline.trainer import SO8TTrainer
-from pipeline.training import adapter_config, heldout_loss, training_arguments
+from pipeline.train.collate import Collator, EncodedRows
+from pipeline.train.fit import adapter_config, heldout_loss, training_arguments
+from pipeline.train.trainer import SO8TTrainer
 from so8t_core import gates, plane_angles
 from so8t_core.files import atomic_dir, write_text
 

@@ -21,14 +21,14 @@ from benchmarks.study.arms import BASE, Arm, Study
 from benchmarks.study.evaluation import evaluate
 from benchmarks.study.fitting import FIT_NAME, fit, fit_and_save
 from pipeline.base_model import prepare_base
-from pipeline.collate import Collator, EncodedRows
-from pipeline.dataset import build_dataset
-from pipeline.generator import families
-from pipeline.jsonl import read_jsonl
+from pipeline.data.build import build_dataset
+from pipeline.data.generator import families
+from pipeline.data.jsonl import read_jsonl
 from pipeline.manifest import locked, versions
 from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
-from pipeline.training import heldout_loss
+from pipeline.train.collate import Collator, EncodedRows
+from pipeline.train.fit import heldout_loss
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_file, sha256_path, write_text
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.thinking import Message
+from pipeline.data.think_form import Message
 
 Feed = Callable[[bytes], None]
 

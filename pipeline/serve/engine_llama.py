@@ -20,17 +20,17 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.config import ConvertConfig
-from pipeline.generate import with_bos
+from pipeline.data.think_form import Message
+from pipeline.release.generate import with_bos
 from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.protocol import invalid
 from pipeline.serve.tokens import Tokens
-from pipeline.thinking import Message
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
-from verification.context_limit import limit_of_file
-from verification.gguf_file import read_gguf
-from verification.llama_engine import LlamaModel, last_words
-from verification.logits import usable_cores
+from verification.engines.llama_model import LlamaModel, last_words
+from verification.engines.logits import usable_cores
+from verification.gguf.reader import read_gguf
+from verification.reference.context_limit import limit_of_file
 
 PIECE = 128  # prompt tokens between two looks at the cancel flag
 

@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from pipeline.data.think_form import Message
 from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.guard import MAX_BYTES
 from pipeline.serve.protocol import invalid
-from pipeline.thinking import Message
 from so8t_core.errors import InputError
 
 if TYPE_CHECKING:  # llama.cpp is loaded only where a tokenizer was given

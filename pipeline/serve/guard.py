@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.thinking import ANSWER_MARKER, THINK_MARKER, strip_message
+from pipeline.data.think_form import ANSWER_MARKER, THINK_MARKER, strip_message
 
 MAX_BYTES = 1 << 18  # of one generation: some 64,000 tokens
 COPY_RUN = 32  # characters in a row that an answer may not share with its thinking

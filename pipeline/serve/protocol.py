@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.thinking import Message, strip_message, system_text
+from pipeline.data.think_form import Message, strip_message, system_text
 
 MAX_MESSAGES = 256
 MAX_STOPS = 4

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import llama_cpp
 
+from pipeline.data.think_form import Message
 from pipeline.serve.protocol import invalid
-from pipeline.thinking import Message
-from verification.llama_engine import LlamaModel
+from verification.engines.llama_model import LlamaModel
 
 
 class Tokens:

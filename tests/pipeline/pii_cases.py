@@ -281,7 +281,7 @@ def measure(find: Callable[[str], list[Any]], count: int) -> dict[str, tuple[flo
 
 
 if __name__ == "__main__":  # the table in docs/data_policy.md
-    from pipeline.pii import find as detector
+    from pipeline.data.pii.find import find as detector
 
     for name, (found, exact) in measure(detector, 5000).items():
         print(f"| {name} | {found:.4f} | {exact:.4f} |")

@@ -19,7 +19,7 @@ import pytest
 from test_kill import Started, _assert_like_undisturbed, _ends_undisturbed, _prepare
 from test_run import _execute, _ran
 
-from pipeline.run import STEPS
+from pipeline.run.steps import STEPS
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.answers import judge, normalised
-from pipeline.generate import Completion, complete, with_bos
-from pipeline.thinking import format_assistant
+from pipeline.data.think_form import format_assistant
+from pipeline.release.answers import judge, normalised
+from pipeline.release.generate import Completion, complete, with_bos
 from so8t_core.errors import InputError
 
 PROMPTS = ["one", "two three four", "<|im_start|>user\n五 times 6<|im_end|>\n", "x" * 700]
@@ -41,7 +41,7 @@ def test_limit_is_kept_and_reported(tiny_gguf: Path) -> None:
 
 def test_a_token_longer_than_the_buffer_is_not_lost(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = complete(tiny_gguf, PROMPTS, max_new_tokens=8)
-    monkeypatch.setattr("pipeline.generate.PIECE_BYTES", 1)
+    monkeypatch.setattr("pipeline.release.generate.PIECE_BYTES", 1)
     assert complete(tiny_gguf, PROMPTS, max_new_tokens=8) == expected
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_run import TEXT  # the tiny run's settings
 
-from pipeline import cli
+from pipeline.cli import main as cli
 
 # For texts of some 100 positions through a random model.
 LOOSE = "evidence: {positions: 100, chunks: 2}\nconvert: {top1: 0.9}\ncells: {F16: {mean_kld: 1, top1: 0}}\n"
@@ -128,7 +128,7 @@ def test_width_that_is_no_multiple_of_8_names_the_layer(
 
 @pytest.fixture(scope="session")
 def candidate(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from verification.converter import convert
+    from verification.engines.convert import convert
 
     return convert(tiny_dir, tmp_path_factory.mktemp("candidate") / "tiny-F16.gguf", outtype="f16")
 
@@ -191,7 +191,7 @@ def test_verify_passes_a_healthy_file_and_gate_decides_again(
 
 def test_help_answers_without_loading_torch() -> None:
     code = (
-        "import sys; sys.argv = ['so8t', '--help']\nfrom pipeline.cli import main\n"
+        "import sys; sys.argv = ['so8t', '--help']\nfrom pipeline.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -226,7 +226,7 @@ def test_config_schema_is_json(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_report_schema_is_the_models(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from verification.schema import SCHEMA_VERSION, Report
+    from verification.gate.report import SCHEMA_VERSION, Report
 
     code, out, _ = so8t(capfd, monkeypatch, "report-schema")
     schema = json.loads(out)
@@ -254,7 +254,7 @@ def test_doctor_finds_everything_here(capfd: Any, monkeypatch: pytest.MonkeyPatc
 def test_doctor_knows_every_dependency() -> None:
     import tomllib
 
-    from pipeline.doctor import _PACKAGES
+    from pipeline.cli.doctor import _PACKAGES
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
@@ -266,7 +266,7 @@ def test_doctor_knows_every_dependency() -> None:
 def test_doctor_names_each_missing_package_its_verbs_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.metadata
 
-    from pipeline.doctor import _PACKAGES, examine
+    from pipeline.cli.doctor import _PACKAGES, examine
 
     version = importlib.metadata.version
     for hidden, verbs, mend in _PACKAGES:
@@ -293,7 +293,7 @@ def test_doctor_works_where_nothing_else_does(tmp_path: Path) -> None:
             (tmp_path / entry.name).symlink_to(entry)
     root = Path(__file__).parents[2]
     start = f"import sys; sys.path += [{str(root)!r}, {str(tmp_path)!r}]; sys.argv = ['so8t', 'doctor']\n"
-    command = [sys.executable, "-I", "-S", "-c", start + "from pipeline.cli import main; main()"]
+    command = [sys.executable, "-I", "-S", "-c", start + "from pipeline.cli.main import main; main()"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "200"})
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 1
@@ -324,7 +324,7 @@ def test_a_fault_of_the_program_is_never_a_verdict(capfd: Any, monkeypatch: pyte
     def broken() -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("pipeline.doctor.examine", broken)
+    monkeypatch.setattr("pipeline.cli.doctor.examine", broken)
     code, _, err = so8t(capfd, monkeypatch, "doctor")
     assert code == 2
     assert "Traceback" in err
@@ -334,7 +334,7 @@ def test_ctrl_c_says_that_finished_steps_are_kept(capfd: Any, monkeypatch: pytes
     def stopped() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.doctor.examine", stopped)
+    monkeypatch.setattr("pipeline.cli.doctor.examine", stopped)
     code, _, err = so8t(capfd, monkeypatch, "doctor")
     assert code == 130
     assert "finished steps are kept" in err
@@ -351,7 +351,7 @@ def test_ctrl_c_says_where_the_report_of_what_was_measured_lies(
     def stopped(*arguments: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"verification.ladder.{where}", stopped)
+    monkeypatch.setattr(f"verification.commands.verify.{where}", stopped)
     arguments = ("verify", "--reference", tiny_dir, "--candidate", tiny_gguf, "--out", tmp_path / "o", "-q")
     code, _, err = so8t(capfd, monkeypatch, *arguments)
     assert code == 130
@@ -362,9 +362,9 @@ def test_ctrl_c_says_where_the_report_of_what_was_measured_lies(
 def test_report_decides_by_values_not_by_what_the_file_says_of_itself(
     tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from verification.checks import plain_check, zero_check
-    from verification.report import write_report
-    from verification.schema import Leg, Report
+    from verification.gate.check import plain_check, zero_check
+    from verification.gate.report import Leg, Report
+    from verification.show.write import write_report
 
     legs = [
         Leg(name="convert", title="C", compared="", status="pass", checks=[plain_check("convert.mean_kld", "K", 1.0)]),
@@ -380,8 +380,10 @@ def test_a_place_that_cannot_hold_the_report_is_found_before_the_measuring(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "x.gguf").write_bytes(b"never read to its end" * 10)
-    monkeypatch.setattr("verification.ladder.artefacts", lambda *a, **k: pytest.fail("measuring began"))
-    monkeypatch.setattr("verification.ladder.read_gguf", lambda path: SimpleNamespace(path=path, file_type="F16"))
+    monkeypatch.setattr("verification.commands.verify.artefacts", lambda *a, **k: pytest.fail("measuring began"))
+    monkeypatch.setattr(
+        "verification.commands.verify.read_gguf", lambda path: SimpleNamespace(path=path, file_type="F16")
+    )
     arguments = ("--reference", tiny_dir, "--candidate", tmp_path / "x.gguf", "--out", tmp_path / "file" / "out")
     code, _, err = so8t(capfd, monkeypatch, "verify", *arguments, "-q")
     assert code == 2
@@ -418,7 +420,7 @@ def test_gate_refuses_a_report_whose_files_changed(
 
 @pytest.fixture(scope="module")
 def tiny_gguf(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from verification.converter import convert
+    from verification.engines.convert import convert
 
     return convert(tiny_dir, tmp_path_factory.mktemp("gguf") / "tiny-F16.gguf")
 

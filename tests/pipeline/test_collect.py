@@ -16,12 +16,12 @@ import pytest
 import yaml
 from web_server import Web, broken_off, endless, redirect, serve, slow_headers, text
 
-from pipeline import collect as collecting
-from pipeline.collect import Outcome, collect, require_collected, user_agent
 from pipeline.config import CollectConfig
-from pipeline.licences import LicencePolicy
-from pipeline.robots import Decision
-from pipeline.sources import RECORD, ROWS, load_manifest_file, resolve, url_folder
+from pipeline.data.collect import collect as collecting
+from pipeline.data.collect.collect import Outcome, collect, require_collected, user_agent
+from pipeline.data.collect.robots import Decision
+from pipeline.data.licences import LicencePolicy
+from pipeline.data.source_manifest import RECORD, ROWS, load_manifest_file, resolve, url_folder
 from so8t_core.errors import InputError
 
 ROW = json.dumps({"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}) + "\n"

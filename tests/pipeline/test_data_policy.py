@@ -16,12 +16,12 @@ from test_dataset import build, qa, read, write
 from test_sources import GOOD
 from web_server import serve, text
 
-from pipeline import data_policy
 from pipeline.config import DataConfig, GeneratorConfig
-from pipeline.data_inputs import expected_rows
-from pipeline.data_report import MAX_NAMES, OTHER_NAMES
-from pipeline.dataset import build_dataset
-from pipeline.rows import MAX_LINE
+from pipeline.data import privacy
+from pipeline.data.build import build_dataset
+from pipeline.data.inputs import expected_rows
+from pipeline.data.report import MAX_NAMES, OTHER_NAMES
+from pipeline.data.rows import MAX_LINE
 from so8t_core.errors import InputError
 
 PHONE, MAIL = "090-1234-5678", "hanako.yamada@example.jp"
@@ -88,7 +88,7 @@ def test_only_the_kinds_that_are_asked_for_are_looked_for(tmp_path: Path, phi35:
 
 def test_a_filter_that_looks_away_would_be_seen(tmp_path: Path, phi35: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault behind the tests above."""
-    monkeypatch.setattr(data_policy, "find", lambda text, kinds: [])
+    monkeypatch.setattr(privacy, "find", lambda text, kinds: [])
     build(tmp_path, phi35, sources=[write(tmp_path / "a.jsonl", private(1))])
     assert PHONE in written(tmp_path)
 
@@ -129,7 +129,7 @@ def test_a_policy_that_objects_to_nothing_would_be_seen(
     tmp_path: Path, phi35: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted fault behind the test above."""
-    monkeypatch.setattr("pipeline.sources._objection", lambda entry, facts, policy: None)
+    monkeypatch.setattr("pipeline.data.source_manifest._objection", lambda entry, facts, policy: None)
     listed = manifest(tmp_path, a={"licence": "CC-BY-NC-4.0"})
     source = write(tmp_path / "a.jsonl", qa(1))
     report = build(tmp_path, phi35, sources=[source], manifest=listed, unlisted_sources="exclude")
@@ -196,7 +196,7 @@ def test_a_label_by_line_means_one_source_of_two_with_the_same_name(tmp_path: Pa
 
 def test_an_unsafe_row_that_complies_would_be_seen(tmp_path: Path, phi35: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: everything passes for a refusal."""
-    monkeypatch.setattr("pipeline.safety.is_refusal", lambda answer: True)
+    monkeypatch.setattr("pipeline.data.labels.is_refusal", lambda answer: True)
     report = build(tmp_path, phi35, sources=[write(tmp_path / "a.jsonl", {**COMPLIANCE, "safety_label": "nsfw"})])
     assert report.rejected == {}
 
@@ -211,7 +211,7 @@ def test_a_source_given_for_refusal_holds_refusals_only(tmp_path: Path, phi35: A
 
 def test_the_cards_state_the_limits(tmp_path: Path, phi35: Any) -> None:
     from pipeline.config import RunConfig
-    from pipeline.model_card import model_card
+    from pipeline.release.model_card import model_card
 
     build(tmp_path, phi35, sources=[write(tmp_path / "a.jsonl", qa(1))])
     card = (tmp_path / "out" / "data_card.md").read_text("utf-8")
@@ -244,7 +244,7 @@ def test_every_row_is_accounted_for_and_the_bytes_are_the_same_again(tmp_path: P
 
 def test_a_row_lost_without_a_count_would_be_seen(tmp_path: Path, phi35: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault behind the law above."""
-    from pipeline.data_report import SourceCount
+    from pipeline.data.report import SourceCount
 
     monkeypatch.setattr(SourceCount, "reject", lambda self, *args: None)
     report = build(tmp_path, phi35, sources=[write(tmp_path / "a.jsonl", qa(1), private(1))])
@@ -274,7 +274,7 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]  # as pytest has it: this conftest uses a neighbour above
 from conftest import byte_tokenizer
 from pipeline.config import DataConfig
-from pipeline.dataset import build_dataset
+from pipeline.data.build import build_dataset
 tokenizer = byte_tokenizer()
 config = DataConfig(sources=[sys.argv[2]], unlisted_sources="allow")
 Path(sys.argv[3]).mkdir()

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig, GeneratorConfig
-from pipeline.data_report import DataReport
-from pipeline.dataset import build_dataset
-from pipeline.generator import generate
-from pipeline.masking import IGNORED, encode_row
-from pipeline.rows import LABELS, split_reasoning, to_think_row
-from pipeline.thinking import SYSTEM_MESSAGE, RowError, format_assistant, parse
+from pipeline.data.build import build_dataset
+from pipeline.data.generator import generate
+from pipeline.data.masking import IGNORED, encode_row
+from pipeline.data.report import DataReport
+from pipeline.data.rows import LABELS, split_reasoning, to_think_row
+from pipeline.data.think_form import SYSTEM_MESSAGE, RowError, format_assistant, parse
 from so8t_core.errors import InputError
 
 THINK = format_assistant("2 + 3 = 5", "5")

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.generator import FAMILIES, GeneratedRow, capacity, families, generate
-from pipeline.problems_base import LANGUAGES, Family
-from pipeline.thinking import format_assistant, parse
+from pipeline.data.generator import FAMILIES, GeneratedRow, capacity, families, generate
+from pipeline.data.problems.base import LANGUAGES, Family
+from pipeline.data.think_form import format_assistant, parse
 from so8t_core.errors import InputError
 
 JA_DAYS = "月火水木金土日"

@@ -22,8 +22,8 @@ from test_run import TEXT
 from pipeline.config import parse_config
 from pipeline.manifest import load_manifest
 from pipeline.progress import Reporter
-from pipeline.run import STEPS, Run
-from pipeline.trainer import last_complete_checkpoint
+from pipeline.run.steps import STEPS, Run
+from pipeline.train.trainer import last_complete_checkpoint
 from so8t_core.files import sha256_path
 
 ARTEFACTS = ("data", "adapter/adapter_model.safetensors", "baked", "gguf", "work/answers.json")
@@ -35,7 +35,7 @@ class Started:
     """`so8t run` in a process group of its own; its lines are kept and can be waited for."""
 
     def __init__(self, config: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "pipeline.cli", "run", str(config), *options]
+        command = [sys.executable, "-m", "pipeline.cli.main", "run", str(config), *options]
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores ctrl-C

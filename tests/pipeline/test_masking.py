@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.masking import IGNORED, encode_row, render_row
-from pipeline.thinking import Message, RowError, chat, format_assistant, strip_message
+from pipeline.data.masking import IGNORED, encode_row, render_row
+from pipeline.data.think_form import Message, RowError, chat, format_assistant, strip_message
 from so8t_core.errors import InputError
 
 END = {"smollm2": "<|im_end|>", "phi35": "<|end|>"}

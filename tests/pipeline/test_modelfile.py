@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.generator import generate
-from pipeline.modelfile import go_template, modelfile, stop_tokens
-from pipeline.thinking import SYSTEM_MESSAGE
+from pipeline.data.generator import generate
+from pipeline.data.think_form import SYSTEM_MESSAGE
+from pipeline.release.modelfile import go_template, modelfile, stop_tokens
 from so8t_core.errors import InputError
 
 

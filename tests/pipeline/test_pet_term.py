@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from pipeline.collate import Collator
 from pipeline.config import parse_config
-from pipeline.pet_term import HiddenStates, penalty, triples, unit_rms
-from pipeline.trainer import SO8TTrainer
+from pipeline.train.collate import Collator
+from pipeline.train.pet import HiddenStates, penalty, triples, unit_rms
+from pipeline.train.trainer import SO8TTrainer
 from so8t_core import SO8TConfig, attach, gates, pet_penalty, segments_of
 
 IDS = torch.tensor([[1, 7, 3, 9, 4, 2, 8, 5], [6, 2, 9, 1, 1, 3, 5, 7]])

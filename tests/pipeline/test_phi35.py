@@ -15,22 +15,23 @@ from typing import Any
 import pytest
 from phi3_miniature import STOPS, MiniatureRun, Size, miniature_run, save_miniature
 
-from pipeline.conversion import released_n_ctx
-from pipeline.rows import to_think_row
+from pipeline.data.rows import to_think_row
+from pipeline.data.think_form import format_assistant
+from pipeline.release.gguf_files import released_n_ctx
 from pipeline.serve.engine_llama import LlamaEngine
 from pipeline.serve.protocol import conversation, parse_request
-from pipeline.thinking import format_assistant
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
-from verification import chat_templates, decide, tokens
-from verification.converter import convert_metadata, default_name
-from verification.gguf_edit import set_metadata
-from verification.gguf_file import read_gguf
-from verification.llama_engine import LlamaModel
-from verification.metadata import unused_window
-from verification.policy import make_policy
-from verification.tensors import read_config
-from verification.tokenizer import load_tokenizer
+from verification import decide
+from verification.contract import chat, tokens
+from verification.contract.metadata import unused_window
+from verification.engines.convert import convert_metadata, default_name
+from verification.engines.llama_model import LlamaModel
+from verification.fault_catalogue.edit import set_metadata
+from verification.gate.policy import make_policy
+from verification.gguf.reader import read_gguf
+from verification.reference.tokenizer import load_tokenizer
+from verification.weight_parity.expected import read_config
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,8 @@ def test_a_base_that_is_not_named_phi_still_tokenises_as_phi(
 
 
 def chat_ids(tokenizer: Any, model: LlamaModel) -> list[Any]:
-    chats = [chat for chat in chat_templates.render_both(tokenizer, model) if not chat.starts_with_unicode_space]
-    return chat_templates.rendered_ids(tokenizer, model, chats)
+    chats = [chat for chat in chat.render_both(tokenizer, model) if not chat.starts_with_unicode_space]
+    return chat.rendered_ids(tokenizer, model, chats)
 
 
 # --- trap 2: Unicode spaces at the start of a message

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pii_cases import CHECKABLE, POSITIVES, hard_negatives, measure, positives, real_sentences
 
-from pipeline import pii, pii_numbers, pii_text
-from pipeline.generator import generate
-from pipeline.pii import find, mask, sample
-from pipeline.pii_text import Folded, fold
-from pipeline.thinking import ANSWER_MARKER, SYSTEM_MESSAGE, THINK_MARKER
+from pipeline.data.generator import generate
+from pipeline.data.pii import find as finder
+from pipeline.data.pii import numbers, text
+from pipeline.data.pii.find import find, mask, sample
+from pipeline.data.pii.text import Folded, fold
+from pipeline.data.think_form import ANSWER_MARKER, SYSTEM_MESSAGE, THINK_MARKER
 
 RECALL = 0.98
 PRECISION = 0.98  # of the same set: 4,500 sentences with findings, 500 hard negatives
@@ -53,7 +54,7 @@ def test_generated_problems_and_our_own_words_are_never_hit() -> None:
 
 
 def test_without_folding_the_recall_bar_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pii, "fold", lambda text: Folded(text, None, len(text)))
+    monkeypatch.setattr(finder, "fold", lambda text: Folded(text, None, len(text)))
     found = measure(find, 100)
     assert all(found[kind][0] < RECALL for kind in ("email", "phone", "my_number", "card"))
 
@@ -65,7 +66,7 @@ def test_without_folding_the_recall_bar_fails(monkeypatch: pytest.MonkeyPatch) -
 def test_without_its_check_digit_a_kind_takes_other_numbers(
     module: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(getattr(pii_numbers, module), "is_valid", lambda number: True)
+    monkeypatch.setattr(getattr(numbers, module), "is_valid", lambda number: True)
     rng = random.Random(0)
     digits = {"my_number": 12, "corporate_number": 13, "card": 16}[name]
     prefix = "4" if name == "card" else "7"
@@ -77,7 +78,7 @@ def test_without_its_check_digit_a_kind_takes_other_numbers(
 
 
 def test_without_telling_words_the_hard_negatives_are_hit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pii_numbers, "_OTHER_NUMBER", re.compile("(?!)"))
+    monkeypatch.setattr(numbers, "_OTHER_NUMBER", re.compile("(?!)"))
     assert sum(bool(find(sentence)) for sentence in hard_negatives(3400, seed=7)) > 30
 
 
@@ -190,5 +191,5 @@ def test_long_text_is_searched_in_linear_time() -> None:
 
 
 def test_the_detector_names_all_kinds() -> None:
-    assert set(POSITIVES) | {"confidential"} == set(pii.KINDS)
-    assert pii_text.fold("abc").origin is None
+    assert set(POSITIVES) | {"confidential"} == set(find.KINDS)
+    assert text.fold("abc").origin is None

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from phi3_miniature import MiniatureRun, Size, miniature_run, save_miniature
 
-from pipeline import cli, plan
+from pipeline.cli import main as cli
 from pipeline.config import parse_config
-from pipeline.estimate import mean_length, shape_of
-from pipeline.plan import Plan, make_plan
 from pipeline.progress import Reporter
-from pipeline.run import STEPS, Run
+from pipeline.run import plan
+from pipeline.run.estimate import mean_length, shape_of
+from pipeline.run.plan import Plan, make_plan
+from pipeline.run.steps import STEPS, Run
 from so8t_core.errors import InputError
 from so8t_core.files import size_of
 

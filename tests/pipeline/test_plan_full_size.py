@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from phi3_miniature import FULL, config, miniature_run
 
-from pipeline.estimate import Machine, bytes_a_weight, costs, shape_of, training
+from pipeline.run.estimate import Machine, bytes_a_weight, costs, shape_of, training
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "phi35_full_size.json"

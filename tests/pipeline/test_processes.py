@@ -23,11 +23,12 @@ from test_training import Killed, _die_at, _tensors
 
 from pipeline.config import RunConfig, parse_config
 from pipeline.progress import Reporter
-from pipeline.run import Run
-from pipeline.trainer import Order, last_complete_checkpoint, split_step
+from pipeline.run.steps import Run
+from pipeline.train.trainer import Order, last_complete_checkpoint, split_step
 from so8t_core.errors import InputError
-from verification import processes, verify
-from verification.schema import TrainingRecord
+from verification import verify
+from verification.engines import distributed
+from verification.gate.report import TrainingRecord
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "scaling_out.md").read_text(encoding="utf-8")
@@ -204,9 +205,9 @@ def test_order_is_one_shuffle_after_another() -> None:
 
 
 def test_a_process_alone_shares_with_nobody() -> None:
-    assert processes.together(processes.shared_out(["a", "b"])) == ["a", "b"]
-    assert processes.from_first(lambda: 3) == 3
-    processes.agree("rows", "x")
+    assert distributed.together(distributed.shared_out(["a", "b"])) == ["a", "b"]
+    assert distributed.from_first(lambda: 3) == 3
+    distributed.agree("rows", "x")
 
 
 def test_every_share_is_somebodys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,11 +215,11 @@ def test_every_share_is_somebodys(monkeypatch: pytest.MonkeyPatch) -> None:
     dealt = {}
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        dealt[rank] = processes.shared_out(list("abcdefg"))
+        dealt[rank] = distributed.shared_out(list("abcdefg"))
     assert sorted(place for share in dealt.values() for place in share) == list(range(7))
 
 
 def test_another_view_of_the_data_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "everyones", lambda value: [value, "other"])
+    monkeypatch.setattr(distributed, "everyones", lambda value: [value, "other"])
     with pytest.raises(InputError, match=r"process 1 of 1 sees other training rows .* share the run directory"):
-        processes.agree("training rows", "mine")
+        distributed.agree("training rows", "mine")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from web_server import Web, broken_off, endless, redirect, serve, slow_headers, text
 
-from pipeline import robots
-from pipeline.robots import MAX_AGE, MAX_BYTES, Decision, RobotsCache
+from pipeline.data.collect import robots
+from pipeline.data.collect.robots import MAX_AGE, MAX_BYTES, Decision, RobotsCache
 
 AGENT = "so8t-data/1 (+https://example.org/googlebot)"  # the contact must not choose another crawler's rules
 

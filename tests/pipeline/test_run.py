@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.run as run_module
+import pipeline.run.steps as run_module
 from pipeline.config import RunConfig, parse_config
 from pipeline.manifest import load_manifest, locked
 from pipeline.progress import Reporter
-from pipeline.run import STEPS, Run
+from pipeline.run.steps import STEPS, Run
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
-from verification.schema import Report
+from verification.gate.report import Report
 
 TEXT = """
 data: {generator: {rows: 16, heldout_rows: 24}}
@@ -164,9 +164,9 @@ def test_failed_step_leaves_nothing_half_written(
         raise OSError(28, "No space left on device", str(outputs[step]))
 
     target = {
-        "data": "pipeline.dataset.build_dataset",
+        "data": "pipeline.data.build.build_dataset",
         "bake": "so8t_core.baking._bake_shard",
-        "convert": "pipeline.conversion.quantise",
+        "convert": "pipeline.release.gguf_files.quantise",
     }[step]
     module, _, name = target.rpartition(".")
     monkeypatch.setattr(importlib.import_module(module), name, fail)

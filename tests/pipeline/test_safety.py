@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.refusal import MAX_LENGTH, MAX_STEPS, is_refusal
-from pipeline.safety import NOT_REFUSED, UNKNOWN, SafetyLabels, UnsafeLabel
-from pipeline.thinking import RowError, Thought
+from pipeline.data.labels import NOT_REFUSED, UNKNOWN, SafetyLabels, UnsafeLabel
+from pipeline.data.refusal import MAX_LENGTH, MAX_STEPS, is_refusal
+from pipeline.data.think_form import RowError, Thought
 from so8t_core.errors import InputError
 
 REFUSALS = [

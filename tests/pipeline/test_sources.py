@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.licences import ALLOWED, FORBIDDEN, LicencePolicy
-from pipeline.sources import load_manifest_file, resolve
+from pipeline.data.licences import ALLOWED, FORBIDDEN, LicencePolicy
+from pipeline.data.source_manifest import load_manifest_file, resolve
 from so8t_core.errors import InputError
 
 GOOD = {

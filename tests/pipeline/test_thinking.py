@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.thinking import (
+from pipeline.data.think_form import (
     ANSWER_MARKER,
     SYSTEM_MESSAGE,
     THINK_MARKER,

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.trainer as trainer_module
-from pipeline.collate import Collator, EncodedRows
+import pipeline.train.trainer as trainer_module
 from pipeline.config import RunConfig, parse_config
-from pipeline.dataset import build_dataset
-from pipeline.pet_term import unit_rms
+from pipeline.data.build import build_dataset
 from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
-from pipeline.trainer import last_complete_checkpoint
-from pipeline.training import adapter_config, heldout_loss, load_base, rotation_off, train
+from pipeline.train.collate import Collator, EncodedRows
+from pipeline.train.fit import adapter_config, heldout_loss, load_base, rotation_off, train
+from pipeline.train.pet import unit_rms
+from pipeline.train.trainer import last_complete_checkpoint
 from so8t_core import attach, gates, load_adapter, pet_penalty
 from so8t_core.errors import InputError
-from verification.schema import TrainingRecord
+from verification.gate.report import TrainingRecord
 
 TEXT = """
 data: {generator: {rows: 24, heldout_rows: 6}}

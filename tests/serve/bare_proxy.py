@@ -12,7 +12,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from pipeline.serve.server import bind, uvicorn_config
+from pipeline.serve.start import bind, uvicorn_config
 
 app = FastAPI()
 client = httpx.AsyncClient(trust_env=False, timeout=60, limits=httpx.Limits(max_connections=128))

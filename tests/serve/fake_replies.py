@@ -6,7 +6,7 @@ import json
 
 from fake_upstream import ANSWER, CANARY, DONE, OK, STEPS, chunk, generation, text
 
-from pipeline.thinking import ANSWER_MARKER, THINK_MARKER
+from pipeline.data.think_form import ANSWER_MARKER, THINK_MARKER
 
 
 def hostile() -> dict[str, list[bytes | float]]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline.thinking import ANSWER_MARKER, THINK_MARKER
+from pipeline.data.think_form import ANSWER_MARKER, THINK_MARKER
 
 CANARY = "カナリアκαναρι secret"
 STEPS = f"{CANARY} one\n{CANARY} two"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from pipeline.thinking import ANSWER_MARKER, THINK_MARKER
+from pipeline.data.think_form import ANSWER_MARKER, THINK_MARKER
 
 GREEK = "αβγδεζηθλμξπρσφχψω"
 LATIN = "abcdefghijklmnopqrstuvwxyz "

@@ -14,12 +14,12 @@ from typing import Any
 
 import uvicorn
 
-from pipeline.serve.app import make_app
-from pipeline.serve.audit import AuditLog
-from pipeline.serve.decide import Decider, Limits
+from pipeline.serve.audit_log import AuditLog
+from pipeline.serve.audit_writer import Recorder
 from pipeline.serve.engine import Engine
-from pipeline.serve.recorder import Recorder
-from pipeline.serve.server import LOOPBACK_NAMES, bind, uvicorn_config
+from pipeline.serve.http import make_app
+from pipeline.serve.request import Decider, Limits
+from pipeline.serve.start import LOOPBACK_NAMES, bind, uvicorn_config
 
 AUDIT_KEY = b"k" * 32
 

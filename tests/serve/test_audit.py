@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.serve import audit
-from pipeline.serve.audit import AuditLog, Head, Tampered, Unavailable, bucket, head_path, thinking_hmac, verify
-from pipeline.serve.recorder import Recorder
+from pipeline.serve import audit_log
+from pipeline.serve.audit_log import AuditLog, Head, Tampered, Unavailable, bucket, head_path, thinking_hmac, verify
+from pipeline.serve.audit_writer import Recorder
 from so8t_core.errors import InputError
 
 RECORD = {"event": "request", "id": "chatcmpl-0", "verdict": "released", "client": "アリス"}
@@ -147,12 +147,12 @@ def test_a_weaker_verification_would_miss_it(log: Path, planted: str, monkeypatc
     with pytest.raises(Tampered):
         verify(log)
     if planted in ("hash", "order"):
-        monkeypatch.setattr(audit, "_check", lambda line, after: Head(after.seq + 1, json.loads(line)["hash"]))
+        monkeypatch.setattr(audit_log, "_check", lambda line, after: Head(after.seq + 1, json.loads(line)["hash"]))
     elif planted == "torn":
-        original = audit._heads
-        monkeypatch.setattr(audit, "_heads", lambda path: (pair for pair in original(path) if not pair[1]))
+        original = audit_log._heads
+        monkeypatch.setattr(audit_log, "_heads", lambda path: (pair for pair in original(path) if not pair[1]))
     else:
-        monkeypatch.setattr(audit, "head_path", lambda path: path.with_name("other"))
+        monkeypatch.setattr(audit_log, "head_path", lambda path: path.with_name("other"))
         (log.parent / "other").write_text(f"2:{json.loads(lines[2])['hash']}")
     verify(log)
 
@@ -258,7 +258,7 @@ def test_a_real_limit_on_the_file_refuses_as_well(tmp_path: Path) -> None:
     """RLIMIT_FSIZE in a process of its own: the kernel itself takes a part of a line and then no more."""
     code = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from pipeline.serve.audit import AuditLog, Unavailable, verify\n"
+        "from pipeline.serve.audit_log import AuditLog, Unavailable, verify\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); path = Path(sys.argv[1])\n"
         "log = AuditLog(path); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY)); done = 0\n"
         "try:\n    while True: log.append([{'event': 'x', 'n': done}]); done += 1\n"
@@ -273,8 +273,8 @@ def test_a_real_limit_on_the_file_refuses_as_well(tmp_path: Path) -> None:
 
 WRITER = (
     "import os, sys, asyncio; from pathlib import Path\n"
-    "from pipeline.serve.audit import AuditLog\n"
-    "from pipeline.serve.recorder import Recorder\n"
+    "from pipeline.serve.audit_log import AuditLog\n"
+    "from pipeline.serve.audit_writer import Recorder\n"
     "async def main():\n"
     "    recorder = Recorder(AuditLog(Path(sys.argv[1]))); n = 0\n"
     "    async def one(i):\n"

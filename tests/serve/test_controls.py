@@ -15,9 +15,9 @@ import test_requests
 from fake_upstream import FakeUpstream
 from running_server import RunningServer
 
-from pipeline.serve import app, decide, engine_upstream, protocol
+from pipeline.serve import engine_upstream, http, protocol, request
+from pipeline.serve.audit_writer import Recorder
 from pipeline.serve.guard import Guard, Verdict
-from pipeline.serve.recorder import Recorder
 
 InFront = Callable[..., RunningServer]
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -52,7 +52,7 @@ def tells_the_reason(patch: pytest.MonkeyPatch) -> None:
         return verdict
 
     patch.setattr(Guard, "close", talkative)
-    patch.setattr(decide, "Exception", ZeroDivisionError, raising=False)
+    patch.setattr(request, "Exception", ZeroDivisionError, raising=False)
 
 
 def forwards_the_upstreams_words(patch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def forwards_the_upstreams_words(patch: pytest.MonkeyPatch) -> None:
             raise
 
     patch.setattr(engine_upstream._Reader, "take", take)
-    patch.setattr(decide, "engine_failed", forward)
+    patch.setattr(request, "engine_failed", forward)
 
 
 def answers_before_the_record(patch: pytest.MonkeyPatch) -> None:
@@ -90,20 +90,20 @@ def ignores_unknown_fields(patch: pytest.MonkeyPatch) -> None:
 
 
 def never_refuses(patch: pytest.MonkeyPatch) -> None:
-    original = decide.Decider.admitted
+    original = request.Decider.admitted
 
-    def all_in(self: decide.Decider, client: str | None) -> Any:
+    def all_in(self: request.Decider, client: str | None) -> Any:
         self.running.clear()
         return original(self, client)
 
-    patch.setattr(decide.Decider, "admitted", all_in)
+    patch.setattr(request.Decider, "admitted", all_in)
 
 
 def stays_when_the_client_goes(patch: pytest.MonkeyPatch) -> None:
     async def deaf(receive: Any) -> None:
         await asyncio.sleep(60)
 
-    patch.setattr(app, "_disconnected", deaf)
+    patch.setattr(http, "_disconnected", deaf)
     wait_for = RunningServer.wait_for
     patch.setattr(RunningServer, "wait_for", lambda self, condition, seconds=2: wait_for(self, condition, 2))
 

@@ -13,14 +13,14 @@ import pytest
 from running_server import RunningServer, error, request, status
 
 from pipeline.base_model import demo_file
-from pipeline.generate import complete
-from pipeline.serve.decide import Limits
+from pipeline.data.think_form import chat
+from pipeline.release.generate import complete
 from pipeline.serve.engine import Job
 from pipeline.serve.engine_llama import ChatTemplate, LlamaEngine, shipped_n_ctx
 from pipeline.serve.guard import TooLong
 from pipeline.serve.protocol import Refusal
+from pipeline.serve.request import Limits
 from pipeline.serve.tokens import Tokens
-from pipeline.thinking import chat
 from so8t_core.errors import InputError
 
 CONVERSATIONS: list[list[dict[str, str]]] = [

@@ -13,8 +13,8 @@ import pytest
 from guard_laws import LAWS, canonical, pieces
 from mutation import load
 
+from pipeline.data.think_form import ANSWER_MARKER, parse
 from pipeline.serve import guard
-from pipeline.thinking import ANSWER_MARKER, parse
 
 
 @pytest.mark.parametrize("name", LAWS)

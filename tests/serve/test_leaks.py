@@ -11,8 +11,8 @@ from fake_replies import friendly, hostile
 from fake_upstream import ANSWER, CANARY, STEPS, FakeUpstream, generation, no_canary, text
 from running_server import AUDIT_KEY, RunningServer, answer_of, error, status
 
-from pipeline.serve.audit import thinking_hmac, verify
-from pipeline.thinking import ANSWER_MARKER
+from pipeline.data.think_form import ANSWER_MARKER
+from pipeline.serve.audit_log import thinking_hmac, verify
 
 InFront = Callable[..., RunningServer]
 

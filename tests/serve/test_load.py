@@ -12,8 +12,8 @@ import pytest
 from fake_upstream import ANSWER, OK, FakeUpstream, chunk, generation, no_canary, text
 from running_server import RunningServer, answer_of, error, read_all, request, status
 
-from pipeline.serve.audit import verify
-from pipeline.serve.decide import Limits
+from pipeline.serve.audit_log import verify
+from pipeline.serve.request import Limits
 
 InFront = Callable[..., RunningServer]
 
@@ -141,7 +141,7 @@ def test_busy_upstream_is_503_with_a_time_to_wait(in_front: InFront, upstream: F
 
 
 def test_slow_and_silent_connections_hinder_nobody(in_front: InFront, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.serve import server as module
+    from pipeline.serve import start as module
 
     monkeypatch.setattr(module, "HEADER_SECONDS", 0.3)
     server = in_front()
@@ -157,7 +157,7 @@ def test_slow_and_silent_connections_hinder_nobody(in_front: InFront, monkeypatc
 
 
 def test_half_a_second_header_is_not_waited_for(in_front: InFront, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.serve import server as module
+    from pipeline.serve import start as module
 
     monkeypatch.setattr(module, "HEADER_SECONDS", 0.5)
     server = in_front()

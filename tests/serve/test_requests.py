@@ -9,8 +9,8 @@ import pytest
 from fake_upstream import ANSWER, STEPS, FakeUpstream, generation, text
 from running_server import RunningServer, body, error, request, status
 
-from pipeline.serve.decide import Limits
-from pipeline.thinking import SYSTEM_MESSAGE, THINK_MARKER
+from pipeline.data.think_form import SYSTEM_MESSAGE, THINK_MARKER
+from pipeline.serve.request import Limits
 
 InFront = Callable[..., RunningServer]
 

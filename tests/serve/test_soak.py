@@ -20,7 +20,7 @@ from fake_upstream import ANSWER, FakeUpstream, generation, no_canary, text
 from running_server import request
 from test_start import ENVIRONMENT, started
 
-from pipeline.serve.audit import verify
+from pipeline.serve.audit_log import verify
 
 pytestmark = pytest.mark.soak
 

@@ -17,7 +17,7 @@ import pytest
 from fake_upstream import ANSWER, CANARY, OK, FakeUpstream, chunk, generation, no_canary, text
 
 from pipeline.serve.engine_upstream import check_url, is_loopback
-from pipeline.serve.server import ServeConfig, serve
+from pipeline.serve.start import ServeConfig, serve
 from so8t_core.errors import InputError
 
 KEY = "0123456789abcdef" * 4
@@ -89,7 +89,7 @@ ENVIRONMENT = {**os.environ, "SO8T_AUDIT_KEY": KEY, "PYTHONPATH": str(Path(__fil
 
 
 def so8t(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    command = [sys.executable, "-m", "pipeline.cli.main", *arguments]
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
 
 
@@ -98,7 +98,7 @@ def started(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen
     """The command in a process of its own; (base URL, process)."""
     with open(folder / "stderr", "w") as errors:  # not a pipe: a full one would stop the server
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", "serve", "--port", "0", *options], cwd=folder, text=True,
+            [sys.executable, "-m", "pipeline.cli.main", "serve", "--port", "0", *options], cwd=folder, text=True,
             stdout=subprocess.PIPE, stderr=errors, env=ENVIRONMENT,
         )  # fmt: skip
     try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from verification import Report
-from verification.checks import plain_check as check_of
-from verification.checks import zero_check
-from verification.decision import LEG_TITLES
-from verification.schema import Check, Leg
+from verification.gate.check import plain_check as check_of
+from verification.gate.check import zero_check
+from verification.gate.decide import LEG_TITLES
+from verification.gate.report import Check, Leg
 
 
 def plain_check(name: str, title: str, value: float, **more) -> Check:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from verification.schema import (
+from verification.gate.report import (
     AnswerRecord,
     Artefact,
     CellResult,
@@ -308,7 +308,7 @@ def sample_report(kind: Kind = "pass") -> Report:
             ),
             Artefact(role="adapter", path="runs/demo/adapter", sha256=digest(11), bytes=19_812_104),
             Artefact(role="corpus", path="runs/demo/data/heldout.txt", sha256=digest(12), bytes=31_204),
-            Artefact(role="policy", path="verification/default_policy.yaml", sha256=digest(13), bytes=2_011),
+            Artefact(role="policy", path="verification/gate/default_policy.yaml", sha256=digest(13), bytes=2_011),
         ],
         legs=_legs(kind),
         divergences=[divergence(n, 0.165 / 5.4e-6 if kind == "fail" and n == "F16" else 1.0) for n in labels],

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from sample_report import sample_report
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file, write_text
-from verification.attestation import check_policy, check_statement, policy_digest, statement_path, write_statement
-from verification.policy import make_policy
-from verification.provenance import versions
-from verification.report import load_report, to_json
-from verification.schema import Artefact, Report
+from verification.commands.provenance import versions
+from verification.gate.policy import make_policy
+from verification.gate.report import Artefact, Report
+from verification.gate.statement import check_policy, check_statement, policy_digest, statement_path, write_statement
+from verification.show.write import load_report, to_json
 
 Json = dict[str, Any]
 

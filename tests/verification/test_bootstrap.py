@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from verification.bootstrap import mean_interval, resampled, share_interval, wilson
+from verification.logit_parity.intervals import mean_interval, resampled, share_interval, wilson
 
 RUNS = 600
 # binomial error of a coverage near 0.93 over 600 runs: sqrt(0.93 * 0.07 / 600) = 1.0 %; three of it are allowed

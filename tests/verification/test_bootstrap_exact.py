@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from verification.bootstrap import ROUNDS, mean_interval, resampled, share_interval, wilson
+from verification.logit_parity.intervals import ROUNDS, mean_interval, resampled, share_interval, wilson
 
 
 def data(chunks: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,14 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from verification.cells import CACHE_LIMIT, Passage, Plan, cache_bytes, original_length, plan_cells, shipped_n_ctx
-from verification.converter import convert
-from verification.corpus import Corpus
-from verification.decision import decide
-from verification.legs_logits import cell_checks, distinct, measure_file, passages_of, run_reference
-from verification.logits import load_hf
-from verification.policy import Policy, make_policy
-from verification.schema import Check, Leg, Report
+from verification.engines.convert import convert
+from verification.engines.logits import load_hf
+from verification.gate.decide import decide
+from verification.gate.policy import Policy, make_policy
+from verification.gate.report import Check, Leg, Report
+from verification.logit_parity.compare import cell_checks, distinct, measure_file, passages_of, run_reference
+from verification.logit_parity.run_modes import (
+    CACHE_LIMIT,
+    Passage,
+    Plan,
+    cache_bytes,
+    original_length,
+    plan_cells,
+    shipped_n_ctx,
+)
+from verification.logit_parity.text import Corpus
 
 PHI35 = {
     "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "hidden_size": 3072,
@@ -86,7 +94,7 @@ def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("phi3") / "model"
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        input="verification/corpus/default.txt", model_prefix=str(folder / "tokenizer"), vocab_size=800,
+        input="verification/logit_parity/corpus/default.txt", model_prefix=str(folder / "tokenizer"), vocab_size=800,
         byte_fallback=True, model_type="bpe", character_coverage=0.98, user_defined_symbols=["<|endoftext|>"],
         minloglevel=2, hard_vocab_limit=False,
     )  # fmt: skip

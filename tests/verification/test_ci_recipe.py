@@ -30,8 +30,8 @@ def recipe() -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Path:
-    from verification.converter import convert
-    from verification.quantise import quantise
+    from verification.engines.convert import convert
+    from verification.engines.quantise import quantise
 
     folder = tmp_path_factory.mktemp("ci")
     (folder / "checkpoint").symlink_to(small_checkpoint)
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> P
     (folder / "gate.yaml").write_text(bounds, encoding="utf-8")
     programs = folder / "bin"
     programs.mkdir()
-    for name, module in (("so8t", "pipeline.cli"), ("pytest", "pytest -p verification.pytest_plugin")):
+    for name, module in (("so8t", "pipeline.cli.main"), ("pytest", "pytest -p verification.commands.pytest_plugin")):
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n', encoding="utf-8")
         (programs / name).chmod(0o755)
     return folder
@@ -105,13 +105,13 @@ def test_the_recipe_shuts_the_gate_on_a_broken_file(place: Path, tmp_path: Path)
 def test_the_document_names_what_exists() -> None:
     for name in re.findall(r"`((?:tests|scripts)/[\w./]+)`", TEXT):
         assert (ROOT / name).is_file(), name
-    from verification.attestation import PREDICATE_TYPE
+    from verification.gate.statement import PREDICATE_TYPE
 
     assert PREDICATE_TYPE in TEXT
 
 
 def test_the_summary_is_optional_and_bounded(tmp_path: Path, monkeypatch: Any) -> None:
-    from verification.step_summary import append_step_summary
+    from verification.show.github import append_step_summary
 
     report = sample_report("fail")
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from so8t_core.errors import InputError
-from verification.corpus import read_corpus
+from verification.logit_parity.text import read_corpus
 
 
 class Letters:

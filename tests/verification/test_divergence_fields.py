@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import pytest
 
 from so8t_core.errors import InputError
 from verification import divergence
-from verification.bootstrap import mean_interval, resampled, share_interval
-from verification.divergence import DivergenceAccumulator, mean_kld
+from verification.logit_parity import kl
+from verification.logit_parity.intervals import mean_interval, resampled, share_interval
+from verification.logit_parity.kl import DivergenceAccumulator, mean_kld
 
 VOCAB = 40
 ROWS = (33, 47, 47)  # a chunk's scored positions
@@ -50,7 +50,7 @@ def accumulate(ref: list[np.ndarray], cand: list[np.ndarray], targets: list[np.n
 
 @pytest.mark.parametrize("block", [1, VOCAB * 5, VOCAB * 100])
 def test_every_field_is_what_its_definition_says(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["verification.divergence"], "_BLOCK_ELEMENTS", block)  # rows a block: 1, 5, 100
+    monkeypatch.setattr(kl, "_BLOCK_ELEMENTS", block)  # rows a block: 1, 5, 100
     ref, cand, targets = made()
     ref[1][4, 3], cand[2][0, 0] = np.nan, np.inf
     cand[0][2] = cand[0][2, 0]  # flat: the first of equals is the most likely

@@ -18,25 +18,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from verification import self_test as runner
-from verification.bench import Bench, as_quant
-from verification.causes import damage_cause, merge_cause
-from verification.faults import Fault, catalogue
-from verification.gguf_edit import Raw, set_metadata
-from verification.gguf_file import read_gguf
-from verification.healthy import Healthy, make_family
-from verification.judging import judge
-from verification.legs_file import Candidate, weight_checks
-from verification.legs_quantise import quantise_checks
-from verification.memory import Memory
-from verification.metadata import HARMLESS, against_oracle, is_harmless
-from verification.others import Others
-from verification.quantise import quantise
-from verification.self_check import counts, layout, promised_types, vocabulary
-from verification.self_test_schema import HealthyRow, SelfTest
-from verification.self_test_view import html_page, markdown
-from verification.tensors import inventory
-from verification.weights import Examination
+from verification.contract.checks import Candidate, weight_checks
+from verification.contract.file_structure import counts, layout, promised_types, vocabulary
+from verification.contract.metadata import HARMLESS, against_oracle, is_harmless
+from verification.engines.quantise import quantise
+from verification.fault_catalogue import run as runner
+from verification.fault_catalogue.catalogue import Fault, catalogue
+from verification.fault_catalogue.edit import Raw, set_metadata
+from verification.fault_catalogue.file_gate import judge
+from verification.fault_catalogue.healthy import Healthy, make_family
+from verification.fault_catalogue.page import html_page, markdown
+from verification.fault_catalogue.peer_checks import Others
+from verification.fault_catalogue.plant import Bench, as_quant
+from verification.fault_catalogue.result import HealthyRow, SelfTest
+from verification.gguf.cache import Memory
+from verification.gguf.reader import read_gguf
+from verification.weight_parity.checks import quantise_checks
+from verification.weight_parity.compare import Examination
+from verification.weight_parity.expected import inventory
+from verification.weight_parity.explain import damage_cause, merge_cause
 
 QUIET = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -15,11 +15,11 @@ from mutation import ROOT, judged, mutants
 HERE = Path(__file__).parent
 EXPLAINED: dict[str, dict[str, str]] = yaml.safe_load((HERE / "surviving_mutants.yaml").read_text(encoding="utf-8"))
 JUDGES = {
-    "verification.divergence": ("test_divergence_fields.py", "test_divergence.py"),
-    "verification.decision": ("test_policy_table.py", "test_policy.py"),
-    "verification.policy": ("test_policy_table.py", "test_policy.py"),
-    "verification.hypotheses": ("test_hypotheses.py",),
-    "verification.bootstrap": ("test_bootstrap_exact.py",),
+    "verification.logit_parity.kl": ("test_divergence_fields.py", "test_divergence.py"),
+    "verification.gate.decide": ("test_policy_table.py", "test_policy.py"),
+    "verification.gate.policy": ("test_policy_table.py", "test_policy.py"),
+    "verification.weight_parity.hypotheses": ("test_hypotheses.py",),
+    "verification.logit_parity.intervals": ("test_bootstrap_exact.py",),
 }
 ALLOWED = 0.05  # share of survivors
 
@@ -42,22 +42,24 @@ def test_every_surviving_mutant_is_explained(module: str) -> None:
 @pytest.mark.soak
 def test_tests_that_look_at_too_little_let_mutants_live() -> None:
     """The planted fault: the policy judged by the tests of the hypotheses."""
-    outcome = judged("verification.decision", judges_of("verification.hypotheses"), every=15, jobs=2)
+    outcome = judged("verification.gate.decide", judges_of("verification.weight_parity.hypotheses"), every=15, jobs=2)
     assert len(outcome.survivors) == outcome.tried > 50
 
 
 def test_a_sample_of_mutants_is_caught() -> None:
     """Some thirty, others with every change of the file: its length chooses. All of them: `tox -e soak`."""
-    source = ROOT / "verification" / "hypotheses.py"
+    source = ROOT / "verification" / "weight_parity" / "hypotheses.py"
     every = len(list(mutants(source))) // 30
     outcome = judged(
-        "verification.hypotheses",
-        judges_of("verification.hypotheses"),
+        "verification.weight_parity.hypotheses",
+        judges_of("verification.weight_parity.hypotheses"),
         every=every,
         offset=len(source.read_bytes()) % every,
     )
     assert outcome.tried >= 28
-    assert len(set(outcome.survivors) - set(EXPLAINED["verification.hypotheses"])) < ALLOWED * outcome.tried
+    assert (
+        len(set(outcome.survivors) - set(EXPLAINED["verification.weight_parity.hypotheses"])) < ALLOWED * outcome.tried
+    )
 
 
 @pytest.mark.parametrize("module", JUDGES)

@@ -12,8 +12,8 @@ from gguf.quants import dequantize
 from verification_models import Family, rewrite
 
 from so8t_core.errors import InputError
-from verification.gguf_file import read_gguf
-from verification.quantise import nominal_types, quantise
+from verification.engines.quantise import nominal_types, quantise
+from verification.gguf.reader import read_gguf
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from verification.hypotheses import (
+from verification.weight_parity.hypotheses import (
     DECIDED,
     EXPECTED,
     Known,

@@ -14,8 +14,8 @@ import pytest
 from verification_models import Family
 
 from verification import decide, verify
-from verification.decision import LEG_TITLES
-from verification.report import load_report
+from verification.gate.decide import LEG_TITLES
+from verification.show.write import load_report
 
 # stage: legs that were finished when it began, with base, adapter and one F16 and one Q8_0 file
 STAGES = {
@@ -68,7 +68,7 @@ def test_ctrl_c_at_any_time_of_a_process_leaves_no_pass_and_no_litter(family: Fa
     for tick in range(1, 60):
         out, temporary = tmp_path / f"out-{tick}", tmp_path / f"tmp-{tick}"
         temporary.mkdir()
-        command = [sys.executable, "-m", "pipeline.cli", "verify", "--reference", family.reference, "--out", out]
+        command = [sys.executable, "-m", "pipeline.cli.main", "verify", "--reference", family.reference, "--out", out]
         command += ["--candidate", family.files["Q8_0"], "--chunks", "2", "--n-ctx", "64", "--threads", "1"]
         process = subprocess.Popen(
             [str(part) for part in command], env={**os.environ, "TMPDIR": str(temporary)}, text=True,

@@ -18,13 +18,13 @@ import pytest
 from tiny_gguf import CHUNKS, N_CTX, VOCAB, token_chunks, write_tiny
 from verification_models import Family
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from so8t_core.errors import InputError
-from verification.divergence import divergence
-from verification.kld_file import encode, read_base, row_width, write_base
-from verification.kld_stats import KldTotals, statistics
-from verification.kld_verbs import candidate_statistics, write_base_of
-from verification.logits import LlamaLogits
+from verification.engines.logits import LlamaLogits
+from verification.logit_parity.kl import divergence
+from verification.logit_parity.llama_cpp_commands import candidate_statistics, write_base_of
+from verification.logit_parity.llama_cpp_file import encode, read_base, row_width, write_base
+from verification.logit_parity.llama_cpp_statistics import KldTotals, statistics
 
 RECORDED = Path(__file__).parent / "data" / "kld"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_with_llama_perplexity.py"

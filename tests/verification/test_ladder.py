@@ -15,13 +15,13 @@ from verification_models import Family, make_family, rewrite
 
 from so8t_core.errors import InputError
 from verification import Report, decide, verify
-from verification.cells import Passage
-from verification.converter import convert
-from verification.logits import LlamaLogits, hf_chunk, load_hf
-from verification.noise import SAME, noise_checks, noise_floor
-from verification.policy import make_policy
-from verification.report import load_report
-from verification.schema import NoiseRow
+from verification.engines.convert import convert
+from verification.engines.logits import LlamaLogits, hf_chunk, load_hf
+from verification.gate.policy import make_policy
+from verification.gate.report import NoiseRow
+from verification.logit_parity.engine_noise import SAME, noise_checks, noise_floor
+from verification.logit_parity.run_modes import Passage
+from verification.show.write import load_report
 
 SMALL = {"chunks": 6, "n_ctx": 64, "base_damage": False, "threads": 1}  # one: no barrier waits on a busy machine
 # a random model's quants are worse than a trained one's: its logits depend on every weight alike; and 6 x 31 positions
@@ -96,7 +96,7 @@ def test_a_transposed_o_proj_fails_on_logits_and_weights(family: Family, tmp_pat
 
 def test_another_models_quant_fails_the_oracle(family: Family, tmp_path: Path) -> None:
     """Quantised from the unrotated base: the quality leg hardly sees a lost rotation, the oracle's bytes do."""
-    from verification.quantise import quantise
+    from verification.engines.quantise import quantise
 
     base = convert(family.base, tmp_path / "base.gguf", model_name="tiny")
     report = one_file(family, quantise(base, tmp_path / "q.gguf", "Q4_K_M"))
@@ -168,7 +168,7 @@ def test_one_model_or_one_file_is_open_at_a_time(family: Family, monkeypatch: An
     """Counted at each file that is opened: no model is left by then, and no other file."""
     import gc
 
-    import verification.llama_engine as llama_engine
+    import verification.engines.llama_model as llama_engine
 
     open_files: list[Path] = []
     most: list[tuple[int, int]] = []

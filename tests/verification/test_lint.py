@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 
 from so8t_core.errors import InputError
-from verification import gguf_edit as faults
-from verification.gguf_file import read_gguf
-from verification.lint import lint
-from verification.lint_report import LintReport
-from verification.lint_view import lint_table, write_lint
-from verification.specimens import FAMILIES, Baked, Pair, make_baked, make_pairs
-from verification.tensors import Checkpoint, inventory
+from verification.commands.lint import lint
+from verification.commands.lint_result import LintReport
+from verification.commands.lint_terminal import lint_table, write_lint
+from verification.fault_catalogue import edit as faults
+from verification.fault_catalogue.specimens import FAMILIES, Baked, Pair, make_baked, make_pairs
+from verification.gguf.reader import read_gguf
+from verification.weight_parity.expected import Checkpoint, inventory
 
 KINDS = ("F16", "Q8_0", "Q4_K_M")
 # transformers 5 reads every qwen2 tokenizer.json with Qwen2's own splitting, llama.cpp the SentencePiece model beside
@@ -195,7 +195,7 @@ Plant = Callable[[Path, Path, Baked], Path]
 
 def _with(change: Callable[[np.ndarray, torch.Tensor], np.ndarray], name: str = OUTPUT) -> Plant:
     """Change a tensor's values with the help of the layer's R."""
-    from verification.weights import rotations
+    from verification.weight_parity.compare import rotations
 
     def plant(source: Path, target: Path, baked: Baked) -> Path:
         R = rotations(baked.adapter)["model.layers.1.self_attn.o_proj.weight"]
@@ -205,7 +205,7 @@ def _with(change: Callable[[np.ndarray, torch.Tensor], np.ndarray], name: str = 
 
 
 def _turn(w: np.ndarray, R: torch.Tensor, *powers: int) -> np.ndarray:
-    from verification.hypotheses import rotated
+    from verification.weight_parity.hypotheses import rotated
 
     for power in powers:
         w = rotated(w, R, transposed=power < 0)
@@ -411,7 +411,7 @@ def test_swapped_tokens_are_named(baked: Baked, tmp_path: Path) -> None:
 
 def test_an_end_of_turn_that_llama_cpp_does_not_know_is_named(baked: Baked, tmp_path: Path) -> None:
     """Its name is taken away, by which llama.cpp knows it; the template still ends answers with the token."""
-    from verification.specimens import TURNS
+    from verification.fault_catalogue.specimens import TURNS
 
     raw = faults.Raw.read(baked.files["F16"])
     tokens = raw.keys["tokenizer.ggml.tokens"][1]

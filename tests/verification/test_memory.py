@@ -15,7 +15,7 @@ GIB = 2**30
 VOCAB = 262_144
 RUN = """
 import json, sys
-from pipeline.cli import main
+from pipeline.cli.main import main
 try:
     main()
 except SystemExit as end:
@@ -31,8 +31,8 @@ def wide(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from verification.converter import convert
-    from verification.quantise import quantise
+    from verification.engines.convert import convert
+    from verification.engines.quantise import quantise
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -17,14 +17,14 @@ from tiny_gguf import importance, write_wide
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
-from verification.block_bounds import hold
-from verification.gguf_file import FLOAT_TYPES, GGUFTensor, read_gguf
-from verification.imatrix import read_imatrix
-from verification.legs_file import Candidate
-from verification.legs_quantise import quantise_checks
-from verification.oracle import Oracle, Twin
-from verification.quantise import quantise
-from verification.schema import Check
+from verification.contract.checks import Candidate
+from verification.engines.quantise import quantise
+from verification.engines.reconversion import Oracle, Twin
+from verification.gate.report import Check
+from verification.gguf.imatrix import read_imatrix
+from verification.gguf.reader import FLOAT_TYPES, GGUFTensor, read_gguf
+from verification.weight_parity.block_bounds import hold
+from verification.weight_parity.checks import quantise_checks
 
 RECORDED = Path(__file__).parent / "data" / "contracted_build.npz"
 WITHOUT = (

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from verification.cells import Passage
-from verification.divergence import DivergenceAccumulator
-from verification.gguf_file import FILE_TYPES, GGUFFile, GGUFTensor
-from verification.legs_logits import compare_rows
-from verification.metadata import against_config
-from verification.quantise import main_type
-from verification.self_check import counts, promised_types
+from verification.contract.file_structure import counts, promised_types
+from verification.contract.metadata import against_config
+from verification.engines.quantise import main_type
+from verification.gguf.reader import FILE_TYPES, GGUFFile, GGUFTensor
+from verification.logit_parity.compare import compare_rows
+from verification.logit_parity.kl import DivergenceAccumulator
+from verification.logit_parity.run_modes import Passage
 
 
 def file_of(architecture: str, tensors: dict[str, tuple[tuple[int, ...], str]], **metadata: Any) -> GGUFFile:

@@ -9,9 +9,9 @@ from policy_reports import OF_A_FILE, everywhere, healthy, plain_check, report
 
 from so8t_core.errors import InputError
 from verification import Report, decide, load_policy
-from verification.checks import zero_check
-from verification.policy import make_policy
-from verification.schema import Artefact, Check
+from verification.gate.check import zero_check
+from verification.gate.policy import make_policy
+from verification.gate.report import Artefact, Check
 
 
 def verdict(*checks: Check, **overrides) -> str:

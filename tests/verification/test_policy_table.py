@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from so8t_core.errors import InputError
 from verification import decide, load_policy
-from verification.checks import zero_check
-from verification.decision import LEG_TITLES, leg_status
-from verification.policy import DEFAULT_POLICY, BakeBounds, make_policy
-from verification.schema import Artefact, Check, Divergence
+from verification.gate.check import zero_check
+from verification.gate.decide import LEG_TITLES, leg_status
+from verification.gate.policy import DEFAULT_POLICY, BakeBounds, make_policy
+from verification.gate.report import Artefact, Check, Divergence
 
 # a value of its own for every bound, so that a check held against another one's shows
 NUMBERED: dict[str, Any] = {

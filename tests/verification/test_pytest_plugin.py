@@ -12,7 +12,7 @@ from verification_models import rewrite
 
 ROOT = Path(__file__).parents[2]
 pytest_plugins = ["pytester"]
-NAMED = ("-p", "verification.pytest_plugin")
+NAMED = ("-p", "verification.commands.pytest_plugin")
 
 POLICY = """
 required: [convert, contract, bake]
@@ -32,7 +32,7 @@ def asked(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
 
 def test_every_check_is_a_test(asked: pytest.Pytester, small_checkpoint: Path, tmp_path: Path) -> None:
     """With o_proj transposed: what fails, fails; a waiver and a leg without data are skipped with their reason."""
-    from verification.converter import convert
+    from verification.engines.convert import convert
 
     healthy = convert(small_checkpoint, tmp_path / "m-F16.gguf", model_name="m")
     broken = rewrite(healthy, tmp_path / "b-F16.gguf", tensors={"blk.0.attn_output.weight": np.transpose})
@@ -81,10 +81,10 @@ def test_without_its_options_the_entry_point_costs_nothing(tmp_path: Path) -> No
     meta = tmp_path / "site" / "so8t_entry-0.dist-info"
     meta.mkdir(parents=True)
     (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: so8t-entry\nVersion: 0\n", encoding="utf-8")
-    (meta / "entry_points.txt").write_text("[pytest11]\nso8t = verification.pytest_plugin\n", encoding="utf-8")
+    (meta / "entry_points.txt").write_text("[pytest11]\nso8t = verification.commands.pytest_plugin\n", encoding="utf-8")
     (tmp_path / "test_it.py").write_text(
         "import sys\ndef test_light(request):\n"
-        "    assert request.config.pluginmanager.get_plugin('so8t').__name__ == 'verification.pytest_plugin'\n"
+        "    assert request.config.pluginmanager.get_plugin('so8t').__name__ == 'verification.commands.pytest_plugin'\n"
         "    heavy = {'torch', 'transformers', 'pydantic', 'llama_cpp', 'gguf'}\n"
         "    assert not heavy & set(sys.modules)\n",
         encoding="utf-8",
@@ -103,4 +103,4 @@ def test_the_entry_point_is_declared() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["entry-points"]["pytest11"] == {"so8t": "verification.pytest_plugin"}
+    assert project["entry-points"]["pytest11"] == {"so8t": "verification.commands.pytest_plugin"}

@@ -21,11 +21,11 @@ from rich.console import Console
 from sample_report import KINDS, Kind, bare_report, check, sample_report
 
 from so8t_core.errors import InputError
-from verification.console import verdict_table
-from verification.junit import junit_xml
-from verification.report import json_schema, load_report, to_html, to_json, to_markdown, write_report
-from verification.report_view import VERDICT_WORDS, number, steps, texts
-from verification.schema import Report
+from verification.gate.report import Report
+from verification.show.junit import junit_xml
+from verification.show.terminal import verdict_table
+from verification.show.words import VERDICT_WORDS, number, steps, texts
+from verification.show.write import json_schema, load_report, to_html, to_json, to_markdown, write_report
 
 HOSTILE = "<script>alert(1)</script>\"'&</details>|`x` \x00\x07\x1b[31m\u202egpj.exe $x^{"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

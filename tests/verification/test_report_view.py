@@ -7,7 +7,7 @@ import math
 import pytest
 from sample_report import KINDS, check, sample_report
 
-from verification.report_view import decisive, margin, number, percent, texts
+from verification.show.words import decisive, margin, number, percent, texts
 
 
 def test_the_first_broken_leg_decides_and_a_pass_shows_its_tightest_divergence() -> None:

@@ -13,18 +13,18 @@ import pytest
 import torch
 from verification_models import Family
 
-import verification.spool as spool_module
+import verification.logit_parity.logit_store as spool_module
 from so8t_core.errors import InputError
-from verification.logits import hf_chunk, hf_rows, load_hf
-from verification.spool import LogitSpool
+from verification.engines.logits import hf_chunk, hf_rows, load_hf
+from verification.logit_parity.logit_store import LogitSpool
 
 GIB = 2**30
 STREAM = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from verification.divergence import DivergenceAccumulator
-from verification.spool import LogitSpool
+from verification.logit_parity.kl import DivergenceAccumulator
+from verification.logit_parity.logit_store import LogitSpool
 
 vocab, rows, chunks, keep = 262144, 32, int(sys.argv[1]), sys.argv[2] == "keep"
 rng, kept = np.random.default_rng(0), []

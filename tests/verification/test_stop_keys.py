@@ -10,10 +10,10 @@ import pytest
 from tiny_gguf import write_tiny
 
 from so8t_core.errors import InputError
-from verification import self_check
-from verification.gguf_file import read_gguf
-from verification.llama_engine import LlamaModel
-from verification.stop_keys import KEYS, add_stop_keys, insert_keys, listed_stops
+from verification.contract import file_structure
+from verification.engines.llama_model import LlamaModel
+from verification.engines.stop_tokens import KEYS, add_stop_keys, insert_keys, listed_stops
+from verification.gguf.reader import read_gguf
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_inserted_keys_are_all_that_changes(file: Path, keys: dict[str, int]) ->
     assert list(after.metadata)[: len(before.metadata)] == list(before.metadata)  # theirs first, in their order
     assert list(after.tensors) == list(values)
     assert all(np.array_equal(after.tensors[name].raw, raw) for name, raw in values.items())
-    assert self_check.layout(after) == []
+    assert file_structure.layout(after) == []
 
 
 def test_llama_cpp_stops_at_every_listed_token(file: Path, tmp_path: Path) -> None:

@@ -15,16 +15,16 @@ from verification_models import Family, rewrite
 
 from so8t_core import SO8TConfig, attach, bake, bake_checkpoint, load_adapter, save_adapter
 from so8t_core.errors import InputError
-from verification.gguf_edit import edit_tensor
-from verification.gguf_file import read_gguf
-from verification.hypotheses import halves_to_pairs, rotated
-from verification.legs_bake import _largest, saved_rounding
-from verification.legs_file import Candidate, weight_checks
-from verification.legs_quantise import quantise_checks
-from verification.logits import load_hf
-from verification.oracle import Twin
-from verification.tensors import Checkpoint, inventory
-from verification.weights import Sources, rotations
+from verification.contract.checks import Candidate, weight_checks
+from verification.engines.logits import load_hf
+from verification.engines.reconversion import Twin
+from verification.fault_catalogue.edit import edit_tensor
+from verification.gguf.reader import read_gguf
+from verification.logit_parity.bake import _largest, saved_rounding
+from verification.weight_parity.checks import quantise_checks
+from verification.weight_parity.compare import Sources, rotations
+from verification.weight_parity.expected import Checkpoint, inventory
+from verification.weight_parity.hypotheses import halves_to_pairs, rotated
 
 
 def checks(family: Family, path: Path, kind: str = "F16") -> dict[str, object]:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from verification_models import Family, rewrite
 
-from verification import chat_templates, metadata, tokens
-from verification.gguf_file import read_gguf
-from verification.llama_engine import LlamaModel
-from verification.tensors import read_config
+from verification.contract import chat, metadata, tokens
+from verification.engines.llama_model import LlamaModel
+from verification.gguf.reader import read_gguf
+from verification.weight_parity.expected import read_config
 
 
 def vocabulary(path: Path) -> LlamaModel:
@@ -26,12 +26,12 @@ def test_a_healthy_file_has_no_findings(family: Family, tokenizer: Any) -> None:
     file = read_gguf(family.files["Q8_0"])
     with vocabulary(file.path) as model:
         assert tokens.token_ids(tokenizer, model, tokens.corpus(tokenizer)) == []
-        chats = list(chat_templates.render_both(tokenizer, model))
-        assert len(chats) == 2 * len(chat_templates.CHATS)
-        assert chat_templates.rendered_text(chats) == []
-        assert chat_templates.rendered_ids(tokenizer, model, chats) == []
-        assert chat_templates.template_text(tokenizer, model) == []
-        assert chat_templates.end_of_turn(model) == []
+        chats = list(chat.render_both(tokenizer, model))
+        assert len(chats) == 2 * len(chat.CHATS)
+        assert chat.rendered_text(chats) == []
+        assert chat.rendered_ids(tokenizer, model, chats) == []
+        assert chat.template_text(tokenizer, model) == []
+        assert chat.end_of_turn(model) == []
         assert tokens.added_specials(tokenizer, model) == []
         assert tokens.stop_set(family.reference, tokenizer, model) == []
     assert tokens.special_ids(tokenizer, file) == []
@@ -69,22 +69,22 @@ def test_an_added_bos_is_found(family: Family, tokenizer: Any, tmp_path: Path) -
 def test_a_changed_template_is_found_with_its_place(family: Family, tokenizer: Any, tmp_path: Path) -> None:
     other = tokenizer.chat_template.replace("assistant", "model")
     with vocabulary(broken(family, tmp_path, tokenizer__chat_template=other)) as model:
-        (found,) = chat_templates.template_text(tokenizer, model)
-        chats = list(chat_templates.render_both(tokenizer, model))
-        assert chat_templates.rendered_text(chats)
+        (found,) = chat.template_text(tokenizer, model)
+        chats = list(chat.render_both(tokenizer, model))
+        assert chat.rendered_text(chats)
     assert "tokenizer.chat_template, character" in found.where
     with vocabulary(broken(family, tmp_path, tokenizer__chat_template=None)) as model:
-        assert "chat template missing" in chat_templates.template_text(tokenizer, model)[0].sentence
+        assert "chat template missing" in chat.template_text(tokenizer, model)[0].sentence
 
 
 def test_both_sides_may_refuse_a_chat_but_not_one_alone(family: Family, tokenizer: Any, tmp_path: Path) -> None:
     refusing = "{{ raise_exception('no') }}"
     with vocabulary(broken(family, tmp_path, tokenizer__chat_template=refusing)) as model:
-        chats = list(chat_templates.render_both(tokenizer, model))
-        assert len(chat_templates.rendered_text(chats)) == len(chats)
-        assert chat_templates.rendered_ids(tokenizer, model, chats) == []
-    same = [chat_templates.Rendered("x", chat_templates.REFUSED, chat_templates.REFUSED)]
-    assert chat_templates.rendered_text(same) == []
+        chats = list(chat.render_both(tokenizer, model))
+        assert len(chat.rendered_text(chats)) == len(chats)
+        assert chat.rendered_ids(tokenizer, model, chats) == []
+    same = [chat.Rendered("x", chat.REFUSED, chat.REFUSED)]
+    assert chat.rendered_text(same) == []
 
 
 def test_a_wrong_eos_is_found(family: Family, tokenizer: Any, tmp_path: Path) -> None:

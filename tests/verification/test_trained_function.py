@@ -14,17 +14,17 @@ from verification_models import Family
 
 from so8t_core import InputError, bake, bake_checkpoint, load_adapter
 from so8t_core.quantised import check_bitsandbytes, load_quantised, weight_error
-from verification.attestation import check_statement
-from verification.console import verdict_table
-from verification.corpus import Corpus
-from verification.divergence import DivergenceAccumulator
-from verification.legs_bake import saved_rounding
-from verification.legs_logits import Reference, passages_of, run_reference, saved_against
-from verification.logits import load_hf
-from verification.report import load_report, to_html, to_json, to_markdown, write_report
-from verification.schema import Divergence, Report, TrainedFunction
-from verification.tensors import Checkpoint
-from verification.trained_function import trained_function
+from verification.engines.logits import load_hf
+from verification.gate.report import Divergence, Report, TrainedFunction
+from verification.gate.statement import check_statement
+from verification.logit_parity.bake import saved_rounding
+from verification.logit_parity.compare import Reference, passages_of, run_reference, saved_against
+from verification.logit_parity.kl import DivergenceAccumulator
+from verification.logit_parity.quantised_base import trained_function
+from verification.logit_parity.text import Corpus
+from verification.show.terminal import verdict_table
+from verification.show.write import load_report, to_html, to_json, to_markdown, write_report
+from verification.weight_parity.expected import Checkpoint
 
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 KINDS = ("8bit", "4bit")

@@ -75,7 +75,7 @@ def shell(script: str, folder: Path, **more: str) -> subprocess.CompletedProcess
     """A step as GitHub runs it: bash with -e and pipefail."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
-    (programs / "so8t").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline.cli "$@"\n', encoding="utf-8")
+    (programs / "so8t").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline.cli.main "$@"\n', encoding="utf-8")
     for name in ("gh", "python"):  # what leaves this machine, or changes it, is written down instead
         (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> "{folder}/calls"\n', encoding="utf-8")
     for program in programs.iterdir():
@@ -102,8 +102,8 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_the_gate_opens_for_a_pass_only(kind: str, tmp_path: Path) -> None:
     from verification import decide
-    from verification.policy import make_policy
-    from verification.report import write_report
+    from verification.gate.policy import make_policy
+    from verification.show.write import write_report
 
     decided = decide(report(*healthy(), *CASES[kind]), make_policy({}))
     assert decided.verdict == kind
@@ -152,7 +152,7 @@ def test_the_release_has_files_digests_and_its_report(tmp_path: Path) -> None:
 def test_every_so8t_line_parses() -> None:
     import typer
 
-    from pipeline.cli import app
+    from pipeline.cli.main import app
 
     verbs: Any = typer.main.get_command(app)
     lines = [line for flow in FLOWS for line in runs(flow) if line.startswith("so8t ")]

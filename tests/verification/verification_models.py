@@ -13,7 +13,7 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from gguf.constants import GGUFValueType
 
-from verification.gguf_file import read_gguf
+from verification.gguf.reader import read_gguf
 
 
 def save_tiny(directory: Path, tokenizer: Any, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -52,9 +52,9 @@ class Family:
 
 def make_family(root: Path, base: Path) -> Family:
     from so8t_core import SO8TConfig, attach, bake_checkpoint, save_adapter
-    from verification.converter import convert
-    from verification.logits import load_hf
-    from verification.quantise import quantise
+    from verification.engines.convert import convert
+    from verification.engines.logits import load_hf
+    from verification.engines.quantise import quantise
 
     torch.manual_seed(1)
     model = attach(load_hf(base), SO8TConfig(init_scale=0.05))

@@ -1,0 +1,102 @@
+"""The verbs of the server: `so8t serve` and `so8t audit`.
+
+Heavy imports happen inside them, so that help and a mistyped path answer at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from so8t_core.errors import InputError
+
+
+def serve(
+    model: Annotated[Path | None, typer.Option(metavar="FILE.gguf", help="answer with this file, here")] = None,
+    upstream: Annotated[
+        str | None, typer.Option(metavar="URL", help="answer through llama-server, vLLM, Ollama")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="the model's name for clients and upstream")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE.gguf", help="with --upstream: for usage and max_tokens")
+    ] = None,
+    allow_remote_upstream: Annotated[
+        bool, typer.Option("--allow-remote-upstream", help="the thinking may cross a network")
+    ] = False,
+    host: Annotated[str, typer.Option(metavar="NAME", help="other than loopback needs --keys")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="0 = any free one", min=0, max=65535)] = 8080,
+    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, hashed")] = None,
+    new_key: Annotated[str | None, typer.Option(metavar="NAME", help="add a key to --keys, print it, and end")] = None,
+    audit_log: Annotated[Path, typer.Option(metavar="FILE", help="append-only log")] = Path("so8t-audit.jsonl"),
+    audit_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="deployment key; default: $SO8T_AUDIT_KEY")
+    ] = None,
+    n_ctx: Annotated[int | None, typer.Option(metavar="N", min=256, help="default: as shipped")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="thinking and answer together")] = 1024,
+    queue: Annotated[int, typer.Option(metavar="N", min=0, help="requests that may wait")] = 8,
+    per_key: Annotated[int, typer.Option(metavar="N", min=1, help="requests of one key at a time")] = 4,
+    timeout: Annotated[float, typer.Option(metavar="S", min=0.1, help="seconds for one request")] = 300.0,
+    keep_alive: Annotated[float, typer.Option(metavar="S", min=0.1, help="seconds between two comments")] = 10.0,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
+) -> None:
+    """Serve answers, withhold the thinking.
+
+    OpenAI's chat completions; see docs/server.md.
+    \f
+    Raises:
+        InputError: it cannot start, or --new-key has no --keys. (What follows the form feed is not in the help.)
+    """
+    if new_key is not None:
+        from pipeline.serve.keys import new_api_key
+
+        if keys is None:
+            raise InputError("--new-key needs --keys FILE, the file it is added to")
+        print(new_api_key(keys, new_key))
+        return
+    from pipeline.serve.start import ServeConfig
+    from pipeline.serve.start import serve as run_server
+
+    config = ServeConfig(
+        model=model, upstream=upstream, name=name, tokenizer=tokenizer, allow_remote_upstream=allow_remote_upstream,
+        host=host, port=port, keys=keys, audit_log=audit_log, audit_key_file=audit_key_file, n_ctx=n_ctx,
+        max_new_tokens=max_new_tokens, queue=queue, per_key=per_key, timeout=timeout, keep_alive=keep_alive,
+        threads=threads,
+    )  # fmt: skip
+    run_server(config, announce=lambda line: print(f"so8t serve: {line}", flush=True))
+
+
+audit_app = typer.Typer(
+    help="Examine the server's audit log.", epilog="Example: so8t audit verify so8t-audit.jsonl",
+    rich_markup_mode=None, no_args_is_help=True,
+)  # fmt: skip
+
+
+@audit_app.callback(epilog="Example: so8t audit verify so8t-audit.jsonl")
+def audit() -> None:
+    """Examine the server's audit log."""
+
+
+@audit_app.command("verify", epilog="Example: so8t audit verify so8t-audit.jsonl --expect-head 41:9f86...")
+def audit_verify(
+    log: Annotated[Path, typer.Argument(metavar="LOG", show_default=False)],
+    expect_head: Annotated[
+        str | None, typer.Option(metavar="SEQ:SHA256", help="a head that was kept elsewhere")
+    ] = None,
+) -> None:
+    """Prove that the log is what was written.
+
+    Exit code 1: a line was edited, moved, cut or removed. Keep the head that this prints in another place: lines taken
+    off the end, together with the head file, show only against it.
+    """
+    from pipeline.serve.audit_log import Head, Tampered
+    from pipeline.serve.audit_log import verify as verify_log
+
+    try:
+        head = verify_log(log, expect=Head.parse(expect_head) if expect_head else None)
+    except Tampered as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"so8t: {log}: {error}", markup=False)
+        raise typer.Exit(1) from None
+    print(f"{log}: {head.seq + 1} records, unbroken; head {head}")

@@ -1,0 +1,1 @@
+"""Training rows: read, split into thinking and answer, cleaned, labelled, masked."""

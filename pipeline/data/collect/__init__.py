@@ -1,0 +1,1 @@
+"""Pages from the web, as far as robots.txt and licences allow."""

@@ -1,0 +1,59 @@
+"""What the data step reads: its sources with what the manifest says of them, and all files that decide its result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.config import DataConfig
+from pipeline.data.rows import read_lines
+from pipeline.data.source_manifest import Source, resolve
+
+
+def data_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
+    """(training, held-out) sources with what the manifest says of them; each file exists or has an objection.
+
+    Raises:
+        InputError: see `resolve`; a file that is not there although nothing speaks against it.
+    """
+    manifest = Path(config.manifest) if config.manifest else None
+    allow = config.unlisted_sources == "allow"
+    groups = []
+    for wanted, foreign in ((config.sources, "evaluation"), (config.heldout_sources, "training")):
+        found = resolve(wanted, manifest, config.licences, allow_unlisted=allow)
+        group = []
+        for source in found:
+            if source.objection is None and source.facts.get("purpose") == foreign == "evaluation":
+                source = replace(source, objection="purpose is evaluation")
+            if source.facts.get("url") is None or source.objection is None:
+                next(read_lines(source.path), None)  # a missing file is found before any work is done
+            group.append(source)
+        groups.append(group)
+    return groups[0], groups[1]
+
+
+def data_inputs(config: DataConfig) -> dict[str, Path]:
+    """Every file that decides the result: sources, manifest, labels, records; a URL that was never collected has none.
+
+    Raises:
+        InputError: see `resolve`.
+    """
+    manifest = Path(config.manifest) if config.manifest else None
+    found = {name: Path(name) for name in (config.manifest, config.safety_labels) if name}
+    names = [*config.sources, *config.heldout_sources]
+    for name, source in zip(names, resolve(names, manifest, config.licences, allow_unlisted=True), strict=True):
+        if "://" not in name:
+            found[name] = source.path
+        elif source.path.parent.is_dir():
+            found[name] = source.path.parent  # rows and record
+    return found
+
+
+def expected_rows(config: DataConfig) -> int:
+    """Rows that the progress bar counts towards: the line ends of the files, and the generator's rows."""
+    total = config.generator.rows + config.generator.heldout_rows if config.generator else 0
+    for source in (source for group in data_sources(config) for source in group):
+        if source.path.is_file():
+            with source.path.open("rb") as stream:
+                total += sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
+    return total

@@ -1,0 +1,81 @@
+"""What the data step does with personal data and with licences that rows carry themselves.
+
+`PrivacyFilter.clean` looks at every text of a row that would be written out: messages, family, language and labels.
+With `exclude` the row goes; with `mask` each finding becomes its kind in brackets and the row stays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pipeline.data.licences import LicencePolicy
+from pipeline.data.pii.find import find, mask
+from pipeline.data.rows import ThinkRow
+from pipeline.data.think_form import SYSTEM_MESSAGE, RowError, require
+
+GENERATOR_FACTS: dict[str, str | None] = {
+    "licence": "MIT", "robots": "not-applicable", "collected": None, "purpose": "training", "url": None,
+}  # fmt: skip
+
+
+class PrivacyFilter:
+    """Finds personal and confidential content in rows, and counts rows by what was found."""
+
+    def __init__(self, action: Literal["exclude", "mask"], kinds: Sequence[str]) -> None:
+        self._action, self._kinds = action, frozenset(kinds)
+        self.found: Counter[str] = Counter()  # rows by kind; a row with two kinds counts for both
+        self.masked_rows = 0
+
+    def clean(self, row: ThinkRow) -> ThinkRow:
+        """The row, masked where the policy says so.
+
+        Raises:
+            RowError: `pii: KIND` of the first finding, where the policy excludes; a mask that breaks the /think form.
+        """
+        kinds: list[str] = []
+        cleaned = replace(
+            row,
+            messages=[{**message, "content": self._text(message["content"], kinds)} for message in row.messages],
+            family=self._text(row.family, kinds),
+            language=self._text(row.language, kinds),
+            labels={
+                name: self._text(value, kinds)
+                if isinstance(value, str | int) and not isinstance(value, bool)
+                else value
+                for name, value in row.labels.items()
+            },
+        )
+        if not kinds:
+            return row
+        self.found.update(set(kinds))
+        if self._action == "exclude":
+            raise RowError(f"pii: {kinds[0]}")
+        self.masked_rows += 1
+        return replace(cleaned, answer=require(cleaned.messages[-1]["content"]).answer)
+
+    def _text(self, value: Any, kinds: list[str]) -> Any:
+        text = str(value)
+        if text == SYSTEM_MESSAGE:
+            return value
+        findings = find(text, self._kinds)
+        if not findings:
+            return value
+        kinds += [finding.kind for finding in findings]
+        return mask(text, findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for report.json."""
+        return {"action": self._action, "found": dict(sorted(self.found.items())), "masked_rows": self.masked_rows}
+
+
+def row_licence(row: dict[str, Any], policy: LicencePolicy) -> str | None:
+    """The objection to a licence that the row states itself (`licence` or `license`); None where it has none."""
+    for key in ("licence", "license"):
+        if (own := row.get(key)) is not None:
+            said = policy.objection(own) if isinstance(own, str) else "licence unknown"
+            if said:
+                return f"row's own {said}"
+    return None

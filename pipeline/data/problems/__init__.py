@@ -1,0 +1,1 @@
+"""Generated problems with right answers, one family a file."""

@@ -1,0 +1,1 @@
+"""From baked weights to the files that are published."""

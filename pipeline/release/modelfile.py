@@ -1,0 +1,77 @@
+"""An Ollama Modelfile: template, stop set, context length and the shared system message.
+
+The Go template is derived from the model's own chat template by rendering probes: with the system text S, prompts U,
+V and answer A, rendering S U A V gives  a S b U c A d V c ; where b == d one line serves every turn. Elsewhere no
+template is guessed: the file says so and Ollama reads the one inside the GGUF.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.think_form import SYSTEM_MESSAGE
+from so8t_core.errors import InputError
+
+S, U, A, V = "so8tprobesystem", "so8tprobeuser", "so8tprobeanswer", "so8tprobesecond"
+
+
+def go_template(tokenizer: Any) -> str | None:
+    """The chat template as a Go template for Ollama, or None where the turns are not uniform."""
+    messages = [
+        {"role": "system", "content": S},
+        {"role": "user", "content": U},
+        {"role": "assistant", "content": A},
+        {"role": "user", "content": V},
+    ]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    if any(text.count(probe) != 1 for probe in (S, U, A, V)):
+        return None
+    a, rest = text.split(S)
+    b, rest = rest.split(U)
+    c, rest = rest.split(A)
+    d, last = rest.split(V)
+    if b != d or c != last or any("{{" in part for part in (a, b, c)):
+        return None
+    bos = tokenizer.bos_token
+    if bos and a.startswith(bos) and not a.startswith(b):
+        ids = tokenizer("x").input_ids
+        if ids and ids[0] == tokenizer.bos_token_id:
+            a = a.removeprefix(bos)  # llama.cpp adds it by itself; twice would change the function
+    return f"{{{{ if .System }}}}{a}{{{{ .System }}}}{{{{ end }}}}{b}{{{{ .Prompt }}}}{c}{{{{ .Response }}}}"
+
+
+def stop_tokens(directory: Path, tokenizer: Any) -> list[str]:
+    """Every token text that ends a turn: generation_config's eos set and the tokenizer's eos, in id order.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import GenerationConfig
+
+    ids: set[int] = set()
+    if (directory / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+        ids |= set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise InputError(f"{directory} names no end-of-sequence token: a model made from it would never stop")
+    return [str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ids)]
+
+
+def modelfile(gguf_name: str, directory: Path, tokenizer: Any, n_ctx: int) -> str:
+    """Text of the Modelfile for one GGUF file that lies beside it."""
+    lines = [
+        f"# Made by so8t. Use: ollama create NAME -f {gguf_name.removesuffix('.gguf')}.Modelfile",
+        f"FROM ./{gguf_name}",
+    ]
+    template = go_template(tokenizer)
+    if template is None:
+        lines.append("# No TEMPLATE: this model's turns are not uniform; Ollama reads the template inside the GGUF.")
+    else:
+        lines.append(f'TEMPLATE """{template}"""')
+    lines.append(f'SYSTEM """{SYSTEM_MESSAGE}"""')
+    lines += [f'PARAMETER stop "{token}"' for token in stop_tokens(directory, tokenizer)]
+    lines.append(f"PARAMETER num_ctx {n_ctx}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,324 @@
+"""`so8t run --dry-run`: every step resolved, what it would take, and what speaks against it, before any long work.
+
+Nothing is written and no weight is read beyond the digests of steps that were done. A step is up to date, would run
+(with the reason), or waits for an earlier one. A problem is what would end the run with an error; a note is what the
+gate or the reader should know. The estimates are `estimate`'s.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import DEMO_MODEL
+from pipeline.data.inputs import expected_rows
+from pipeline.run.estimate import Cost, Machine, Shape, costs, mean_length, shape_of, this_machine
+from so8t_core.errors import InputError
+from so8t_core.files import sha256_path
+
+if TYPE_CHECKING:
+    from pipeline.run.steps import Run
+
+NETWORK = 2e7  # bytes a second from the hub
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+_PACKAGES = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "peft": "peft", "accelerate": "accelerate"}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: whether it runs and why, and its estimate (of nothing where it does not run)."""
+
+    name: str
+    state: str
+    runs: bool
+    cost: Cost
+
+
+@dataclass
+class Plan:
+    """The whole answer of a dry run."""
+
+    steps: list[StepPlan] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    basis: str = ""
+
+
+def make_plan(run: Run, *, first: str | None = None, until: str | None = None, force: tuple[str, ...] = ()) -> Plan:
+    """Resolve a run as `Run.execute` would with the same arguments.
+
+    Raises:
+        InputError: an unknown step.
+    """
+    from pipeline.run.steps import STEPS, check_early, check_steps
+
+    check_steps(first, until, force)
+    last = STEPS.index(until) if until else len(STEPS) - 1
+    plan = Plan()
+    _try(plan, lambda: check_early(run.config, last))
+    base = _try(plan, lambda: _base(run, plan)) or _Base(Path(run.config.model.base), None, "not here", False)
+    run.base_dir = base.directory
+    again = set(force) | (set(STEPS[STEPS.index(first) :]) if first else set())
+    states = {"base": base.state, **_states(run, STEPS[1 : last + 1], again, base.complete)}
+    estimates: dict[str, Cost] = {}
+    rows = _try(plan, lambda: expected_rows(run.config.data)) or 0
+    shape = None
+    if base.small is not None:
+        small, gguf = base.small, base.gguf
+        tokenizer = _try(plan, lambda: _tokenizer(small, gguf))
+        shape = _try(plan, lambda: shape_of(small, run.config.train, gguf=gguf))
+        if shape is not None:
+            machine = this_machine(run.config.threads)
+            tokens = mean_length(run.config, tokenizer)
+            estimates = costs(run.config, shape, machine, rows=rows, tokens=tokens)
+            fetched = shape.parameters * shape.stored if base.fetched else 0.0
+            estimates["base"] = Cost(fetched / NETWORK, 0, 0, fetched)
+            plan.basis = _basis(shape, machine, tokens)
+            _look_at_model(run, shape, small, plan)
+    _look_at_tools(run, last, shape, plan)
+    for name, state in states.items():
+        runs = state != "up to date"
+        plan.steps.append(StepPlan(name, state, runs, estimates.get(name, Cost()) if runs else Cost()))
+    _look_at_room(run, plan)
+    return plan
+
+
+@dataclass(frozen=True)
+class _Base:
+    directory: Path  # where the run has it
+    small: Path | None  # where config.json and the tokenizer are now
+    state: str
+    complete: bool
+    fetched: bool = False
+    gguf: str | None = None  # the file that config and tokenizer are read from
+
+
+def _base(run: Run, plan: Plan) -> _Base:
+    """The base as far as it is here."""
+    named = run.config.model.base
+    if named == DEMO_MODEL:
+        from pipeline.base_model import demo_file
+
+        ready = run.dir / "base"
+        if (ready / "config.json").is_file():
+            return _Base(ready, ready, "up to date", True)
+        file = demo_file()
+        return _Base(ready, file.parent, "would unpack the demo model", False, gguf=file.name)
+    directory = Path(named)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise InputError(
+                f"model.base = {named}: the directory has no config.json, so it is no Hugging Face checkpoint"
+            )
+        missing = missing_weights(directory)
+        plan.problems += missing
+        return _Base(directory, directory, "incomplete" if missing else "up to date", not missing)
+    return _on_the_hub(named, plan)
+
+
+def _on_the_hub(named: str, plan: Plan) -> _Base:
+    """A hub id: what the cache holds of it; of the rest only the small files are fetched."""
+    from huggingface_hub import constants, snapshot_download
+
+    from pipeline.base_model import hub_errors, not_on_the_hub
+
+    try:
+        here = Path(snapshot_download(named, allow_patterns=list(SMALL_FILES)))
+    except hub_errors() as error:
+        raise not_on_the_hub(named, error) from None
+    missing = missing_weights(here)
+    if not missing:
+        return _Base(here, here, "up to date", True)
+    if constants.HF_HUB_OFFLINE:
+        plan.problems += [f"model.base = {named!r}: {missing[0]}, and HF_HUB_OFFLINE forbids to fetch it"]
+    return _Base(here, here, "would fetch the weights", False, fetched=True)
+
+
+def missing_weights(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint's weight files: gone, or damaged (cut files show in their headers)."""
+    from so8t_core.safetensors_stream import read_entries
+
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.is_file() or not index.is_file():
+        names = [single.name]
+    else:
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return [f"{index} is damaged: it has no weight_map"]
+    gone = [name for name in names if not (directory / name).is_file()]
+    if gone:
+        return [f"{directory}: {len(gone)} of {len(names)} weight files are missing, first {gone[0]}"]
+    found = []
+    for name in names:
+        try:
+            read_entries(directory / name)
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def _tokenizer(directory: Path, gguf: str | None) -> Any:
+    if gguf is None:
+        from pipeline.tokenizer import load_tokenizer
+
+        return load_tokenizer(directory)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, gguf_file=gguf)
+
+
+def _states(run: Run, names: tuple[str, ...], again: set[str], base_complete: bool) -> dict[str, str]:
+    """Why each step would run; digests are only computed of steps that were done before."""
+    from pipeline.manifest import load_manifest
+    from pipeline.run.steps import WORK
+
+    manifest = load_manifest(run.dir)
+    states: dict[str, str] = {}
+    made: dict[Path, str] = {}  # outputs of steps that run
+    for name in names:
+        step, record = WORK[name], manifest.steps.get(name)
+        inputs: dict[str, str] = {}
+        waits = []
+        if record is None and name not in again:
+            states[name] = "not done yet"
+        elif name in again:
+            states[name] = "forced"
+        else:
+            for label, path in step.inputs(run).items():
+                if path in made:
+                    waits.append(made[path])
+                elif path.exists() and (path != run.base_dir or base_complete):
+                    inputs[label] = sha256_path(path)
+            if waits:
+                states[name] = f"if {waits[0]} gives something else"
+            else:
+                states[name] = manifest.why_stale(name, step.settings(run.config), inputs, run.dir) or "up to date"
+        if states[name] != "up to date":
+            made |= {run.dir / output: name for output in step.outputs}
+    return states
+
+
+def _look_at_model(run: Run, shape: Shape, directory: Path, plan: Plan) -> None:
+    """Notes on what the gate will find in this model's shape."""
+    from pipeline.release.gguf_files import released_n_ctx
+
+    kinds = [kind.upper() for kind in run.config.convert.types]
+    mixed = [kind for kind in kinds if "_K" in kind or kind.startswith("IQ")]
+    odd = sorted({width for width in (shape.hidden, shape.intermediate) if width % 256})
+    if mixed and odd:
+        policy = run.config.verify.policy
+        allowed = isinstance(policy, dict) and policy.get("contract", {}).get("allow_fallback_types")
+        so = (
+            "the policy allows it" if allowed else "the policy refuses that unless contract.allow_fallback_types is set"
+        )
+        plan.notes.append(
+            f"{', '.join(mixed)}: rows of {', '.join(map(str, odd))} are no multiples of 256, so llama.cpp takes other "
+            f"types there; {so}"
+        )
+    if (directory / "config.json").is_file():
+        pinned = released_n_ctx(run.config, directory)
+        if pinned < run.config.convert.n_ctx:
+            plan.notes.append(f"LongRoPE: the Modelfile will say num_ctx {pinned}, not {run.config.convert.n_ctx}")
+
+
+def _look_at_tools(run: Run, last: int, shape: Shape | None, plan: Plan) -> None:
+    """Packages, the converter, and whether it knows this architecture."""
+    from pipeline.run.steps import STEPS
+    from verification.engines.convert import SCRIPT, cache_directory, find_converter
+
+    wanted = dict(_PACKAGES)
+    if run.config.train.quantization != "none":
+        wanted["bitsandbytes"] = "bitsandbytes"
+    for module, package in wanted.items():
+        if importlib.util.find_spec(module) is None:
+            plan.problems.append(f"the package {package} is not installed; pip install {package}")
+    if last < STEPS.index("convert"):
+        return
+    given = run.config.convert.converter or os.environ.get("SO8T_CONVERTER")
+    home = _try(plan, lambda: find_converter(run.config.convert.converter)) if given else cache_directory()
+    if home is None:
+        return
+    if not (home / SCRIPT).is_file():
+        plan.notes.append("upstream's converter is not here yet; the first conversion installs it with pip")
+        return
+    if shape is not None and not _knows(home, shape.name):
+        plan.problems.append(
+            f"the converter in {home} does not know {shape.name}; give a newer one as convert.converter"
+        )
+
+
+def _knows(home: Path, architecture: str) -> bool:
+    """Whether the converter's source names the architecture."""
+    sources = [home / "convert_hf_to_gguf.py", *(home / "conversion").glob("*.py")]
+    return any(f'"{architecture}"' in path.read_text(encoding="utf-8") for path in sources if path.is_file())
+
+
+def _look_at_room(run: Run, plan: Plan) -> None:
+    """Free disk and memory against the estimates."""
+    place = run.dir
+    while not place.exists():
+        place = place.parent
+    needed, free = sum(step.cost.disk for step in plan.steps), shutil.disk_usage(place).free
+    if needed > free:
+        plan.problems.append(
+            f"{place} has {free / 1e9:.1f} GB free, the run needs about {needed / 1e9:.1f} GB; free some or choose "
+            "another run_dir"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for step in plan.steps:
+        if step.cost.host > memory:
+            plan.notes.append(
+                f"{step.name} needs about {step.cost.host / 1e9:.1f} GB of memory, this machine has {memory / 1e9:.1f}"
+            )
+    gpu = _gpu_memory()
+    for step in plan.steps:
+        if gpu and step.cost.gpu > gpu:
+            plan.notes.append(
+                f"{step.name} needs about {step.cost.gpu / 1e9:.1f} GB on the GPU, it has {gpu / 1e9:.1f}"
+            )
+
+
+def _gpu_memory() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
+def refuse_early(run: Run, last: int) -> None:
+    """What would end a run in its late steps, found before the first one starts.
+
+    Raises:
+        InputError: weights that are missing or cut, a layer, target or package that does not exist, a converter that
+            is not there or does not know the architecture.
+    """
+    from pipeline.run.steps import STEPS
+
+    found = Plan(problems=missing_weights(run.base_dir))
+    if last >= STEPS.index("train") and not found.problems:
+        _look_at_tools(run, last, shape_of(run.base_dir, run.config.train), found)
+    if found.problems:
+        raise InputError(found.problems[0])
+
+
+def _try(plan: Plan, check: Any) -> Any:
+    """The check's result; its refusal becomes a problem."""
+    try:
+        return check()
+    except InputError as error:
+        plan.problems.append(str(error))
+        return None
+
+
+def _basis(shape: Shape, machine: Machine, tokens: float) -> str:
+    where = "the GPU" if machine.cuda else f"{machine.threads} CPU thread{'s' * (machine.threads > 1)}"
+    return (
+        f"Estimates, not measurements: {shape.name}, {shape.parameters / 1e9:.3g} B parameters, "
+        f"{shape.trainable / 1e6:.3g} M trainable, rows of {tokens:.0f} tokens, {machine.device / 1e9:.0f} GFLOP/s on "
+        f"{where} (timed just now). Memory is for a batch of the longest rows."
+    )

@@ -1,0 +1,237 @@
+"""HTTP: `POST /v1/chat/completions`, `GET /v1/models`, `GET /healthz`, and OpenAI's error form for everything else.
+
+A stream opens at once and carries comments while the model thinks; the answer follows whole, after its verdict is on
+disk. A client that goes away cancels its generation. No exception leaves this module: its message could quote a text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from pipeline.serve.engine import Job
+from pipeline.serve.keys import who
+from pipeline.serve.protocol import (
+    ChatRequest,
+    Refusal,
+    Reply,
+    chunks,
+    completion,
+    dumps,
+    event,
+    invalid,
+    parse_request,
+)
+from pipeline.serve.request import Decider
+
+log = logging.getLogger("so8t.serve")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+# FastAPI 0.165 exports exception messages and stack traces where the environment names a collector.
+_NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
+_JSON = {"cache-control": "no-store", "content-type": "application/json"}
+DRAINED = 16  # so many times the limit is read and dropped, so that the client sees its 413
+_FAULT = Refusal(500, "server_error", "internal_error", "internal fault; the server's log has its type and place")
+
+
+def refusal_response(refusal: Refusal) -> Response:
+    """OpenAI's error form; a withheld answer tells clients that the same request need not be sent again."""
+    headers = dict(_JSON)
+    if refusal.retry_after is not None:
+        headers["retry-after"] = str(refusal.retry_after)
+    if refusal.code == "answer_withheld":
+        headers["x-should-retry"] = "false"
+    if refusal.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(dumps(refusal.body()), refusal.status, headers)
+
+
+def _json(value: dict[str, Any], status: int = 200) -> Response:
+    return Response(dumps(value), status, _JSON)
+
+
+class _Decision(Response):
+    """A response that is decided while the client may still go away."""
+
+    def __init__(self, decider: Decider, chat: ChatRequest, client: str | None) -> None:
+        super().__init__()
+        self._decider, self._chat, self._client = decider, chat, client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._decider.admitted(self._client):
+                job, prompt_tokens = await self._decider.prepare(self._chat)
+                await self._decide(job, prompt_tokens, scope, receive, send)
+        except Refusal as refusal:
+            await refusal_response(refusal)(scope, receive, send)
+        except OSError:
+            pass  # the client went away while it was written to
+
+    async def _decide(self, job: Job, prompt_tokens: int | None, scope: Scope, receive: Receive, send: Send) -> None:
+        decision = asyncio.create_task(self._decider.decide(self._chat, job, prompt_tokens, self._client))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            if self._chat.stream:
+                await self._stream(decision, gone, send)
+            elif await self._decided(decision, gone, None):
+                await _json(completion(decision.result()))(scope, receive, send)
+        finally:
+            gone.cancel()
+            decision.cancel()
+            await asyncio.wait([decision])  # it records that it was cancelled
+            if not decision.cancelled():
+                decision.exception()  # seen
+
+    async def _decided(
+        self, decision: asyncio.Task[Reply], gone: asyncio.Task[None], seconds: float | None
+    ) -> bool | None:
+        """True: decided; False: the client is gone; None: neither within `seconds`."""
+        done, _ = await asyncio.wait({decision, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return True if decision in done else False if gone in done else None
+
+    async def _stream(self, decision: asyncio.Task[Reply], gone: asyncio.Task[None], send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+        while (state := await self._decided(decision, gone, self._decider.limits.keep_alive)) is None:
+            await send({"type": "http.response.body", "body": b": thinking\n\n", "more_body": True})
+        if not state:
+            return
+        try:
+            reply = decision.result()
+            parts = chunks(reply, include_usage=self._chat.stream_options.include_usage)
+            data = b"".join(map(event, parts)) + b"data: [DONE]\n\n"
+        except Refusal as refusal:
+            data = event(refusal.body())
+        await send({"type": "http.response.body", "body": data})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request, limit: int, seconds: float) -> bytes:
+    """The body, read no further than its limits.
+
+    Raises:
+        Refusal: 413 too large, 408 too slow, 400 broken off (nobody reads it, but it must not count as a fault).
+    """
+    too_large = invalid(f"the body is larger than {limit} bytes", code="body_too_large", status=413)
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or len(declared) > 18 or int(declared) > DRAINED * limit:
+        raise too_large
+    data, total = bytearray(), 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for piece in request.stream():
+                total += len(piece)
+                if total > DRAINED * limit:
+                    raise too_large
+                if total <= limit:
+                    data += piece
+        if total > limit:  # read to its end first: a client that is still sending would not see the answer
+            raise too_large
+    except TimeoutError:
+        raise invalid(f"the body took longer than {seconds:g} seconds", code="body_too_slow", status=408) from None
+    except ClientDisconnect:
+        raise invalid("the body broke off", code="body_broken_off", status=400) from None
+    return bytes(data)
+
+
+def make_app(decider: Decider, *, keys: Mapping[str, str] | None = None, hosts: frozenset[str] | None = None) -> Sealed:
+    """The ASGI application.
+
+    Args:
+        keys: {name: SHA-256}; None = no key is asked for (loopback only).
+        hosts: names that the Host header may carry; a web page that rebinds its own name to loopback is refused.
+    """
+    app = FastAPI(
+        docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, title="so8t serve",
+        telemetry=_NO_TELEMETRY,
+    )  # fmt: skip
+
+    def client_of(request: Request) -> str | None:
+        if hosts is not None and _host_name(request.headers.get("host", "")) not in hosts:
+            raise Refusal(403, "invalid_request_error", "unknown_host", "this server answers on its own address only")
+        if keys is None:
+            return None
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        name = who(dict(keys), key.strip()) if scheme.lower() == "bearer" else None
+        if name is None:
+            raise Refusal(401, "authentication_error", "invalid_api_key", "give a valid key: Authorization: Bearer KEY")
+        return name
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        client = client_of(request)
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise invalid("the content type must be application/json", code="unsupported_media_type", status=415)
+        body = await _body(request, decider.limits.body_bytes, decider.limits.body_seconds)
+        return _Decision(decider, parse_request(body), client)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        client_of(request)
+        model = {"id": decider.engine.model_id, "object": "model", "created": 0, "owned_by": "so8t"}
+        return _json({"object": "list", "data": [model]})
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        failed = decider.recorder.log.failed
+        return _json({"status": "audit log unavailable" if failed else "ok"}, 503 if failed else 200)
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, refusal: Refusal) -> Response:
+        return refusal_response(refusal)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        words = {404: "there is nothing at this address", 405: "this address does not take this method"}
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        message = words.get(error.status_code, "the request cannot be served")
+        return refusal_response(Refusal(error.status_code, "invalid_request_error", code, message))
+
+    @app.exception_handler(Exception)  # answered here, then raised again by Starlette: `Sealed` says the rest
+    async def fault(_: Request, error: Exception) -> Response:
+        return refusal_response(_FAULT)
+
+    return Sealed(app)
+
+
+def _host_name(host: str) -> str:
+    """The Host header without its port."""
+    return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+class Sealed:
+    """The outermost layer: no exception reaches the server's log, where its message would be printed."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            where = error.__traceback__
+            while where is not None and where.tb_next is not None:
+                where = where.tb_next
+            place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "?"
+            log.error("internal fault: %s at %s", type(error).__name__, place)
+            if scope["type"] == "http" and not started:
+                await refusal_response(_FAULT)(scope, receive, send)

@@ -1,0 +1,299 @@
+"""Train the adapter: SO8T alone or with LoRA, on a full-precision or quantised base, resumable.
+
+The loss counts the assistant's turn only, its end-of-turn token included. The result is an adapter directory and
+`training.json` (curves, angles, held-out loss before and after, and what the rotation does by itself).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArguments, set_seed
+
+from pipeline.config import RunConfig, TrainConfig
+from pipeline.progress import Reporter
+from pipeline.tokenizer import load_tokenizer
+from pipeline.train.collate import Collator, EncodedRows
+from pipeline.train.sharding import shard_base, take_request
+from pipeline.train.trainer import SaveCurves, SO8TTrainer, Watch, last_complete_checkpoint, restore_curves, split_step
+from so8t_core import SO8TConfig, gates, plane_angles, save_adapter, trainable_counts
+from so8t_core.errors import InputError
+from so8t_core.files import atomic_dir, sha256_path, write_text
+from so8t_core.quantised import load_quantised
+from verification.engines import distributed
+from verification.gate.report import Curve, TrainingRecord
+
+RECORD_NAME = "training.json"
+UNITS = {"max_angle": "rad", "mean_angle": "rad", "loss": "nats", "heldout_loss": "nats"}
+
+
+def train(
+    config: RunConfig, base_dir: Path, data_dir: Path, out_dir: Path, work_dir: Path, report: Reporter
+) -> TrainingRecord:
+    """Train and write the adapter to `out_dir`; checkpoints live in `work_dir` and are used to resume the same run.
+
+    Called by every process of a launch: they learn together, the first one writes.
+
+    Raises:
+        InputError: nothing to train on, a target or layer that does not exist, a loss that is not finite, rows that do
+            not divide over the processes.
+    """
+    settings = config.train
+    tokenizer = load_tokenizer(base_dir)
+    rows = EncodedRows(data_dir / "train.jsonl", tokenizer)
+    heldout = EncodedRows(data_dir / "heldout.jsonl", tokenizer, limit=settings.heldout_rows)
+    collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    split = take_request()
+    distributed.agree("training rows", sha256_path(data_dir))
+    distributed.from_first(lambda: _forget_other_runs(work_dir, config, base_dir, data_dir))
+    started = time.monotonic()
+
+    def fit(settings: TrainConfig, name: str, title: str) -> _Fitted:
+        return _fit(config, settings, base_dir, rows, heldout, collator, work_dir / name, report, title, split)
+
+    trained = work_dir / "adapter"  # kept until all is done: what interrupts the second fit does not cost the first
+    if not distributed.from_first(lambda: (trained / RECORD_NAME).is_file()):
+        model = fit(settings, "main", "training")
+        with rotation_off(model.peft):
+            model.record.heldout_loss_rotation_off = heldout_loss(model.peft, heldout, collator, settings.batch_size)
+        if distributed.is_first():
+            with atomic_dir(trained) as temporary:
+                save_adapter(model.peft, temporary)
+                write_text(temporary / RECORD_NAME, model.record.model_dump_json())
+        del model
+    text = distributed.from_first(lambda: (trained / RECORD_NAME).read_text(encoding="utf-8"))
+    record = TrainingRecord.model_validate_json(text)
+    if settings.so8t_only_steps:
+        alone = settings.model_copy(update={"lora": None, "steps": settings.so8t_only_steps})
+        only = fit(alone, "so8t_only", "rotation alone")
+        record.so8t_only = {
+            "steps": alone.steps,
+            "heldout_loss_before": only.record.heldout_loss_before,
+            "heldout_loss_after": only.record.heldout_loss_after,
+            "max_angle": max((a for _, _, a in only.record.angles_by_layer), default=0.0),
+        }
+    record.seconds = time.monotonic() - started
+    if distributed.is_first():
+        with atomic_dir(out_dir) as temporary:
+            shutil.copytree(trained, temporary, dirs_exist_ok=True)
+            write_text(temporary / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
+        shutil.rmtree(work_dir)
+    return record
+
+
+def _forget_other_runs(work_dir: Path, config: RunConfig, base_dir: Path, data_dir: Path) -> None:
+    """Remove checkpoints of other settings, another base or other data: going on from them would mix two runs."""
+    key = {
+        "train": config.train.model_dump(mode="json"),
+        "seed": config.seed,
+        "base": sha256_path(base_dir),
+        "data": sha256_path(data_dir),
+    }
+    text = json.dumps(key, indent=1, sort_keys=True) + "\n"
+    stored = work_dir / "of.json"
+    if work_dir.is_dir() and not (stored.is_file() and stored.read_text(encoding="utf-8") == text):
+        shutil.rmtree(work_dir)
+    write_text(stored, text)
+
+
+def training_arguments(settings: TrainConfig, output_dir: Path, seed: int, **more: Any) -> TrainingArguments:
+    """transformers' arguments for a run of `settings`; nothing is saved on the way unless `more` says so."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "learning_rate": settings.learning_rate,
+        "warmup_steps": round(settings.warmup_share * settings.steps),
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": settings.max_grad_norm,
+        "weight_decay": settings.weight_decay,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": seed,
+        "data_seed": seed,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "label_names": ["labels"],
+    }
+    return TrainingArguments(**{**arguments, **more})
+
+
+class _Fitted:
+    def __init__(self, peft: nn.Module, record: TrainingRecord) -> None:
+        self.peft, self.record = peft, record
+
+
+def _fit(
+    config: RunConfig,
+    settings: TrainConfig,
+    base_dir: Path,
+    rows: EncodedRows,
+    heldout: EncodedRows,
+    collator: Collator,
+    work_dir: Path,
+    report: Reporter,
+    title: str,
+    split: bool,
+) -> _Fitted:
+    from peft import get_peft_model
+
+    micro, accumulation = split_step(settings.batch_size, settings.gradient_accumulation, distributed.count())
+    set_seed(config.seed)
+    model = load_base(base_dir, settings.quantization, device="cpu" if split else None)
+    if settings.quantization != "none":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
+    if settings.gradient_checkpointing:
+        model.config.use_cache = False
+    peft = get_peft_model(model, adapter_config(settings))
+    if split:
+        shard_base(peft, settings.quantization)
+    before = heldout_loss(peft, heldout, collator, settings.batch_size)
+    checkpointing: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = training_arguments(
+        settings,
+        work_dir,
+        config.seed,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,
+        **checkpointing,
+    )
+    trainer = SO8TTrainer(settings=settings, model=peft, args=arguments, train_dataset=rows, data_collator=collator)
+    checkpoint = distributed.from_first(lambda: last_complete_checkpoint(work_dir))
+    torch.manual_seed(config.seed + distributed.rank())  # dropout draws its own in each process
+    with report.task(title, settings.steps) as advance:
+        watch = Watch(
+            trainer,
+            advance,
+            lambda: heldout_loss(peft, heldout, collator, settings.batch_size),
+            settings.checkpoint_every,
+        )
+        if checkpoint is not None:
+            done = restore_curves(watch, checkpoint)
+            report.note(f"  {title}: going on from step {done} of {settings.steps}")
+            advance(done, info="resumed")
+        trainer.remove_callback(PrinterCallback)  # the curves and the bar say it all
+        trainer.add_callback(watch)
+        trainer.add_callback(SaveCurves(watch))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    after = heldout_loss(peft, heldout, collator, settings.batch_size)
+    watch.curves.setdefault("heldout_loss", []).append((settings.steps, after))
+    if watch.curves["heldout_loss"][0][0] != 0:
+        watch.curves["heldout_loss"].insert(0, (0, before))
+    distributed.wait()
+    if distributed.is_first():
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return _Fitted(peft, _record(peft, settings, before, after, watch))
+
+
+def adapter_config(settings: TrainConfig) -> SO8TConfig:
+    """The adapter that a training section describes."""
+    lora = None
+    if settings.lora is not None:
+        lora = {
+            "r": settings.lora.r,
+            "lora_alpha": settings.lora.alpha,
+            "lora_dropout": settings.lora.dropout,
+            "target_modules": list(settings.lora.targets),
+        }
+    return SO8TConfig(layers=settings.layers, init_scale=settings.init_scale, lora=lora, task_type="CAUSAL_LM")
+
+
+def load_base(
+    base_dir: Path, quantization: Literal["none", "8bit", "4bit"] = "none", *, device: str | None = None
+) -> Any:
+    """The base model for training: float32 on a CPU, bfloat16 on a GPU, or 8-bit / 4-bit through bitsandbytes.
+
+    Args:
+        device: where it is put; None = this process' GPU where there is one.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    where = distributed.local_rank() if device is None else device
+    try:
+        if quantization != "none":
+            return load_quantised(base_dir, quantization, device=where)
+        cuda = torch.cuda.is_available()
+        options: dict[str, Any] = {"device_map": {"": where}} if cuda else {}
+        dtype = torch.bfloat16 if cuda else torch.float32
+        return AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, trust_remote_code=False, **options)
+    except InputError:  # is a ValueError; says it all
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"the base model in {base_dir} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, rows: EncodedRows, collator: Collator, batch_size: int) -> float:
+    """Mean cross-entropy per assistant token over held-out rows, nats."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        labels = batch.pop("labels")[:, 1:]  # (B, T-1)
+        logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]  # (B, T-1, V)
+        kept = labels != -100
+        total += F.cross_entropy(logits[kept.to(device)].float(), labels[kept].to(device), reduction="sum").item()
+        count += int(kept.sum())
+    model.train(was_training)
+    return total / count
+
+
+@contextmanager
+def rotation_off(model: nn.Module) -> Iterator[None]:
+    """Every rotation replaced by the identity while the block runs."""
+    saved = [(gate.theta, gate.theta.detach().clone()) for gate in gates(model).values()]
+    try:
+        with torch.no_grad():
+            for theta, _ in saved:
+                theta.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for theta, value in saved:
+                theta.copy_(value)
+
+
+def _record(model: nn.Module, settings: TrainConfig, before: float, after: float, watch: Watch) -> TrainingRecord:
+    trainable, rotation = trainable_counts(model)
+    by_layer, by_block = [], []
+    for name, gate in gates(model).items():
+        angles = plane_angles(gate.theta)  # (n, 4), largest first
+        layer = int(name.split("layers.")[1].split(".")[0])
+        by_layer.append((layer, angles.mean().item(), angles.max().item()))
+        by_block.append((layer, [float(f"{angle:.4g}") for angle in angles[:, 0].tolist()]))
+    return TrainingRecord(
+        steps=settings.steps,
+        seconds=0.0,
+        trainable_parameters=trainable,
+        rotation_parameters=rotation,
+        heldout_loss_before=before,
+        heldout_loss_after=after,
+        curves=[Curve(name=n, unit=UNITS.get(n, ""), points=p) for n, p in watch.curves.items()],
+        angles_by_layer=sorted(by_layer),
+        angles_by_block=sorted(by_block),
+    )

@@ -1,0 +1,260 @@
+"""The `Trainer` with SO8T's two extra terms: loss = task + lambda(step) * PET + w * orthogonality.
+
+PET's term, and what it looks at, is in `pet_term`. theta may have a learning rate of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pipeline.config import TrainConfig
+from pipeline.train.pet import HiddenStates, penalty, triples
+from so8t_core import (
+    PETSchedule,
+    gates,
+    orthogonality_error,
+    orthogonality_loss,
+    plane_angles,
+)
+from so8t_core.errors import InputError
+from so8t_core.files import write_text
+from verification.engines import distributed
+
+CURVES_NAME = "so8t_curves.json"
+
+
+class Order(Sampler[int]):
+    """Row numbers of a whole run: one shuffle of all rows after another, a function of the seed alone.
+
+    The Trainer's own sampler ends every epoch with a short batch, whose rows fall differently over several processes.
+    """
+
+    def __init__(self, rows: int, wanted: int, seed: int) -> None:
+        self.rows, self.wanted, self.seed = rows, wanted, seed
+
+    def __len__(self) -> int:
+        return self.wanted
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(self.wanted):
+            if number % self.rows == 0:
+                generator = torch.Generator().manual_seed(self.seed + number // self.rows)
+                shuffled = torch.randperm(self.rows, generator=generator).tolist()
+            yield shuffled[number % self.rows]
+
+
+def split_step(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
+    """(rows a micro-batch, micro-batches a step) of each process; all together take batch_size * accumulation rows.
+
+    So the rows of a step, and with them what is learned, do not depend on the number of processes.
+
+    Raises:
+        InputError: the rows of a step cannot be dealt out evenly.
+    """
+    rows, left = divmod(batch_size * accumulation, processes)
+    if left:
+        raise InputError(
+            f"a step has {batch_size * accumulation} rows (train.batch_size {batch_size} x train.gradient_accumulation "
+            f"{accumulation}), which {processes} processes cannot share evenly; make it a multiple of {processes}"
+        )
+    micro = max(size for size in range(1, min(batch_size, rows) + 1) if rows % size == 0)
+    return micro, rows // micro
+
+
+class SO8TTrainer(Trainer):
+    """Trainer over a model that carries an SO8T adapter; see the module's docstring for the loss."""
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, *, settings: TrainConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.settings = settings
+        self.extra: dict[str, float] = {}  # the step's task loss and extra terms so far, for the curves
+        pet = settings.pet
+        self._states = HiddenStates(self.model, pet.layers) if pet else None
+        self._schedule = PETSchedule(pet.warmup, pet.main, pet.anneal) if pet else None
+        self._triples = 0.0  # of the step's micro-batches in all processes
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        rows = self.settings.steps * self.settings.batch_size * self.settings.gradient_accumulation
+        return Order(len(self.train_dataset), rows, self.args.seed)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Several processes: the trained parameters get the mean gradient of all; the frozen ones are left alone, so
+        that they may be split (`sharding`).
+        """
+        if self.args.world_size == 1 or isinstance(model, DistributedDataParallel):
+            return model
+        alone = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        alone += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alone)  # type: ignore[no-untyped-call]
+        devices = [self.args.device] if self.args.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = sum(triples(batch) for batch in batches)
+        self._triples = float(self.accelerator.reduce(torch.as_tensor(own, device=device), "sum"))
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task is a mean over all labels of the step's rows, PET a mean over all of their triples, however the rows
+        fall into micro-batches and processes.
+
+        Where the model divides by `num_items_in_batch` itself, the Trainer adds micro-batches up undivided. Gradients
+        are averaged over processes, so that what is to be summed is multiplied by their number.
+
+        Raises:
+            InputError: the loss is NaN or Inf.
+        """
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        steps = self.current_gradient_accumulation_steps
+        divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        self._add("task", loss.detach().item() / (1 if divided else steps))
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss became {loss.item()} at step {self.state.global_step}; "
+                "lower train.learning_rate and run again"
+            )
+        if self._states is not None and self._schedule is not None and self.settings.pet is not None and model.training:
+            weight = self._schedule(self.state.global_step, self.settings.steps)
+            of_step = triples(inputs) / max(self._triples, 1) * self.args.world_size
+            bends = penalty(self._states.take(), inputs, huber_delta=self.settings.pet.huber_delta)
+            bends = (bends * of_step.to(bends.device)).to(loss.device)
+            loss = loss + (1 if divided else steps) * weight * bends
+            self.extra["lambda"] = weight
+            self._add("pet", bends.detach().item())
+        if self.settings.orthogonality_weight > 0:
+            share = 1 / steps if divided else 1.0
+            loss = loss + share * self.settings.orthogonality_weight * orthogonality_loss(model)
+        return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer reports a full disk as RuntimeError
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"cannot write the checkpoint of step {self.state.global_step} to {self.args.output_dir}: {reason}. "
+                "Free some space and run again: training goes on from the checkpoint before"
+            ) from None
+
+    def _add(self, name: str, value: float) -> None:
+        self.extra[name] = self.extra.get(name, 0.0) + value
+
+    def take_terms(self) -> dict[str, float]:
+        """The step's terms of the loss over all processes, which are then forgotten."""
+        names = sorted(self.extra)
+        values = torch.tensor([self.extra[name] for name in names], dtype=torch.float64, device=self.args.device)
+        means = self.accelerator.reduce(values, "mean").tolist()
+        self.extra = {}
+        return dict(zip(names, means, strict=True))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rotation = {id(gate.theta) for gate in gates(self.model).values()}
+            named = [p for p in self.model.parameters() if p.requires_grad]
+            rate = self.settings.rotation_learning_rate or self.settings.learning_rate
+            groups = [
+                # A pull of theta towards 0 is a pull towards the identity: weight decay is meant for LoRA alone.
+                {"params": [p for p in named if id(p) in rotation], "lr": rate, "weight_decay": 0.0},
+                {"params": [p for p in named if id(p) not in rotation], "lr": self.settings.learning_rate},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=self.settings.learning_rate,
+                betas=(0.9, 0.999),
+                weight_decay=self.settings.weight_decay,
+            )
+        return self.optimizer
+
+
+class Watch(TrainerCallback):
+    """Curves, progress and the held-out loss; called once per optimiser step."""
+
+    def __init__(self, trainer: SO8TTrainer, advance: Any, heldout: Callable[[], float], every: int) -> None:
+        self.trainer, self.advance, self.heldout, self.every = trainer, advance, heldout, every
+        self.curves: dict[str, list[tuple[int, float]]] = {}
+        self._rate = 0.0  # of the step's first group: the rotation
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Keeps the step's own learning rate: at the step's end the optimizer already holds the next one's."""
+        self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])
+        return control
+
+    def add(self, name: str, step: int, value: float) -> None:
+        """One point of a curve."""
+        self.curves.setdefault(name, []).append((step, value))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        step = state.global_step
+        extra = self.trainer.take_terms()
+        self.add("loss", step, extra["task"])
+        for name in ("lambda", "pet"):
+            if name in extra:
+                self.add(name, step, extra[name])
+        found = gates(self.trainer.model)
+        angles = torch.cat([plane_angles(gate.theta) for gate in found.values()])  # (all blocks, 4)
+        with torch.no_grad():
+            error = max(orthogonality_error(gate.rotation()).max().item() for gate in found.values())
+        if not torch.isfinite(angles).all():
+            bad = next(name for name, gate in found.items() if not bool(torch.isfinite(gate.theta).all()))
+            raise InputError(f"theta of {bad} is NaN or Inf at step {step}; lower train.rotation_learning_rate")
+        self.add("max_angle", step, angles.max().item())
+        self.add("mean_angle", step, angles.mean().item())
+        self.add("orthogonality", step, error)
+        self.add("learning_rate", step, self._rate)
+        if step % self.every == 0 and step < args.max_steps:
+            self.add("heldout_loss", step, self.heldout())
+        self.advance(1, info=f"loss {extra['task']:.3f}")
+        return control
+
+
+class SaveCurves(TrainerCallback):
+    """Put the curves beside each checkpoint, last of all: a checkpoint without them was not written to its end."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if not distributed.is_first():
+            return control
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        write_text(folder / CURVES_NAME, json.dumps(self.watch.curves))
+        return control
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint below `folder` that was written to its end, or None."""
+    found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / CURVES_NAME).is_file()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def restore_curves(watch: Watch, checkpoint: Path) -> int:
+    """Give `watch` the curves of an interrupted run; returns the step they end at."""
+    curves = json.loads((checkpoint / CURVES_NAME).read_text(encoding="utf-8"))
+    watch.curves = {name: [(int(s), float(v)) for s, v in points] for name, points in curves.items()}
+    return int(checkpoint.name.rpartition("-")[2])

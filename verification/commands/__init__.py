@@ -1,0 +1,1 @@
+"""The commands: verify, lint, and the pytest plugin."""

@@ -1,0 +1,118 @@
+"""What `lint` answers: checks with their findings, a row a tensor, a row an attention tensor's hypothesis."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from verification.weight_parity.neighbours import Examined
+
+SCHEMA_VERSION = "1.0"
+Status = Literal["pass", "fail", "note", "not evaluated"]
+Verdict = Literal["pass", "fail", "incomplete"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LintFinding(_Model):
+    """One line of the answer: what, expected, found, what to do."""
+
+    where: str
+    expected: str
+    found: str
+    action: str = ""
+    cause: str = ""
+
+
+class LintCheck(_Model):
+    """One check and what it found."""
+
+    name: str  # stable id: "oracle_metadata", "weights"
+    title: str
+    status: Status
+    findings: list[LintFinding] = Field(default_factory=list)
+    detail: str = ""
+
+
+class LintTensor(_Model):
+    """One tensor against the reference."""
+
+    name: str
+    type: str
+    how: Literal["bytes of the type's own rounding or quantiser", "within the type's bound", "refused", "not compared"]
+    rel_error: float | None = None
+    own_error: float | None = None
+    roundings: float | None = None
+    blocks: int = 0
+    blocks_differ: int = 0
+    clipped: int = 0
+    flushed: int = 0
+
+
+class LintHypothesis(_Model):
+    """What an attention tensor is nearest to."""
+
+    name: str
+    best: str
+    distance: float
+    second: str
+    second_distance: float
+    z: float | None  # None where no noise is left to compare with
+    residual_rms: float | None = None  # rad, o_proj only
+    residual_largest: float | None = None
+    standard_error: float | None = None
+
+
+class LintReport(_Model):
+    """The whole answer; `so8t lint --out` writes it as lint.json."""
+
+    schema_version: str = SCHEMA_VERSION
+    verdict: Verdict
+    file: str
+    sha256: str
+    bytes: int
+    architecture: str
+    file_type: str
+    tensors_total: int
+    reference: str | None
+    checks: list[LintCheck]
+    tensors: list[LintTensor] = Field(default_factory=list)
+    hypotheses: list[LintHypothesis] = Field(default_factory=list)
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+
+def tensor_row(result: Examined) -> LintTensor:
+    """A tensor's row of the answer."""
+    row = {key: value for key, value in asdict(result).items() if key in LintTensor.model_fields}
+    how = (
+        "not compared" if not result.compared
+        else "refused" if result.findings
+        else "bytes of the type's own rounding or quantiser" if result.equal
+        else "within the type's bound"
+    )  # fmt: skip
+    return LintTensor(**row, how=how)
+
+
+def hypothesis_rows(result: Examined) -> list[LintHypothesis]:
+    """The rows of what an attention tensor, or each part of a fused one, is nearest to."""
+    rows = []
+    left = result.residual
+    for match in result.nearest:
+        rows.append(
+            LintHypothesis(
+                name=match.name,
+                best=match.best,
+                distance=match.distance,
+                second=match.second,
+                second_distance=match.second_distance,
+                z=match.z if match.z < 1e12 else None,
+                residual_rms=left.rms if left else None,
+                residual_largest=left.largest if left else None,
+                standard_error=left.standard_error if left else None,
+            )
+        )
+    return rows

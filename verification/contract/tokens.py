@@ -1,0 +1,129 @@
+"""Token ids, special ids and stop set: everything of a tokenizer that must be equal and needs no weights.
+
+Ids are compared on plain text, on the tokenizer's own special tokens inside text, and on rendered chats (see
+`chat`), because llama.cpp treats spaces after special tokens by its own rules and only a rendered chat shows
+it. Each function returns findings; none is agreement. U+3000 stands inside a plain text, never at its ends: both sides
+strip those differently by design (data is stripped).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from so8t_core.files import read_json
+from verification.contract.finding import Finding
+from verification.engines.llama_model import LlamaModel
+from verification.gguf.reader import GGUFFile
+
+PLAIN = (
+    "The quick test of a plain sentence.",
+    "Two  spaces,   three; a tab\there.",
+    "line one\nline two\r\nline three\n\n\nend",
+    "東京の気温は二十三度で、風は弱い。",
+    "全角　スペースと、カタカナ・ひらがな「かぎ括弧」。",
+    "１２３４５ と 12345、そして 3.14159 は -2.5e-10 ではない。",
+    "0 00 000 0000 00000 1234567890 1,234,567.89",
+    "e\u0301 vs \u00e9, か\u3099 vs が, n\u0303",
+    "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1ef\U0001f1f5 \u2764\ufe0f",
+    "def f(x: int) -> int:\n    return x ** 2  # 二乗\n",
+    "if (a<b && c!=d) { x[i] += y->z; } // \\n",
+    "It's we'll they've I'M DON'T",
+    "Привет, мир! مرحبا Γειά שלום",
+    "a\u200bb\u00a0c\u2028d",
+    "<b>not special</b> [INST] <<SYS>> </s> <|end|> <|im_end|> <|endoftext|>",
+    "# 思考ステップ\n1. 3 + 4 = 7\n\n# 最終回答\n7",
+    " leading and trailing ",
+    "",
+)
+_SPECIALS = 12  # of a tokenizer's special tokens that are placed inside text: enough for every role and end marker
+_CONVERT = "convert again with a converter that knows this tokenizer's pre-tokenizer"
+
+
+def corpus(tokenizer: Any) -> tuple[str, ...]:
+    """The adversarial texts, and the tokenizer's own special tokens in the middle of words, lines and spaces."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    names = [str(token.content) for _, token in sorted(added.items())][:_SPECIALS]
+    return (*PLAIN, *(f"a{name}b {name} c\n{name}\nd" for name in names))
+
+
+def token_ids(tokenizer: Any, model: LlamaModel, texts: Sequence[str]) -> list[Finding]:
+    """Texts whose ids differ between the reference's tokenizer and llama.cpp's."""
+    found = []
+    for text in texts:
+        for special in (False, True):
+            wanted = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+            actual = model.tokenize(text, add_special=special)
+            if wanted != actual:
+                found.append(first_difference(repr(text[:40]), wanted, actual))
+                break
+    return found
+
+
+def first_difference(where: str, wanted: list[int], actual: list[int]) -> Finding:
+    """Two lists of ids at the first place where they part."""
+    pairs = zip([*wanted, None], [*actual, None], strict=False)
+    at = next(i for i, (a, b) in enumerate(pairs) if a != b)
+    return Finding(
+        f"text {where}, token {at}",
+        f"{wanted[at : at + 3]} ({len(wanted)} tokens) in the reference",
+        f"{actual[at : at + 3]} ({len(actual)} tokens) in llama.cpp",
+        _CONVERT,
+    )
+
+
+def special_ids(tokenizer: Any, file: GGUFFile) -> list[Finding]:
+    """BOS, EOS, UNK and padding ids that both sides name and that differ."""
+    pairs = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    found = []
+    for ours, theirs in pairs.items():
+        key = f"tokenizer.ggml.{theirs}_token_id"
+        wanted, actual = getattr(tokenizer, f"{ours}_token_id"), file.metadata.get(key)
+        if wanted is not None and wanted != actual and (actual is not None or ours in ("bos", "eos")):
+            action = f"set {key} to {wanted} with gguf's gguf-set-metadata, or convert again"
+            found.append(Finding(key, str(wanted), "nothing" if actual is None else str(actual), action))
+    return found
+
+
+def added_specials(tokenizer: Any, model: LlamaModel) -> list[Finding]:
+    """Whether BOS and EOS are added to a plain text by one side only."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+    at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+    wanted = {"bos": at > 0, "eos": len(full) > at + len(bare)}
+    actual = {"bos": model.add_bos, "eos": model.add_eos}
+    return [
+        Finding(
+            f"tokenizer.ggml.add_{name}_token",
+            f"{name.upper()} {'added' if wanted[name] else 'not added'}, as the reference does",
+            f"llama.cpp {'adds it' if actual[name] else 'does not add it'}",
+            f"set the key to {str(wanted[name]).lower()}",
+            "double or missing BOS" if name == "bos" else "",
+        )
+        for name in wanted
+        if wanted[name] != actual[name]
+    ]
+
+
+def wanted_stops(directory: Path, tokenizer: Any) -> set[int]:
+    """Tokens at which the reference stops: generation_config's list and the tokenizer's EOS."""
+    wanted: set[int] = set()
+    path = directory / "generation_config.json"
+    if path.is_file():
+        value = read_json(path).get("eos_token_id")
+        wanted |= set(value if isinstance(value, list) else [] if value is None else [value])
+    if tokenizer.eos_token_id is not None:
+        wanted.add(int(tokenizer.eos_token_id))
+    return wanted
+
+
+def stop_set(directory: Path, tokenizer: Any, model: LlamaModel) -> list[Finding]:
+    """Tokens at which the reference stops and llama.cpp does not."""
+    found = []
+    for token in sorted(wanted_stops(directory, tokenizer)):
+        if not 0 <= token < model.vocab_size or not model.is_end(token):
+            name = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else "?"
+            action = f"gguf-new-metadata --special-token-by-id eot {token} OLD.gguf NEW.gguf (gguf's), or convert again"
+            found.append(Finding(f"token {token} {name!r}", "an end of generation", "llama.cpp goes on", action))
+    return found

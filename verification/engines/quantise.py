@@ -1,0 +1,161 @@
+"""Quantise a GGUF file with llama.cpp's own quantiser, and say which type each tensor was promised.
+
+The output depends on the source's bytes, the type and the build, not on the number of threads: rows are quantised
+independently. K-quants need rows that are multiples of 256; elsewhere llama.cpp silently takes another type, so the
+nominal type of every tensor is kept beside the actual one. An importance matrix is handed over as the C struct array
+of llama.h. Source: llama.cpp, src/llama-quant.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from so8t_core.errors import InputError
+from so8t_core.files import atomic_file
+from verification.engines.llama_model import last_words, quiet
+from verification.engines.logits import usable_cores
+from verification.gguf.reader import FILE_TYPES, GGUFFile, read_gguf
+
+# what llama.cpp writes instead when a row is not a multiple of the type's block; Q2_K and Q3_K in older builds: IQ4_NL
+FALLBACKS: dict[str, tuple[str, ...]] = {
+    "Q2_K": ("Q4_0", "IQ4_NL"), "Q3_K": ("Q4_0", "IQ4_NL"), "IQ4_XS": ("IQ4_NL",), "IQ3_S": ("IQ4_NL",),
+    "IQ3_XXS": ("IQ4_NL",), "IQ2_S": ("IQ4_NL",), "IQ2_XS": ("IQ4_NL",), "IQ2_XXS": ("IQ4_NL",), "IQ1_S": ("IQ4_NL",),
+    "IQ1_M": ("IQ4_NL",), "TQ1_0": ("Q4_0",), "TQ2_0": ("Q4_0",), "Q4_K": ("Q5_0",), "Q5_K": ("Q5_1",),
+    "Q6_K": ("Q8_0",),
+}  # fmt: skip
+# main type of the file types that are not named after it (llama_ftype_get_default_type)
+_MAIN_TYPES = {"IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S"}
+
+
+@dataclass(frozen=True)
+class NominalType:
+    """What a tensor's file type promises and what the file holds."""
+
+    name: str
+    row: int
+    nominal: str
+    actual: str
+
+    @property
+    def is_fallback(self) -> bool:
+        return self.nominal != self.actual
+
+
+def type_number(name: str) -> int:
+    """llama.cpp's number of a file type.
+
+    Raises:
+        InputError: unknown name; lists the known ones.
+    """
+    for number, known in FILE_TYPES.items():
+        if known == name.upper():
+            return number
+    raise InputError(f"unknown quantisation type {name!r}; known: {', '.join(FILE_TYPES.values())}")
+
+
+Importance = Mapping[str, npt.NDArray[np.float32]]
+
+
+def quantise(
+    source: str | Path,
+    target: str | Path,
+    type_name: str,
+    *,
+    threads: int | None = None,
+    imatrix: Importance | None = None,
+) -> Path:
+    """Write `source` (F32, F16 or BF16) as `type_name` to `target`, whole or not at all.
+
+    Args:
+        imatrix: tensor name -> importance of each input channel, see `read_imatrix`.
+
+    Raises:
+        InputError: unknown type, source not a float file, llama.cpp's own refusal.
+    """
+    source, target = Path(source), Path(target)
+    number = type_number(type_name)
+    origin = read_gguf(source)
+    if not origin.is_float:
+        raise InputError(f"{source} is {origin.file_type}; quantising starts from F32, F16 or BF16, never from a quant")
+    with atomic_file(target) as temporary:
+        if origin.file_type == type_name.upper():
+            shutil.copyfile(source, temporary)
+        else:
+            _run(source, temporary, number, threads, imatrix or {})
+        read_gguf(temporary)
+    return target
+
+
+def _run(source: Path, target: Path, number: int, threads: int | None, imatrix: Importance) -> None:
+    quiet()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = number
+    params.nthread = threads or usable_cores()
+    kept = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in imatrix.items()}
+    if kept:  # `kept` and `entries` must outlive the call: C holds only pointers. The last entry's name is null
+        entries = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()
+        for entry, (name, values) in zip(entries, kept.items(), strict=False):
+            entry.name = name.encode()
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.size = values.size
+        params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), params)
+    if status != 0:
+        words = last_words()
+        if not kept and "requires an imatrix" in words:
+            raise InputError(
+                f"{FILE_TYPES[number]} can only be made with an importance matrix; give the one the file was made with "
+                "(--imatrix FILE)"
+            )
+        free = shutil.disk_usage(target.parent).free
+        if "iostream" in words and free < source.stat().st_size:  # all that a C++ stream says of a full disk
+            raise InputError(
+                f"cannot write {FILE_TYPES[number]} of {source.name}: {target.parent} has {free / 2**20:.0f} MiB left; "
+                "free some space and run again"
+            )
+        raise InputError(f"llama.cpp cannot quantise {source} to {FILE_TYPES[number]}: {words}")
+
+
+def nominal_types(file: GGUFFile) -> list[NominalType]:
+    """Nominal and actual type of every tensor.
+
+    Only a type that its rows cannot hold is a fallback: the mixed types (Q6_K inside a Q4_K_M file, say) are part of
+    the file type's promise. The nominal type of a fallback is the K- or IQ-type it stands for: the one of its file
+    type's recipe whose fallback is the type found. Which of two is only a label; that it is a fallback is exact,
+    because a type with smaller blocks never occurs in these recipes by choice where rows are multiples of 256.
+    """
+    recipe = _recipe(file.file_type)
+    rows = []
+    for tensor in file.tensors.values():
+        row = tensor.shape[-1] if tensor.shape else 1
+        nominal = tensor.type
+        if recipe and len(tensor.shape) > 1 and row % 256 and tensor.type not in ("F32", "F16", "BF16"):
+            options = [wish for wish in recipe if tensor.type in FALLBACKS.get(wish, ())]
+            nominal = options[0] if options else tensor.type
+        rows.append(NominalType(tensor.name, row, nominal, tensor.type))
+    return rows
+
+
+def main_type(file_type: str) -> str:
+    """The tensor type that a file type stores most weights in; "F32" for a name without one."""
+    stem = file_type.rsplit("_", 1)[0] if file_type.endswith(("_S", "_M", "_L")) else file_type
+    names = (_MAIN_TYPES.get(file_type, file_type), stem, "F32")
+    return next(name for name in names if name in GGMLQuantizationType.__members__)
+
+
+def _recipe(file_type: str) -> tuple[str, ...]:
+    """Types with blocks of 256 that a file type's recipe uses, its main type first."""
+    main = main_type(file_type)
+    if GGML_QUANT_SIZES[GGMLQuantizationType[main]][0] != 256:
+        return ()
+    return (main, *(other for other in ("Q4_K", "Q5_K", "Q6_K") if other != main))

@@ -1,0 +1,131 @@
+"""Faults of merging: a rotation or a LoRA that is missing, doubled, inverted, or not quite the one that was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from verification.engines.quantise import quantise
+from verification.engines.requantise import quantised_bytes
+from verification.fault_catalogue.catalogue import Fault, Plant, layer_of, steps
+from verification.fault_catalogue.edit import Raw, transposed
+from verification.fault_catalogue.healthy import Healthy
+from verification.gguf.reader import read_gguf
+from verification.weight_parity.expected import expected_values, inventory
+from verification.weight_parity.hypotheses import rotated
+
+OUTPUT = "attn_output.weight"
+
+
+def _from_float(pair: Healthy, source: Path, target: Path, changes: dict[str, Any]) -> None:
+    """Tensors changed before the quantisation: `changes` maps names to functions of the float values."""
+    kind = read_gguf(source).file_type
+    raw = Raw.read(source)
+    for info in raw.tensors:
+        if info.name in changes:
+            values = changes[info.name](pair.opened["F16"].tensors[info.name].values().copy())
+            if kind != "F16":  # what a conversion to F16 between would have left
+                values = np.asarray(values, dtype=np.float16).astype(np.float32)
+            data = quantised_bytes(
+                np.ascontiguousarray(values, dtype=np.float32), pair.opened[kind].tensors[info.name].type
+            )
+            assert data is not None
+            info.data = data.tobytes()
+    raw.write(target)
+
+
+def _off_by(pair: Healthy, source: Path, target: Path, angle: float) -> None:
+    """One layer's R turned on by a random rotation of which every plane has about this angle."""
+    from so8t_core.rotation import exp_so8
+
+    def turn(w: Any) -> Any:
+        generator = torch.Generator().manual_seed(5)
+        theta = torch.randn(w.shape[1] // 8, 28, generator=generator, dtype=torch.float64) * angle
+        return rotated(w, exp_so8(theta))
+
+    _from_float(pair, source, target, {layer_of(pair, OUTPUT): turn})
+
+
+def _with_R(*powers: int) -> Plant:
+    """o_proj of one layer times R to the powers, on top of what is baked already."""
+
+    def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
+        R = pair.rotation(pair.layers // 2)
+
+        def turn(w: Any) -> Any:
+            for power in powers:
+                w = rotated(w, R, transposed=power < 0)
+            return w
+
+        _from_float(pair, source, target, {layer_of(pair, OUTPUT): turn})
+
+    return plant
+
+
+def _wrong_side(pair: Healthy, source: Path, target: Path, strength: float) -> None:
+    R = pair.rotation(pair.layers // 2)
+
+    def turn(w: Any) -> Any:
+        bare = rotated(w, R, transposed=True)
+        return np.ascontiguousarray(rotated(np.ascontiguousarray(bare.T), R, transposed=True).T)
+
+    _from_float(pair, source, target, {layer_of(pair, OUTPUT): turn})
+
+
+def _change_scaled(tensor: str, *, everywhere: bool = False) -> Plant:
+    """base + strength * (reference - base): a merge with another scale, none (0), or done twice (2)."""
+
+    def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
+        origin, file = pair.sources.base, pair.opened["F16"]
+        assert origin is not None
+        found = inventory(pair.checkpoint, file)
+        names = [f"blk.{i}.{tensor}" for i in range(pair.layers)] if everywhere else [layer_of(pair, tensor)]
+
+        def make(name: str) -> Any:
+            base = expected_values(name, found.source_of[name], origin, file.architecture)
+            return lambda w: base + np.float32(strength) * (w - base)
+
+        _from_float(pair, source, target, {name: make(name) for name in names})
+
+    return plant
+
+
+def _base_converted(pair: Healthy, source: Path, target: Path, strength: float) -> None:
+    """The base's own file under the reference's name."""
+    base, file = pair.sources.base, pair.opened["F16"]
+    assert base is not None
+    found, middle = inventory(pair.checkpoint, file), target.with_suffix(".float.gguf")
+    raw = Raw.read(pair.files["F16"])
+    for info in raw.tensors:
+        values = expected_values(info.name, found.source_of[info.name], base, file.architecture)
+        info.data = values.astype(np.float16 if len(info.dims) > 1 else np.float32).tobytes()
+    raw.write(middle)
+    quantise(middle, target, read_gguf(source).file_type, threads=1)
+    middle.unlink()
+
+
+ANGLES = steps("{:g} rad", 0.1, 0.01, 0.001, 0.0001, 0.00001)
+FAULTS = [
+    Fault("one layer's R off by an angle", "adapter", _off_by, ("attn_output",), ANGLES, 2, logits=True),
+    Fault("one layer's R off by an angle", "adapter", _off_by, ("attn_output",), ANGLES, 2, level="Q8_0"),
+    Fault("one layer's R off by an angle", "adapter", _off_by, ("attn_output",), ANGLES, 2, level="Q4_K_M"),
+    Fault("one layer not rotated", "adapter", _with_R(-1), ("attn_output",)),
+    Fault("one layer not rotated", "adapter", _with_R(-1), ("attn_output",), level="Q4_K_M"),
+    Fault("one layer rotated back", "adapter", _with_R(-1, -1), ("attn_output",)),
+    Fault("one layer rotated twice", "adapter", _with_R(1), ("attn_output",)),
+    Fault("rotated on the output's side", "adapter", _wrong_side, ("attn_output",)),
+    Fault("o_proj transposed", "adapter", lambda pair, s, t, x: transposed(s, t, layer_of(pair, OUTPUT)),
+          ("attn_output",)),
+    Fault("the base converted, nothing merged", "adapter", _base_converted, ("attn_output", "ffn_down"),
+          level="Q4_K_M"),
+    Fault("LoRA's scale wrong", "adapter", _change_scaled("ffn_down.weight", everywhere=True), ("ffn_down",),
+          steps("x {:g}", 2.828427, 1.1, 1.01, 1.001), 0),
+    Fault("LoRA's scale wrong in one layer", "adapter", _change_scaled("ffn_down.weight"), ("ffn_down",),
+          steps("x {:g}", 2.828427, 1.1, 1.01, 1.001), 0, level="Q8_0"),
+    Fault("LoRA merged twice in one layer", "adapter", _change_scaled("ffn_down.weight"), ("ffn_down",),
+          steps("x {:g}", 2)),
+    Fault("LoRA missing in one layer", "adapter", _change_scaled("ffn_down.weight"), ("ffn_down",), steps("x {:g}", 0)),
+]  # fmt: skip

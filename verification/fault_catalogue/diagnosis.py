@@ -1,0 +1,143 @@
+"""From everything that the gate found to one sentence: what kind of fault it is, and where.
+
+One fault sets off several checks; the nearest to its cause speaks. A file that cannot be read comes first, then numbers
+out of range, keys, tensors that are missing or unexplained, tensors that are something else, types, layout, tokens and
+template, logits, and llama.cpp's refusal last, because it follows from one of the others. Where most matrices differ
+and nothing names a cause, the file was made from other weights or on another road.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from verification.commands.lint_result import LintCheck, LintFinding
+from verification.fault_catalogue.catalogue import Kind
+from verification.fault_catalogue.file_gate import Judgement, differing_matrices
+
+_ORDER = (
+    "finite_weights", "saturated_weights", "oracle_metadata", "metadata", "special_ids", "added_specials", "vocabulary",
+    "counts", "inventory", "hypotheses", "weights", "file_type", "layout", "chat_template", "chat_render", "stop_set",
+    "end_of_turn", "chat_token_ids", "token_ids", "loads",
+)  # fmt: skip
+_TENSOR = re.compile(r"[a-z0-9_.]+\.(weight|bias)\b")
+_SHAPES = ("block_count", "head_count", "context_length", "_length", "vocab_size", "token_embd")
+_ADAPTER = ("rotat", "base's own", "change from the base", "nothing baked")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the gate says is wrong."""
+
+    kind: Kind
+    where: str
+    words: str
+
+
+def diagnose(judgement: Judgement) -> Diagnosis | None:
+    """The fault's kind, place and sentence; None for a file that passed."""
+    if judgement.unreadable:
+        words = judgement.unreadable
+        kind: Kind = "shape" if "vocabulary of" in words else "file"
+        return Diagnosis(kind, words, words)
+    linted = judgement.linted
+    assert linted is not None
+    found = {check.name: check for check in linted.checks if check.findings}
+    failed = [name for name in _ORDER if name in found and found[name].status == "fail"]
+    keys = [name for name in failed if name not in ("weights", "hypotheses", "loads")]
+    differ, total = differing_matrices(judgement)
+    if not keys and total and differ > 0.5 * total:
+        words = f"{differ} of {total} matrices are not what this build makes of the reference: other weights, "
+        return Diagnosis("other source", f"{differ} of {total} tensors", words + "an importance matrix or another road")
+    if failed:
+        finding = _clearest(found[failed[0]])
+        return Diagnosis(kind_of(failed[0], finding), finding.where, _sentence(finding))
+    for check in judgement.failed:
+        leg = check.name.split(".")[0]
+        named = _TENSOR.search(check.detail)
+        if named is not None:
+            place = LintFinding(where=named.group(), expected="", found=check.detail)
+            other_type = leg == "quantise" and ", the reference re-quantised here" in check.detail
+            return Diagnosis("types" if other_type else kind_of("weights", place), place.where, check.detail)
+        if leg in ("convert", "quality") and check.name.endswith("kld"):
+            noted = {c.name: c.findings[0] for c in linted.checks if c.status == "note"}
+            if "flushed_weights" in noted:
+                finding = noted["flushed_weights"]
+                return Diagnosis("number range", finding.where, _sentence(finding))
+            if "sliding_window" in noted:
+                finding = noted["sliding_window"]
+                return Diagnosis("window and soft-cap", finding.where, _sentence(finding))
+            return Diagnosis("running", check.name, f"mean KLD {check.value} beyond {check.bound}")
+        return Diagnosis("types" if "type" in check.name else "weights", check.detail, f"{check.title}: {check.detail}")
+    return None
+
+
+def _clearest(check: LintCheck) -> LintFinding:
+    """The finding that names a cause, else the first."""
+    return next((finding for finding in check.findings if finding.cause), check.findings[0])
+
+
+def _sentence(finding: LintFinding) -> str:
+    named = f" ({finding.cause})" if finding.cause else ""
+    return f"{finding.where}: expected {finding.expected}, found {finding.found}{named}"
+
+
+def kind_of(check: str, finding: LintFinding) -> Kind:
+    """The class of one finding."""
+    if check in ("finite_weights", "saturated_weights"):
+        return "number range"
+    if check in ("chat_template", "chat_render"):
+        return "chat template"
+    if check in ("stop_set", "end_of_turn", "special_ids", "added_specials"):
+        return "BOS and stop"
+    if check in ("chat_token_ids", "token_ids"):
+        return "tokenizer"
+    if check == "file_type":
+        return "types"
+    if check in ("layout", "loads"):
+        return "file"
+    where = finding.where.lower()
+    is_tensor = where.endswith((".weight", ".bias", "rows)"))
+    return _kind_of_tensor(check, where, finding) if is_tensor else _kind_of_key(where)
+
+
+def _kind_of_key(where: str) -> Kind:
+    table: list[tuple[tuple[str, ...], Kind]] = [
+        (("chat_template",), "chat template"),
+        (("_token_id", "add_bos", "add_eos", "add_sep"), "BOS and stop"),
+        (("tokenizer.",), "tokenizer"),
+        (("general.alignment",), "file"),
+        (("general.file_type",), "types"),
+        (("softcapping", "sliding_window"), "window and soft-cap"),
+        (("rope.unknown", "general."), "engine settings"),
+        ((".rope.",), "rope"),
+        (("epsilon",), "norm"),
+        (_SHAPES, "shape"),
+        (("blk.",), "file"),
+    ]
+    return next((kind for words, kind in table if any(word in where for word in words)), "engine settings")
+
+
+def _kind_of_tensor(check: str, where: str, finding: LintFinding) -> Kind:
+    cause = finding.cause
+    if where.startswith("rope_") and check != "inventory":
+        return "rope"
+    if check == "inventory":
+        if where.startswith("rope_") and "nothing explains" not in finding.found:
+            return "rope"
+        return "embedding and head" if where.startswith("output.") else "weights" if "bias" in where else "file"
+    if cause == "one flipped bit":
+        return "file"
+    if cause == "F16 overflow":
+        return "number range"
+    if "_norm" in where:
+        return "norm"
+    if where.startswith(("output.weight", "token_embd")):
+        return "embedding and head" if check != "metadata" else "shape"
+    if "q/k rows" in cause or "attn_qkv" in where:
+        return "attention layout"
+    if "another order" in cause and ("attn_q" in where or "attn_k" in where):
+        return "attention layout"
+    if any(word in cause for word in _ADAPTER) or ".attn_output." in where:
+        return "adapter"
+    return "weights"

@@ -1,0 +1,226 @@
+"""Faults for GGUF files: each function takes a healthy file and writes a faulty copy of it.
+
+`Raw` is a GGUF file as its header's parts, so that a key, a tensor or a type can be changed without touching the rest;
+the named faults below are built on it and on the values of single tensors. Float tensors are written in their own type,
+quantised ones through llama.cpp's quantiser, as a converter with that fault would.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from verification.engines.requantise import quantised_bytes
+from verification.gguf.reader import ARRAY, SCALARS, STRING, Cursor, read_gguf
+from verification.weight_parity.hypotheses import halves_to_pairs, pairs_to_halves
+
+Array = npt.NDArray[np.float32]
+_UINT32, _FLOAT32, _BOOL = 4, 6, 7
+
+
+@dataclass
+class Info:
+    """One tensor's description and data."""
+
+    name: str
+    dims: list[int]  # innermost first
+    kind: int
+    data: bytes
+
+
+@dataclass
+class Raw:
+    """A GGUF file in parts: keys as (type, value) and tensors in the file's order."""
+
+    keys: dict[str, tuple[int, Any]]
+    tensors: list[Info]
+    arrays: dict[str, int] = field(default_factory=dict)  # key -> type of its items
+
+    @classmethod
+    def read(cls, path: Path) -> Raw:
+        """A whole file."""
+        whole = read_gguf(path)
+        cursor = Cursor(path, np.memmap(path, dtype=np.uint8, mode="r"))
+        cursor.take(8)
+        n_tensors, n_keys = cursor.unpack("Q"), cursor.unpack("Q")
+        raw = cls({}, [])
+        for _ in range(n_keys):
+            key, kind = cursor.string(), cursor.unpack("I")
+            if kind == ARRAY:
+                raw.arrays[key] = struct.unpack_from("<I", cursor.data, cursor.at)[0]
+            raw.keys[key] = kind, cursor.value(kind)
+        for _ in range(n_tensors):
+            name = cursor.string()
+            dims = [cursor.unpack("Q") for _ in range(cursor.unpack("I"))]
+            kind, _offset = cursor.unpack("I"), cursor.unpack("Q")
+            raw.tensors.append(Info(name, dims, kind, whole.tensors[name].raw.tobytes()))
+        return raw
+
+    def write(self, path: Path, *, alignment: int = 32) -> Path:
+        """Write the file anew, its tensors aligned as asked for."""
+
+        def text(value: str) -> bytes:
+            encoded = value.encode("utf-8", errors="surrogateescape")
+            return struct.pack("<Q", len(encoded)) + encoded
+
+        def pack(kind: int, value: Any) -> bytes:
+            return text(value) if kind == STRING else struct.pack("<" + SCALARS[kind], value)
+
+        header = [b"GGUF", struct.pack("<IQQ", 3, len(self.tensors), len(self.keys))]
+        for key, (kind, value) in self.keys.items():
+            header += [text(key), struct.pack("<I", kind)]
+            if kind == ARRAY:
+                inner = self.arrays[key]
+                header += [struct.pack("<IQ", inner, len(value)), *(pack(inner, item) for item in value)]
+            else:
+                header.append(pack(kind, value))
+        offset = 0
+        for t in self.tensors:
+            dims = struct.pack(f"<{len(t.dims)}Q", *t.dims)
+            header.append(text(t.name) + struct.pack("<I", len(t.dims)) + dims + struct.pack("<IQ", t.kind, offset))
+            offset += -(-len(t.data) // alignment) * alignment
+        start = b"".join(header)
+        body = [t.data + bytes(-len(t.data) % alignment) for t in self.tensors]
+        path.write_bytes(start + bytes(-len(start) % alignment) + b"".join(body))
+        return path
+
+
+def set_metadata(source: Path, target: Path, values: dict[str, Any]) -> Path:
+    """Set metadata by key; None removes it."""
+    raw = Raw.read(source)
+    for key, value in values.items():
+        if value is None:
+            raw.keys.pop(key, None)
+            continue
+        new = _BOOL if isinstance(value, bool) else _FLOAT32 if isinstance(value, float) else _UINT32
+        new = STRING if isinstance(value, str) else new
+        raw.keys[key] = raw.keys[key][0] if key in raw.keys else new, value
+    return raw.write(target)
+
+
+def edit_tensor(source: Path, target: Path, name: str, change: Callable[[Array], Array]) -> Path:
+    """Replace a tensor's values, written in the tensor's own type (quantised by llama.cpp's quantiser)."""
+    shutil.copyfile(source, target)
+    tensor = read_gguf(source).tensors[name]
+    values = np.ascontiguousarray(change(tensor.values().copy()), dtype=np.float32).reshape(tensor.shape)
+    data = quantised_bytes(values, tensor.type)
+    assert data is not None
+    with open(target, "r+b") as stream:
+        stream.seek(tensor.offset)
+        stream.write(data.tobytes())
+    return target
+
+
+def transposed(source: Path, target: Path, name: str) -> Path:
+    """Copy a file with one matrix (rows, columns) transposed."""
+    return edit_tensor(source, target, name, lambda w: w.T)
+
+
+def scaled(source: Path, target: Path, name: str, factor: float) -> Path:
+    """Copy a file with one tensor multiplied by a number."""
+    return edit_tensor(source, target, name, lambda w: w * np.float32(factor))
+
+
+def shifted(source: Path, target: Path, name: str, by: float) -> Path:
+    """Gemma's norm + 1, missing (-1) or doubled (+1)."""
+    return edit_tensor(source, target, name, lambda w: w + np.float32(by))
+
+
+def permuted(source: Path, target: Path, name: str, head_rows: int) -> Path:
+    """q or k rows put from halves to pairs once more."""
+    return edit_tensor(source, target, name, lambda w: halves_to_pairs(w, head_rows))
+
+
+def unpermuted(source: Path, target: Path, name: str, head_rows: int) -> Path:
+    """q or k rows left as the checkpoint has them: halves, where llama.cpp wants pairs."""
+    return edit_tensor(source, target, name, lambda w: pairs_to_halves(w, head_rows))
+
+
+def swapped(source: Path, target: Path, one: str, other: str) -> Path:
+    """Two tensors of one shape and type change places."""
+    raw = Raw.read(source)
+    by_name = {t.name: t for t in raw.tensors}
+    by_name[one].data, by_name[other].data = by_name[other].data, by_name[one].data
+    return raw.write(target)
+
+
+def without_tensor(source: Path, target: Path, name: str) -> Path:
+    """Copy a file without one tensor."""
+    raw = Raw.read(source)
+    raw.tensors = [t for t in raw.tensors if t.name != name]
+    return raw.write(target)
+
+
+def renamed(source: Path, target: Path, name: str, new: str) -> Path:
+    """Copy a file with one tensor under another name."""
+    raw = Raw.read(source)
+    for t in raw.tensors:
+        t.name = new if t.name == name else t.name
+    return raw.write(target)
+
+
+def poisoned(source: Path, target: Path, name: str, value: float) -> Path:
+    """One weight becomes NaN, Inf or any number (of a float tensor)."""
+
+    def put(w: Array) -> Array:
+        w.reshape(-1)[7] = value
+        return w
+
+    return edit_tensor(source, target, name, put)
+
+
+def flipped_bit(source: Path, target: Path, name: str, *, byte: int = 20, bit: int = 6) -> Path:
+    """One bit of a tensor's data."""
+    shutil.copyfile(source, target)
+    with open(target, "r+b") as stream:
+        stream.seek(read_gguf(source).tensors[name].offset + byte)
+        value = stream.read(1)[0]
+        stream.seek(-1, 1)
+        stream.write(bytes([value ^ (1 << bit)]))
+    return target
+
+
+def truncated(source: Path, target: Path, keep: int) -> Path:
+    """Copy a file's first `keep` bytes."""
+    target.write_bytes(source.read_bytes()[:keep])
+    return target
+
+
+def padded(source: Path, target: Path, extra: int = 4096) -> Path:
+    """Bytes behind the last tensor."""
+    target.write_bytes(source.read_bytes() + bytes(extra))
+    return target
+
+
+def token_type(source: Path, target: Path, token: int, kind: int) -> Path:
+    """Another type for one token: 1 normal, 3 control, 4 user-defined, 6 byte."""
+    raw = Raw.read(source)
+    raw.keys["tokenizer.ggml.token_type"][1][token] = kind
+    return raw.write(target)
+
+
+def swapped_tokens(source: Path, target: Path, one: int, other: int) -> Path:
+    """Two entries of the vocabulary change places."""
+    raw = Raw.read(source)
+    tokens = raw.keys["tokenizer.ggml.tokens"][1]
+    tokens[one], tokens[other] = tokens[other], tokens[one]
+    return raw.write(target)
+
+
+def rotated_plane(source: Path, target: Path, name: str, angle: float, *, column: int = 0) -> Path:
+    """Two columns of a weight turned by `angle`: one plane of one layer's rotation off."""
+
+    def turn(w: Array) -> Array:
+        c, s = np.cos(angle), np.sin(angle)
+        w = w.astype(np.float64)
+        w[:, column : column + 2] = w[:, column : column + 2] @ np.array([[c, -s], [s, c]])
+        return w.astype(np.float32)
+
+    return edit_tensor(source, target, name, turn)

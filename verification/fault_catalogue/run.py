@@ -1,0 +1,111 @@
+"""`so8t verify --self-test`: plant every fault of the catalogue, publish what the gate says of it and what others say.
+
+Healthy files first: any alarm there counts against the gate as much as a missed fault. Then every fault at every
+strength: which check refused it, by what margin, what the diagnosis is and whether it is right, and beside it two usual
+checks on the same file (`others`). A fault whose file is the healthy one to the last bit is none and is said so.
+Exit: a fault at its real-world strength that passes, or an alarm on a healthy file, fails the self-test.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from so8t_core.errors import InputError
+from so8t_core.files import atomic_file
+from verification.commands.provenance import versions
+from verification.fault_catalogue.catalogue import Fault, catalogue
+from verification.fault_catalogue.peer_checks import Others
+from verification.fault_catalogue.plant import Bench, Tell
+from verification.fault_catalogue.result import NAMED_RIGHT, HealthyRow, Row, SelfTest
+
+
+def self_test(
+    *,
+    base: Path | None = None,
+    tokenizer: Any = None,
+    quick: bool = False,
+    out: Path | None = None,
+    work: Path | None = None,
+    only: Callable[[Fault], bool] = lambda fault: True,
+    healthy: bool = True,
+    tell: Tell = lambda stage, done, total: None,
+    seen: Callable[[Row | HealthyRow], None] = lambda row: None,
+) -> SelfTest:
+    """Run the catalogue.
+
+    Args:
+        base: the checkpoint that a rotation and a LoRA are baked into; None makes a small one with `tokenizer`.
+        quick: fewer families, and every fault only at the strength that people met.
+        out: where self_test.json, .md and .html go; None writes nothing.
+        work: keeps models and files between runs; None uses a temporary directory.
+        only: which faults; healthy: whether healthy files are examined as well.
+        seen: told every row as soon as it is decided.
+
+    Raises:
+        InputError: neither a base nor a tokenizer.
+    """
+    if base is None and tokenizer is None:
+        raise InputError("the self-test needs a checkpoint or a tokenizer; give --reference HF_DIR")
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="so8t-self-test-") as scratch, Others() as others:
+        place = Path(work) if work else Path(scratch)
+        place.mkdir(parents=True, exist_ok=True)
+        bench = Bench(place, base, tokenizer, others, quick)
+        faults = [fault for fault in catalogue() if only(fault) and bench.offers(fault)]
+        planned = [
+            (fault, strength, number == fault.real)
+            for fault in faults
+            for number, strength in enumerate(fault.strengths)
+            if number == fault.real or not quick
+        ]
+        good: list[HealthyRow] = []
+        for row in bench.healthy_rows(tell) if healthy else ():
+            good.append(row)
+            seen(row)
+        rows: list[Row] = []
+        for fault, strength, real in planned:
+            tell("faults", len(rows), len(planned))
+            rows.append(bench.row(fault, strength, real=real))
+            seen(rows[-1])
+        tell("faults", len(planned), len(planned))
+        result = _result(rows, good, bench, quick, time.monotonic() - start)
+    if out is not None:
+        write_self_test(result, out)
+    return result
+
+
+def _result(rows: list[Row], healthy: list[HealthyRow], bench: Bench, quick: bool, seconds: float) -> SelfTest:
+    missed = [f"{r.fault} ({r.level}, {r.strength})" for r in rows if r.real and not r.caught]
+    alarms = [f"{h.pair} {h.level}: {', '.join(h.alarms)}" for h in healthy if not h.passed]
+    caught = [r for r in rows if r.caught]
+    right = sum(bool(r.named_right) for r in caught) / len(caught) if caught else 0.0
+    kinds = len({(r.fault, r.level) for r in rows})
+    summary = (
+        f"{kinds} faults at {len(rows)} strengths: {sum(r.real and r.caught for r in rows)} of "
+        f"{sum(r.real for r in rows)} refused at the strength people met, {100 * right:.0f} % of the refusals named "
+        f"right, {len(alarms)} false alarms on {len(healthy)} healthy files"
+    )
+    good = not missed and not alarms and right >= NAMED_RIGHT
+    return SelfTest(
+        verdict="pass" if good else "fail", summary=summary, quick=quick, model=bench.model, rows=rows, healthy=healthy,
+        missed=missed, alarms=alarms, named_right=round(right, 4), versions=versions(), seconds=round(seconds, 1),
+    )  # fmt: skip
+
+
+def write_self_test(result: SelfTest, out: Path) -> Path:
+    """self_test.json, self_test.md and self_test.html; returns the page's path."""
+    from verification.fault_catalogue.page import html_page, markdown
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("self_test.json", result.model_dump_json(indent=1) + "\n"),
+        ("self_test.md", markdown(result)),
+        ("self_test.html", html_page(result)),
+    ):
+        with atomic_file(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return out / "self_test.html"

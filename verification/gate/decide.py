@@ -1,0 +1,266 @@
+"""The decision that follows from a report's stored values and a policy: value, relation, bound, interval; nothing else.
+
+A check passes when it was evaluated and holds; a statistic holds when the far end of its 95 % interval does (upper for
+a KLD, lower for a share; cells: its mean), and is `inconclusive` when only its mean does; so is a text that cannot
+carry a verdict. A waiver turns a failure into `waived` and is printed with its reason.
+Order of a leg's and of the whole verdict: fail > not evaluated (incomplete) > inconclusive > pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import ValidationError
+
+from so8t_core.errors import InputError
+from verification.gate.policy import Policy, make_policy
+from verification.gate.report import Check, Leg, LegName, Report, Status, Verdict
+from verification.gguf.reader import FLOAT_TYPES
+
+_BAD_FIRST: tuple[Status, ...] = ("fail", "not evaluated", "inconclusive")
+# what a report must hold of everything it names as an input: a report that lacks one of them was cut, it did not pass
+_OF_EVERY_FILE = (
+    "contract.token_ids", "contract.added_specials", "contract.chat_template", "contract.stop_set",
+    "contract.special_ids", "contract.metadata", "contract.oracle_metadata", "contract.fallback_types",
+    "contract.inventory", "contract.finite_weights", "contract.layout", "contract.end_of_turn",
+)  # fmt: skip
+_OF_FLOAT_FILES = ("convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite")
+_OF_QUANTS = ("quantise.tensors_differ", "quality.mean_kld", "quality.top1", "quality.non_finite")
+_OF_ADAPTERS = (
+    "bake.max_abs_logit", "bake.top1_disagreements", "dtype.rounding", "dtype.non_finite",
+    "controls.differs_from_base", "controls.transposed",
+)  # fmt: skip
+_OF_EVERY_RUN = (
+    "evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.repeat",
+    "evidence.noise_floor",
+)  # fmt: skip
+# the cells that apply to every model and at every level; a report without them was cut
+_CELLS = ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
+_OF_EVERY_CELL = tuple(f"cells.{cell}.{value}" for cell in _CELLS for value in ("mean_kld", "top1", "non_finite"))
+# too little or the wrong text, or an engine noisier than the bound: nothing is wrong with the file, nothing is proved
+_OPEN = {
+    "evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.noise_floor"
+}  # fmt: skip
+
+LEG_TITLES: dict[LegName, str] = {
+    "bake": "Bake",
+    "dtype": "Saved precision",
+    "convert": "Conversion",
+    "quantise": "Quantisation",
+    "quality": "Quality",
+    "contract": "Contract",
+    "controls": "Controls",
+    "evidence": "Evidence",
+    "cells": "Cells",
+}
+
+
+def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Report:
+    """Decide again from a report's stored values; nothing is measured. `policy` None takes the report's own.
+
+    Raises:
+        InputError: a mapping that is not a report of this schema.
+    """
+    try:
+        report = Report.model_validate(report)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"this is not an SO8T report: `{where}`: {first['msg']}") from None
+    policy = policy or make_policy(report.policy, source="the report's policy")
+    legs = [_decide_leg(leg, policy) for leg in _with_gaps(report)]
+    present = {leg.name for leg in legs}
+    legs += [_missing(name) for name in policy.required if name not in present]
+    verdict = _verdict(legs)
+    return report.model_copy(
+        update={
+            "legs": legs,
+            "verdict": verdict,
+            "summary": _summary(verdict, legs, report),
+            "policy": policy.model_dump(mode="json"),
+        }
+    )
+
+
+def _with_gaps(report: Report) -> list[Leg]:
+    """The measured legs, each with one check more where something that its inputs call for is not in the report."""
+    made_here = {f"{name}.{word}" for name in LEG_TITLES for word in ("evaluated", "complete")}
+    found: dict[LegName, list[Check]] = {}
+    for leg in report.legs:  # a merged report may hold a leg twice: both count
+        found.setdefault(leg.name, []).extend(check for check in leg.checks if check.name not in made_here)
+    present = {(check.name, check.subject) for checks in found.values() for check in checks}
+    gaps: dict[LegName, list[str]] = {}
+    for wanted, subject in _called_for(report):
+        if (wanted, subject) not in present:
+            gaps.setdefault(_leg_of(wanted), []).append(f"{wanted} of {subject}" if subject else wanted)
+    for name, names in gaps.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        found.setdefault(name, []).append(
+            Check(
+                name=f"{name}.complete",
+                title="All of the leg's checks are there",
+                status="not evaluated",
+                detail=f"the report has no {names[0]}{more}",
+            )
+        )
+    compared = {leg.name: leg.compared for leg in report.legs}
+    return [
+        Leg(name=name, title=title, compared=compared.get(name, ""), status="not evaluated", checks=found[name])
+        for name, title in LEG_TITLES.items()
+        if found.get(name)
+    ]
+
+
+def _called_for(report: Report) -> list[tuple[str, str]]:
+    """(check, subject) of everything that the report's inputs have to be held against."""
+    wanted: list[tuple[str, str]] = []
+    for artefact in report.artefacts:
+        if artefact.role == "candidate":
+            is_float = artefact.label.split(" ")[0] in FLOAT_TYPES
+            names = (*_OF_EVERY_FILE, *(_OF_FLOAT_FILES if is_float else _OF_QUANTS), "evidence.alignment")
+            wanted += [(name, artefact.label) for name in (*names, *_OF_EVERY_CELL)]
+        elif artefact.role == "adapter":
+            wanted += [(name, "") for name in _OF_ADAPTERS]
+    if wanted:
+        wanted += [(name, "") for name in _OF_EVERY_RUN]
+    return wanted
+
+
+def _leg_of(check: str) -> LegName:
+    return next(name for name in LEG_TITLES if check.startswith(f"{name}."))
+
+
+def _missing(name: LegName) -> Leg:
+    check = Check(
+        name=f"{name}.evaluated", title="Leg evaluated", status="not evaluated",
+        detail="the policy requires this leg, but nothing was given to measure it with",
+    )  # fmt: skip
+    return Leg(name=name, title=LEG_TITLES[name], compared="", status="not evaluated", checks=[check])
+
+
+def _decide_leg(leg: Leg, policy: Policy) -> Leg:
+    checks = [_decide_check(check, policy) for check in leg.checks]
+    return leg.model_copy(update={"checks": checks, "status": leg_status([check.status for check in checks])})
+
+
+def leg_status(statuses: list[Status]) -> Status:
+    """The worst status of a leg; a leg without checks was not evaluated."""
+    for bad in _BAD_FIRST:
+        if bad in statuses:
+            return bad
+    if not statuses:
+        return "not evaluated"
+    return "waived" if set(statuses) == {"waived"} else "pass"
+
+
+def _decide_check(check: Check, policy: Policy) -> Check:
+    if check.name == "contract.fallback_types":
+        allowed = policy.contract.allow_fallback_types
+        check = check.model_copy(
+            update={"bound": "any, by policy" if allowed else 0, "relation": None if allowed else "<="}
+        )
+    elif (known := policy.bound(check)) is not None:
+        check = check.model_copy(update={"relation": known[0], "bound": known[1]})
+    elif _is_statistic(check):  # never the bound that a stored report says it had
+        check = check.model_copy(update={"relation": None, "bound": None, "detail": _unknown(check)})
+    status = _evaluate(check)
+    if status in ("fail", "inconclusive"):  # what was not measured cannot be accepted
+        for waiver in policy.waivers:
+            if waiver.check == check.name and waiver.subject in (None, check.subject):
+                return _waive(check, waiver.reason)
+    return check.model_copy(update={"status": status, "reason": ""})
+
+
+def _unknown(check: Check) -> str:
+    leg, kind = _leg_of(check.name), check.subject.split(" ")[0]
+    if leg == "dtype":
+        return f"{check.name.removeprefix('dtype.mean_kld.')} has no bound; save in float32, float16 or bfloat16"
+    return f"the policy has no {leg} bound for {kind}; add `{leg}: {{{kind}: {{mean_kld: .., top1: ..}}}}` to it"
+
+
+def _waive(check: Check, reason: str) -> Check:
+    return check.model_copy(update={"status": "waived", "reason": reason})
+
+
+def _evaluate(check: Check) -> Status:
+    value, bound = check.value, check.bound
+    if value is None or bound is None:
+        return "not evaluated"
+    if check.relation is None:  # an accepted listing, see allow_fallback_types; nothing else may come without one
+        return "pass" if check.name == "contract.fallback_types" else "not evaluated"
+    if not _holds(value, check.relation, bound):
+        return "inconclusive" if check.name in _OPEN and _is_number(value) else "fail"
+    if not _is_statistic(check):
+        return "pass"
+    low, high = check.interval or (math.nan, math.nan)
+    if isinstance(value, str) or not low <= value <= high:
+        return "not evaluated"  # a statistic without its interval, or with another one's
+    if check.name.startswith("cells."):
+        # A cell has 80 to 140 positions in some eight passages: the far end of its interval is mostly luck (a healthy
+        # Q8_0 reached from 0.019 to 0.27), and faults of a cell are gross. Its wide bounds are held by the mean.
+        return "pass"
+    return "pass" if _holds(high if check.relation == "<=" else low, check.relation, bound) else "inconclusive"
+
+
+def _is_statistic(check: Check) -> bool:
+    """Means over tokens, which come with an interval and, but for the cells', are decided on its far end."""
+    return check.name.endswith((".mean_kld", ".top1")) or check.name.startswith("dtype.mean_kld.")
+
+
+def _is_number(value: float | int | str) -> bool:
+    return not isinstance(value, str) and math.isfinite(value)
+
+
+def _holds(value: float | int | str, relation: str, bound: float | int | str) -> bool:
+    if relation in ("==", "!="):
+        return (value == bound) == (relation == "==")
+    if isinstance(value, str) or isinstance(bound, str):
+        return False  # an order between texts is never meant
+    return value <= bound if relation == "<=" else value >= bound  # False for NaN
+
+
+def _verdict(legs: list[Leg]) -> Verdict:
+    statuses = [leg.status for leg in legs]
+    if "fail" in statuses:
+        return "fail"
+    if "not evaluated" in statuses or not any(status == "pass" for status in statuses):
+        return "incomplete"
+    return "inconclusive" if "inconclusive" in statuses else "pass"
+
+
+def _summary(verdict: Verdict, legs: list[Leg], report: Report) -> str:
+    checks = [(leg, check) for leg in legs for check in leg.checks]
+    for status in _BAD_FIRST:
+        found = [(leg, check) for leg, check in checks if check.status == status]
+        if found:
+            return _describe(status, found)
+    waived = sum(check.status == "waived" for _, check in checks)
+    worst = max(report.divergences, key=lambda d: d.mean_kld, default=None)
+    number = f"; largest mean KLD {worst.mean_kld:.2g} nats ({worst.candidate})" if worst else ""
+    tail = f", {waived} waived" if waived else ""
+    total = sum(check.status == "pass" for _, check in checks)
+    return f"Release: all {total} checks in {len(legs)} legs passed{tail}{number}."
+
+
+def _describe(status: Status, found: list[tuple[Leg, Check]]) -> str:
+    leg, check = found[0]
+    title = check.title[:1].lower() + check.title[1:]
+    subject = f" of {check.subject}" if check.subject else ""
+    far = check.interval[0 if check.relation == ">=" else 1] if check.interval else None
+    shown = _number(far if status == "inconclusive" and far is not None else check.value)
+    more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+    detail = f": {check.detail}" if check.detail else ""
+    if status == "not evaluated":
+        return f"Incomplete: {leg.name}, {title}{subject} was not evaluated{more}{detail}."
+    if status == "inconclusive" and check.name in _OPEN:
+        limit = f"bound {check.relation} {_number(check.bound)}"
+        return f"Inconclusive: {title} is {shown}, {limit}{more}{detail}."
+    if status == "inconclusive":
+        return f"Inconclusive: {title}{subject} may reach {shown}, bound {_number(check.bound)}{more}; use more chunks."
+    limit = f"bound {check.relation} {_number(check.bound)}"
+    return f"Do not release: {leg.name}, {title}{subject} is {shown}, {limit}{more}{detail}."
+
+
+def _number(value: float | int | str | None) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

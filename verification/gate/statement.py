@@ -1,0 +1,118 @@
+"""An in-toto statement beside the report: what the numbers are bound to, so that an edited report is refused.
+
+report.intoto.json is an in-toto Statement v1: its subjects are the candidate files by sha256, its predicate holds the
+sha256 of report.json itself, of every input, of the token ids that were scored and of the policy, the versions and the
+CPU's features. Plain JSON, unsigned: it proves that report and files belong together, not who wrote them. Whoever can
+edit the report can edit the statement too, so sign it where that matters (docs/ci.md).
+Source: in-toto/attestation, spec/v1/statement.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from so8t_core.errors import InputError
+from so8t_core.files import sha256_file, write_text
+from verification.gate.report import Report
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:so8t:verification:v1"
+
+
+def statement_path(report: Path) -> Path:
+    """Where a report's statement lies: report.json -> report.intoto.json."""
+    return report.with_name(f"{report.stem}.intoto.json")
+
+
+def policy_digest(policy: dict[str, Any]) -> str:
+    """sha256 of a policy's canonical JSON: every key and bound, whatever its YAML looked like."""
+    return hashlib.sha256(json.dumps(policy, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def make_statement(report: Report, report_file: Path) -> dict[str, Any]:
+    """The statement about a report that has been written to `report_file`."""
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": [
+            {"name": Path(a.path).name, "digest": {"sha256": a.sha256}}
+            for a in report.artefacts
+            if a.role == "candidate"
+        ],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {
+            "verdict": report.verdict,
+            "summary": report.summary,
+            "created": report.created,
+            "report": {"name": report_file.name, "digest": {"sha256": sha256_file(report_file)}},
+            "policy": {"digest": {"sha256": policy_digest(report.policy)}},
+            "inputs": [
+                {"role": a.role, "name": Path(a.path).name, "label": a.label, "digest": {"sha256": a.sha256}}
+                for a in report.artefacts
+            ],
+            "tokens": {"digest": {"sha256": report.tokens_sha256}} if report.tokens_sha256 else None,
+            "versions": report.versions,
+        },
+    }
+
+
+def write_statement(report: Report, report_file: Path) -> Path:
+    """Write the statement beside `report_file`, which must be there already."""
+    path = statement_path(report_file)
+    write_text(path, json.dumps(make_statement(report, report_file), indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def check_policy(report: Report, wanted: str) -> None:
+    """Refuse a report that was decided under another policy than the one of this digest.
+
+    Raises:
+        InputError: with both digests.
+    """
+    if policy_digest(report.policy) != wanted.lower():
+        raise InputError(
+            f"the report was decided under the policy {policy_digest(report.policy)}, asked for is {wanted}. "
+            "Verify with that policy, or leave --policy-sha256 out."
+        )
+
+
+def check_statement(report: Report, report_file: Path) -> None:
+    """Refuse a report, read from `report_file`, that is not the one its statement speaks of.
+
+    Raises:
+        InputError: no statement, not a statement of ours, bytes of the report changed, a digest or the verdict
+            contradicts it.
+    """
+    path = statement_path(report_file)
+    again = "Verify again" if report_file.name != "report.json" else f"Run `so8t verify --out {report_file.parent}`"
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing: nothing says that {report_file} is what was measured. {again}, or accept the report "
+            "as it is with --no-statement."
+        )
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({type(error).__name__}). {again}.") from None
+    kind = (stated.get("_type"), stated.get("predicateType")) if isinstance(stated, dict) else (None, None)
+    if kind != (STATEMENT_TYPE, PREDICATE_TYPE):
+        raise InputError(f"{path} is no in-toto statement of SO8T: it says {kind}. {again}.")
+    expected = make_statement(report, report_file)
+    if stated != expected:
+        raise InputError(
+            f"{report_file} and {path.name} do not belong together: {_difference(stated, expected)}. {again}."
+        )
+
+
+def _difference(stated: dict[str, Any], found: dict[str, Any]) -> str:
+    """The first contradiction in words, the report's own bytes before all that follows from them."""
+    claims = stated.get("predicate")
+    claims = claims if isinstance(claims, dict) else {}
+    for key in ("report", "verdict", "policy", "tokens", "inputs", "versions", "summary", "created"):
+        if claims.get(key) != found["predicate"][key]:
+            if key == "report":
+                return "the report's bytes are not those that were stated; it was edited or replaced"
+            return f"the statement's {key} is not the report's"
+    return "the statement's subjects or its form were changed"

@@ -1,0 +1,1 @@
+"""GGUF files: read, bounded and in place."""

@@ -1,0 +1,177 @@
+"""From the trained adapter to the saved checkpoint: is the bake the same function, and is it what was saved?
+
+Compared in fp32 on a few hundred positions: base + adapter against the baked weights; two controls inside the same run
+(the baked model differs from its base; the bake of R^T misses the comparison); and the saved checkpoint's weights
+against the fp32 bake, |saved - w| <= u |w| with u = 2^-p of the saved type. The core is used only through its public
+functions: load_adapter, gates, bake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from verification.engines.logits import hf_chunk, load_hf
+from verification.gate.check import plain_check
+from verification.gate.report import Check
+from verification.weight_parity.expected import Checkpoint
+
+Array = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+BAKE_CHUNKS = 2  # 2 x 255 positions at n_ctx 512: a lost bake moves logits by tens, so more would add time only
+_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half a spacing, relative
+_SMALLEST = {
+    torch.float32: 2.0**-150,
+    torch.float16: 2.0**-25,
+    torch.bfloat16: 2.0**-134,
+}  # half the smallest subnormal
+
+
+@dataclass(frozen=True)
+class BakeResult:
+    """Checks of the leg `bake` and of one control, the model baked in fp32, and what the other control needs."""
+
+    bake: list[Check]
+    controls: list[Check]
+    baked: Any
+    gated: Array  # logits of base + adapter on the first chunk
+
+
+def bake_leg(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit: float) -> BakeResult:
+    """Bake in memory and compare on chunks of ids (n,); one model is in memory at a time.
+
+    Args:
+        max_abs_logit: the bake leg's bound; top-1 must agree wherever the reference's margin exceeds twice that.
+    """
+    from so8t_core import bake, load_adapter
+
+    used = list(chunks[:BAKE_CHUNKS])
+    model = load_hf(base)
+    plain = hf_chunk(model, used[0])
+    model = load_adapter(model, adapter)
+    gated = [hf_chunk(model, tokens) for tokens in used]
+    baked = bake(model)
+    own = [hf_chunk(baked, tokens) for tokens in used]
+    positions = sum(len(rows) for rows in own)
+    flips = _flips(gated, own, 2 * max_abs_logit)
+    return BakeResult(
+        bake=[
+            plain_check(
+                "bake.max_abs_logit",
+                "Largest logit difference",
+                _largest(gated, own),
+                detail=f"{positions} positions, fp32",
+            ),
+            plain_check(
+                "bake.top1_disagreements",
+                "Most likely token changed against the margin",
+                flips,
+                detail=f"counted where the reference's margin exceeds {2 * max_abs_logit:g}",
+            ),
+        ],
+        controls=[
+            plain_check(
+                "controls.differs_from_base",
+                "Baked model differs from its base (largest logit difference)",
+                _largest([plain], own[:1]),
+                detail="an adapter that changes nothing proves nothing",
+            )
+        ],
+        baked=baked,
+        gated=gated[0],
+    )
+
+
+def transposed_control(base: Path, adapter: Path, chunk: Ids, gated: Array, *, max_abs_logit: float) -> Check:
+    """The same comparison with the wrong bake, which must miss the bound; `gated` is from `bake_leg`."""
+    wrong = _logits_of_transposed(base, adapter, chunk)
+    by, flips = _largest([gated], [wrong]), _flips([gated], [wrong], 2 * max_abs_logit)
+    return plain_check(
+        "controls.transposed",
+        "Wrong bake (R transposed) misses the bake leg (largest logit difference)",
+        by,
+        detail=f"{by / max_abs_logit:.3g} times the bake leg's bound, {flips} positions flip",
+    )
+
+
+def base_control(base: Path, reference: Array, chunk: Ids) -> Check:
+    """Without an adapter: only whether the reference, by its logits (T, V) on the chunk (T,), differs from its base."""
+    return plain_check(
+        "controls.differs_from_base",
+        "Reference differs from its base (largest logit difference)",
+        _largest([hf_chunk(load_hf(base), chunk)], [reference]),
+    )
+
+
+def _logits_of_transposed(base: Path, adapter: Path, chunk: Ids) -> Array:
+    """exp(-A) = R^T: the same adapter with every angle negated, baked the same way."""
+    from so8t_core import bake, gates, load_adapter
+
+    model = load_adapter(load_hf(base), adapter)
+    with torch.no_grad():
+        for gate in gates(model).values():
+            gate.theta.neg_()
+    return hf_chunk(bake(model), chunk)
+
+
+def _largest(ours: list[Array], theirs: list[Array]) -> float:
+    """NaN when any logit is: the built-in max would drop a NaN that does not come first."""
+    return float(np.max([np.max(np.abs(a - b)) for a, b in zip(ours, theirs, strict=True)]))
+
+
+def _flips(reference: list[Array], other: list[Array], margin: float) -> int:
+    """Positions whose argmax changed although the reference's two best logits are more than `margin` apart.
+
+    Two logits that each move by at most the bound b change their order only when they are closer than 2 b.
+    """
+    count = 0
+    for a, b in zip(reference, other, strict=True):
+        best_two = np.partition(a, -2, axis=1)[:, -2:]  # (T, 2)
+        decided = best_two[:, 1] - best_two[:, 0] > margin
+        count += int(np.count_nonzero(decided & (a.argmax(axis=1) != b.argmax(axis=1))))
+    return count
+
+
+def saved_rounding(baked: Any, saved: Checkpoint) -> tuple[float, str]:
+    """Worst weight of the saved checkpoint in roundings of its type, and its tensor.
+
+    Infinite for a missing tensor, another shape, a NaN or Inf, or a type that is not float32, float16 or bfloat16.
+    """
+    from transformers.core_model_loading import revert_weight_conversion  # costs a second, needed with a model alone
+
+    state = baked.state_dict()
+    tied = {"lm_head.weight"} if getattr(baked.config, "tie_word_embeddings", False) else set()
+    if not state.keys() - tied <= saved.keys():  # experts are one tensor in memory, one each in the files
+        state = revert_weight_conversion(baked, state)
+    worst, where = 0.0, ""
+    for name, w in state.items():
+        if name not in saved:
+            if name in tied or name.endswith("inv_freq"):
+                continue
+            return float("inf"), f"{name} is not in the saved checkpoint"
+        value = saved.tensor(name)
+        if value.dtype not in _UNIT or value.shape != w.shape:
+            return float("inf"), f"{name} is {list(value.shape)} in {value.dtype}, the bake gives {list(w.shape)}"
+        if not bool(torch.isfinite(value).all()):
+            return float("inf"), f"{name} holds NaN or Inf"
+        allowed = _UNIT[value.dtype] * w.abs().float() + max(_SMALLEST[value.dtype], 1e-45)
+        ratio = float(((value.float() - w.float()).abs() / allowed).max())
+        if not ratio <= worst:
+            worst, where = ratio, f"worst in {name}"
+    return worst, where
+
+
+def dtype_name(saved: Checkpoint) -> str:
+    """The dtype most weights were saved in: "bfloat16", "float16" or "float32"."""
+    counts: dict[str, int] = {}
+    for name in saved:
+        tensor = saved.tensor(name)
+        kind = str(tensor.dtype).removeprefix("torch.")
+        counts[kind] = counts.get(kind, 0) + tensor.numel()
+    return max(counts, key=lambda kind: counts[kind])

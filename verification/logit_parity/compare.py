@@ -1,0 +1,311 @@
+"""The legs that need inference. The reference runs once and its logits go to disk; then every file has its own turn.
+
+At any time one Hugging Face model or one GGUF file is open, and a bounded number of logits. A passage's logits are
+stored once, from its first position that anybody scores, and read back for every candidate and every cell. Several
+processes share the passages out: who has a passage's reference also measures the candidates on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from so8t_core.errors import InputError
+from so8t_core.files import sha256_path
+from verification.contract.checks import Candidate
+from verification.engines import distributed
+from verification.engines.llama_model import LlamaModel
+from verification.engines.logits import LlamaLogits, hf_rows, load_hf, scored
+from verification.engines.reconversion import Oracle
+from verification.gate.check import divergence_checks
+from verification.gate.report import CellResult, Check, Divergence
+from verification.logit_parity.kl import DivergenceAccumulator, Ids
+from verification.logit_parity.logit_store import LogitSpool
+from verification.logit_parity.run_modes import BLOCK, Cell, Passage, Plan
+from verification.logit_parity.text import Corpus
+from verification.logit_parity.text_checks import ALIGNED_ROWS, alignment
+
+Tell = Callable[[str, int, int], None]
+SAVED = "saved checkpoint"
+MID = "mid"  # the cell that is the ladder's own comparison
+
+
+def passages_of(chunks: Iterable[Ids]) -> list[Passage]:
+    """The corpus' chunks, ids (n,) each, scored in their second half."""
+    return [Passage(tokens, scored(len(tokens))[0]) for tokens in chunks]
+
+
+@dataclass
+class Reference:
+    """Where the reference's logits lie in the spool."""
+
+    spool: LogitSpool
+    name: str
+    _places: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # tokens -> first row, first position
+
+    def read(self, passage: Passage, start: int, stop: int) -> Any:
+        """Rows start .. stop-1 of a passage's scored positions, (rows, V) float32."""
+        row, first = self._places[passage.tokens.tobytes()]
+        row += passage.first - first
+        return self.spool.read(row + start, row + stop)
+
+    def mine(self, passages: Sequence[Passage]) -> dict[int, Passage]:
+        """Those of the passages whose logits are here, by their place."""
+        return {place: p for place, p in enumerate(passages) if p.tokens.tobytes() in self._places}
+
+    def add(self, passage: Passage, model: Any) -> None:
+        """Run the model over a passage and keep its logits."""
+        row = self.spool.rows
+        for logits in hf_rows(model, passage.tokens, first=passage.first):
+            self.spool.append(logits)
+        self._places[passage.tokens.tobytes()] = (row, passage.first)
+
+
+def distinct(groups: Iterable[Sequence[Passage]]) -> list[Passage]:
+    """Each text once, from the first position that any group scores."""
+    found: dict[bytes, Passage] = {}
+    for passage in (p for group in groups for p in group):
+        key = passage.tokens.tobytes()
+        if key not in found or passage.first < found[key].first:
+            found[key] = passage
+    return list(found.values())
+
+
+def run_reference(
+    model: Any, passages: Sequence[Passage], directory: Path, *, name: str, tell: Tell, stage: str = "reference"
+) -> Reference:
+    """The reference's logits of all passages, or of this process' share, on disk; close `.spool` when done."""
+    vocab = int(model.config.get_text_config().vocab_size)
+    passages = list(distributed.shared_out(passages).values())
+    spool = LogitSpool(directory, rows=sum(p.rows for p in passages), vocab=vocab)
+    reference = Reference(spool, name)
+    try:
+        for number, passage in enumerate(passages):
+            tell(stage, number, len(passages))
+            reference.add(passage, model)
+    except BaseException:
+        spool.__exit__(None, None, None)
+        raise
+    tell(stage, len(passages), len(passages))
+    return reference
+
+
+def in_turn(
+    passages: Sequence[Passage],
+    reference: Reference,
+    into: DivergenceAccumulator,
+    measure: Callable[[int, Passage], None],
+) -> None:
+    """Measure the passages that are here; then `into` has the clusters of all, in their order, in every process."""
+    parts = {}
+    for place, passage in reference.mine(passages).items():
+        measure(place, passage)
+        parts[place] = into.take()
+    for clusters in distributed.together(parts):
+        into.extend(clusters)
+
+
+def compare_rows(
+    rows: Iterable[Any],
+    reference: Reference,
+    passage: Passage,
+    into: DivergenceAccumulator,
+    *,
+    block: int | None = None,
+) -> float | None:
+    """Add one passage of a candidate; every `block` rows are a cluster, None makes the whole passage one.
+
+    Returns:
+        How much worse a shift by one position is, from the first rows; None for a single row.
+
+    Raises:
+        InputError: the candidate gave more or fewer rows than are scored.
+    """
+    done, ratio = 0, None
+    into.begin_chunk()
+    for part in rows:
+        own = reference.read(passage, done, done + len(part))
+        if ratio is None and len(part) > 1:  # the first batch may end behind the first scored row
+            ratio = alignment(own[:ALIGNED_ROWS], part[:ALIGNED_ROWS])
+        start = 0
+        while start < len(part):
+            position = done + start
+            if block and position and position % block == 0:
+                into.begin_chunk()
+            stop = min(len(part), start + block - position % block) if block else len(part)
+            at = passage.first + position
+            targets = passage.tokens[at + 1 : at + 1 + stop - start]
+            into.add(own[start:stop], part[start:stop], targets, first_position=at)
+            start = stop
+        done += len(part)
+    if done != passage.rows:
+        raise InputError(f"{into.candidate} gave {done} rows where {passage.rows} positions are scored")
+    return ratio
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What one candidate's turn measured."""
+
+    divergence: Divergence
+    alignment: float | None
+    cells: list[CellResult]
+
+
+def measure_file(
+    label: str,
+    path: Path,
+    text: Corpus,
+    reference: Reference,
+    *,
+    plan: Plan | None = None,
+    seed: str,
+    threads: int | None = None,
+    tell: Tell,
+    stage: str = "",
+) -> FileResult:
+    """One file against the reference: the corpus, then every cell. The file is open here and nowhere else.
+
+    Raises:
+        InputError: the file has another vocabulary than the reference.
+    """
+    chunks, cells = passages_of(text.chunks), plan.cells if plan else []
+    steps, n_ctx = len(chunks) + len(cells), len(text.chunks[0])
+    stage = stage or label
+    ratios: dict[int, float | None] = {}
+    with LlamaModel(path) as model:
+        if model.vocab_size != reference.spool.vocab:
+            raise InputError(
+                f"{label} gives {model.vocab_size} logits a token, the reference {reference.spool.vocab}: "
+                "different vocabularies cannot be compared"
+            )
+        total = _accumulator(reference, label, n_ctx, seed)
+        with LlamaLogits(model, n_ctx=n_ctx, threads=threads) as engine:
+
+            def measure(place: int, passage: Passage) -> None:
+                tell(stage, place, steps)
+                ratios[place] = compare_rows(
+                    engine.rows(passage.tokens, first=passage.first), reference, passage, total
+                )
+
+            in_turn(chunks, reference, total, measure)
+        divergence = total.result()
+        results = [_mid(label, divergence)] if plan else []
+        for number, cell in enumerate(cells):
+            tell(stage, len(chunks) + number, steps)
+            results.append(_run_cell(cell, label, model, plan, reference, seed, threads))
+    tell(stage, steps, steps)
+    return FileResult(divergence, distributed.together(ratios)[0], results)
+
+
+def _mid(label: str, divergence: Divergence) -> CellResult:
+    setting = f"{divergence.chunks} x {divergence.n_ctx} tokens, the second half scored"
+    return CellResult(
+        cell=MID, title="The ladder's own chunks", candidate=label, setting=setting, divergence=divergence
+    )
+
+
+def _run_cell(
+    cell: Cell, label: str, model: LlamaModel, plan: Plan | None, reference: Reference, seed: str, threads: int | None
+) -> CellResult:
+    divergence = None
+    if plan is not None and not cell.why:
+        passages = plan.passages[cell.passages]
+        longest = max(len(p.tokens) for p in passages)
+        total = _accumulator(reference, label, longest, f"{cell.name} {seed}")
+        with LlamaLogits(model, n_ctx=cell.n_ctx or longest, n_ubatch=cell.n_ubatch, threads=threads) as engine:
+
+            def measure(_: int, passage: Passage) -> None:
+                singly = len(passage.tokens) - cell.singly if cell.singly else None
+                rows = engine.rows(passage.tokens, first=passage.first, singly_from=singly)
+                block = BLOCK if passage.rows >= 2 * BLOCK else None
+                compare_rows(rows, reference, passage, total, block=block)
+
+            in_turn(passages, reference, total, measure)
+        divergence = total.result()
+    return CellResult(
+        cell=cell.name, title=cell.title, candidate=label, setting=cell.setting, why=cell.why, divergence=divergence
+    )
+
+
+def _accumulator(reference: Reference, label: str, n_ctx: int, seed: str) -> DivergenceAccumulator:
+    return DivergenceAccumulator(
+        reference=reference.name, candidate=label, n_ctx=n_ctx, vocab=reference.spool.vocab, seed=seed
+    )
+
+
+def saved_against(
+    model: Any, text: Corpus, reference: Reference, *, name: str, seed: str, tell: Tell, stage: str
+) -> Divergence:
+    """Divergence of the saved checkpoint, whose logits are in the spool, from `model`: the bake in fp32, say."""
+    total = DivergenceAccumulator(
+        reference=name, candidate=SAVED, n_ctx=len(text.chunks[0]), vocab=reference.spool.vocab, seed=seed
+    )
+    chunks = passages_of(text.chunks)
+
+    def measure(place: int, passage: Passage) -> None:
+        tell(stage, place, len(chunks))
+        total.begin_chunk()
+        done = 0
+        for part in hf_rows(model, passage.tokens, first=passage.first):
+            at = passage.first + done
+            targets = passage.tokens[at + 1 : at + 1 + len(part)]
+            total.add(part, reference.read(passage, done, done + len(part)), targets, first_position=at)
+            done += len(part)
+
+    in_turn(chunks, reference, total, measure)
+    tell(stage, len(chunks), len(chunks))
+    return total.result()
+
+
+def files_leg(candidate: Candidate, d: Divergence) -> list[Check]:
+    """Checks of `convert` (float files) or `quality` (quantised files)."""
+    return divergence_checks("convert" if candidate.file.is_float else "quality", d, subject=candidate.label)
+
+
+def cell_checks(results: Sequence[CellResult], plan: Plan) -> list[Check]:
+    """Mean KLD, top-1 and finiteness of every cell that was measured."""
+    notes: Mapping[str, str] = {cell.name: cell.note for cell in plan.cells}
+    checks: list[Check] = []
+    for result in results:
+        if result.divergence is None:
+            continue
+        for check in divergence_checks(f"cells.{result.cell}", result.divergence, subject=result.candidate):
+            note = notes.get(result.cell) or f"{result.setting}, {check.detail}".rstrip(", ")
+            checks.append(check.model_copy(update={"title": f"{result.title}: {check.title}", "detail": note}))
+    return checks
+
+
+def base_damage_of(
+    base: Path,
+    files: Sequence[Candidate],
+    oracle: Oracle,
+    text: Corpus,
+    directory: Path,
+    *,
+    seed: str,
+    threads: int | None,
+    tell: Tell,
+) -> list[Divergence]:
+    """What the same quantisation does to the base model on the same text; information, never decided on."""
+    kinds = list(dict.fromkeys(c.file.file_type for c in files if not c.file.is_float))
+    if not kinds:
+        return []
+
+    def make() -> dict[str, Path]:
+        digest = sha256_path(base)
+        source = oracle.converted(base, digest)
+        return {kind: oracle.of_type(source, kind, base, digest) for kind in kinds}
+
+    paths = distributed.from_first(make)
+    chunks = passages_of(text.chunks)
+    reference = run_reference(load_hf(base), chunks, directory, name="base", tell=tell, stage="base")
+    with reference.spool:
+        return [
+            measure_file(
+                kind, path, text, reference, seed=seed, threads=threads, tell=tell, stage=f"base {kind}"
+            ).divergence
+            for kind, path in paths.items()
+        ]

@@ -1,0 +1,40 @@
+"""What was trained beside what is shipped, where the base was quantised in training (QLoRA).
+
+The adapter learned on top of the quantised base's errors; the bake folds it into the original. Both are honest, and
+they are not the same function: this measures how far apart they are, on the corpus' own chunks. Information beside the
+legs, never decided on: the ladder starts at the function that is baked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from so8t_core.quantised import Quantization, load_quantised, weight_error
+from verification.gate.report import TrainedFunction
+from verification.logit_parity.compare import Reference, Tell, saved_against
+from verification.logit_parity.text import Corpus
+from verification.weight_parity.expected import Checkpoint
+
+
+def trained_function(
+    base: Path, adapter: Path, kind: Quantization, text: Corpus, reference: Reference, *, seed: str, tell: Tell
+) -> TrainedFunction:
+    """Quantised base + adapter against the saved checkpoint, whose logits are in the spool.
+
+    Evaluated without gradients, as the trained model would be used; in training bitsandbytes may order its sums
+    differently.
+
+    Raises:
+        InputError: bitsandbytes is missing or known to be wrong.
+    """
+    from peft import prepare_model_for_kbit_training
+
+    from so8t_core import load_adapter
+
+    model = prepare_model_for_kbit_training(load_quantised(base, kind), use_gradient_checkpointing=False)
+    model = load_adapter(model, adapter).eval()
+    error, count = weight_error(model, Checkpoint(base).tensor)
+    divergence = saved_against(
+        model, text, reference, name=f"trained on the {kind} base", seed=seed, tell=tell, stage="trained function"
+    )
+    return TrainedFunction(quantization=kind, weight_error=error, weights=count, divergence=divergence)

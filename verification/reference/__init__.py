@@ -1,0 +1,1 @@
+"""The Hugging Face checkpoint that a file was made from."""

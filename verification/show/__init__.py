@@ -1,0 +1,1 @@
+"""A report for people: HTML, Markdown, JUnit, terminal, GitHub."""

@@ -1,0 +1,289 @@
+"""Writes and reads the report: report.json is the source, the HTML, Markdown and JUnit forms are drawn from it.
+
+All four are rendered before the first is written, and each is whole or absent. The HTML page needs no network and no
+script; every text from outside is escaped, and characters that hide or reorder text are shown as [U+XXXX].
+report.json is strict JSON: a NaN or infinite number is written as "NaN", "Infinity" or "-Infinity" and read back so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from pydantic import ValidationError
+
+from so8t_core.errors import InputError
+from so8t_core.files import write_text
+from verification.gate.report import SCHEMA_VERSION, Check, Report, Status
+from verification.gate.statement import write_statement
+from verification.show import figures, words
+from verification.show.junit import junit_xml
+from verification.show.terminal import decisive_text
+from verification.show.words import Step, margin, number, texts, visible
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_MARKS: dict[Status, str] = {"pass": "✓", "fail": "✕", "inconclusive": "?", "not evaluated": "–", "waived": "!"}
+_SIGNS = {"<=": "≤", ">=": "≥", "==": "=", "!=": "≠"}
+
+
+def write_report(report: Report, out_dir: Path) -> dict[str, Path]:
+    """Write report.json, .html, .md, junit.xml and the statement into `out_dir`; returns {"json": path, ...}.
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
+    rendered = {
+        "json": ("report.json", to_json(report)),
+        "html": ("report.html", to_html(report)),
+        "md": ("report.md", to_markdown(report)),
+        "junit": ("junit.xml", junit_xml(report)),
+    }
+    written: dict[str, Path] = {}
+    for kind, (name, text) in rendered.items():
+        written[kind] = Path(out_dir) / name
+        write_text(written[kind], text)
+    written["statement"] = write_statement(report, written["json"])
+    return written
+
+
+def load_report(path: Path) -> Report:
+    """Read a report.json (or the one inside a directory).
+
+    Raises:
+        InputError: missing, not JSON, another major schema version, or not a report; the message names the way out.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "report.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no report at {path}. Run `so8t verify --out {path.parent}` first.") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        what = str(error) if isinstance(error, json.JSONDecodeError) else "not UTF-8 text, or nested too deep"
+        raise InputError(f"{path} is not JSON ({what}). It was cut off or edited; run `so8t verify` again.") from None
+    found = raw.get("schema_version") if isinstance(raw, dict) else None
+    if not isinstance(found, str):
+        raise InputError(f"{path} is no SO8T report: it has no schema_version. Give the report.json of `so8t verify`.")
+    if found.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise InputError(
+            f"{path} has report schema {found}, this version reads {SCHEMA_VERSION.split('.')[0]}.x. "
+            "Use the so8t version that wrote it, or run `so8t verify` again."
+        )
+    try:
+        return Report.model_validate(_restore(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{path} (report schema {found}) is not a valid report: {where}: {first['msg']}. Run `so8t verify` again."
+        ) from None
+
+
+def to_json(report: Report) -> str:
+    """Strict JSON, UTF-8, fields in schema order, floats at full precision."""
+    text = json.dumps(_strict(report.model_dump(mode="python")), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate becomes its JSON escape
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of report.json. A number that is not finite is one of three words, see above."""
+    schema = Report.model_json_schema(mode="serialization")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"SO8T verification report {SCHEMA_VERSION}"
+    words = {"enum": list(_NOT_FINITE)}
+    return cast("dict[str, Any]", _with_words(schema, words))
+
+
+def _with_words(node: Any, words: dict[str, Any]) -> Any:
+    """The same schema, in which every float may also be one of the words."""
+    if isinstance(node, list):
+        return [_with_words(item, words) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "number":
+        rest = {key: value for key, value in node.items() if key != "type"}
+        return {**rest, "anyOf": [{"type": "number"}, words]}
+    return {key: _with_words(value, words) for key, value in node.items()}
+
+
+def to_html(report: Report) -> str:
+    """The whole page; the same report gives the same bytes."""
+    environment = Environment(
+        loader=PackageLoader("verification"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
+    environment.filters.update(_FILTERS)
+    environment.filters["breakable"] = _breakable
+    return environment.get_template("report.html.j2").render(_context(report), figures=_figures(report))
+
+
+def to_markdown(report: Report) -> str:
+    """A short form for a step summary."""
+    environment = Environment(  # not HTML: `finalize` escapes what Markdown would read as markup
+        loader=PackageLoader("verification"),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: _markdown_escape(value) if isinstance(value, str) else value,
+    )
+    environment.filters.update(_FILTERS)
+    return environment.get_template("report.md.j2").render(_context(report))
+
+
+def _context(report: Report) -> dict[str, Any]:
+    steps = words.steps(report)
+    rungs = [step for step in steps if words.is_rung(step)]
+    statuses = Counter(check.status for leg in report.legs for check in leg.checks)
+    return {
+        "report": report,
+        "verdict_words": words.VERDICT_WORDS[report.verdict],
+        "decisive": words.decisive(report),
+        "decisive_text": decisive_text(report),
+        "next_action": words.next_action(report),
+        "trained_words": words.trained_words(report),
+        "attention": words.attention(report),
+        "counts": [(status, statuses[status]) for status in words.SEVERITY if statuses[status]],
+        "rungs": rungs,
+        "guards": [step for step in steps if step not in rungs],
+        "scale": _scale(rungs),
+        "fallbacks": _fallbacks(report),
+        "worst_tensors": figures.worst_tensors(report),
+        "percentiles": figures.percentiles([*report.divergences, *report.base_divergences]),
+        "divergences": [(d, False) for d in report.divergences] + [(d, True) for d in report.base_divergences],
+        "policy_yaml": yaml.safe_dump(json.loads(to_json(report))["policy"], sort_keys=False, allow_unicode=True),
+        "marks": _MARKS,
+        "cells": _cells(report),
+        "cell_labels": list(dict.fromkeys(cell.candidate for cell in report.cells)),
+        "noise_worst": max((row.mean_kld for row in report.noise if row.mean_kld > 0), default=0.0),
+        "noise_bound": _noise_bound(report),
+    }
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """Figure name -> safe SVG, only those with data; "training" is a list of (caption, SVG)."""
+    single = {
+        "distribution": figures.kld_distribution(report),
+        "position": figures.kld_by_position(report),
+        "confidence": figures.kld_by_confidence(report),
+        "cells": figures.kld_by_cell(report),
+        "size": figures.size_tradeoff(report),
+        "tensors": figures.tensor_errors(report),
+        "angles": figures.angles_by_layer(report),
+        "blocks": figures.angles_by_block(report),
+    }
+    curves = [(caption, Markup(svg)) for caption, svg in figures.training_curves(report)]
+    return {name: Markup(svg) if svg else None for name, svg in single.items()} | {"training": curves}
+
+
+def _cells(report: Report) -> list[dict[str, Any]]:
+    """One entry a cell: title, setting, why it does not apply, and per candidate its divergence and worst status."""
+    statuses: dict[tuple[str, str], list[Status]] = {}
+    for check in (check for leg in report.legs if leg.name == "cells" for check in leg.checks):
+        statuses.setdefault((check.name.split(".")[1], check.subject), []).append(check.status)
+    rows: dict[str, dict[str, Any]] = {}
+    for cell in report.cells:
+        row = rows.setdefault(cell.cell, {"title": cell.title, "setting": cell.setting, "why": cell.why, "of": {}})
+        if cell.divergence is not None:
+            status = words.worst(statuses.get((cell.cell, cell.candidate), []))
+            row["of"][cell.candidate] = {"d": cell.divergence, "status": status}
+    return list(rows.values())
+
+
+def _noise_bound(report: Report) -> float | None:
+    checks = (check for leg in report.legs for check in leg.checks if check.name == "evidence.noise_floor")
+    return next((float(c.bound) for c in checks if isinstance(c.bound, (int, float))), None)
+
+
+def _scale(rungs: list[Step]) -> dict[str, Any]:
+    """The ladder's common log axis: whole decades around all rungs, -6 .. +4 at most, and where the bound lies."""
+    margins = [step.distance for step in rungs if step.distance]
+    ends = [d for m in margins for d in (m.best, m.worst) if math.isfinite(d)]
+    low, high = max(-6, min(-2, math.floor(min(ends, default=-2)))), min(4, max(1, math.ceil(max(ends, default=1))))
+
+    def position(decades: float) -> float:
+        return round(100 * (min(max(decades, low), high) - low) / (high - low), 2)
+
+    ticks = [(position(d), "bound" if d == 0 else f"{10 ** abs(d):,}x") for d in range(low, high + 1)]
+    every = 1 if len(ticks) <= 6 else 2
+    shown = [tick for tick, d in zip(ticks, range(low, high + 1), strict=True) if d % every == 0]
+    return {"low": low, "high": high, "position": position, "ticks": shown, "bound": position(0)}
+
+
+def _fallbacks(report: Report) -> list[dict[str, Any]]:
+    """Tensors whose stored type is not the promised one, grouped by candidate and pair of types."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    totals = Counter(row.candidate for row in report.tensors)
+    for row in report.tensors:
+        if row.nominal_type != row.actual_type:
+            groups.setdefault((row.candidate, row.nominal_type, row.actual_type), []).append(row.name)
+    return [
+        {"candidate": who, "nominal": nominal, "actual": actual, "names": names, "total": totals[who]}
+        for (who, nominal, actual), names in groups.items()
+    ]
+
+
+def _bound(check: Check) -> str:
+    text = texts(check)[1]
+    sign, _, rest = text.partition(" ")
+    return f"{_SIGNS[sign]} {rest}" if sign in _SIGNS else text
+
+
+def _breakable(text: str) -> Markup:
+    """Escaped text that may wrap after / . _ and - (paths, tensor names)."""
+    safe = escape(visible(text))
+    for mark in "/._-":
+        safe = safe.replace(mark, Markup(f"{mark}<wbr>"))
+    return safe
+
+
+def _markdown_escape(text: str) -> str:
+    text = visible(text).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in "|`*[]":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
+
+
+def _strict(value: Any) -> Any:
+    """Containers as JSON has them; non-finite numbers as their names."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _restore(raw: dict[str, Any]) -> dict[str, Any]:
+    """Give the checks' open-typed fields their non-finite numbers back (float fields parse the names themselves)."""
+    legs = raw.get("legs")
+    for leg in legs if isinstance(legs, list) else []:
+        checks = leg.get("checks") if isinstance(leg, dict) else None
+        for check in checks if isinstance(checks, list) else []:
+            for key in ("value", "bound"):
+                if isinstance(check, dict) and isinstance(check.get(key), str):
+                    check[key] = _NOT_FINITE.get(check[key], check[key])
+    return raw
+
+
+_FILTERS = {
+    "number": number,
+    "percent": words.percent,
+    "size": words.size,
+    "duration": words.duration,
+    "value": lambda check: texts(check)[0],
+    "bound": _bound,
+    "margin": margin,
+}

@@ -1,0 +1,152 @@
+"""Quantised blocks that differ from the oracle's: what another build of llama.cpp explains, and what it does not.
+
+Where a multiplication and an addition are contracted (arm64), the quantiser's float32 sums change in the last bit. A
+direct type (scale from the extremes, then codes) then moves a scale by its last float16 bit or a code by one. A search
+type (K, IQ, or any with an imatrix) may settle on another scale of nearly the same error. So a block is within bounds
+  direct:  |scale bits - oracle's| <= 1 and |value - oracle's value| <= one step + the scale's last bit;
+  search:  rms(value - w) <= c rms(oracle's value - w) + 2^-10 rms(oracle's value), w the weights it was made from,
+and a tensor is within bounds when all its blocks are and no more of them differ than contraction makes differ.
+Measured on Gaussian weights, llama.cpp b11434 with and without contraction: error ratios up to 1.11 (256 values) and
+1.31 (32 values), shares of blocks up to 0.27 Q2_K, 0.08 Q4_K, 0.37 Q5_K, 0.03 others, 0.0007 direct; a rotation by
+1e-3 rad gives 0.57, 0.68, 0.92, 0.22 and 0.43. Weights on a coarser grid (a dequantised model) tie everywhere and may
+exceed this: such a file from a contracting build is refused rather than explained.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
+
+Array = npt.NDArray[np.float64]
+Raw = npt.NDArray[np.uint8]
+
+# byte offsets of a block's float16 scale (and minimum); the last column: an imatrix turns the type into a search
+_DIRECT: dict[str, tuple[tuple[int, ...], bool]] = {
+    "Q8_0": ((0,), False), "Q4_0": ((0,), True), "Q5_0": ((0,), True), "Q4_1": ((0, 2), True), "Q5_1": ((0, 2), True),
+    "TQ1_0": ((52,), False), "TQ2_0": ((64,), False),
+}  # fmt: skip
+# largest share of blocks that may differ; the three searches over scale and minimum have many near ties
+_SHARES_WITHOUT_IMATRIX = {"Q2_K": 0.40, "Q4_K": 0.20, "Q5_K": 0.60}
+_SHARE_SEARCH, _SHARE_DIRECT = 0.10, 0.01
+_SPREAD = 4.0  # standard deviations that a small tensor's share may lie above
+_LAST_BIT = 2.0**-10  # of a float16, relative, at most
+_BATCH = 1 << 14  # blocks dequantised at a time
+
+
+@dataclass(frozen=True)
+class Held:
+    """How one tensor stands to the oracle's, block by block."""
+
+    name: str
+    type: str
+    blocks: int
+    differ: int  # blocks whose bytes differ
+    allowed: int  # of these, as many as another build may make
+    beyond: int  # blocks outside their type's bound
+    last_bit: int  # differing blocks whose values stay within the scale's last bit
+    largest: float  # largest |value - oracle's|, relative to the rms of its block
+    worst_ratio: float  # largest rms error, relative to the oracle's
+
+    @property
+    def within(self) -> bool:
+        return self.beyond == 0 and self.differ <= self.allowed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} ({self.type}): {self.differ} of {self.blocks} blocks differ ({self.allowed} may, "
+            f"{self.last_bit} in the scale's last bit only), {self.beyond} beyond the type's bound, largest difference "
+            f"{self.largest:.2g} of the block's rms, error up to {self.worst_ratio:.3g} times the oracle's"
+        )
+
+
+def hold(mine: GGUFTensor, twin: GGUFTensor, source: GGUFTensor, *, imatrix: bool) -> Held:
+    """Hold a tensor's differing blocks to its type's bounds.
+
+    Args:
+        mine, twin: candidate's and oracle's tensor, of one type and shape.
+        source: the float tensor that the oracle's was quantised from.
+        imatrix: the oracle was made with an importance matrix.
+    """
+    if mine.type in FLOAT_TYPES:  # a norm or bias is copied: nothing explains a difference
+        differ = int(np.count_nonzero((mine.values() != twin.values()).ravel()))
+        return Held(mine.name, mine.type, math.prod(mine.shape), differ, 0, differ, 0, math.inf, math.inf)
+    kind = GGMLQuantizationType[mine.type]
+    values, size = GGML_QUANT_SIZES[kind]
+    a, b = mine.raw.reshape(-1, size), twin.raw.reshape(-1, size)
+    rows = np.flatnonzero((a != b).any(axis=1))
+    weights = source.values().reshape(-1, values)
+    beyond = last_bit = 0
+    largest = worst = 0.0
+    for start in range(0, len(rows), _BATCH):
+        some = rows[start : start + _BATCH]
+        own, other = (dequantize(np.ascontiguousarray(x[some]), kind).astype(np.float64) for x in (a, b))
+        found = _blocks(own, other, weights[some].astype(np.float64))
+        if not np.isfinite(own).all():
+            beyond += int((~np.isfinite(own).all(axis=1)).sum())
+        within = _direct(mine.type, a[some], b[some], own, other) if _is_direct(mine.type, imatrix) else found.within
+        beyond += int((~within & np.isfinite(own).all(axis=1)).sum())
+        last_bit += int(found.last_bit.sum())
+        largest, worst = max(largest, float(found.largest.max())), max(worst, float(found.ratio.max()))
+    allowed = _allowed(mine.type, len(a), imatrix)
+    return Held(mine.name, mine.type, len(a), len(rows), allowed, beyond, last_bit, largest, worst)
+
+
+@dataclass(frozen=True)
+class _Found:
+    within: npt.NDArray[np.bool_]
+    last_bit: npt.NDArray[np.bool_]
+    largest: Array
+    ratio: Array
+
+
+def _blocks(own: Array, other: Array, weights: Array) -> _Found:
+    """Of differing blocks, (blocks, values) each: the law of the search types and what explains the difference."""
+    rms = np.sqrt((other**2).mean(axis=1))
+    rounding = _LAST_BIT * rms
+    error = np.sqrt(((own - weights) ** 2).mean(axis=1))
+    best = np.sqrt(((other - weights) ** 2).mean(axis=1))
+    factor = 1.25 if own.shape[1] >= 256 else 1.5
+    difference = np.abs(own - other).max(axis=1)
+    # scale times code spans at most max - min <= 2 max |value|, where a block stores a minimum beside its scale
+    last_bit: npt.NDArray[np.bool_] = difference <= 2 * _LAST_BIT * np.abs(other).max(axis=1)
+    floor = np.maximum(rounding, np.finfo(np.float32).tiny)
+    return _Found(
+        within=error <= factor * best + rounding,
+        last_bit=last_bit,
+        largest=np.nan_to_num(difference / np.maximum(rms, np.finfo(np.float32).tiny), nan=np.inf),
+        ratio=np.nan_to_num(error / np.maximum(best, floor), nan=np.inf),
+    )
+
+
+def _is_direct(kind: str, imatrix: bool) -> bool:
+    return kind in _DIRECT and not (imatrix and _DIRECT[kind][1])
+
+
+def _direct(kind: str, a: Raw, b: Raw, own: Array, other: Array) -> npt.NDArray[np.bool_]:
+    """The law of the direct types."""
+    offsets = _DIRECT[kind][0]
+    within = np.ones(len(a), dtype=np.bool_)
+    for offset in offsets:
+        mine, theirs = (
+            np.ascontiguousarray(x[:, offset : offset + 2]).view("<u2").ravel().astype(np.int64) for x in (a, b)
+        )
+        within &= np.abs(mine - theirs) <= 1  # neighbours, or the two zeros' neighbours: sign flips are far apart
+    scale = np.ascontiguousarray(b[:, offsets[0] : offsets[0] + 2]).view("<f2").astype(np.float64)  # (blocks, 1)
+    result: npt.NDArray[np.bool_] = within & (
+        np.abs(own - other) <= np.abs(scale) * (1 + 2.0**-8) + 2 * _LAST_BIT * np.abs(other).max(axis=1, keepdims=True)
+    ).all(axis=1)
+    return result
+
+
+def _allowed(kind: str, blocks: int, imatrix: bool) -> int:
+    share = _SHARE_DIRECT if _is_direct(kind, imatrix) else _SHARE_SEARCH
+    if not imatrix:
+        share = _SHARES_WITHOUT_IMATRIX.get(kind, share)
+    return math.ceil(share * blocks + _SPREAD * math.sqrt(share * (1 - share) * blocks))

@@ -1,0 +1,290 @@
+"""Every tensor of a file against the reference's values, without inference and without an oracle file.
+
+How one tensor is compared: `values`. Attention tensors are also named by the nearest hypothesis, o_proj by the
+rotation left over; a difference whose kind is still open is traced to what it was made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from verification.contract.finding import Finding
+from verification.engines.requantise import quantised_bytes
+from verification.gguf.cache import Memory, frame
+from verification.gguf.reader import FLOAT_TYPES, GGUFFile, GGUFTensor
+from verification.weight_parity import expected
+from verification.weight_parity.expected import Checkpoint, Inventory
+from verification.weight_parity.explain import damage_cause, merge_cause
+from verification.weight_parity.hypotheses import Known, Other, Role, Rotation, nearest, sample_rows
+from verification.weight_parity.neighbours import AGAIN, VAGUE, Examined, held_together
+from verification.weight_parity.residual_rotation import residual_rotation
+from verification.weight_parity.values import compared
+
+Array = npt.NDArray[np.float32]
+_SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # of neighbouring numbers, relative, at most
+_ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the file can have been made of."""
+
+    reference: Checkpoint
+    base: Checkpoint | None = None
+    rotations: dict[str, Rotation] = field(default_factory=dict)  # checkpoint weight name -> R (in/8, 8, 8)
+
+
+def rotations(adapter: Path) -> dict[str, Rotation]:
+    """R of every rotated weight of an adapter directory, by checkpoint name.
+
+    Raises:
+        InputError: not an SO8T adapter.
+    """
+    from so8t_core.baking import folds_from_files
+    from so8t_core.rotation import exp_so8
+    from so8t_core.store import read_adapter
+
+    folds = folds_from_files(*read_adapter(adapter))
+    return {name: exp_so8(fold.theta.double()) for name, fold in folds.items() if fold.theta is not None}
+
+
+class Examination:
+    """The tensors of one file against its sources."""
+
+    def __init__(self, file: GGUFFile, sources: Sources, found: Inventory, *, memory: Memory | None = None) -> None:
+        """`memory` holds what was examined before, of other files with these sources; None examines everything."""
+        self.file, self.sources, self.found, self.memory = file, sources, found, memory
+
+    def run(self, threads: int = 2) -> list[Examined]:
+        """Examine every tensor; numpy and the quantiser release the interpreter, so two at a time pay."""
+        if self.memory is None:
+            self.samples  # noqa: B018 (filled before the threads ask for it)
+        with ThreadPoolExecutor(threads) as pool:
+            results = list(pool.map(self._recalled, self.file.tensors.values()))
+        results = held_together(results, self.found.computed.keys())
+        return [self._traced(r) if r.findings and all(f.cause in VAGUE for f in r.findings) else r for r in results]
+
+    def _traced(self, result: Examined) -> Examined:
+        """A difference whose kind is still open, traced to what it was made from; see `causes`."""
+        tensor, wanted = self.file.tensors[result.name], self.expected(result.name)
+        if wanted is None or wanted.size != int(np.prod(tensor.shape)):
+            return result
+        wanted = wanted.reshape(tensor.shape)
+        own = quantised_bytes(wanted, tensor.type)
+        cause = "" if own is None else damage_cause(tensor.raw, own, tensor.shape[0])
+        base = self._base_of(result.name, self.found.source_of.get(result.name, ""))
+        if not cause and base is not None:
+            before, step = self._values_before(tensor, wanted, own)
+            cause = merge_cause(before, wanted, base.reshape(tensor.shape), step)
+        if not cause:
+            return result
+        findings = tuple(dataclasses.replace(f, cause=cause) if f.cause in VAGUE else f for f in result.findings)
+        return dataclasses.replace(result, findings=findings)
+
+    def _values_before(
+        self, tensor: GGUFTensor, wanted: Array, own: npt.NDArray[np.uint8] | None
+    ) -> tuple[Array, Array | float]:
+        """The file's values with the quantiser's own error on the expectation taken out, and the type's step."""
+        if own is None or tensor.type in FLOAT_TYPES:
+            return tensor.values(), np.abs(wanted) * np.float32(_SPACING.get(tensor.type, 0.0))
+        error = dataclasses.replace(tensor, raw=own).values() - wanted
+        step = float(np.sqrt(12 * np.mean(error.astype(np.float64) ** 2)))  # rounding errors are uniform in one step
+        return tensor.values() - error, step
+
+    def attention(self, oracle: GGUFFile) -> list[Examined]:
+        """Only what the attention tensors are nearest to; `oracle` holds the reference in the file's own types."""
+        results = []
+        for tensor in filter(_is_attention, self.file.tensors.values()):
+            twin = oracle.tensors.get(tensor.name)
+            twin = twin if twin is not None and twin.type == tensor.type and twin.shape == tensor.shape else None
+            make = partial(self._attention, tensor, twin)
+            known = self.memory
+            found = make() if known is None else known.recall(make, "attention", self._frame, tensor, twin)
+            results += [] if found is None else [found]
+        return results
+
+    def _attention(self, tensor: GGUFTensor, twin: GGUFTensor | None) -> Examined | None:
+        wanted = self.expected(tensor.name)
+        if wanted is None or wanted.shape != tensor.shape:
+            return None
+        equal = twin is not None and bool(np.array_equal(twin.raw, tensor.raw))
+        own = None if equal or twin is None else twin.values()
+        bare = Examined(tensor.name, tensor.type, compared=True, equal=equal)
+        return self._named(tensor, wanted, bare, tensor.values(), own)
+
+    def _recalled(self, tensor: GGUFTensor) -> Examined:
+        if self.memory is None:
+            return self.examine(tensor)
+        return self.memory.recall(partial(self.examine, tensor), "examine", self._frame, tensor)
+
+    @cached_property
+    def _frame(self) -> Hashable:
+        return frame(self.file)
+
+    def expected(self, name: str) -> Array | None:
+        """`expected.expectation` of one tensor, in its shape."""
+        return expected.expectation(name, self.found, self.sources.reference, self.file)
+
+    def examine(self, tensor: GGUFTensor) -> Examined:
+        """One tensor: values first, then what it is nearest to."""
+        wanted = self.expected(tensor.name)
+        if wanted is None:
+            return Examined(tensor.name, tensor.type, compared=False)
+        if wanted.size != int(np.prod(tensor.shape)) or (len(wanted.shape) == 2 and wanted.shape != tensor.shape):
+            shape = Finding(tensor.name, f"shape {list(wanted.shape)}", f"{list(tensor.shape)}", AGAIN)
+            return Examined(tensor.name, tensor.type, compared=True, findings=(shape,))
+        wanted = wanted.reshape(tensor.shape)
+        result, values, own = compared(tensor, wanted, computed=tensor.name in self.found.computed)
+        return self._named(tensor, wanted, result, values, own)
+
+    def _named(
+        self, tensor: GGUFTensor, wanted: Array, result: Examined, values: Array | None, own: Array | None
+    ) -> Examined:
+        """Add the nearest hypothesis and the rotation left over; let them name the cause of a finding."""
+        is_weight = tensor.name.endswith(".weight") and len(tensor.shape) == 2
+        if not _is_attention(tensor) and not result.findings:
+            return result
+        values = tensor.values() if values is None else values
+        if not np.isfinite(values).all():
+            return result
+        if len(tensor.shape) == 1:
+            return _cause(result, _vector_cause(values, wanted))
+        in_block = is_weight and tensor.name.startswith("blk.")
+        parts = list(self._parts(tensor.name, wanted, values)) if in_block else []
+        matches = tuple(nearest(name, actual, known, others) for name, actual, known, others in parts)
+        findings = [*result.findings]
+        for match in matches:
+            if match.is_fault:
+                far = f"relative distance {match.distance:.2g} (to the expected {match.expected_distance:.2g})"
+                text = f"{match.best}, {far}"
+                findings.append(Finding(match.name, "the reference's weight", text, AGAIN, match.best))
+        residual = None
+        if is_weight and ".attn_output." in tensor.name:
+            reference = own if own is not None else wanted
+            residual = residual_rotation(wanted, values - reference)
+            if residual is not None and residual.detected and not any(m.is_fault for m in matches) and not result.equal:
+                findings.append(
+                    Finding(tensor.name, "no rotation against the reference",
+                            f"{residual.rms:.2g} rad (root mean square; largest {residual.largest:.2g} in channels "
+                            f"{8 * residual.block}..{8 * residual.block + 7}, {residual.z_single:.0f} standard errors)",
+                            "bake the adapter again and convert that", "rotation off")
+                )  # fmt: skip
+        if findings and not any(f.cause for f in findings) and not matches:
+            findings = [dataclasses.replace(findings[0], cause=_scale_cause(values, wanted)), *findings[1:]]
+        return dataclasses.replace(result, nearest=matches, residual=residual, findings=tuple(findings))
+
+    def _parts(self, name: str, wanted: Array, values: Array) -> Iterator[tuple[str, Array, Known, list[Other]]]:
+        """The projections inside a tensor: one, or q, k and v of a fused one."""
+        prefix, kind = ".".join(name.split(".")[:2]), name.split(".")[2]
+        config = self.sources.reference.config
+        heads = int(config.get("num_attention_heads") or 1)
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        in_pairs = self.file.architecture in expected.PERMUTED
+        source = self.found.source_of.get(name, "")
+        base = self._base_of(name, source)
+        if kind != "attn_qkv":
+            role = _ATTENTION.get(kind, "other")
+            head_rows = wanted.shape[0] // {"q": heads, "k": kv_heads}.get(role, 1) if role in ("q", "k") else 0
+            rotation = self._rotation(prefix, source, role)
+            known = Known(role, wanted, base, rotation, in_pairs, head_rows, tuple(self._siblings(name, prefix)))
+            yield name, values, known, self._others(name)
+            return
+        rows = wanted.shape[0] // (heads + 2 * kv_heads)
+        cuts = np.cumsum([0, heads * rows, kv_heads * rows, kv_heads * rows])
+        fused: tuple[Role, ...] = ("q", "k", "v")
+        slices = {kind: slice(a, b) for kind, a, b in zip(fused, cuts, cuts[1:], strict=False)}
+        for role, part in slices.items():
+            siblings = tuple((f"the {other} rows", wanted[cut]) for other, cut in slices.items() if other != role)
+            own_base = None if base is None else base[part]
+            known = Known(role, wanted[part], own_base, None, in_pairs, 0 if role == "v" else rows, siblings)
+            yield f"{name} ({role} rows)", values[part], known, []
+
+    def _base_of(self, name: str, source: str) -> Array | None:
+        base = self.sources.base
+        if base is None or source not in base:
+            return None
+        values = expected.expected_values(name, source, base, self.file.architecture)
+        tensor = self.file.tensors[name]  # a fine-tune with more tokens than its base has other embeddings
+        return values if values.size == int(np.prod(tensor.shape)) else None
+
+    def _rotation(self, prefix: str, source: str, role: Role) -> Rotation | None:
+        if role == "v":  # the o_proj of the same layer
+            source = self.found.source_of.get(f"{prefix}.attn_output.weight", "")
+        return self.sources.rotations.get(source) if role in ("o", "v") else None
+
+    def _siblings(self, name: str, prefix: str) -> Iterator[tuple[str, Array]]:
+        shape = self.file.tensors[name].shape
+        for other, tensor in self.file.tensors.items():
+            if other != name and other.startswith(f"{prefix}.") and tensor.shape == shape and other.endswith(".weight"):
+                values = self.expected(other)
+                if values is not None:
+                    yield other.removeprefix(f"{prefix}.").removesuffix(".weight"), values
+
+    @cached_property
+    def samples(self) -> dict[str, Array]:
+        """A few expected rows (rows, columns) of every attention tensor, to find one of another layer."""
+        return self._samples() if self.memory is None else self.memory.recall(self._samples, "samples", self._frame)
+
+    def _samples(self) -> dict[str, Array]:
+        found = {}
+        for name, tensor in self.file.tensors.items():
+            if name.startswith("blk.") and name.split(".")[2] in _ATTENTION and len(tensor.shape) == 2:
+                values = self.expected(name)
+                if values is not None:
+                    found[name] = sample_rows(values).copy()
+        return found
+
+    def _others(self, name: str) -> list[Other]:
+        tail = name.split(".", 2)[2]
+
+        def loader(other: str) -> Array:
+            values = self.expected(other)
+            assert values is not None  # it was sampled
+            return values
+
+        return [
+            Other(f"the tensor of {other.rsplit('.', 2)[0]}", sample, lambda other=other: loader(other))  # type: ignore[misc]
+            for other, sample in self.samples.items()
+            if other != name and other.split(".", 2)[2] == tail
+        ]
+
+
+def _is_attention(tensor: GGUFTensor) -> bool:
+    """o, v, q, k, or the three fused: the tensors whose hypotheses are always asked."""
+    parts = tensor.name.split(".")
+    kinds = (*_ATTENTION, "attn_qkv")
+    return len(tensor.shape) == 2 and len(parts) == 4 and parts[0] == "blk" and parts[2] in kinds
+
+
+def _cause(result: Examined, cause: str) -> Examined:
+    findings = tuple(dataclasses.replace(f, cause=f.cause or cause) for f in result.findings)
+    return dataclasses.replace(result, findings=findings)
+
+
+def _vector_cause(values: Array, wanted: Array) -> str:
+    """Norms and biases: one added or missing, or a common factor."""
+    offset = values - wanted
+    spread = float(np.abs(offset - offset.mean()).max(initial=0.0))
+    for shift, words in ((1.0, "norm + 1 applied once too often"), (-1.0, "norm + 1 missing")):
+        if abs(float(offset.mean()) - shift) < 1e-2 and spread < 1e-2:
+            return words
+    return _scale_cause(values, wanted)
+
+
+def _scale_cause(values: Array, wanted: Array) -> str:
+    square = float(np.vdot(wanted, wanted))
+    factor = float(np.vdot(wanted, values)) / square if square else 1.0
+    rest = float(np.linalg.norm(values - factor * wanted))
+    return (
+        f"scaled by {factor:.4g}"
+        if abs(factor - 1) > 1e-4 and rest < 0.2 * float(np.linalg.norm(values - wanted))
+        else ""
+    )

@@ -1,0 +1,253 @@
+"""The weights themselves: every tensor of a GGUF file against the checkpoint it claims to be.
+
+Float files: each weight lies within one rounding of its type, |g - w| <= u |w| + s, with u = 2^-p for p significant
+bits (round to nearest: F32 exact because w is at most F32; F16 p = 11; BF16 p = 8) and s half the smallest subnormal
+(F16 2^-25, BF16 2^-134). Names come from gguf's TensorNameMap; llama's q/k rows are permuted from two halves to pairs;
+Gemma stores norm + 1; RoPE factors are computed from config.json. What cannot be mapped by principle (experts, families
+not in KNOWN) is left to the oracle, the verifier's own conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf.constants import MODEL_ARCH_NAMES
+from gguf.tensor_mapping import get_tensor_name_map
+from safetensors import safe_open
+
+from so8t_core.errors import InputError
+from so8t_core.files import read_json
+from verification.gate.report import TensorRow
+from verification.gguf.cache import Memory, frame
+from verification.gguf.reader import GGUFFile, GGUFTensor
+from verification.reference import rope
+from verification.weight_parity.hypotheses import halves_to_pairs
+
+Array = npt.NDArray[np.float32]
+
+# architectures whose checkpoint-to-GGUF transformation is written down here; for others only the oracle decides
+KNOWN = frozenset({"llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "olmo2", "smollm3"})
+PERMUTED = frozenset({"llama", "smollm3"})  # q and k rows stand in pairs for RoPE on neighbours
+_NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
+_ROUNDING: dict[str, tuple[float, float]] = {
+    "F32": (0.0, 0.0),
+    "F16": (2.0**-11, 2.0**-25),
+    "BF16": (2.0**-8, 2.0**-134),
+}
+# llama3's factors amplify the 4 ulp by which float32 powers of two libraries differ by at most factor * high/(high-low)
+_COMPUTED = 2.0**-18
+_NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_OTHER_TOWERS = ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "audio_tower.")
+
+
+class Checkpoint(Mapping[str, Array]):
+    """A Hugging Face directory's safetensors as float32 arrays, read one at a time.
+
+    Raises:
+        InputError: there are none, or one cannot be read.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.config: dict[str, Any] = read_config(self.directory)
+        self._file_of: dict[str, Path] = {}
+        for path in sorted(self.directory.glob("*.safetensors")):
+            try:
+                with safe_open(str(path), framework="pt") as shard:
+                    self._file_of |= {name: path for name in shard.keys() if not name.endswith(_NOT_WEIGHTS)}  # noqa: SIM118
+            except Exception as error:  # safetensors raises its own SafetensorError, which is not exported as a class
+                raise InputError(f"{path} is not a readable safetensors file: {error}") from None
+        if not self._file_of:
+            raise InputError(f"{directory} holds no *.safetensors; save the model with save_pretrained first")
+
+    def __getitem__(self, name: str) -> Array:
+        return self.tensor(name).float().numpy()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in the shape and dtype it was saved in."""
+        with safe_open(str(self._file_of[name]), framework="pt") as shard:
+            value: torch.Tensor = shard.get_tensor(name)
+        return value
+
+    def __iter__(self) -> Any:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory, with a nested text model's keys laid on top."""
+    value = read_json(directory / "config.json")
+    return {**value, **(value.get("text_config") or {})}
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Which checkpoint tensor became which GGUF tensor."""
+
+    source_of: dict[str, str]  # GGUF name -> checkpoint name
+    unmapped: list[str]  # checkpoint tensors without a GGUF name
+    missing: list[str]  # GGUF names that should exist and do not
+    extra: list[str]  # GGUF tensors that no checkpoint tensor explains
+    computed: dict[str, Array] = field(default_factory=dict)  # GGUF tensors that config.json explains: RoPE factors
+
+
+def is_known(file: GGUFFile) -> bool:
+    """Whether every tensor of this file can be derived from its checkpoint here; mixtures of experts cannot."""
+    return file.architecture in KNOWN and not file.get("expert_count")
+
+
+def inventory(checkpoint: Checkpoint, file: GGUFFile) -> Inventory:
+    """Account for every tensor on both sides."""
+    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    architecture = numbers.get(file.architecture)
+    source_of: dict[str, str] = {}
+    unmapped: list[str] = []
+    if architecture is None:
+        return Inventory({}, sorted(checkpoint), [], sorted(file.tensors))
+    blocks = file.get("block_count")
+    names = get_tensor_name_map(architecture, blocks if isinstance(blocks, int) and 0 <= blocks < 10_000 else 0)
+    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    for name in checkpoint:
+        if any(part in name for part in _OTHER_TOWERS):
+            continue
+        target = names.get_name(name.replace("language_model.", ""), try_suffixes=(".weight", ".bias"))
+        if target is None:
+            unmapped.append(name)
+        elif not (tied and target == "output.weight" and target not in file.tensors):
+            source_of[target] = name
+    computed = rope.factor_tensors(checkpoint.config)
+    wanted = source_of.keys() | computed.keys()
+    missing = sorted(wanted - set(file.tensors))
+    extra = sorted(set(file.tensors) - wanted)
+    if tied and "output.weight" in extra:  # a tied head written out is the embedding again
+        source_of["output.weight"] = source_of.get("token_embd.weight", "")
+        extra.remove("output.weight")
+    return Inventory(source_of, sorted(unmapped), missing, extra, computed)
+
+
+def expected_values(name: str, source: str, checkpoint: Checkpoint, architecture: str) -> Array:
+    """What a GGUF tensor should hold before rounding: float32, in the tensor's shape."""
+    values = checkpoint[source]
+    config = checkpoint.config
+    if architecture in PERMUTED and ".attn_q." in name:
+        return halves_to_pairs(values, len(values) // int(config["num_attention_heads"]))
+    if architecture in PERMUTED and ".attn_k." in name:
+        heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+        return halves_to_pairs(values, len(values) // heads)
+    if architecture in _NORM_PLUS_ONE and name.endswith("norm.weight"):
+        return values + np.float32(1)
+    return values
+
+
+def expectation(name: str, found: Inventory, checkpoint: Checkpoint, file: GGUFFile) -> Array | None:
+    """A tensor's values before rounding, shaped like it, from checkpoint or config; None where neither explains it."""
+    if name in found.computed:
+        return found.computed[name]
+    source = found.source_of.get(name)
+    if not source or not is_known(file):
+        return None
+    values = expected_values(name, source, checkpoint, file.architecture)
+    if file.architecture == "gemma3" and name == "token_embd.weight":  # its converter leaves out rows without a token
+        return values[: len(file.metadata.get("tokenizer.ggml.tokens") or values)]
+    return values
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor against its expectation."""
+
+    name: str
+    rel_error: float | None
+    max_abs_error: float | None
+    roundings: float | None  # worst weight, in roundings of the type; None for quantised types
+    bytes_equal: bool | None  # to the oracle's tensor
+    non_finite: int
+    explained: bool  # mapped by principle, or byte-equal to the oracle
+
+
+def compare(
+    checkpoint: Checkpoint, file: GGUFFile, found: Inventory, oracle: GGUFFile | None, *, memory: Memory | None = None
+) -> list[Comparison]:
+    """Compare every tensor of `file` with the checkpoint and, byte for byte, with the oracle of the same type."""
+    around = frame(file)
+
+    def one(tensor: GGUFTensor) -> Comparison:
+        twin = oracle.tensors.get(tensor.name) if oracle else None
+
+        def make() -> Comparison:
+            return _compare(tensor, twin, checkpoint, file, found, with_oracle=oracle is not None)
+
+        return make() if memory is None else memory.recall(make, "compare", around, tensor, twin)
+
+    return [one(tensor) for tensor in file.tensors.values()]
+
+
+def _compare(
+    tensor: GGUFTensor, twin: GGUFTensor | None, checkpoint: Checkpoint, file: GGUFFile, found: Inventory,
+    *, with_oracle: bool,
+) -> Comparison:  # fmt: skip
+    """One tensor; one that cannot be mapped by principle is explained by the oracle's bytes alone."""
+    name, equal = tensor.name, None
+    if with_oracle:
+        equal = twin is not None and twin.type == tensor.type and twin.shape == tensor.shape
+        equal = equal and twin is not None and bool(np.array_equal(tensor.raw, twin.raw))
+    actual = tensor.values()
+    non_finite = int(actual.size - np.count_nonzero(np.isfinite(actual)))
+    wanted = None if non_finite else expectation(name, found, checkpoint, file)
+    if wanted is None:
+        return Comparison(name, None, None, None, equal, non_finite, bool(equal))
+    if wanted.size != actual.size:
+        return Comparison(name, None, None, np.inf, equal, 0, False)
+    wanted = wanted.reshape(actual.shape)  # conv-like singleton axes are dropped by the converter
+    difference = np.abs(actual - wanted)
+    norm = float(np.linalg.norm(wanted))
+    return Comparison(
+        name,
+        float(np.linalg.norm(difference)) / norm if norm else float(np.linalg.norm(difference)),
+        float(difference.max(initial=0.0)),
+        roundings(difference, wanted, tensor.type, computed=name in found.computed),
+        equal,
+        0,
+        True,
+    )
+
+
+def roundings(difference: Array, wanted: Array, kind: str, *, computed: bool = False) -> float | None:
+    """Worst |difference|, an array of any shape like `wanted`, in roundings of a float type; None for a quantised one.
+
+    Args:
+        computed: `wanted` was calculated here, in the converter's float32 but by another library.
+    """
+    if kind not in _ROUNDING:
+        return None
+    unit, smallest = _ROUNDING[kind]
+    if computed:
+        unit = max(unit, _COMPUTED)
+    if unit == 0.0:
+        return 0.0 if not difference.any() else float("inf")
+    return float((difference / (np.float32(unit) * np.abs(wanted) + np.float32(max(smallest, 1e-45)))).max(initial=0.0))
+
+
+def tensor_row(label: str, comparison: Comparison, file: GGUFFile, nominal: str) -> TensorRow:
+    """The report's row for one tensor."""
+    tensor = file.tensors[comparison.name]
+    parts = comparison.name.split(".")
+    return TensorRow(
+        candidate=label,
+        name=comparison.name,
+        shape=list(tensor.shape),
+        nominal_type=nominal,
+        actual_type=tensor.type,
+        rel_error=comparison.rel_error,
+        max_abs_error=comparison.max_abs_error,
+        bytes_equal_oracle=comparison.bytes_equal,
+        layer=int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None,
+    )
