@@ -141,7 +141,7 @@ def short(text: str, limit: int = 48) -> str:
 def html_page(result: SelfTest) -> str:
     """The self-contained page."""
     environment = Environment(
-        loader=PackageLoader("verification"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("verification.show"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "visible": visible, "short": short, "margin": margin}

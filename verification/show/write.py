@@ -118,7 +118,7 @@ def _with_words(node: Any, words: dict[str, Any]) -> Any:
 def to_html(report: Report) -> str:
     """The whole page; the same report gives the same bytes."""
     environment = Environment(
-        loader=PackageLoader("verification"),
+        loader=PackageLoader("verification.show"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -133,7 +133,7 @@ def to_html(report: Report) -> str:
 def to_markdown(report: Report) -> str:
     """A short form for a step summary."""
     environment = Environment(  # not HTML: `finalize` escapes what Markdown would read as markup
-        loader=PackageLoader("verification"),
+        loader=PackageLoader("verification.show"),
         autoescape=False,
         undefined=StrictUndefined,
         trim_blocks=True,
