@@ -16,6 +16,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -339,16 +340,21 @@ def _write(path: Path, fields: dict[str, Any]) -> None:
 # --- its run
 
 
-def miniature_run(base: Path, run_dir: Path, *overrides: str) -> RunConfig:
-    """The shipped configuration for Phi-3.5-mini, with only its amounts changed."""
-    amounts = (
-        f"model.base={base}", f"run_dir={run_dir}", "threads=1",
-        "data.sources=[]", "data.manifest=null", "data.generator={rows: 12, heldout_rows: 40}",
-        "train.quantization=none", "train.steps=2", "train.batch_size=2", "train.gradient_accumulation=1",
-        "train.checkpoint_every=2", "train.heldout_rows=2", "train.rotation_learning_rate=1e-2",
-        "answers.prompts=0", "verify.chunks=24", "verify.n_ctx=128", "verify.base_damage=false",
-    )  # fmt: skip
-    return load_config(ROOT / "configs" / "phi35_mini.yaml", [*amounts, *overrides])
+# What a test changes of the shipped configuration for Phi-3.5-mini, besides the base.
+AMOUNTS = (
+    "threads=1", "data.sources=[]", "data.manifest=null", "data.generator={rows: 12, heldout_rows: 40}",
+    "train.quantization=none", "train.steps=2", "train.batch_size=2", "train.gradient_accumulation=1",
+    "train.checkpoint_every=2", "train.heldout_rows=2", "train.rotation_learning_rate=1e-2",
+    "answers.prompts=0", "verify.chunks=24", "verify.n_ctx=128", "verify.base_damage=false",
+)  # fmt: skip
+
+
+def miniature_run(
+    base: Path, run_dir: Path, *overrides: str, shipped: str = "phi35_mini.yaml", amounts: Sequence[str] = AMOUNTS
+) -> RunConfig:
+    """A shipped configuration with only the base, the place and the amounts changed."""
+    changed = [f"model.base={base}", f"run_dir={run_dir}", *amounts, *overrides]
+    return load_config(ROOT / "configs" / shipped, changed)
 
 
 @dataclass(frozen=True)
@@ -379,17 +385,19 @@ main()
 """
 
 
-def run_miniature(root: Path, *, name: str) -> MiniatureRun:
-    """Make the base under a name and send it through `so8t run`."""
+def run_miniature(
+    root: Path, *, name: str, shipped: str = "phi35_mini.yaml", amounts: Sequence[str] = AMOUNTS
+) -> MiniatureRun:
+    """Make the base under a name and send it through `so8t run` in `root`, where relative data files are looked for."""
     canary = root / "canary"
     base = save_miniature(root / "base", canary=canary, name=name)
-    config = miniature_run(base, root / "run")
+    config = miniature_run(base, root / "run", shipped=shipped, amounts=amounts)
     file = root / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
     command = [sys.executable, "-c", RUN, str(root / "peak.txt"), "run", str(file), "--quiet"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with open(root / "said.txt", "w", encoding="utf-8") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, cwd=root)
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, (root / "said.txt").read_text(encoding="utf-8")[-2000:]

@@ -99,6 +99,20 @@ def test_every_wrong_bake_is_far_off():
     assert gap(logits(lost), want) > 1000 * tolerance(want)  # one layer forgotten
 
 
+def test_a_mean_over_ten_logits_lets_a_wrong_bake_pass():
+    """The original project's check (docs/original.md): 0.1 as a mean over the first ten logits of the last position."""
+    model = randomise(attach(tiny_llama(), SO8TConfig()), angle=0.002)
+    want = logits(model)
+    turns = {name: torch.block_diag(*gate.rotation().detach()) for name, gate in gates(model).items()}
+    wrong = tiny_llama()
+    for name, R in turns.items():
+        wrong.get_submodule(name).weight.data @= R.T
+    got = logits(wrong)
+    assert (got - want)[0, -1, :10].abs().mean().item() < 0.1  # measured 0.07
+    assert gap(got, want) > 100 * tolerance(want)  # measured 0.26, 330 times what rounding can do
+    assert gap(logits(bake(model)), want) < tolerance(want)
+
+
 def test_peft_models_bake_to_the_plain_model():
     model = randomise(get_peft_model(tiny_llama(), SO8TConfig(lora=LORA)))
     want = logits(model)

@@ -122,6 +122,21 @@ def test_angles_up_to_pi_need_no_squaring() -> None:
     assert plans([sample("one plane", 7.0).float()])[0].squarings == 1
 
 
+def test_a_block_does_not_feel_its_neighbours_angles() -> None:
+    """A scale for each block, undone with as many squarings as the largest block needs, is wrong for all others."""
+    theta = torch.cat([sample("generic", angle, 4) for angle in (0.1, 0.9, 3.0, 50.0)])
+    want = oracle(theta)
+    assert (exp_so8(theta) - want).abs().max().item() <= 1e-12  # float64's own error at angle 50 is the largest part
+    A = skew(theta)
+    scale = torch.ceil(torch.log2(torch.linalg.matrix_norm(A))).clamp(min=0)
+    wrong = torch.linalg.matrix_exp(A / 2 ** scale[:, None, None])
+    for _ in range(int(scale.max())):
+        wrong = wrong @ wrong
+    assert orthogonality(wrong) < 1e-10  # still rotations, so that no check of orthogonality can see it
+    assert (wrong - want)[-4:].abs().max().item() <= 1e-10  # the largest blocks alone are right
+    assert (wrong - want)[:-4].abs().amax(dim=(1, 2)).min().item() > 0.1
+
+
 def test_a_batch_of_several_is_each_of_them_alone() -> None:
     """Whatever their lengths, dtypes and sizes: the pieces find their owners again."""
     thetas = [

@@ -10,15 +10,16 @@ import yaml
 from pipeline.config import ConfigError, RunConfig, load_config, parse_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 GENERATED = "data: {generator: {rows: 1, heldout_rows: 1}}\n"
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "phi35_mini.yaml"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_are_valid(name: str) -> None:
     load_config(CONFIGS / name)
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "phi35_mini.yaml"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_comment_every_key(name: str) -> None:
     lines = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
     bare = [
