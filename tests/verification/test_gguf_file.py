@@ -13,6 +13,7 @@ from verification_models import Family, rewrite
 
 from so8t_core.errors import InputError
 from verification.engines.quantise import nominal_types, quantise
+from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import read_gguf
 
 
@@ -137,3 +138,13 @@ def test_an_admission_names_the_fault_and_its_bound(tmp_path: Path) -> None:
     assert read_gguf(path).metadata["llama.attention.head_count"] == [7]
     path.write_bytes(header(tensors=text("t") + struct.pack("<IQIQ", 1, 2, 26, 0), n_tensors=1))
     assert read_gguf(path).tensors["t"].values().tolist() == [0, 0]  # I32
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_importance_matrix_whose_counts_do_not_divide_its_sums_is_refused(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "x.gguf"
+    sums = text("a.in_sum2") + struct.pack("<IQIQ", 1, 4, 0, 0)
+    counts = text("a.counts") + struct.pack("<IQIQ", 1, count, 0, 0)
+    path.write_bytes(header(tensors=sums + counts, n_tensors=2))
+    with pytest.raises(InputError, match=f"a has {count} counts for 4 sums"):
+        read_imatrix(path)
