@@ -134,6 +134,9 @@ def test_an_admission_names_the_fault_and_its_bound(tmp_path: Path) -> None:
         path.write_bytes(header(tensors=tensor, n_tensors=1))
         with pytest.raises(InputError, match=message):
             read_gguf(path)
+    path.write_bytes(header(tensors=text("t") + struct.pack("<IQQIQ", 2, 0, 1 << 63, 1, 0), n_tensors=1))
+    with pytest.raises(InputError, match="beside a zero"):
+        read_gguf(path)
     path.write_bytes(header(text("llama.attention.head_count") + array + struct.pack("<IQI", 4, 1, 7)))
     assert read_gguf(path).metadata["llama.attention.head_count"] == [7]
     path.write_bytes(header(tensors=text("t") + struct.pack("<IQIQ", 1, 2, 26, 0), n_tensors=1))

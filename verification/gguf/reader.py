@@ -236,6 +236,8 @@ def read_gguf(path: str | Path) -> GGUFFile:
                 f"{path} is truncated: tensor {name} ({kind.name}, {list(reversed(dims))}) ends at byte "
                 f"{begin + length}{aligned}, the file has {size}. Copy or convert it again."
             )
+        if not count and math.prod(max(d, 1) for d in dims) > 1 << 40:  # a zero must not hide a size numpy cannot hold
+            raise InputError(f"{path}: tensor {name} has dimensions {dims}, over 2^40 elements beside a zero")
         if name in tensors:
             raise InputError(f"{path}: tensor {name} occurs twice; the file is damaged")
         tensors[name] = GGUFTensor(name, tuple(reversed(dims)), kind.name, data[begin : begin + length], begin)
