@@ -13,6 +13,7 @@ from verification_models import Family, rewrite
 
 from so8t_core.errors import InputError
 from verification.engines.quantise import nominal_types, quantise
+from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import read_gguf
 
 
@@ -87,7 +88,7 @@ def test_damaged_headers_are_refused_not_crashed_on(tmp_path: Path) -> None:
     number = struct.pack("<I", 4)
     for entry, message in (
         (text("general.alignment") + number + struct.pack("<I", 0), "alignment is 0"),
-        (text("general.alignment") + struct.pack("<I", 8) + text("x"), "alignment is 'x'"),
+        (text("general.alignment") + struct.pack("<I", 8) + text("x"), "alignment is string, wanted integer"),
         (text("a") + struct.pack("<IIQ", 9, 9, 1) * 5000, "array of arrays"),
         (text("split.count") + struct.pack("<IH", 2, 3), "one part of a file split into 3"),
     ):
@@ -99,4 +100,54 @@ def test_damaged_headers_are_refused_not_crashed_on(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="truncated"):
         read_gguf(path)
     path.write_bytes(header(text("general.file_type") + struct.pack("<IIQI", 9, 4, 1, 7)))
-    assert read_gguf(path).file_type == "unknown"
+    with pytest.raises(InputError, match="file_type is array of u32, wanted integer"):
+        read_gguf(path)
+
+
+def test_an_admission_names_the_fault_and_its_bound(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    u32, boolean, string, array = (struct.pack("<I", kind) for kind in (4, 7, 8, 9))
+    for entry, message in (
+        (text("general.alignment") + u32 + struct.pack("<I", 48), "alignment is 48, not a power of two"),
+        (text("general.alignment") + u32 + struct.pack("<I", 1 << 30), "alignment is 1073741824, not"),
+        (text("general.name") + string + text("a\0b"), "NUL at character 1"),
+        (text("a\0b") + string + text("x"), "NUL at character 1"),
+        (text("general.name") + string + struct.pack("<Q", 1) + b"\xff", "not UTF-8"),
+        (text("") + string + text("x"), "empty key"),
+        (text("tokenizer.ggml.add_bos_token") + boolean + b"\xff", "truth value 255"),
+        (text("tokenizer.ggml.bos_token_id") + string + text("1"), "is string, wanted integer"),
+        (text("llama.block_count") + array + struct.pack("<IQ", 4, 0), "is array of u32, wanted integer"),
+        (text("a") + array + struct.pack("<IQ", 0, 1 << 33), "8589934592 items, at most 4194304"),
+    ):
+        path.write_bytes(header(entry))
+        with pytest.raises(InputError, match=message) as refused:
+            read_gguf(path)
+        assert len(str(refused.value).splitlines()) == 1
+    one = struct.pack("<IQIQ", 1, 1, 0, 0)
+    for tensor, message in (
+        (text("blk.4000000000.x") + one, "block number from 0 to 9999"),
+        (struct.pack("<Q", 8) + "blk.².x".encode() + one, "block number from 0 to 9999"),
+        (text("t") + struct.pack("<I", 1 << 31), "2147483648 dimensions"),
+        (text("t" * 64) + one, "64 characters, at most 63"),
+        (text("") + one, "0 bytes"),
+    ):
+        path.write_bytes(header(tensors=tensor, n_tensors=1))
+        with pytest.raises(InputError, match=message):
+            read_gguf(path)
+    path.write_bytes(header(tensors=text("t") + struct.pack("<IQQIQ", 2, 0, 1 << 63, 1, 0), n_tensors=1))
+    with pytest.raises(InputError, match="beside a zero"):
+        read_gguf(path)
+    path.write_bytes(header(text("llama.attention.head_count") + array + struct.pack("<IQI", 4, 1, 7)))
+    assert read_gguf(path).metadata["llama.attention.head_count"] == [7]
+    path.write_bytes(header(tensors=text("t") + struct.pack("<IQIQ", 1, 2, 26, 0), n_tensors=1))
+    assert read_gguf(path).tensors["t"].values().tolist() == [0, 0]  # I32
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_importance_matrix_whose_counts_do_not_divide_its_sums_is_refused(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "x.gguf"
+    sums = text("a.in_sum2") + struct.pack("<IQIQ", 1, 4, 0, 0)
+    counts = text("a.counts") + struct.pack("<IQIQ", 1, count, 0, 0)
+    path.write_bytes(header(tensors=sums + counts, n_tensors=2))
+    with pytest.raises(InputError, match=f"a has {count} counts for 4 sums"):
+        read_imatrix(path)

@@ -52,6 +52,11 @@ def _from_gguf(path: Path) -> dict[str, Array]:
         if counted is None or {tensor.type, counted.type} != {"F32"}:
             raise InputError(f"importance matrix {path}: {stem} lacks its counts or is not F32; make it again")
         counts = np.rint(counted.values().reshape(-1, 1)).astype(np.float32)  # (experts, 1)
+        if not counts.size or tensor.raw.size % counted.raw.size:
+            raise InputError(
+                f"importance matrix {path}: {stem} has {counts.size} counts for {tensor.raw.size // 4} sums, "
+                "not a divisor; make it again"
+            )
         sums = tensor.values().reshape(len(counts), -1)  # (experts, channels)
         safe = np.where(counts > 0, counts, np.float32(1))
         entries[stem] = np.where(counts > 0, sums / safe, np.float32(1)).astype(np.float32).ravel()

@@ -22,9 +22,11 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from so8t_core.errors import InputError
+from verification.gguf import admission
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+BOOL, STRING, ARRAY = 7, 8, 9
+_PLAIN = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
 FLOAT_TYPES = {"F32", "F16", "BF16"}
 
 # llama.cpp's enum llama_ftype (include/llama.h): the number stored in general.file_type
@@ -53,6 +55,8 @@ class GGUFTensor:
             return self.raw.view(np.float32).reshape(self.shape)
         if self.type == "F16":
             return self.raw.view(np.float16).reshape(self.shape).astype(np.float32)
+        if self.type in _PLAIN:
+            return self.raw.view(_PLAIN[self.type]).reshape(self.shape).astype(np.float32)
         rows = int(np.prod(self.shape[:-1], dtype=np.int64))
         values: npt.NDArray[np.float32] = dequantize(self.raw.reshape(rows, -1), kind)
         return values.reshape(self.shape)
@@ -92,6 +96,7 @@ class Cursor:
 
     def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
         self.path, self.data, self.at, self.inside = path, data.data, 0, "the header"
+        self.items = 0  # of all arrays so far
 
     def take(self, size: int) -> memoryview:
         """The next `size` bytes.
@@ -110,6 +115,12 @@ class Cursor:
     def unpack(self, code: str) -> Any:
         """The next number, by its struct code."""
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def peek(self) -> int:
+        """The next u32, without moving on."""
+        number = int(self.unpack("I"))
+        self.at -= 4
+        return number
 
     def string(self) -> str:
         """The next string."""
@@ -142,6 +153,12 @@ class Cursor:
             return self.string()
         if kind == ARRAY:
             inner, count = self.unpack("I"), self.unpack("Q")
+            self.items += count
+            if self.items > admission.MAX_ITEMS:
+                raise InputError(
+                    f"{self.path}: {self.inside} brings the arrays to {self.items} items, "
+                    f"at most {admission.MAX_ITEMS} are read"
+                )
             if inner == ARRAY:
                 raise InputError(f"{self.path}: {self.inside} is an array of arrays, which llama.cpp does not read")
             if inner in SCALARS:
@@ -152,6 +169,8 @@ class Cursor:
             raise InputError(
                 f"{self.path}: {self.inside} has the unknown value type {kind}; the file is damaged or newer"
             )
+        if kind == BOOL and self.data[self.at : self.at + 1].tobytes() not in (b"\0", b"\1", b""):
+            raise InputError(f"{self.path}: {self.inside} is the truth value {self.data[self.at]}, neither 0 nor 1")
         return self.unpack(SCALARS[kind])
 
 
@@ -176,6 +195,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     if version not in (2, 3):
         raise InputError(f"{path} has GGUF version {version}; versions 2 and 3 (little endian) can be read")
     n_tensors, n_kv = cursor.unpack("Q"), cursor.unpack("Q")
+    admission.counts(path, n_tensors, n_kv)
     metadata: dict[str, Any] = {}
     for index in range(n_kv):
         cursor.inside = f"metadata entry {index + 1} of {n_kv}"
@@ -183,12 +203,20 @@ def read_gguf(path: str | Path) -> GGUFFile:
         cursor.inside = f"metadata key {key!r}"
         if key in metadata:
             raise InputError(f"{path}: {cursor.inside} occurs twice; the file is damaged")
-        metadata[key] = cursor.value(cursor.unpack("I"))
+        admission.text(path, cursor.inside, key, bound=admission.MAX_KEY)
+        if not key:
+            raise InputError(f"{path}: metadata entry {index + 1} of {n_kv} has an empty key; the file is damaged")
+        kind = cursor.unpack("I")
+        inner = cursor.peek() if kind == ARRAY else None
+        admission.key_type(path, key, kind, inner)
+        value = cursor.value(kind)
+        if isinstance(value, str):
+            admission.text(path, cursor.inside, value)
+        metadata[key] = value
     keys_end = cursor.at
     infos = list(_tensor_infos(cursor, n_tensors))
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise InputError(f"{path}: general.alignment is {alignment!r}, not a positive number; the file is damaged")
+    admission.alignment(path, alignment)
     if metadata.get("split.count", 0) not in (0, 1):
         raise InputError(
             f"{path} is one part of a file split into {metadata['split.count']}; join them first: "
@@ -208,6 +236,8 @@ def read_gguf(path: str | Path) -> GGUFFile:
                 f"{path} is truncated: tensor {name} ({kind.name}, {list(reversed(dims))}) ends at byte "
                 f"{begin + length}{aligned}, the file has {size}. Copy or convert it again."
             )
+        if not count and math.prod(max(d, 1) for d in dims) > 1 << 40:  # a zero must not hide a size numpy cannot hold
+            raise InputError(f"{path}: tensor {name} has dimensions {dims}, over 2^40 elements beside a zero")
         if name in tensors:
             raise InputError(f"{path}: tensor {name} occurs twice; the file is damaged")
         tensors[name] = GGUFTensor(name, tuple(reversed(dims)), kind.name, data[begin : begin + length], begin)
@@ -218,8 +248,9 @@ def _tensor_infos(cursor: Cursor, count: int) -> Iterator[tuple[str, list[int], 
     for index in range(count):
         cursor.inside = f"description of tensor {index + 1} of {count}"
         name = cursor.string()
-        cursor.inside = f"description of tensor {name}"
+        cursor.inside = f"description of tensor {name[:80]!r}"
         n_dims = cursor.unpack("I")
+        admission.tensor(cursor.path, name, n_dims)
         dims = [cursor.unpack("Q") for _ in range(n_dims)]
         number, offset = cursor.unpack("I"), cursor.unpack("Q")
         try:
