@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli.serve_verbs import audit_app, serve
 from so8t_core.errors import InputError
+from verification.engines import distributed
 
 if TYPE_CHECKING:
     from verification.gate.report import Report
@@ -87,8 +88,11 @@ class _Interrupted(Exception):
 
 
 def _fail(message: str) -> None:
-    rank = os.environ.get("RANK", "0")  # in a launch of several processes each speaks for itself
-    who = "so8t" if rank == "0" else f"so8t (process {rank})"
+    try:
+        number = distributed.rank()
+    except InputError:  # the launch's variables are what is wrong, and the message says so
+        number = 0
+    who = f"so8t (process {number})" if number else "so8t"  # in a launch of several processes each reports its errors
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"{who}: {message}", markup=False)
     sys.exit(2)
 
@@ -124,7 +128,7 @@ def _execute(
     run = Run(loaded, Reporter(quiet=quiet))
     report = run.execute(first=first, until=until, force=tuple(force or ()))
     if report is not None:
-        _announce(report, run.report)
+        _announce(report, run.report, speaks=distributed.is_first())
 
 
 def _plan(
@@ -149,15 +153,20 @@ def _plan(
         raise InputError("\nso8t: ".join(plan.problems))
 
 
-def _announce(report: Report, folder: Path) -> None:
-    """Verdict table, the report's path, and the exit code that follows."""
-    from verification.show.github import append_step_summary
-    from verification.show.terminal import verdict_table
+def _announce(report: Report, folder: Path, *, speaks: bool = True) -> None:
+    """Verdict table, the report's path, and the exit code that follows.
 
-    append_step_summary(report)
-    console = Console(highlight=False)
-    console.print(verdict_table(report))
-    console.print(f"Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
+    Args:
+        speaks: print; in a launch of several processes the first one does, and all exit by the verdict.
+    """
+    if speaks:
+        from verification.show.github import append_step_summary
+        from verification.show.terminal import verdict_table
+
+        append_step_summary(report)
+        console = Console(highlight=False)
+        console.print(verdict_table(report))
+        console.print(f"Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
     raise typer.Exit(0 if report.verdict == "pass" else 1)
 
 
@@ -289,8 +298,7 @@ def verify(
         written = (out / "report.json").is_file()
         done = f"what was measured is in {out / 'report.html'}" if written else "nothing was measured, so no report"
         raise _Interrupted(done) from None
-    if os.environ.get("RANK", "0") == "0":  # the first process of a launch speaks for all
-        _announce(report, out)
+    _announce(report, out, speaks=distributed.is_first())
 
 
 def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: bool) -> None:
@@ -379,6 +387,8 @@ def gate(
 
     path = report / "report.json" if report.is_dir() else report
     stored = load_report(path)
+    if not any(artefact.role == "candidate" for artefact in stored.artefacts):
+        raise InputError(f"{path} names no candidate file, so there is nothing to release; verify again")
     if statement:
         check_statement(stored, path)
     if policy_sha256 is not None:

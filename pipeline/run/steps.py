@@ -59,7 +59,7 @@ class Run:
         """Run what is not up to date, from `first` to `until`; returns the report when verify was reached.
 
         In a launch of several processes the first one decides and writes, and calls the others to what is done
-        together; they return None.
+        together; all return the same.
 
         Args:
             first: run this step and all after it again, up to date or not.
@@ -78,8 +78,7 @@ class Run:
 
     def _execute(self, last: int, again: set[str]) -> Report | None:
         if not distributed.is_first():
-            self._follow()
-            return None
+            return self._follow()
         with locked(self.dir):
             for folder in (self.dir, self.work, self.work / "oracle"):
                 sweep(folder)
@@ -92,14 +91,17 @@ class Run:
                 refuse_early(self, last)
             for number, name in enumerate(STEPS[1 : last + 1], start=1):
                 self._one(name, number, last, forced=name in again)
+        report = self._stored_report() if last == len(STEPS) - 1 else None
         distributed.from_first(lambda: None)  # nothing more to do for the others
-        return self._stored_report() if last == len(STEPS) - 1 else None
+        return distributed.from_first(lambda: report)
 
-    def _follow(self) -> None:
+    def _follow(self) -> Report | None:
         """What every process but the first does: its share of the steps that it is called to."""
         while (call := distributed.from_first(lambda: None)) is not None:
             name, self.base_dir = call
             WORK[name].work(self)
+        report: Report | None = distributed.from_first(lambda: None)
+        return report
 
     def _one(self, name: str, number: int, last: int, *, forced: bool) -> None:
         step = WORK[name]

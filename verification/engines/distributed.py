@@ -21,18 +21,45 @@ _PATIENCE = timedelta(days=30)
 
 
 def count() -> int:
-    """How many processes work on this command."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes work on this command.
+
+    Raises:
+        InputError: WORLD_SIZE is no positive number.
+    """
+    return _number("WORLD_SIZE", 1, least=1)
 
 
 def rank() -> int:
-    """This process' number, 0 .. count() - 1, over all machines."""
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+    """This process' number, 0 .. count() - 1, over all machines; 0 where WORLD_SIZE says that there is no other.
+
+    Raises:
+        InputError: RANK is no number below WORLD_SIZE.
+    """
+    if (processes := count()) == 1:
+        return 0
+    number = _number("RANK", 0)
+    if number >= processes:
+        raise InputError(
+            f"RANK={number} is not below WORLD_SIZE={processes}; unset both, or start the command with "
+            "`accelerate launch`"
+        )
+    return number
 
 
 def local_rank() -> int:
     """This process' number on its machine: its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0
+    return _number("LOCAL_RANK", 0) if count() > 1 else 0
+
+
+def _number(variable: str, default: int, *, least: int = 0) -> int:
+    """A whole number from the launcher's environment."""
+    text = os.environ.get(variable, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise InputError(
+            f"the environment variable {variable} is {text!r}, a whole number from {least} on is expected; "
+            "unset it, or start the command with `accelerate launch`"
+        )
+    return int(text)
 
 
 def is_first() -> bool:
@@ -114,4 +141,4 @@ def together(mine: dict[int, T]) -> list[T]:
 
 def threads_each(cores: int) -> int:
     """Threads for each process of a machine that has `cores`, when nobody said otherwise."""
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1") if count() > 1 else "1"))
+    return max(1, cores // (_number("LOCAL_WORLD_SIZE", 1, least=1) if count() > 1 else 1))

@@ -162,8 +162,9 @@ def _decide_check(check: Check, policy: Policy) -> Check:
         )
     elif (known := policy.bound(check)) is not None:
         check = check.model_copy(update={"relation": known[0], "bound": known[1]})
-    elif _is_statistic(check):  # never the bound that a stored report says it had
-        check = check.model_copy(update={"relation": None, "bound": None, "detail": _unknown(check)})
+    else:  # never the bound that a stored report says it had
+        detail = _unknown(check) if check.value is not None or _is_statistic(check) else check.detail
+        check = check.model_copy(update={"relation": None, "bound": None, "detail": detail})
     status = _evaluate(check)
     if status in ("fail", "inconclusive"):  # what was not measured cannot be accepted
         for waiver in policy.waivers:
@@ -173,7 +174,10 @@ def _decide_check(check: Check, policy: Policy) -> Check:
 
 
 def _unknown(check: Check) -> str:
-    leg, kind = _leg_of(check.name), check.subject.split(" ")[0]
+    """Why the policy has no bound for a check."""
+    if not _is_statistic(check):
+        return f"{check.name} is no check of this version of so8t, so no bound is known for it; verify again"
+    leg, kind = check.name.split(".")[0], check.subject.split(" ")[0]
     if leg == "dtype":
         return f"{check.name.removeprefix('dtype.mean_kld.')} has no bound; save in float32, float16 or bfloat16"
     return f"the policy has no {leg} bound for {kind}; add `{leg}: {{{kind}: {{mean_kld: .., top1: ..}}}}` to it"
