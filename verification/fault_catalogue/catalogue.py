@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from verification.fault_catalogue.healthy import Healthy
+from verification.fault_catalogue.models import Healthy
 
 Kind = Literal[
     "rope", "norm", "window and soft-cap", "attention layout", "tokenizer", "BOS and stop", "chat template",
