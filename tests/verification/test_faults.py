@@ -22,8 +22,9 @@ from verification.contract.file_structure import counts, layout, promised_types,
 from verification.contract.metadata import HARMLESS, against_oracle, is_harmless
 from verification.engines.quantise import quantise
 from verification.fault_catalogue import run as runner
-from verification.fault_catalogue.catalogue import Fault, catalogue
+from verification.fault_catalogue.catalogue import catalogue
 from verification.fault_catalogue.edit import set_metadata
+from verification.fault_catalogue.fault import Fault
 from verification.fault_catalogue.file_gate import judge
 from verification.fault_catalogue.models import Healthy, make_family
 from verification.fault_catalogue.page import html_page, markdown

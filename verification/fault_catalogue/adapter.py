@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from verification.engines.quantise import quantise, quantised_bytes
-from verification.fault_catalogue.catalogue import Fault, Plant, layer_of, steps
 from verification.fault_catalogue.edit import transposed
+from verification.fault_catalogue.fault import Fault, Plant, layer_of, steps
 from verification.fault_catalogue.models import Healthy
 from verification.gguf.reader import read_gguf
 from verification.gguf.writer import Raw

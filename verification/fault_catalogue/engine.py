@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from verification.fault_catalogue.catalogue import Fault, steps
+from verification.fault_catalogue.fault import Fault, steps
 from verification.fault_catalogue.models import Healthy
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from so8t_core.errors import InputError
 from verification.contract.metadata import is_harmless
 from verification.engines.quantise import quantise, quantised_bytes
-from verification.fault_catalogue.catalogue import Fault, Strength
 from verification.fault_catalogue.diagnosis import diagnose
+from verification.fault_catalogue.fault import Fault, Strength
 from verification.fault_catalogue.file_gate import Judgement, decided, judge, logit_checks
 from verification.fault_catalogue.models import (
     KINDS,

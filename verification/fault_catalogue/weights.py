@@ -9,7 +9,6 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from verification.engines.quantise import quantise, quantised_bytes
-from verification.fault_catalogue.catalogue import Fault, Plant, Strength, layer_of, steps
 from verification.fault_catalogue.edit import (  # fmt: skip
     edit_tensor,
     permuted,
@@ -19,6 +18,7 @@ from verification.fault_catalogue.edit import (  # fmt: skip
     unpermuted,
     without_tensor,
 )
+from verification.fault_catalogue.fault import Fault, Plant, Strength, layer_of, steps
 from verification.fault_catalogue.models import Healthy, noise
 from verification.gguf.reader import read_gguf
 from verification.gguf.writer import Info, Raw
