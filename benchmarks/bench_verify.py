@@ -26,7 +26,8 @@ import numpy as np
 from benchmarks.peak import resident
 from benchmarks.side_by_side import interleave
 from verification.contract.chat import fixtures
-from verification.engines.logits import LlamaLogits, hf_rows, load_hf
+from verification.engines.huggingface import hf_rows, load_hf
+from verification.engines.llama_logits import LlamaLogits
 from verification.logit_parity.compare import measure_file, passages_of, run_reference
 from verification.logit_parity.engine_noise import noise_floor
 from verification.logit_parity.run_modes import Plan, plan_cells

@@ -30,8 +30,8 @@ from pipeline.train.pet import decoder_layers, unit_rms
 from so8t_core import bake_checkpoint, pet_penalty
 from so8t_core.errors import InputError
 from verification.engines.convert import convert
+from verification.engines.huggingface import load_hf
 from verification.engines.llama_model import LlamaModel
-from verification.engines.logits import load_hf
 from verification.engines.quantise import quantise
 from verification.logit_parity.compare import measure_file, passages_of, run_reference
 from verification.logit_parity.text import DEFAULT_CORPUS, read_corpus

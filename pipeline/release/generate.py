@@ -14,8 +14,7 @@ import llama_cpp
 import numpy as np
 
 from so8t_core.errors import InputError
-from verification.engines.llama_model import LlamaModel, last_words
-from verification.engines.logits import usable_cores
+from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 
 PIECE_BYTES = 256  # of one token's text, to begin with
 

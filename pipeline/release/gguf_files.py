@@ -22,8 +22,8 @@ from so8t_core.files import atomic_dir, sha256_file, write_text
 from verification.engines.convert import OUT_TYPES, convert, default_name
 from verification.engines.quantise import nominal_types, quantise, type_number
 from verification.gguf.reader import read_gguf
-from verification.reference.context_limit import limit_of_config
-from verification.weight_parity.expected import read_config
+from verification.reference.checkpoint import read_config
+from verification.reference.rope import limit_of_config
 
 
 def released_name(base: str, base_dir: Path) -> str:

@@ -27,10 +27,9 @@ from pipeline.serve.protocol import invalid
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
-from verification.engines.llama_model import LlamaModel, last_words
-from verification.engines.logits import usable_cores
+from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 from verification.gguf.reader import read_gguf
-from verification.reference.context_limit import limit_of_file
+from verification.reference.rope import limit_of_file
 
 PIECE = 128  # prompt tokens between two looks at the cancel flag
 

@@ -30,8 +30,8 @@ from verification.engines.llama_model import LlamaModel
 from verification.fault_catalogue.edit import set_metadata
 from verification.gate.policy import make_policy
 from verification.gguf.reader import read_gguf
+from verification.reference.checkpoint import read_config
 from verification.reference.tokenizer import load_tokenizer
-from verification.weight_parity.expected import read_config
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,14 @@ import pytest
 import torch
 
 from verification.engines.convert import convert
-from verification.engines.logits import load_hf
+from verification.engines.huggingface import load_hf
 from verification.gate.decide import decide
 from verification.gate.policy import Policy, make_policy
 from verification.gate.report import Check, Leg, Report
 from verification.logit_parity.compare import cell_checks, distinct, measure_file, passages_of, run_reference
-from verification.logit_parity.run_modes import (
-    CACHE_LIMIT,
-    Passage,
-    Plan,
-    cache_bytes,
-    original_length,
-    plan_cells,
-    shipped_n_ctx,
-)
+from verification.logit_parity.run_modes import CACHE_LIMIT, Passage, Plan, cache_bytes, plan_cells, shipped_n_ctx
 from verification.logit_parity.text import Corpus
+from verification.reference.rope import original_length
 
 PHI35 = {
     "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "hidden_size": 3072,

@@ -18,22 +18,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from verification.contract.checks import Candidate, weight_checks
 from verification.contract.file_structure import counts, layout, promised_types, vocabulary
 from verification.contract.metadata import HARMLESS, against_oracle, is_harmless
 from verification.engines.quantise import quantise
 from verification.fault_catalogue import run as runner
-from verification.fault_catalogue.catalogue import Fault, catalogue
-from verification.fault_catalogue.edit import Raw, set_metadata
+from verification.fault_catalogue.catalogue import catalogue
+from verification.fault_catalogue.edit import set_metadata
+from verification.fault_catalogue.fault import Fault
 from verification.fault_catalogue.file_gate import judge
-from verification.fault_catalogue.healthy import Healthy, make_family
+from verification.fault_catalogue.models import Healthy, make_family
 from verification.fault_catalogue.page import html_page, markdown
 from verification.fault_catalogue.peer_checks import Others
 from verification.fault_catalogue.plant import Bench, as_quant
 from verification.fault_catalogue.result import HealthyRow, SelfTest
 from verification.gguf.cache import Memory
+from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
-from verification.weight_parity.checks import quantise_checks
+from verification.gguf.writer import Raw
+from verification.weight_parity.checks import quantise_checks, weight_checks
 from verification.weight_parity.compare import Examination
 from verification.weight_parity.expected import inventory
 from verification.weight_parity.explain import damage_cause, merge_cause

@@ -20,7 +20,7 @@ from verification_models import Family
 
 from pipeline.cli.main import main
 from so8t_core.errors import InputError
-from verification.engines.logits import LlamaLogits
+from verification.engines.llama_logits import LlamaLogits
 from verification.logit_parity.kl import divergence
 from verification.logit_parity.llama_cpp_commands import candidate_statistics, write_base_of
 from verification.logit_parity.llama_cpp_file import encode, read_base, row_width, write_base

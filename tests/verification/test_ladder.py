@@ -16,7 +16,8 @@ from verification_models import Family, make_family, rewrite
 from so8t_core.errors import InputError
 from verification import Report, decide, verify
 from verification.engines.convert import convert
-from verification.engines.logits import LlamaLogits, hf_chunk, load_hf
+from verification.engines.huggingface import hf_chunk, load_hf
+from verification.engines.llama_logits import LlamaLogits
 from verification.gate.policy import make_policy
 from verification.gate.report import NoiseRow
 from verification.logit_parity.engine_noise import SAME, noise_checks, noise_floor

@@ -18,9 +18,11 @@ from verification.commands.lint import lint
 from verification.commands.lint_result import LintReport
 from verification.commands.lint_terminal import lint_table, write_lint
 from verification.fault_catalogue import edit as faults
-from verification.fault_catalogue.specimens import FAMILIES, Baked, Pair, make_baked, make_pairs
+from verification.fault_catalogue.models import FAMILIES, Baked, Pair, make_baked, make_pairs
 from verification.gguf.reader import read_gguf
-from verification.weight_parity.expected import Checkpoint, inventory
+from verification.gguf.writer import Raw
+from verification.reference.checkpoint import Checkpoint
+from verification.weight_parity.expected import inventory
 
 KINDS = ("F16", "Q8_0", "Q4_K_M")
 # transformers 5 reads every qwen2 tokenizer.json with Qwen2's own splitting, llama.cpp the SentencePiece model beside
@@ -411,9 +413,9 @@ def test_swapped_tokens_are_named(baked: Baked, tmp_path: Path) -> None:
 
 def test_an_end_of_turn_that_llama_cpp_does_not_know_is_named(baked: Baked, tmp_path: Path) -> None:
     """Its name is taken away, by which llama.cpp knows it; the template still ends answers with the token."""
-    from verification.fault_catalogue.specimens import TURNS
+    from verification.fault_catalogue.models import TURNS
 
-    raw = faults.Raw.read(baked.files["F16"])
+    raw = Raw.read(baked.files["F16"])
     tokens = raw.keys["tokenizer.ggml.tokens"][1]
     number = tokens.index("<end_of_turn>")
     tokens[number] = "<over>"

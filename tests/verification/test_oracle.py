@@ -17,10 +17,10 @@ from tiny_gguf import importance, write_wide
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
-from verification.contract.checks import Candidate
 from verification.engines.quantise import quantise
 from verification.engines.reconversion import Oracle, Twin
 from verification.gate.report import Check
+from verification.gguf.candidate import Candidate
 from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor, read_gguf
 from verification.weight_parity.block_bounds import hold

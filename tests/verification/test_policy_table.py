@@ -486,3 +486,10 @@ def test_sentences_of_a_release() -> None:
     assert decide(seen, make_policy({"required": []})).summary == (
         "Release: all 3 checks in 3 legs passed; largest mean KLD 0.012 nats (Q8_0)."
     )
+
+
+def test_the_gate_and_the_reader_agree_on_what_a_float_file_is() -> None:
+    from verification.gate import decide as decision
+    from verification.gguf import reader
+
+    assert decision.FLOAT_TYPES == reader.FLOAT_TYPES

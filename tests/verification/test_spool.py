@@ -15,7 +15,7 @@ from verification_models import Family
 
 import verification.logit_parity.logit_store as spool_module
 from so8t_core.errors import InputError
-from verification.engines.logits import hf_chunk, hf_rows, load_hf
+from verification.engines.huggingface import hf_chunk, hf_rows, load_hf
 from verification.logit_parity.logit_store import LogitSpool
 
 GIB = 2**30

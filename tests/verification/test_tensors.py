@@ -15,15 +15,16 @@ from verification_models import Family, rewrite
 
 from so8t_core import SO8TConfig, attach, bake, bake_checkpoint, load_adapter, save_adapter
 from so8t_core.errors import InputError
-from verification.contract.checks import Candidate, weight_checks
-from verification.engines.logits import load_hf
+from verification.engines.huggingface import load_hf
 from verification.engines.reconversion import Twin
 from verification.fault_catalogue.edit import edit_tensor
+from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
 from verification.logit_parity.bake import _largest, saved_rounding
-from verification.weight_parity.checks import quantise_checks
+from verification.reference.checkpoint import Checkpoint
+from verification.weight_parity.checks import quantise_checks, weight_checks
 from verification.weight_parity.compare import Sources, rotations
-from verification.weight_parity.expected import Checkpoint, inventory
+from verification.weight_parity.expected import inventory
 from verification.weight_parity.hypotheses import halves_to_pairs, rotated
 
 

@@ -15,7 +15,7 @@ from verification_models import Family, rewrite
 from verification.contract import chat, metadata, tokens
 from verification.engines.llama_model import LlamaModel
 from verification.gguf.reader import read_gguf
-from verification.weight_parity.expected import read_config
+from verification.reference.checkpoint import read_config
 
 
 def vocabulary(path: Path) -> LlamaModel:

@@ -14,7 +14,7 @@ from verification_models import Family
 
 from so8t_core import InputError, bake, bake_checkpoint, load_adapter
 from so8t_core.quantised import check_bitsandbytes, load_quantised, weight_error
-from verification.engines.logits import load_hf
+from verification.engines.huggingface import load_hf
 from verification.gate.report import Divergence, Report, TrainedFunction
 from verification.gate.statement import check_statement
 from verification.logit_parity.bake import saved_rounding
@@ -22,9 +22,9 @@ from verification.logit_parity.compare import Reference, passages_of, run_refere
 from verification.logit_parity.kl import DivergenceAccumulator
 from verification.logit_parity.quantised_base import trained_function
 from verification.logit_parity.text import Corpus
+from verification.reference.checkpoint import Checkpoint
 from verification.show.terminal import verdict_table
 from verification.show.write import load_report, to_html, to_json, to_markdown, write_report
-from verification.weight_parity.expected import Checkpoint
 
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 KINDS = ("8bit", "4bit")

@@ -53,7 +53,7 @@ class Family:
 def make_family(root: Path, base: Path) -> Family:
     from so8t_core import SO8TConfig, attach, bake_checkpoint, save_adapter
     from verification.engines.convert import convert
-    from verification.engines.logits import load_hf
+    from verification.engines.huggingface import load_hf
     from verification.engines.quantise import quantise
 
     torch.manual_seed(1)

@@ -36,8 +36,9 @@ from verification.engines.llama_model import LlamaModel
 from verification.engines.sandbox import Probe, probe
 from verification.gguf.cache import Memory
 from verification.gguf.reader import GGUFFile, read_gguf
+from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity.compare import Examination, Sources, rotations
-from verification.weight_parity.expected import Checkpoint, inventory, is_known
+from verification.weight_parity.expected import inventory, is_known
 from verification.weight_parity.neighbours import Examined
 
 _FLUSHED = 1e-3  # share of a tensor's weights that is worth a note: single ones become zero in every F16 file

@@ -14,11 +14,11 @@ import torch
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path, size_of
-from verification.contract.checks import Candidate
 from verification.engines.convert import CONVERTER_VERSION
 from verification.engines.llama_model import quiet
 from verification.gate.policy import DEFAULT_POLICY, Policy
 from verification.gate.report import Artefact, Report
+from verification.gguf.candidate import Candidate
 from verification.logit_parity.text import DEFAULT_CORPUS
 
 Role = Literal["reference", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]

@@ -20,15 +20,16 @@ import numpy as np
 from so8t_core.errors import InputError
 from so8t_core.quantised import Quantization
 from verification.contract import chat
-from verification.contract.checks import Candidate, contract_checks, weight_checks
+from verification.contract.checks import contract_checks
 from verification.engines import distributed
+from verification.engines.huggingface import load_hf
 from verification.engines.llama_model import LlamaModel
-from verification.engines.logits import load_hf
 from verification.engines.reconversion import Oracle
 from verification.engines.sandbox import require_loadable
 from verification.gate.check import plain_check, zero_check
 from verification.gate.policy import Policy
 from verification.gate.report import CellResult, Check, Divergence, LegName, NoiseRow, TensorRow, TrainedFunction
+from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
 from verification.logit_parity.bake import bake_leg, base_control, dtype_name, saved_rounding, transposed_control
 from verification.logit_parity.compare import (
@@ -47,10 +48,10 @@ from verification.logit_parity.quantised_base import trained_function
 from verification.logit_parity.run_modes import Level, Plan, plan_cells
 from verification.logit_parity.text import Corpus, read_corpus
 from verification.logit_parity.text_checks import alignment_check, evidence_checks
+from verification.reference.checkpoint import Checkpoint, read_config
 from verification.reference.tokenizer import load_tokenizer
-from verification.weight_parity.checks import quantise_checks
+from verification.weight_parity.checks import quantise_checks, weight_checks
 from verification.weight_parity.compare import Sources, rotations
-from verification.weight_parity.expected import Checkpoint, read_config
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 

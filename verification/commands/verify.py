@@ -21,13 +21,13 @@ from so8t_core.quantised import Quantization
 from so8t_core.threads import torch_threads
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
 from verification.commands.stages import Progress, Run, Settings, measure_all
-from verification.contract.checks import Candidate
 from verification.engines import distributed
-from verification.engines.logits import usable_cores
+from verification.engines.llama_model import usable_cores
 from verification.engines.reconversion import Oracle
 from verification.gate.decide import LEG_TITLES, decide
 from verification.gate.policy import Policy, load_policy
 from verification.gate.report import AnswerRecord, Check, Leg, LegName, Report, TrainingRecord
+from verification.gguf.candidate import Candidate
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.logit_parity.run_modes import Level
 

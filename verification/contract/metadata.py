@@ -15,7 +15,7 @@ import numpy as np
 from verification.contract.finding import Finding, show
 from verification.gguf.reader import GGUFFile
 from verification.reference import rope
-from verification.weight_parity.expected import KNOWN
+from verification.reference.families import KNOWN
 
 # Keys that change no number: llama.cpp reads them to show them, or not at all. Everything else in `general.` counts:
 # `general.sampling.*` sets the engine's sampling, `general.tensor_extra.*` the precision of single tensors.

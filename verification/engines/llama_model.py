@@ -42,6 +42,11 @@ def last_words(lines: int = 3) -> str:
     return " | ".join(words[-lines:]) or "llama.cpp logged nothing"
 
 
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class LlamaModel:
     """A GGUF file loaded by llama.cpp; a context manager.
 

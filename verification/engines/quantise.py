@@ -1,9 +1,14 @@
-"""Quantise a GGUF file with llama.cpp's own quantiser, and say which type each tensor was promised.
+"""llama.cpp's own quantiser, for a whole GGUF file or one tensor, and the type that each tensor was promised.
 
 The output depends on the source's bytes, the type and the build, not on the number of threads: rows are quantised
 independently. K-quants need rows that are multiples of 256; elsewhere llama.cpp silently takes another type, so the
 nominal type of every tensor is kept beside the actual one. An importance matrix is handed over as the C struct array
-of llama.h. Source: llama.cpp, src/llama-quant.cpp.
+of llama.h.
+
+One tensor goes through `ggml_quantize_chunk`: the exact oracle for a quantised tensor, without a file. llama.cpp
+quantises row by row from float32 with it; the same function on the expected values gives the same bytes, where the
+file was made without an importance matrix by the same build (k-quants may differ in the last bit between machines
+through fused multiply-add; Q8_0 does not). Source: llama.cpp, src/llama-quant.cpp and ggml/include/ggml.h.
 """
 
 from __future__ import annotations
@@ -19,12 +24,20 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
+from llama_cpp._ggml import libggml
 
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_file
-from verification.engines.llama_model import last_words, quiet
-from verification.engines.logits import usable_cores
+from verification.engines.llama_model import last_words, quiet, usable_cores
 from verification.gguf.reader import FILE_TYPES, GGUFFile, read_gguf
+
+Array = npt.NDArray[np.float32]
+_quantize = libggml.ggml_quantize_chunk
+_quantize.restype = ctypes.c_size_t
+_quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+_needs_imatrix = libggml.ggml_quantize_requires_imatrix
+_needs_imatrix.restype, _needs_imatrix.argtypes = ctypes.c_bool, [ctypes.c_int]
 
 # what llama.cpp writes instead when a row is not a multiple of the type's block; Q2_K and Q3_K in older builds: IQ4_NL
 FALLBACKS: dict[str, tuple[str, ...]] = {
@@ -63,7 +76,7 @@ def type_number(name: str) -> int:
     raise InputError(f"unknown quantisation type {name!r}; known: {', '.join(FILE_TYPES.values())}")
 
 
-Importance = Mapping[str, npt.NDArray[np.float32]]
+Importance = Mapping[str, Array]
 
 
 def quantise(
@@ -124,6 +137,23 @@ def _run(source: Path, target: Path, number: int, threads: int | None, imatrix: 
                 "free some space and run again"
             )
         raise InputError(f"llama.cpp cannot quantise {source} to {FILE_TYPES[number]}: {words}")
+
+
+def quantised_bytes(values: Array, kind: str) -> npt.NDArray[np.uint8] | None:
+    """`values` (.., row) as raw bytes of a GGML type; None for a type that cannot be made without an imatrix."""
+    number = GGMLQuantizationType[kind]
+    row = values.shape[-1] if values.ndim else 1
+    if kind in ("F32", "F16", "BF16"):
+        with np.errstate(over="ignore"):
+            raw: npt.NDArray[np.uint8] = np.ascontiguousarray(quantize(values, number)).view(np.uint8).reshape(-1)
+        return raw
+    block, block_bytes = GGML_QUANT_SIZES[number]
+    if _needs_imatrix(int(number)) or row % block:
+        return None
+    source = np.ascontiguousarray(values, dtype=np.float32)
+    target = np.empty(source.size // block * block_bytes, dtype=np.uint8)
+    _quantize(int(number), source.ctypes.data, target.ctypes.data, 0, source.size // row, row, None)
+    return target
 
 
 def nominal_types(file: GGUFFile) -> list[NominalType]:

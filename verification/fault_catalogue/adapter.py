@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from verification.engines.quantise import quantise
-from verification.engines.requantise import quantised_bytes
-from verification.fault_catalogue.catalogue import Fault, Plant, layer_of, steps
-from verification.fault_catalogue.edit import Raw, transposed
-from verification.fault_catalogue.healthy import Healthy
+from verification.engines.quantise import quantise, quantised_bytes
+from verification.fault_catalogue.edit import transposed
+from verification.fault_catalogue.fault import Fault, Plant, layer_of, steps
+from verification.fault_catalogue.models import Healthy
 from verification.gguf.reader import read_gguf
+from verification.gguf.writer import Raw
 from verification.weight_parity.expected import expected_values, inventory
 from verification.weight_parity.hypotheses import rotated
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from verification.engines.convert import convert
-from verification.fault_catalogue.catalogue import Fault, Plant, steps
-from verification.fault_catalogue.healthy import Healthy
+from verification.fault_catalogue.fault import Fault, Plant, steps
+from verification.fault_catalogue.models import Healthy
 from verification.weight_parity.hypotheses import rotated
 
 Change = Callable[[Path, float], None]

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from verification.commands.lint_result import LintCheck, LintFinding
-from verification.fault_catalogue.catalogue import Kind
+from verification.fault_catalogue.fault import Kind
 from verification.fault_catalogue.file_gate import Judgement, differing_matrices
 
 _ORDER = (

@@ -8,8 +8,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from verification.fault_catalogue.catalogue import Fault, steps
-from verification.fault_catalogue.healthy import Healthy
+from verification.fault_catalogue.fault import Fault, steps
+from verification.fault_catalogue.models import Healthy
 
 
 def _as_it_is(pair: Healthy, source: Path, target: Path, strength: float) -> None:

@@ -7,19 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from verification.fault_catalogue.catalogue import Fault, Plant, layer_of, steps
-from verification.fault_catalogue.edit import (
-    Info,
-    Raw,
-    flipped_bit,
-    padded,
-    renamed,
-    set_metadata,
-    truncated,
-    without_tensor,
-)
-from verification.fault_catalogue.healthy import Healthy, noise
+from verification.fault_catalogue.edit import flipped_bit, padded, renamed, set_metadata, truncated, without_tensor
+from verification.fault_catalogue.fault import Fault, Plant, layer_of, steps
+from verification.fault_catalogue.models import Healthy, noise
 from verification.gguf.reader import read_gguf
+from verification.gguf.writer import Info, Raw
 
 
 def _cut(pair: Healthy, source: Path, target: Path, strength: float) -> None:

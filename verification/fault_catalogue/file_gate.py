@@ -14,15 +14,16 @@ from so8t_core.errors import InputError
 from verification.commands.lint import lint
 from verification.commands.lint_result import LintReport
 from verification.commands.stages import same_vocabulary
-from verification.contract.checks import Candidate, contract_checks, weight_checks
-from verification.fault_catalogue.healthy import Healthy
+from verification.contract.checks import contract_checks
+from verification.fault_catalogue.models import Healthy
 from verification.fault_catalogue.peer_checks import Said
 from verification.gate.check import plain_check
 from verification.gate.decide import LEG_TITLES, decide
 from verification.gate.policy import Policy
 from verification.gate.report import Check, Leg, LegName, Report
+from verification.gguf.candidate import Candidate
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile, read_gguf
-from verification.weight_parity.checks import quantise_checks
+from verification.weight_parity.checks import quantise_checks, weight_checks
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from verification.fault_catalogue.catalogue import Fault, Plant, layer_of, steps
 from verification.fault_catalogue.edit import edit_tensor, set_metadata, shifted, swapped, without_tensor
-from verification.fault_catalogue.healthy import Healthy
+from verification.fault_catalogue.fault import Fault, Plant, layer_of, steps
+from verification.fault_catalogue.models import Healthy
 from verification.gguf.reader import read_gguf
 
 

@@ -46,7 +46,7 @@ class Said:
 
 def reference_texts(reference: Path, tokenizer: Any, work: Path) -> Texts:
     """Run the reference once and keep what every file is compared with."""
-    from verification.engines.logits import hf_chunk, hf_rows, load_hf
+    from verification.engines.huggingface import hf_chunk, hf_rows, load_hf
     from verification.logit_parity.text import read_corpus
 
     texts = Texts(*(str(work / f"reference-{name}.npy") for name in ("last", "rows", "tokens")))
@@ -97,8 +97,8 @@ class Others:
 
 
 def _nmse(path: str, texts: Texts, threads: int) -> Said:
+    from verification.engines.llama_logits import LlamaLogits
     from verification.engines.llama_model import LlamaModel
-    from verification.engines.logits import LlamaLogits
 
     wanted = np.load(texts.last).astype(np.float64)
     try:
@@ -113,7 +113,8 @@ def _nmse(path: str, texts: Texts, threads: int) -> Said:
 
 
 def _kld(path: str, texts: Texts, threads: int) -> Said:
-    from verification.engines.logits import LlamaLogits, scored
+    from verification.engines.llama_logits import LlamaLogits
+    from verification.engines.positions import scored
     from verification.logit_parity.kl import DivergenceAccumulator
 
     rows, tokens = np.load(texts.rows, mmap_mode="r"), np.load(texts.tokens)

@@ -22,22 +22,28 @@ import numpy as np
 
 from so8t_core.errors import InputError
 from verification.contract.metadata import is_harmless
-from verification.engines.quantise import quantise
-from verification.engines.requantise import quantised_bytes
-from verification.fault_catalogue.catalogue import Fault, Strength
+from verification.engines.quantise import quantise, quantised_bytes
 from verification.fault_catalogue.diagnosis import diagnose
-from verification.fault_catalogue.edit import Raw
+from verification.fault_catalogue.fault import Fault, Strength
 from verification.fault_catalogue.file_gate import Judgement, decided, judge, logit_checks
-from verification.fault_catalogue.healthy import KINDS, Healthy, make_family, make_main, make_plain, save_sharp
+from verification.fault_catalogue.models import (
+    KINDS,
+    SENTENCEPIECE,
+    Healthy,
+    make_family,
+    make_main,
+    make_plain,
+    save_sharp,
+)
 from verification.fault_catalogue.peer_checks import KLD_BOUND, NMSE_BOUND, Others, Said, Texts, reference_texts
 from verification.fault_catalogue.result import HealthyRow, Row, Says
-from verification.fault_catalogue.specimens import SENTENCEPIECE
 from verification.gate.check import plain_check
 from verification.gate.policy import Policy, make_policy
 from verification.gguf.cache import tensor_key
 from verification.gguf.reader import GGUFFile, read_gguf
+from verification.gguf.writer import Raw
 from verification.logit_parity.bake import saved_rounding
-from verification.weight_parity.expected import Checkpoint
+from verification.reference.checkpoint import Checkpoint
 
 QUICK_FAMILIES = ("llama", "gemma2", "phi3", "smollm3")
 FAMILIES = ("llama", "mistral", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3")
@@ -169,7 +175,7 @@ class Bench:
     def baked(self) -> Any:
         """Base and adapter, baked in float32."""
         from so8t_core import bake, load_adapter
-        from verification.engines.logits import load_hf
+        from verification.engines.huggingface import load_hf
 
         pair = self.pair("main")
         assert pair.base is not None

@@ -17,7 +17,8 @@ from typing import Any
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_file
 from verification.commands.provenance import versions
-from verification.fault_catalogue.catalogue import Fault, catalogue
+from verification.fault_catalogue.catalogue import catalogue
+from verification.fault_catalogue.fault import Fault
 from verification.fault_catalogue.peer_checks import Others
 from verification.fault_catalogue.plant import Bench, Tell
 from verification.fault_catalogue.result import NAMED_RIGHT, HealthyRow, Row, SelfTest

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from verification.fault_catalogue.catalogue import Fault, Plant, steps
-from verification.fault_catalogue.edit import Raw, set_metadata, token_type
-from verification.fault_catalogue.healthy import Healthy
+from verification.fault_catalogue.edit import set_metadata, token_type
+from verification.fault_catalogue.fault import Fault, Plant, steps
+from verification.fault_catalogue.models import Healthy
 from verification.gguf.reader import read_gguf
+from verification.gguf.writer import Raw
 
 
 def _set(key: str, value: Any = None) -> Plant:

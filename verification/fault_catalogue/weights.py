@@ -8,12 +8,8 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from verification.engines.quantise import quantise
-from verification.engines.requantise import quantised_bytes
-from verification.fault_catalogue.catalogue import Fault, Plant, Strength, layer_of, steps
-from verification.fault_catalogue.edit import (
-    Info,
-    Raw,
+from verification.engines.quantise import quantise, quantised_bytes
+from verification.fault_catalogue.edit import (  # fmt: skip
     edit_tensor,
     permuted,
     poisoned,
@@ -21,9 +17,11 @@ from verification.fault_catalogue.edit import (
     swapped,
     unpermuted,
     without_tensor,
-)  # fmt: skip
-from verification.fault_catalogue.healthy import Healthy, noise
+)
+from verification.fault_catalogue.fault import Fault, Plant, Strength, layer_of, steps
+from verification.fault_catalogue.models import Healthy, noise
 from verification.gguf.reader import read_gguf
+from verification.gguf.writer import Info, Raw
 from verification.weight_parity.hypotheses import halves_to_pairs
 
 HEAD = 64  # rows a head in every pair that these faults use

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verification.engines.logits import hf_chunk, load_hf
+from verification.engines.huggingface import hf_chunk, load_hf
 from verification.gate.check import plain_check
 from verification.gate.report import Check
-from verification.weight_parity.expected import Checkpoint
+from verification.reference.checkpoint import Checkpoint
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]

@@ -14,13 +14,15 @@ from typing import Any
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
-from verification.contract.checks import Candidate
 from verification.engines import distributed
+from verification.engines.huggingface import hf_rows, load_hf
+from verification.engines.llama_logits import LlamaLogits
 from verification.engines.llama_model import LlamaModel
-from verification.engines.logits import LlamaLogits, hf_rows, load_hf, scored
+from verification.engines.positions import scored
 from verification.engines.reconversion import Oracle
 from verification.gate.check import divergence_checks
 from verification.gate.report import CellResult, Check, Divergence
+from verification.gguf.candidate import Candidate
 from verification.logit_parity.kl import DivergenceAccumulator, Ids
 from verification.logit_parity.logit_store import LogitSpool
 from verification.logit_parity.run_modes import BLOCK, Cell, Passage, Plan

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from verification.engines.llama_model import LlamaModel
-from verification.engines.logits import LlamaLogits, usable_cores
+from verification.engines.llama_logits import LlamaLogits
+from verification.engines.llama_model import LlamaModel, usable_cores
 from verification.gate.check import plain_check
 from verification.gate.report import Check, NoiseRow
 from verification.logit_parity.kl import mean_kld

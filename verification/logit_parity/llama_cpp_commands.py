@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from so8t_core.errors import InputError
-from verification.engines.logits import LlamaLogits, hf_chunk, load_hf, usable_cores
+from verification.engines.huggingface import hf_chunk, load_hf
+from verification.engines.llama_logits import LlamaLogits
+from verification.engines.llama_model import usable_cores
 from verification.logit_parity.llama_cpp_file import Array, read_base, write_base
 from verification.logit_parity.llama_cpp_statistics import KldStatistics, statistics
 from verification.logit_parity.text import Corpus, read_corpus

@@ -13,7 +13,7 @@ from so8t_core.quantised import Quantization, load_quantised, weight_error
 from verification.gate.report import TrainedFunction
 from verification.logit_parity.compare import Reference, Tell, saved_against
 from verification.logit_parity.text import Corpus
-from verification.weight_parity.expected import Checkpoint
+from verification.reference.checkpoint import Checkpoint
 
 
 def trained_function(

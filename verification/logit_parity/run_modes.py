@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from verification.reference.rope import is_longrope, original_length
+
 Ids = npt.NDArray[np.int64]
 Level = Literal["quick", "full"]
 Config = Mapping[str, Any]
@@ -62,23 +64,6 @@ class Plan:
 
     cells: list[Cell]
     passages: dict[str, list[Passage]] = field(default_factory=dict)
-
-
-def original_length(config: Config) -> int | None:
-    """The length the RoPE was trained for, where the model was stretched beyond it; None otherwise."""
-    found = _in_rope(config, "original_max_position_embeddings")
-    return int(found) if found else None
-
-
-def is_longrope(config: Config) -> bool:
-    """Whether two sets of factors exist, one for short and one for long texts (Phi-3)."""
-    kind = _in_rope(config, "rope_type") or _in_rope(config, "type")
-    return str(kind).lower() in ("longrope", "su")
-
-
-def _in_rope(config: Config, key: str) -> Any:
-    places = [config, config.get("rope_parameters"), config.get("rope_scaling")]
-    return next((place[key] for place in places if isinstance(place, Mapping) and place.get(key)), None)
 
 
 def shipped_n_ctx(config: Config) -> int:

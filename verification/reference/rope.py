@@ -4,18 +4,26 @@ llama3: one divisor a frequency in `rope_freqs.weight`, f_i = 1 for wavelengths 
 original/low, 1 / ((1 - s)/factor + s) between with s = (original/wavelength - low) / (high - low), wavelength
 2 pi theta^(2i/d). LongRoPE: `rope_factors_long/short.weight` as given, and the attention factor
 sqrt(1 + ln(s)/ln(original)), s = max/original. linear and yarn are keys only.
+
+A LongRoPE model has two sets of factors. Hugging Face picks one by the length of the text, llama.cpp by the *allocated*
+context of a sequence, which it pads to a multiple of 256. Only up to the original length do both take the short ones
+for every text; so files are shipped, and served, with no more than `limit_of_config` or `limit_of_file` tokens.
 Source: llama.cpp's converter and the model families' papers (Llama 3.1, LongRoPE).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from verification.gguf.reader import GGUFFile
+
 Array = npt.NDArray[np.float32]
+PAD = 256  # llama.cpp rounds a sequence's context up to a multiple of this
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -86,3 +94,37 @@ def attention_factor(config: dict[str, Any]) -> float | None:
         return None
     scale = float(config["max_position_embeddings"]) / float(original)
     return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+
+
+def original_length(config: Mapping[str, Any]) -> int | None:
+    """The length the RoPE was trained for, where the model was stretched beyond it; None otherwise."""
+    found = _in_rope(config, "original_max_position_embeddings")
+    return int(found) if found else None
+
+
+def is_longrope(config: Mapping[str, Any]) -> bool:
+    """Whether two sets of factors exist, one for short and one for long texts (Phi-3)."""
+    kind = _in_rope(config, "rope_type") or _in_rope(config, "type")
+    return str(kind).lower() in ("longrope", "su")
+
+
+def _in_rope(config: Mapping[str, Any], key: str) -> Any:
+    places = [config, config.get("rope_parameters"), config.get("rope_scaling")]
+    return next((place[key] for place in places if isinstance(place, Mapping) and place.get(key)), None)
+
+
+def limit_of_config(config: Mapping[str, Any]) -> int | None:
+    """The limit of a checkpoint, from its config.json; None where there is none."""
+    return _padded(original_length(config)) if is_longrope(config) else None
+
+
+def limit_of_file(file: GGUFFile) -> int | None:
+    """The limit of a GGUF file, from its tensors and metadata; None where there is none."""
+    if "rope_factors_long.weight" not in file.tensors:
+        return None
+    return _padded(file.get("rope.scaling.original_context_length"))
+
+
+def _padded(original: int | None) -> int | None:
+    """The largest context that is still within the original length after llama.cpp's padding."""
+    return None if original is None else max(original // PAD * PAD, PAD)

@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from verification.contract.finding import Finding
-from verification.engines.requantise import quantised_bytes
+from verification.engines.quantise import quantised_bytes
 from verification.gguf.cache import Memory, frame
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile, GGUFTensor
+from verification.reference import families
+from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity import expected
-from verification.weight_parity.expected import Checkpoint, Inventory
+from verification.weight_parity.expected import Inventory
 from verification.weight_parity.explain import damage_cause, merge_cause
 from verification.weight_parity.hypotheses import Known, Other, Role, Rotation, nearest, sample_rows
 from verification.weight_parity.neighbours import AGAIN, VAGUE, Examined, held_together
@@ -187,7 +189,7 @@ class Examination:
         config = self.sources.reference.config
         heads = int(config.get("num_attention_heads") or 1)
         kv_heads = int(config.get("num_key_value_heads") or heads)
-        in_pairs = self.file.architecture in expected.PERMUTED
+        in_pairs = self.file.architecture in families.PERMUTED
         source = self.found.source_of.get(name, "")
         base = self._base_of(name, source)
         if kind != "attn_qkv":

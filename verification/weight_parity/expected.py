@@ -9,32 +9,20 @@ not in KNOWN) is left to the oracle, the verifier's own conversion.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from gguf.constants import MODEL_ARCH_NAMES
 from gguf.tensor_mapping import get_tensor_name_map
-from safetensors import safe_open
 
-from so8t_core.errors import InputError
-from so8t_core.files import read_json
 from verification.gate.report import TensorRow
 from verification.gguf.cache import Memory, frame
 from verification.gguf.reader import GGUFFile, GGUFTensor
 from verification.reference import rope
+from verification.reference.checkpoint import Array, Checkpoint
+from verification.reference.families import KNOWN, NORM_PLUS_ONE, OTHER_TOWERS, PERMUTED
 from verification.weight_parity.hypotheses import halves_to_pairs
 
-Array = npt.NDArray[np.float32]
-
-# architectures whose checkpoint-to-GGUF transformation is written down here; for others only the oracle decides
-KNOWN = frozenset({"llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "olmo2", "smollm3"})
-PERMUTED = frozenset({"llama", "smollm3"})  # q and k rows stand in pairs for RoPE on neighbours
-_NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
 _ROUNDING: dict[str, tuple[float, float]] = {
     "F32": (0.0, 0.0),
     "F16": (2.0**-11, 2.0**-25),
@@ -42,50 +30,6 @@ _ROUNDING: dict[str, tuple[float, float]] = {
 }
 # llama3's factors amplify the 4 ulp by which float32 powers of two libraries differ by at most factor * high/(high-low)
 _COMPUTED = 2.0**-18
-_NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
-_OTHER_TOWERS = ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "audio_tower.")
-
-
-class Checkpoint(Mapping[str, Array]):
-    """A Hugging Face directory's safetensors as float32 arrays, read one at a time.
-
-    Raises:
-        InputError: there are none, or one cannot be read.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.config: dict[str, Any] = read_config(self.directory)
-        self._file_of: dict[str, Path] = {}
-        for path in sorted(self.directory.glob("*.safetensors")):
-            try:
-                with safe_open(str(path), framework="pt") as shard:
-                    self._file_of |= {name: path for name in shard.keys() if not name.endswith(_NOT_WEIGHTS)}  # noqa: SIM118
-            except Exception as error:  # safetensors raises its own SafetensorError, which is not exported as a class
-                raise InputError(f"{path} is not a readable safetensors file: {error}") from None
-        if not self._file_of:
-            raise InputError(f"{directory} holds no *.safetensors; save the model with save_pretrained first")
-
-    def __getitem__(self, name: str) -> Array:
-        return self.tensor(name).float().numpy()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in the shape and dtype it was saved in."""
-        with safe_open(str(self._file_of[name]), framework="pt") as shard:
-            value: torch.Tensor = shard.get_tensor(name)
-        return value
-
-    def __iter__(self) -> Any:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory, with a nested text model's keys laid on top."""
-    value = read_json(directory / "config.json")
-    return {**value, **(value.get("text_config") or {})}
 
 
 @dataclass(frozen=True)
@@ -116,7 +60,7 @@ def inventory(checkpoint: Checkpoint, file: GGUFFile) -> Inventory:
     names = get_tensor_name_map(architecture, blocks if isinstance(blocks, int) and 0 <= blocks < 10_000 else 0)
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     for name in checkpoint:
-        if any(part in name for part in _OTHER_TOWERS):
+        if any(part in name for part in OTHER_TOWERS):
             continue
         target = names.get_name(name.replace("language_model.", ""), try_suffixes=(".weight", ".bias"))
         if target is None:
@@ -142,7 +86,7 @@ def expected_values(name: str, source: str, checkpoint: Checkpoint, architecture
     if architecture in PERMUTED and ".attn_k." in name:
         heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
         return halves_to_pairs(values, len(values) // heads)
-    if architecture in _NORM_PLUS_ONE and name.endswith("norm.weight"):
+    if architecture in NORM_PLUS_ONE and name.endswith("norm.weight"):
         return values + np.float32(1)
     return values
 

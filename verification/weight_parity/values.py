@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from verification.contract.file_structure import F16_MAX
 from verification.contract.finding import Finding
-from verification.engines.requantise import quantised_bytes
+from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
 from verification.weight_parity import expected
 from verification.weight_parity.neighbours import AGAIN, DAMAGED, Examined

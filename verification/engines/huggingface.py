@@ -1,0 +1,94 @@
+"""Logits of a chunk of tokens from the Hugging Face model; for which positions: `positions`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from so8t_core.errors import InputError
+from verification.engines.positions import Array, Ids, joined, scored
+
+PIECE_ELEMENTS = 1 << 27  # logits held at once: 512 MiB of float32
+
+
+def load_hf(directory: str | Path) -> Any:
+    """A causal LM from a local directory in float32, ready for evaluation; never remote code.
+
+    Raises:
+        InputError: no such directory, no config.json, or transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} is not a Hugging Face model directory: it has no config.json")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype="float32", trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"transformers cannot load {directory}: {' '.join(str(error).split())[:300]}") from None
+    return model.eval()
+
+
+def hf_rows(model: Any, tokens: Ids, *, first: int | None = None, piece: int = PIECE_ELEMENTS) -> Iterator[Array]:
+    """Yield (rows, V) float32 logits of the scored positions `first` .. len-2, at most `piece` elements at a time.
+
+    Long pieces are cut: the model's body runs once and its head once a piece, so memory does not grow with the length.
+    A model without `logits_to_keep` gives all of its logits at once.
+    """
+    import torch  # here: a command that runs llama.cpp alone starts two seconds sooner without
+
+    start, stop = scored(len(tokens))
+    start = start if first is None else first
+    ids_1T = torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(model.device)
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        with torch.inference_mode():
+            yield _numpy(model(input_ids=ids_1T, use_cache=False).logits[0, start:stop])
+        return
+    rows = max(1, piece // int(model.config.get_text_config().vocab_size))
+    with _body_once(model) if stop - start > rows else contextlib.nullcontext():
+        for begin in range(start, stop, rows):
+            keep = torch.arange(begin, min(begin + rows, stop), device=ids_1T.device)
+            with torch.inference_mode():
+                logits = model(input_ids=ids_1T, use_cache=False, logits_to_keep=keep).logits[0]
+            yield _numpy(logits)
+
+
+@contextlib.contextmanager
+def _body_once(model: Any) -> Iterator[None]:
+    """Inside, the model's body answers every call with what it gave the first time: only the head runs again."""
+    from torch import nn
+
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "?", None)
+    if not isinstance(body, nn.Module) or body is model or "forward" in vars(body):
+        yield  # no body of its own, or somebody else's forward on it: run the whole model for every piece
+        return
+    kept: list[Any] = []
+    forward = body.forward
+
+    def once(*args: Any, **more: Any) -> Any:
+        if not kept:
+            kept.append(forward(*args, **more))
+        return kept[0]
+
+    body.forward = once
+    try:
+        yield
+    finally:
+        del body.forward
+
+
+def _numpy(logits: Any) -> Array:
+    result: Array = logits.float().cpu().numpy()
+    return result
+
+
+def hf_chunk(model: Any, tokens: Ids, *, first: int | None = None) -> Array:
+    """(T, V) float32 logits of one chunk; the head is applied to the scored positions only."""
+    return joined(list(hf_rows(model, tokens, first=first)))
