@@ -201,6 +201,7 @@ def _announce(report: Report, folder: Path, *, policy: str, speaks: bool = True)
     Raises:
         InputError: there is no standard output, so that a pass would be nowhere to be read.
         OSError: it takes no more.
+        typer.Exit: always; 141 where its reader went away.
     """
     if speaks:
         from verification.show.github import append_step_summary
@@ -237,8 +238,10 @@ def _say(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(141) from None  # typer would make a 1 of it, which means "not to be released"
         raise
 
 
