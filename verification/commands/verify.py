@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from so8t_core.errors import InputError
-from so8t_core.files import explain_os_errors
 from so8t_core.quantised import Quantization
 from so8t_core.threads import torch_threads
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
@@ -27,6 +26,7 @@ from verification.engines.reconversion import Oracle
 from verification.gate.decide import LEG_TITLES, decide
 from verification.gate.policy import Policy, load_policy
 from verification.gate.report import AnswerRecord, Check, Leg, LegName, Report, TrainingRecord
+from verification.gate.stored import clear_report
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.logit_parity.run_modes import Level
@@ -93,7 +93,7 @@ def verify(
         KeyboardInterrupt: after the report of what was done has been written.
     """
     if out is not None and distributed.is_first():
-        _clear(Path(out))
+        clear_report(Path(out))
     rules = policy if isinstance(policy, Policy) else load_policy(policy)
     reference, files = Path(reference), _label([read_gguf(path) for path in candidates])
     if not files:
@@ -172,18 +172,6 @@ def verify(
     if interrupted:
         raise KeyboardInterrupt
     return distributed.from_first(lambda: report)
-
-
-def _clear(out: Path) -> None:
-    """Take away an earlier report, so that a verification that cannot run never leaves another one's pass behind.
-
-    A place that cannot hold the report is found here too, before the measuring and not after it.
-    """
-    with explain_os_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        for name in ("report.json", "report.html", "report.md", "junit.xml", "report.intoto.json"):
-            (out / name).unlink(missing_ok=True)
 
 
 def _unchanged(report: Report) -> None:
