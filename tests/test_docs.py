@@ -251,6 +251,12 @@ def test_the_navigation_holds_every_page_once() -> None:
     assert sorted(navigation(settings["nav"])) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in PAGES)
 
 
+def test_the_start_page_leads_to_every_page() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = {*re.findall(r"\]\(([^)#]+\.md)", text), "index.md"}
+    assert linked == {p.relative_to(ROOT / "docs").as_posix() for p in PAGES}
+
+
 def test_the_site_asks_nothing_of_the_network() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert settings["theme"]["font"] is False
