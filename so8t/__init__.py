@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         unbake,
         valid_triples,
     )
-    from verification import Policy, Report, decide, divergence, load_policy, verify
+    from verification import Policy, Report, VerifyRequest, decide, divergence, load_policy, verify, verify_request
 
 __all__ = [
     "InputError",
@@ -55,6 +55,7 @@ __all__ = [
     "SO8TConfig",
     "SO8TLinear",
     "SO8TModel",
+    "VerifyRequest",
     "attach",
     "bake",
     "bake_checkpoint",
@@ -83,6 +84,7 @@ __all__ = [
     "unbake",
     "valid_triples",
     "verify",
+    "verify_request",
 ]
 
 
