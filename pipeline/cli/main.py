@@ -5,12 +5,17 @@ Heavy imports happen inside the verbs, so that `--help` and a mistyped path answ
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -58,18 +63,19 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        code = app(standalone_mode=False)  # without standalone mode `typer.Exit(1)` comes back as a return value
-        if code == 130:  # and so does ctrl-C inside a verb
+        with _stop_signals():
+            code = app(standalone_mode=False)  # without standalone mode `typer.Exit(1)` comes back as a return value
+        if code == 130 or _stopped:  # and so does ctrl-C inside a verb
             raise KeyboardInterrupt
         sys.exit(code)
     except InputError as error:
         _fail(str(error))
     except (typer.Abort, KeyboardInterrupt, _Interrupted) as error:
         kept = str(error) if isinstance(error, _Interrupted) else "finished steps are kept"
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"interrupted; {kept}", markup=False)
-        sys.exit(130)
+        how = f"stopped by {signal.Signals(_stopped[0]).name}" if _stopped else "interrupted"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"{how}; {kept}", markup=False)
+        sys.exit(128 + (_stopped[0] if _stopped else signal.SIGINT))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except ModuleNotFoundError as error:
         what = f"the package {error.name!r} is not installed" if error.name else str(error)  # transformers names none
@@ -83,6 +89,33 @@ def main() -> None:
         sys.exit(2)
 
 
+_stopped: list[int] = []  # the signal that asked for the end; a callback out of C may have swallowed the exception
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Take the requests to end that are not ctrl-C as ctrl-C: what was measured is kept, and nothing passes.
+
+    A signal that the caller ignores (`nohup`) stays ignored.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        _stopped.append(number)
+        raise KeyboardInterrupt
+
+    _stopped.clear()
+    wanted = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    is_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    taken = [number for number in wanted if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 class _Interrupted(Exception):
     """Ctrl-C inside a verb that says what is left of its work."""
 
@@ -93,12 +126,17 @@ def _fail(message: str) -> None:
     except InputError:  # the launch's variables are what is wrong, and the message says so
         number = 0
     who = f"so8t (process {number})" if number else "so8t"  # in a launch of several processes each reports its errors
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"{who}: {message}", markup=False)
+    from verification.show.words import visible
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"{who}: {visible(message)}", markup=False)
     sys.exit(2)
 
 
 def _calm() -> None:
     """Keep other libraries' chatter off the screen; their errors still raise."""
+    for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows escapes, it ends no run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # loaders draw bars of their own; `Reporter` shows the progress here
@@ -128,7 +166,7 @@ def _execute(
     run = Run(loaded, Reporter(quiet=quiet))
     report = run.execute(first=first, until=until, force=tuple(force or ()))
     if report is not None:
-        _announce(report, run.report, speaks=distributed.is_first())
+        _announce(report, run.report, policy="the run's", speaks=distributed.is_first())
 
 
 def _plan(
@@ -153,21 +191,58 @@ def _plan(
         raise InputError("\nso8t: ".join(plan.problems))
 
 
-def _announce(report: Report, folder: Path, *, speaks: bool = True) -> None:
-    """Verdict table, the report's path, and the exit code that follows.
+def _announce(report: Report, folder: Path, *, policy: str, speaks: bool = True) -> None:
+    """Verdict table, the policy that decided, the report's path, and the exit code that follows.
 
     Args:
+        policy: where the policy came from, in words.
         speaks: print; in a launch of several processes the first one does, and all exit by the verdict.
+
+    Raises:
+        InputError: there is no standard output, so that a pass would be nowhere to be read.
+        OSError: it takes no more.
+        typer.Exit: always; 141 where its reader went away.
     """
     if speaks:
         from verification.show.github import append_step_summary
         from verification.show.terminal import verdict_table
 
-        append_step_summary(report)
         console = Console(highlight=False)
-        console.print(verdict_table(report))
-        console.print(f"Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
+        with console.capture() as shown:
+            console.print(verdict_table(report))
+            console.print(_policy_line(report, policy), markup=False, soft_wrap=True)
+            console.print(f"Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
+        _say(shown.get())
+        append_step_summary(report)
     raise typer.Exit(0 if report.verdict == "pass" else 1)
+
+
+def _policy_line(report: Report, source: str) -> str:
+    """Which policy decided, by its digest, and what it lets pass that the default does not."""
+    from verification.gate.policy import load_policy, make_policy, weaker
+    from verification.gate.statement import policy_digest
+    from verification.show.words import visible
+
+    found = weaker(make_policy(report.policy), load_policy())
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    how = f"weaker than the default: {', '.join(found[:4])}{more}" if found else "nowhere weaker than the default"
+    return visible(f"Policy: {source}, sha256 {policy_digest(report.policy)[:12]}, {how}")
+
+
+def _say(text: str) -> None:
+    """Write to standard output and make sure that it went there: what an exit code stands for has to be readable."""
+    if sys.stdout is None:
+        raise InputError(
+            "standard output is closed, so the verdict cannot be shown; open it, e.g. with `> verdict.txt`"
+        )
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(141) from None  # typer would make a 1 of it, which means "not to be released"
+        raise
 
 
 @app.command(epilog="Example: so8t demo run_dir=/tmp/so8t train.steps=80")
@@ -281,6 +356,7 @@ def verify(
     if reference is None or not candidate or out is None:
         lacking = [n for n, v in (("reference", reference), ("candidate", candidate), ("out", out)) if not v]
         raise InputError(f"verify needs --{' and --'.join(lacking)}; or --self-test, which needs none of them")
+    _take_away(out)
     _must_exist(reference, *candidate, base, adapter, policy, imatrix, *(corpus or []))
     _quiet_transformers()
     from pipeline.progress import Reporter, StageProgress
@@ -298,7 +374,20 @@ def verify(
         written = (out / "report.json").is_file()
         done = f"what was measured is in {out / 'report.html'}" if written else "nothing was measured, so no report"
         raise _Interrupted(done) from None
-    _announce(report, out, speaks=distributed.is_first())
+    _announce(report, out, policy=str(policy or "the default"), speaks=distributed.is_first())
+
+
+def _take_away(out: Path) -> None:
+    """An earlier report goes before anything can stop this run: what is left behind is of this run or not there."""
+    from verification.gate.stored import clear_report
+
+    try:
+        first = distributed.is_first()
+    except InputError:
+        clear_report(out)  # refused for its launch variables: no process will write
+        raise
+    if first:
+        clear_report(out)
 
 
 def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: bool) -> None:
@@ -381,26 +470,45 @@ def gate(
     No model is needed; files of the report that are still here must be the ones that were measured.
     """
     from verification import decide, load_policy
-    from verification.commands.provenance import changed_artefacts
-    from verification.gate.statement import check_policy, check_statement
-    from verification.show.write import load_report
+    from verification.gate.statement import check_policy
 
     path = report / "report.json" if report.is_dir() else report
-    stored = load_report(path)
-    if not any(artefact.role == "candidate" for artefact in stored.artefacts):
-        raise InputError(f"{path} names no candidate file, so there is nothing to release; verify again")
-    if statement:
-        check_statement(stored, path)
+    stored = _stored(path, statement=statement)
     if policy_sha256 is not None:
         check_policy(stored, policy_sha256)
+    decided = decide(stored, load_policy(policy) if policy else None)
+    _announce(decided, path.parent, policy=str(policy or "the report's own"))
+
+
+def _stored(path: Path, *, statement: bool) -> Report:
+    """A report to decide again, of the files that were measured as far as they are here.
+
+    Raises:
+        InputError: it cannot be read, names no candidate, is not what was stated, or a file of it changed.
+    """
+    from verification.commands.provenance import changed_artefacts
+    from verification.gate.statement import check_statement
+    from verification.gate.stored import require_candidate
+    from verification.show.words import visible
+    from verification.show.write import load_report
+
+    stored = load_report(path)
+    require_candidate(stored, path)
+    if statement:
+        check_statement(stored, path)
     changed, absent = changed_artefacts(stored)
     if changed:
-        raise InputError(f"{', '.join(changed)} changed since {report} was written; verify again")
-    decided = decide(stored, load_policy(policy) if policy else None)
+        raise InputError(f"{_few(changed)} changed since {path} was written; verify again")
     if absent:
-        words = f"Not here, so not held against their digests: {', '.join(absent)}"
+        words = visible(f"Not here, so not held against their digests: {_few(absent)}")
         Console(stderr=True, highlight=False).print(words, markup=False, soft_wrap=True)
-    _announce(decided, path.parent)
+    return stored
+
+
+def _few(paths: list[str]) -> str:
+    """The first paths of a list, each in one line and of a length that can be read."""
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    return ", ".join(" ".join(path.split())[:200] for path in paths[:8]) + more
 
 
 @app.command("kld-base", epilog="Example: so8t kld-base ./my-model --out my-model.kld")
@@ -455,16 +563,13 @@ def report(
 ) -> None:
     """Write the report again from report.json."""
     from verification import decide
-    from verification.gate.statement import check_statement
-    from verification.show.write import load_report, write_report
+    from verification.show.write import write_report
 
     folder = run_dir / "report" if (run_dir / "report").is_dir() else run_dir
-    found = load_report(folder / "report.json")
-    if statement:  # writing again makes a new statement: an edited report must not get one
-        check_statement(found, folder / "report.json")
-    stored = decide(found)  # its values count, not what it says of itself
+    # an edited report must not get a statement, which writing makes; and its values count, not what it says of itself
+    stored = decide(_stored(folder / "report.json", statement=statement))
     write_report(stored, folder)
-    _announce(stored, folder)
+    _announce(stored, folder, policy="the report's own")
 
 
 @app.command("config-schema", epilog="Example: so8t config-schema > so8t.schema.json")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from policy_reports import OF_A_FILE, everywhere, healthy, plain_check, report
+from policy_reports import OF_A_FILE, everywhere, healthy, plain_check, report, tensor
 
 from so8t_core.errors import InputError
 from verification import Report, decide, load_policy
 from verification.gate.check import zero_check
-from verification.gate.policy import make_policy
+from verification.gate.decide import LEG_TITLES
+from verification.gate.policy import make_policy, weaker
 from verification.gate.report import Artefact, Check
 
 
@@ -121,12 +122,17 @@ def test_a_cell_is_waived_by_name_with_its_reason() -> None:
 
 
 def test_a_report_of_schema_1_0_is_read_and_said_to_lack_what_is_decided_on_now() -> None:
-    given = Artefact(role="candidate", path="m.gguf", sha256="0", bytes=1, label="F16")
+    given = Artefact(role="candidate", path="m.gguf", sha256="0" * 64, bytes=1, label="F16")
     names = [*(f"contract.{name}" for name in OF_A_FILE), "convert.non_finite"]
     checks = [zero_check(name, "X", 0, subject="F16") for name in names]
     checks += [plain_check(f"convert.{n}", n, v, subject="F16") for n, v in
                (("rounding", 0.5), ("mean_kld", 1e-6), ("top1", 1.0))]  # fmt: skip
-    raw = report(*checks).model_copy(update={"artefacts": [given]}).model_dump(exclude={"cells", "noise"})
+    rows = [tensor("F16", "F16")]
+    raw = (
+        report(*checks)
+        .model_copy(update={"artefacts": [given], "tensors": rows})
+        .model_dump(exclude={"cells", "noise"})
+    )
     decided = decide({**raw, "schema_version": "1.0", "verdict": "pass"})
     assert decided.verdict == "incomplete"
     assert "the report has no evidence." in decided.summary or "the report has no cells." in decided.summary
@@ -194,13 +200,34 @@ def test_a_partial_policy_file_keeps_the_other_bounds(tmp_path: Path) -> None:
         ("convert: {mean_kld: high}", r"convert\.mean_kld.*number"),
         ("[1, 2]", "mapping"),
         ("a: [", "cannot be read"),
+        ("convert: {mean_kld: true}", r"convert\.mean_kld. = True: true and false are no bounds"),
+        ("evidence: {positions: true}", "true and false are no bounds"),
+        ("quantise: {tensors_differ: 9223372036854775808}", "the number in line 1 has more than 64 bits"),
+        ("\n\nquantise: {tensors_differ: 0x" + "f" * 5000 + "}", "the number in line 3 has more than 64 bits"),
+        ("quantise: {tensors_differ: " + "9" * 5000 + "}", "limit .4300 digits."),
+        ("convert: {mean_kld: 2026-99-99}", "month must be in 1..12"),
+        ("convert: {top1: 1}\nconvert: {mean_kld: 1}", "a key stands twice in the mapping of line 1"),
+        ("convert: {top1: 1}\nbake: {max_abs_logit: 1,\n max_abs_logit: 2}", "twice in the mapping of line 2"),
+        ("a: &a [x]\nb: [*a, *a]", "uses an alias"),
+        ("a: " + "[" * 7 + "]" * 7, "unknown key"),
+        ("a: " + "[" * 8 + "]" * 8, "nested deeper than 8 levels"),
+        ("a: " + "[" * 60_000, "nested deeper than 8 levels"),
+        ("convert:\n\tmean_kld: 1", "cannot be read"),
+        ("\0", "cannot be read"),
+        ('{"a\\e[31m\\n\\nb": 1}', "unknown key, known are required, bake, "),
+        ("bake: {max_abs_logits: 1}", "known are max_abs_logit, top1_disagreements; every key is explained in"),
+        ("quality: {Q2_K: {mean: 1, top1: 1, mean_kld: 1}}", "known are mean_kld, top1;"),
+        ("waivers: [{check: x, reason: y, because: z}]", "known are check, subject, reason;"),
+        ("# " + "x" * 70_000, "more than 65536 bytes"),
     ],
 )
 def test_a_bad_policy_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "gate.yaml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refused:
         load_policy(path)
+    assert str(refused.value).isprintable()  # one line, and nothing that a terminal obeys
+    assert len(str(refused.value)) < 700
     with pytest.raises(InputError, match="does not exist"):
         load_policy(tmp_path / "none.yaml")
 
@@ -244,8 +271,8 @@ def test_a_report_that_lacks_a_check_of_its_candidate_is_incomplete() -> None:
         zero_check("quality.non_finite", "X", 0, subject="Q8_0"),
         *everywhere("Q8_0"),
     )
-    given = Artefact(role="candidate", path="m.gguf", sha256="0", bytes=1, label="Q8_0")
-    whole = whole.model_copy(update={"artefacts": [given]})
+    given = Artefact(role="candidate", path="m.gguf", sha256="0" * 64, bytes=1, label="Q8_0")
+    whole = whole.model_copy(update={"artefacts": [given], "tensors": [tensor("Q8_0", "Q8_0")]})
     assert decide(whole, make_policy({})).verdict == "pass"
     for leg in whole.legs:
         for check in leg.checks:
@@ -268,3 +295,70 @@ def test_bfloat16_files_have_bounds_of_their_own_and_no_other_file_borrows_them(
     assert alone("convert.mean_kld", 3.1e-4, "BF16") == "fail"
     assert alone("convert.top1", 0.984, "BF16") == "fail"
     assert alone("convert.rounding", 1.01, "BF16") == "fail"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        ({}, []),
+        ({"convert": {"mean_kld": 1e-6}, "evidence": {"positions": 9999}, "required": list(LEG_TITLES)}, []),
+        ({"required": ["convert"]}, ["required without contract"]),
+        ({"convert": {"mean_kld": 6e-5}}, ["convert.mean_kld 6e-05 for 5e-05"]),
+        ({"convert": {"top1": 0.994}}, ["convert.top1 0.994 for 0.995"]),
+        ({"convert": {"BF16": {"mean_kld": 1e-4, "top1": 0.9}}}, ["convert.BF16.top1 0.9 for 0.985"]),
+        ({"evidence": {"positions": 10, "entropy_share": 0.9}},
+         ["evidence.positions 10 for 1000", "evidence.entropy_share 0.9 for 0.8"]),
+        ({"evidence": {"chunks": 2, "entropy": 0, "alignment": 1}},
+         ["evidence.chunks 2 for 8", "evidence.entropy 0 for 0.5", "evidence.alignment 1 for 2"]),
+        ({"controls": {"differs_from_base": 1e-3, "transposed": 1e-3}},
+         ["controls.differs_from_base 0.001 for 0.01", "controls.transposed 0.001 for 0.01"]),
+        ({"contract": {"allow_fallback_types": True}}, ["contract.allow_fallback_types 1 for 0"]),
+        ({"quality": {"Q2_K": {"mean_kld": 1, "top1": 0}}}, ["quality.Q2_K added"]),
+        ({"waivers": [{"check": "convert.top1", "reason": "r"}]}, ["waiver of convert.top1"]),
+    ],
+)  # fmt: skip
+def test_what_makes_a_policy_weaker_than_the_default_is_named(overrides: dict, found: list[str]) -> None:
+    assert weaker(make_policy(overrides), make_policy({})) == found
+
+
+@pytest.mark.parametrize("subject", ["F16", "F16 (a.gguf)", "F32", "BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "unknown"])
+@pytest.mark.parametrize("kinds", [[], ["F16", "F32"], ["Q8_0", "F32"], ["F32", "Q4_K", "Q6_K"], ["Q2_K"], ["BF16"]])
+def test_a_label_is_only_believed_where_the_recorded_tensors_agree(subject: str, kinds: list[str]) -> None:
+    """The label chooses bounds and checks: a float file holds no quantised tensor, a 4-bit file one of 4 bits."""
+    given = Artefact(role="candidate", path="m.gguf", sha256="0" * 64, bytes=1, label=subject)
+    rows = [tensor(subject, kind) for kind in kinds] + [tensor("another", "Q8_0"), tensor("other", "F16")]
+    decided = decide(report().model_copy(update={"artefacts": [given], "tensors": rows}), make_policy({}))
+    gap = next(check for leg in decided.legs for check in leg.checks if check.name == "contract.complete")
+    quantised = [kind for kind in kinds if kind not in ("F16", "F32", "BF16")]
+    if not kinds:
+        agrees = False
+    elif subject.split(" ")[0] in ("F16", "F32", "BF16"):
+        agrees = not quantised
+    elif subject == "unknown":
+        agrees = True
+    else:
+        agrees = any(kind[:2] == subject.removeprefix("I")[:2] for kind in quantised)
+    assert ("and 11 more" in gap.detail) == agrees
+    assert ("and 12 more" in gap.detail) == (not agrees)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "interval", "status"),
+    [
+        ("convert.mean_kld", -1.0, (-1.0, 0.0), "fail"),
+        ("convert.mean_kld", -1e-9, (-1e-9, 1e-9), "pass"),
+        ("convert.mean_kld", -1e-6, (-1e-6, 1e-9), "pass"),
+        ("convert.top1", 1.0, (1.0, 1.0), "pass"),
+        ("convert.top1", 1.5, (1.4, 1.6), "fail"),
+        ("convert.rounding", -0.1, None, "fail"),
+        ("convert.rounding", 0.9, None, "pass"),
+        ("contract.metadata", -1, None, "fail"),
+        ("evidence.alignment", 1.0e9, None, "pass"),
+    ],
+)
+def test_a_value_that_nothing_can_measure_fails(
+    name: str, value: float, interval: tuple[float, float] | None, status: str
+) -> None:
+    given = zero_check(name, "X", 0, subject="F16").model_copy(update={"value": value, "interval": interval})
+    (leg,) = decide(report(given), make_policy({"required": []})).legs
+    assert leg.status == status

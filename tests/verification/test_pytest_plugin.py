@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from policy_reports import released
 from verification_models import rewrite
+
+from verification.show.write import to_json
 
 ROOT = Path(__file__).parents[2]
 pytest_plugins = ["pytester"]
@@ -55,6 +58,104 @@ def test_every_check_is_a_test(asked: pytest.Pytester, small_checkpoint: Path, t
     )
     done.stdout.no_fnmatch_line("*Traceback*")
     assert (tmp_path / "out" / "report.intoto.json").is_file()
+
+
+STUB = """
+import json
+from pathlib import Path
+import pytest
+import verification
+from verification.show.write import load_report
+
+def measured(*_, **__):
+    return load_report(Path(__file__).with_name("report.json"))
+
+verification.verify = measured
+"""
+
+
+@pytest.fixture
+def measured(asked: pytest.Pytester) -> pytest.Pytester:
+    """A session whose measuring gives a report that is there already: it passes, or is cut and therefore incomplete."""
+    whole = released()
+    legs = [leg for leg in whole.legs if leg.name != "cells"]
+    cut = whole.model_copy(update={"legs": legs, "verdict": "incomplete", "summary": "Incomplete: no cells."})
+    for name, report in (("pass", whole), ("incomplete", cut)):
+        (asked.path / f"{name}.json").write_text(to_json(report), encoding="utf-8")
+    asked.makeconftest(STUB)
+    return asked
+
+
+def session(measured: pytest.Pytester, verdict: str, *more: str) -> pytest.RunResult:
+    (measured.path / "report.json").write_bytes((measured.path / f"{verdict}.json").read_bytes())
+    return measured.runpytest_inprocess(*NAMED, "--so8t-reference=.", "--so8t-candidate=test_mine.py", *more)
+
+
+WITHOUT_VERDICT = {
+    "-k": ["-k", "not verdict"],
+    "-m": ["-m", "not so8t"],
+    "--deselect": ["--deselect", "so8t::verdict"],
+    "--collect-only": ["--collect-only"],
+    "--setup-only": ["--setup-only"],
+    "--setup-plan": ["--setup-plan"],
+    "--ignore": ["--ignore", "test_mine.py", "-k", "token_ids"],
+}
+
+
+@pytest.mark.parametrize("how", WITHOUT_VERDICT)
+@pytest.mark.parametrize("verdict", ["pass", "incomplete"])
+def test_a_session_that_did_not_run_the_verdict_is_not_green(measured: pytest.Pytester, verdict: str, how: str) -> None:
+    done = session(measured, verdict, *WITHOUT_VERDICT[how])
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines(["*so8t: no passed verdict in this session, so it does not end with 0*"])
+
+
+def test_a_session_is_green_only_with_a_verdict_that_passed(measured: pytest.Pytester) -> None:
+    done = session(measured, "pass")
+    assert done.ret == 0
+    done.stdout.no_fnmatch_line("*no passed verdict*")
+    assert session(measured, "pass", "-k", "verdict").ret == 0
+    assert session(measured, "incomplete").ret == pytest.ExitCode.TESTS_FAILED
+    assert session(measured, "incomplete", "-k", "verdict").ret == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_hook_or_a_test_that_wants_0_does_not_get_it(measured: pytest.Pytester) -> None:
+    measured.makeconftest(
+        STUB
+        + """
+def pytest_runtest_call(item):
+    if item.name == "verdict":
+        pytest.skip("not today")
+
+def pytest_sessionfinish(session):
+    session.exitstatus = 0
+"""
+    )
+    assert session(measured, "pass").ret == pytest.ExitCode.TESTS_FAILED
+    measured.makeconftest(STUB)
+    measured.makepyfile(test_mine="import pytest\ndef test_mine(): pytest.exit('enough', returncode=0)")
+    assert session(measured, "pass").ret == pytest.ExitCode.TESTS_FAILED
+
+
+def test_an_earlier_report_is_gone_before_anything_can_stop_the_session(measured: pytest.Pytester) -> None:
+    out = measured.mkdir("out")
+    (out / "report.json").write_text("an earlier pass", encoding="utf-8")
+    measured.makepyfile(test_mine="import nothing_of_this_name")
+    assert session(measured, "pass", f"--so8t-out={out}").ret == pytest.ExitCode.INTERRUPTED
+    assert not (out / "report.json").exists()
+    done = session(measured, "pass", "--so8t-out=test_mine.py")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert "Traceback" not in done.stderr.str() + done.stdout.str()
+
+
+def test_a_step_summary_that_fails_changes_nothing(measured: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = measured.path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    assert session(measured, "pass").ret == 0
+    assert "Pass: ready to release" in summary.read_text(encoding="utf-8")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(measured.path))
+    assert session(measured, "pass").ret == 0
+    assert session(measured, "incomplete").ret == pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from verification.gguf.candidate import Candidate
 from verification.logit_parity.text import DEFAULT_CORPUS
 
 Role = Literal["reference", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
+_MOST_FILES = 100_000  # of a checkpoint's directory
 _PARTS = ("so8t", "torch", "transformers", "peft", "gguf", "llama-cpp-python", "numpy")
 
 
@@ -66,9 +67,39 @@ def changed_artefacts(report: Report) -> tuple[list[str], list[str]]:
 
     The policy is not among them, its bounds are in the report; nor is the built-in text, which versions may change.
     """
-    bound = [a for a in report.artefacts if a.role != "policy" and Path(a.path) != DEFAULT_CORPUS]
-    changed = [a.path for a in bound if Path(a.path).exists() and sha256_path(a.path) != a.sha256]
-    return changed, [a.path for a in bound if not Path(a.path).exists()]
+    changed: list[str] = []
+    absent: list[str] = []
+    for artefact in report.artefacts:
+        if artefact.role != "policy" and Path(artefact.path) != DEFAULT_CORPUS:
+            if not _is_here(artefact.path):
+                absent.append(artefact.path)
+            elif not _has_size(Path(artefact.path), artefact.bytes) or sha256_path(artefact.path) != artefact.sha256:
+                changed.append(artefact.path)
+    return changed, absent
+
+
+def _is_here(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, no right to look, or no file system could have such a name
+        return False
+
+
+def _has_size(path: Path, count: int) -> bool:
+    """Whether the files under a path have so many bytes together, before any is read.
+
+    The path comes out of a report: devices and pipes, which never end, are no files, and a directory of another size,
+    say the whole disk, is left at the first byte too many.
+    """
+    if not path.is_dir():
+        return path.is_file() and path.stat().st_size == count
+    total = 0
+    for number, found in enumerate(path.rglob("*")):
+        if found.is_file():
+            total += found.stat().st_size
+        if total > count or number > _MOST_FILES:
+            return False
+    return total == count
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 The ladder is measured once, when tests are collected; each check becomes a test `so8t::<leg>::<check>[<file>]`, and
 `so8t::verdict` fails unless the verdict is "pass". A failed or inconclusive check fails, one that was not evaluated or
-was waived is skipped with its reason. Tests carry the marker `so8t`. Without the options nothing happens and nothing
-heavy is imported: pytest loads this module at every start.
+was waived is skipped with its reason. Tests carry the marker `so8t`. A session in which the verdict did not pass or its
+test did not run (`-k`, `--deselect`, `--collect-only`, a call of `pytest.exit`) never ends with 0. Without the options
+nothing happens and nothing heavy is imported: pytest loads this module at every start.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import pytest
 
 if TYPE_CHECKING:
     from verification.gate.report import Check, Report
+
+
+_PASSED = pytest.StashKey[bool]()  # the test of the verdict ran, and it was "pass"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,8 +50,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "so8t: one check of a GGUF verification (so8t)")
     if bool(config.getoption("so8t_reference")) != bool(config.getoption("so8t_candidate")):
         raise pytest.UsageError("--so8t-reference and --so8t-candidate belong together; give both or neither")
-    if _asked(config) and (hasattr(config, "workerinput") or config.getoption("numprocesses", None)):
-        raise pytest.UsageError("the so8t checks are measured in one process: run them without -n")
+    several = config.getoption("numprocesses", None) or config.getoption("dist", "no") != "no"
+    if _asked(config) and (hasattr(config, "workerinput") or several):
+        raise pytest.UsageError("the so8t checks are measured in one process: run them without -n and --dist")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Take an earlier report away before anything can stop this run, an import error in a test for one.
+
+    Raises:
+        pytest.UsageError: the directory of --so8t-out cannot be written.
+    """
+    out = session.config.getoption("so8t_out")
+    if _asked(session.config) and out:
+        from so8t_core.errors import InputError
+        from verification.gate.stored import clear_report
+
+        try:
+            clear_report(Path(out))
+        except InputError as error:
+            raise pytest.UsageError(f"so8t: {error}") from None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m pick among the tests
@@ -55,6 +77,19 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     """Measure, and add the checks to whatever else was collected."""
     if _asked(config):
         items.extend(_items(session, _measure(config)))
+
+
+@pytest.hookimpl(trylast=True)  # after whatever else has a say in the exit code
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Never 0 without a verdict that passed in its own test."""
+    if _asked(session.config) and session.exitstatus == 0 and not session.config.stash.get(_PASSED, False):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say why such a session is not green."""
+    if _asked(config) and not config.stash.get(_PASSED, False):
+        terminalreporter.write_line("so8t: no passed verdict in this session, so it does not end with 0", red=True)
 
 
 def _asked(config: pytest.Config) -> bool:
@@ -80,7 +115,11 @@ def _measure(config: pytest.Config) -> Report:
         )  # fmt: skip
     except InputError as error:
         raise pytest.UsageError(f"so8t: {error}") from None
-    append_step_summary(report)
+
+    def summary() -> None:
+        append_step_summary(report)
+
+    config.add_cleanup(summary)  # when pytest has printed the verdict
     return report
 
 
@@ -139,6 +178,7 @@ class VerdictItem(pytest.Item):
     def runtest(self) -> None:
         if self.report.verdict != "pass":
             raise NotReleased(f"{self.report.verdict}: {self.report.summary}")
+        self.config.stash[_PASSED] = True
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         return str(excinfo.value) if isinstance(excinfo.value, NotReleased) else super().repr_failure(excinfo, style)

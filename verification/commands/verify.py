@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import ParamSpec
 
 from so8t_core.errors import InputError
-from so8t_core.files import explain_os_errors
 from so8t_core.threads import torch_threads
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
 from verification.commands.request import VerifyRequest
@@ -30,6 +29,7 @@ from verification.engines.reconversion import Oracle
 from verification.gate.decide import LEG_TITLES, decide
 from verification.gate.policy import Policy, load_policy
 from verification.gate.report import Artefact, Check, Leg, LegName, Report
+from verification.gate.stored import clear_report
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import GGUFFile, read_gguf
 
@@ -57,7 +57,7 @@ def verify_request(request: VerifyRequest) -> Report:
     """
     out = None if request.out is None else Path(request.out)
     if out is not None and distributed.is_first():
-        _clear(out)
+        clear_report(out)
     policy = request.policy if isinstance(request.policy, Policy) else load_policy(request.policy)
     candidates = _label([read_gguf(path) for path in request.candidates])
     request.check()
@@ -163,18 +163,6 @@ def _report(run: Run) -> Report:
         training=run.request.training,
         answers=run.request.answers,
     )
-
-
-def _clear(out: Path) -> None:
-    """Take away an earlier report, so that a verification that cannot run never leaves another one's pass behind.
-
-    A place that cannot hold the report is found here too, before the measuring and not after it.
-    """
-    with explain_os_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        for name in ("report.json", "report.html", "report.md", "junit.xml", "report.intoto.json"):
-            (out / name).unlink(missing_ok=True)
 
 
 def _unchanged(report: Report) -> None:

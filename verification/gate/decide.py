@@ -9,16 +9,20 @@ Order of a leg's and of the whole verdict: fail > not evaluated (incomplete) > i
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from pydantic import ValidationError
 
 from so8t_core.errors import InputError
 from verification.gate.policy import Policy, make_policy
-from verification.gate.report import Check, Leg, LegName, Report, Status, Verdict
+from verification.gate.report import Check, Leg, LegName, Report, Status, TensorRow, Verdict
 
 # what `verification.gguf.reader` calls a float file; the gate imports only the core, and a test holds the two together
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+_BITS = re.compile(r"\d")  # the first digit of Q4_K_M, IQ4_XS, MXFP4_MOE; an unknown type has none, and no bound
+_NOT_QUANTISED = {*FLOAT_TYPES, "F64", "I8", "I16", "I32", "I64"}
+_ROUNDING = 1e-6  # nats; a mean KLD of equal logits is zero within float64's rounding, on either side
 _BAD_FIRST: tuple[Status, ...] = ("fail", "not evaluated", "inconclusive")
 # what a report must hold of everything it names as an input: a report that lacks one of them was cut, it did not pass
 _OF_EVERY_FILE = (
@@ -32,6 +36,7 @@ _OF_ADAPTERS = (
     "bake.max_abs_logit", "bake.top1_disagreements", "dtype.rounding", "dtype.non_finite",
     "controls.differs_from_base", "controls.transposed",
 )  # fmt: skip
+_SAVED_TYPES = tuple(f"dtype.mean_kld.{name}" for name in ("float32", "float16", "bfloat16"))  # one of them
 _OF_EVERY_RUN = (
     "evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.repeat",
     "evidence.noise_floor",
@@ -93,8 +98,11 @@ def _with_gaps(report: Report) -> list[Leg]:
     present = {(check.name, check.subject) for checks in found.values() for check in checks}
     gaps: dict[LegName, list[str]] = {}
     for wanted, subject in _called_for(report):
-        if (wanted, subject) not in present:
+        either = _SAVED_TYPES if wanted == "dtype.mean_kld" else (wanted,)
+        if not any((name, subject) in present for name in either):
             gaps.setdefault(_leg_of(wanted), []).append(f"{wanted} of {subject}" if subject else wanted)
+    for label in _labels_of_other_types(report):
+        gaps.setdefault("contract", []).append(f"tensor of the type that {label} is labelled with")
     for name, names in gaps.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         found.setdefault(name, []).append(
@@ -122,10 +130,33 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
             names = (*_OF_EVERY_FILE, *(_OF_FLOAT_FILES if is_float else _OF_QUANTS), "evidence.alignment")
             wanted += [(name, artefact.label) for name in (*names, *_OF_EVERY_CELL)]
         elif artefact.role == "adapter":
-            wanted += [(name, "") for name in _OF_ADAPTERS]
+            wanted += [(name, "") for name in (*_OF_ADAPTERS, "dtype.mean_kld")]
     if wanted:
         wanted += [(name, "") for name in _OF_EVERY_RUN]
     return wanted
+
+
+def _labels_of_other_types(report: Report) -> list[str]:
+    """Candidates whose label, which chooses their checks and bounds, is not what their recorded tensors say.
+
+    A float label needs float tensors only, a quant's label one tensor of as many bits; both need tensors at all.
+    """
+    rows: dict[str, list[TensorRow]] = {}
+    for row in report.tensors:
+        rows.setdefault(row.candidate, []).append(row)
+    return [
+        artefact.label
+        for artefact in report.artefacts
+        if artefact.role == "candidate" and not _is_of_type(artefact.label.split(" ")[0], rows.get(artefact.label, []))
+    ]
+
+
+def _is_of_type(kind: str, rows: list[TensorRow]) -> bool:
+    quantised = {name for row in rows for name in (row.actual_type, row.nominal_type)} - _NOT_QUANTISED
+    if kind in FLOAT_TYPES:
+        return bool(rows) and not quantised
+    bits = _BITS.search(kind)
+    return bool(rows) if bits is None else any((found := _BITS.search(n)) and found[0] == bits[0] for n in quantised)
 
 
 def _leg_of(check: str) -> LegName:
@@ -194,7 +225,7 @@ def _evaluate(check: Check) -> Status:
         return "not evaluated"
     if check.relation is None:  # an accepted listing, see allow_fallback_types; nothing else may come without one
         return "pass" if check.name == "contract.fallback_types" else "not evaluated"
-    if not _holds(value, check.relation, bound):
+    if not _holds(value, check.relation, bound) or not _is_possible(check.name, value):
         return "inconclusive" if check.name in _OPEN and _is_number(value) else "fail"
     if not _is_statistic(check):
         return "pass"
@@ -211,6 +242,11 @@ def _evaluate(check: Check) -> Status:
 def _is_statistic(check: Check) -> bool:
     """Means over tokens, which come with an interval and, but for the cells', are decided on its far end."""
     return check.name.endswith((".mean_kld", ".top1")) or check.name.startswith("dtype.mean_kld.")
+
+
+def _is_possible(name: str, value: float | int | str) -> bool:
+    """Everything measured is a count, a distance or a share: never below zero, a share never above one."""
+    return isinstance(value, str) or (value >= -_ROUNDING and (value <= 1 or not name.endswith(".top1")))
 
 
 def _is_number(value: float | int | str) -> bool:

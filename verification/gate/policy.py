@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from so8t_core.errors import InputError
 from verification.gate.report import Check, LegName
@@ -19,8 +20,26 @@ from verification.gate.report import Check, LegName
 DEFAULT_POLICY = Path(__file__).with_name("default_policy.yaml")
 
 
+_SEE = f"every key is explained in {DEFAULT_POLICY}"
+_MAX_BYTES = 1 << 16  # the default, comments and all, has 6,000; PyYAML reads 100,000 in a second
+_MAX_DEPTH = 8  # nested mappings and lists; the default has 3
+_MAX_NUMBER = 1 << 63
+# bounds of what has to be reached; every other bound is of what must not be exceeded
+_AT_LEAST = {"top1", "differs_from_base", "transposed", "positions", "chunks", "entropy", "alignment"}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, given: Any, info: ValidationInfo) -> Any:
+        """`true` is no 1, which for nats or positions would be a bound that everything holds."""
+        if isinstance(given, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("true and false are no bounds")
+        if isinstance(given, int) and abs(given) >= _MAX_NUMBER:
+            raise ValueError("a bound has 64 bits at most")
+        return given
 
 
 class BakeBounds(_Section):
@@ -155,12 +174,61 @@ def load_policy(path: str | Path | None = None) -> Policy:
         return make_policy({})
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise InputError(f"policy {path} has more than {_MAX_BYTES} bytes, the most that are read; shorten it")
+        raw = _read_yaml(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"policy {path} does not exist; start from {DEFAULT_POLICY}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"policy {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    except OSError as error:
+        raise InputError(f"policy {path} cannot be read: {error.strerror}; {_SEE}") from None
+    except (UnicodeDecodeError, yaml.YAMLError, _NotYaml) as error:
+        what = _line(str(error), 200)
+        raise InputError(f"policy {path} cannot be read: {what}; {_SEE}") from None
     return make_policy({} if raw is None else raw, source=str(path))
+
+
+class _NotYaml(Exception):
+    """YAML that this project does not read; the message says why."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which grow to any size, and with every key once, which two readers understand alike."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise _NotYaml("it uses an alias (*name); write the value out")
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise _NotYaml(f"it is nested deeper than {_MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value: int = super().construct_yaml_int(node)
+        if abs(value) >= _MAX_NUMBER:
+            raise _NotYaml(f"the number in line {node.start_mark.line + 1} has more than 64 bits")
+        return value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep=deep)
+        if len(found) < len(node.value):
+            raise _NotYaml(f"a key stands twice in the mapping of line {node.start_mark.line + 1}; keep one of them")
+        return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, OverflowError) as error:  # a date or a number that Python has no value for
+        raise _NotYaml(str(error)) from None
 
 
 def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
@@ -179,9 +247,45 @@ def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
         return Policy.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InputError(f"{source}: `{where}` = {first.get('input')!r}: {what}") from None
+        where = _line(".".join(str(part) for part in first["loc"]), 200)
+        known = f"unknown key, known are {', '.join(_keys_beside(first['loc']))}"
+        what = known if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        given = reprlib.repr(first.get("input"))
+        raise InputError(f"{source}: `{where}` = {given}: {what}; {_SEE}") from None
+
+
+def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section of a wrong key may have."""
+    section: Any = _defaults()
+    for part in place[:-1]:
+        if part == "waivers":
+            return list(Waiver.model_fields)
+        section = section.get(part, {"mean_kld": 0, "top1": 0})  # a kind of quality or cells
+    return list(section)
+
+
+def weaker(policy: Policy, than: Policy) -> list[str]:
+    """What a policy lets pass that another one does not: its looser bounds, added kinds, legs left out, waivers."""
+    mine, theirs = policy.model_dump(), than.model_dump()
+    found = [f"required without {leg}" for leg in theirs.pop("required") if leg not in mine["required"]]
+    found += _looser(mine, theirs)
+    return found + [f"waiver of {waiver.check}" for waiver in policy.waivers if waiver not in than.waivers]
+
+
+def _looser(mine: dict[str, Any], theirs: dict[str, Any], above: str = "") -> list[str]:
+    found = []
+    for key, value in mine.items():
+        name = f"{above}{key}"
+        if isinstance(value, dict):
+            found += _looser(value, theirs[key], f"{name}.") if key in theirs else [f"{name} added"]
+        elif not isinstance(value, list) and (value < theirs[key] if key in _AT_LEAST else value > theirs[key]):
+            found.append(f"{name} {value:g} for {theirs[key]:g}")
+    return found
+
+
+def _line(text: str, most: int) -> str:
+    """Text from a file in one line of printable characters."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:most]
 
 
 @functools.cache

@@ -7,9 +7,10 @@ the worst of the legs.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SCHEMA_VERSION = "1.2"  # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`
 
@@ -17,6 +18,7 @@ Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
 Verdict = Literal["pass", "fail", "inconclusive", "incomplete"]
 LegName = Literal["bake", "dtype", "convert", "quantise", "quality", "contract", "controls", "evidence", "cells"]
 Relation = Literal["<=", ">=", "==", "!="]
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no such numbers: words
 
 
 class _Model(BaseModel):
@@ -28,8 +30,9 @@ class Artefact(_Model):
 
     role: Literal["reference", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
     path: str
-    sha256: str  # of the file; for a directory: of the sorted list of (name, sha256) of its files
-    bytes: int
+    # of the file; for a directory: of the sorted list of (name, sha256) of its files
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
     label: str = ""  # short name used in tables and plots, e.g. "Q4_K_M"
 
 
@@ -47,6 +50,17 @@ class Check(_Model):
     unit: str = ""
     detail: str = ""  # one sentence: the tensor, the token, the diagnosis, or why it was not evaluated
     reason: str = ""  # why it was waived
+
+    @field_validator("value", "bound", "interval", mode="before")
+    @classmethod
+    def _numbers(cls, given: Any) -> Any:
+        """True is no 1; an end of an interval may be a word for what is not finite, no other text."""
+        ends = given if isinstance(given, list | tuple) else []
+        if any(isinstance(number, bool) for number in (given, *ends)):
+            raise ValueError("true and false are no numbers")
+        if any(isinstance(end, str) and end not in NOT_FINITE for end in ends):
+            raise ValueError("a text is no number")
+        return given
 
 
 class Leg(_Model):
@@ -154,6 +168,14 @@ class Report(_Model):
     notes: list[str] = Field(default_factory=list)  # limits a reader must know (e.g. the base lies on a 4-bit grid)
     training: TrainingRecord | None = None
     answers: AnswerRecord | None = None
+
+    @model_validator(mode="after")
+    def _labels(self) -> Report:
+        """Two files of one label would share their checks, and one of them would never have been verified."""
+        labels = [artefact.label for artefact in self.artefacts if artefact.role == "candidate"]
+        if "" in labels or len(set(labels)) < len(labels):
+            raise ValueError(f"every candidate needs a label of its own, found {labels}")
+        return self
 
 
 class Curve(_Model):

@@ -17,9 +17,11 @@ from typing import Any
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file, write_text
 from verification.gate.report import Report
+from verification.gate.strict_json import read_json
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:so8t:verification:v1"
+_MAX_BYTES = 4 << 20  # a few hundred bytes an input
 
 
 def statement_path(report: Path) -> Path:
@@ -61,7 +63,8 @@ def make_statement(report: Report, report_file: Path) -> dict[str, Any]:
 def write_statement(report: Report, report_file: Path) -> Path:
     """Write the statement beside `report_file`, which must be there already."""
     path = statement_path(report_file)
-    write_text(path, json.dumps(make_statement(report, report_file), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(make_statement(report, report_file), indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a lone surrogate: its JSON escape
     return path
 
 
@@ -93,12 +96,13 @@ def check_statement(report: Report, report_file: Path) -> None:
             "as it is with --no-statement."
         )
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({type(error).__name__}). {again}.") from None
+        stated = read_json(path, most=_MAX_BYTES)
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read as JSON ({what}). {again}.") from None
     kind = (stated.get("_type"), stated.get("predicateType")) if isinstance(stated, dict) else (None, None)
     if kind != (STATEMENT_TYPE, PREDICATE_TYPE):
-        raise InputError(f"{path} is no in-toto statement of SO8T: it says {kind}. {again}.")
+        raise InputError(f"{path} is no in-toto statement of SO8T: it says {str(kind)[:200]}. {again}.")
     expected = make_statement(report, report_file)
     if stated != expected:
         raise InputError(

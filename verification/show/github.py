@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from verification.gate.report import Report
@@ -15,18 +16,31 @@ _LIMIT = 1 << 20  # bytes GitHub takes for a step; beyond it the whole summary i
 def append_step_summary(report: Report) -> Path | None:
     """Append the report in Markdown; returns the file, or None where there is none to write to.
 
-    A summary that cannot be written is no reason to fail a job that was decided: it is left out.
+    A summary that cannot be drawn or written changes nothing about a job that was decided: a line on standard error
+    says what went wrong. Call it after the verdict was printed.
     """
     named = os.environ.get(_VARIABLE)
     if not named:
         return None
-    path, text = Path(named), to_markdown(report) + "\n"
     try:
-        taken = path.stat().st_size if path.exists() else 0
-        if taken + len(text.encode()) > _LIMIT:
-            text = f"**{report.verdict}**: {report.summary}\n\nThe whole report is too long for a step summary.\n"
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError:
+        return _append(report, Path(named))
+    except Exception as error:  # whatever it is, the verdict stands without it
+        print(f"so8t: no step summary was written to {named!r}: {type(error).__name__}: {error}"[:500], file=sys.stderr)
         return None
+
+
+def _append(report: Report, path: Path) -> Path:
+    """The report at the end of a regular file.
+
+    Raises:
+        OSError: no regular file (a pipe would wait for its reader), or one that cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")
+    text = to_markdown(report) + "\n"
+    taken = path.stat().st_size if path.exists() else 0
+    if taken + len(text.encode()) > _LIMIT:
+        text = f"**{report.verdict}**: {report.summary}\n\nThe whole report is too long for a step summary.\n"
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(text)
     return path

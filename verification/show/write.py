@@ -22,14 +22,14 @@ from pydantic import ValidationError
 from so8t_core.errors import InputError
 from so8t_core.files import write_text
 from verification.gate.check import not_evaluated
-from verification.gate.report import SCHEMA_VERSION, Check, Report, Status
+from verification.gate.report import NOT_FINITE, SCHEMA_VERSION, Check, Report, Status
 from verification.gate.statement import write_statement
+from verification.gate.strict_json import read_json
 from verification.show import figures, words
 from verification.show.junit import junit_xml
 from verification.show.terminal import decisive_text
 from verification.show.words import Step, margin, number, texts, visible
 
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _MARKS: dict[Status, str] = {"pass": "✓", "fail": "✕", "inconclusive": "?", "not evaluated": "–", "waived": "!"}
 _SIGNS = {"<=": "≤", ">=": "≥", "==": "=", "!=": "≠"}
 
@@ -83,20 +83,20 @@ def load_report(path: Path) -> Report:
     if path.is_dir():
         path = path / "report.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except FileNotFoundError:
         raise InputError(f"no report at {path}. Run `so8t verify --out {path.parent}` first.") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        what = str(error) if isinstance(error, json.JSONDecodeError) else "not UTF-8 text, or nested too deep"
+    except ValueError as error:
+        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
         raise InputError(f"{path} is not JSON ({what}). It was cut off or edited; run `so8t verify` again.") from None
     found = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(found, str):
         raise InputError(f"{path} is no SO8T report: it has no schema_version. Give the report.json of `so8t verify`.")
     if found.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise InputError(
-            f"{path} has report schema {found}, this version reads {SCHEMA_VERSION.split('.')[0]}.x. "
+            f"{path} has report schema {visible(found)[:40]!r}, this version reads {SCHEMA_VERSION.split('.')[0]}.x. "
             "Use the so8t version that wrote it, or run `so8t verify` again."
         )
     try:
@@ -105,7 +105,8 @@ def load_report(path: Path) -> Report:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{path} (report schema {found}) is not a valid report: {where}: {first['msg']}. Run `so8t verify` again."
+            f"{path} (report schema {SCHEMA_VERSION}) is not a valid report: {' '.join(visible(where).split())[:200]}: "
+            f"{' '.join(visible(first['msg']).split())[:300]}. Run `so8t verify` again."
         ) from None
 
 
@@ -120,7 +121,7 @@ def json_schema() -> dict[str, Any]:
     schema = Report.model_json_schema(mode="serialization")
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = f"SO8T verification report {SCHEMA_VERSION}"
-    words = {"enum": list(_NOT_FINITE)}
+    words = {"enum": list(NOT_FINITE)}
     return cast("dict[str, Any]", _with_words(schema, words))
 
 
@@ -295,7 +296,7 @@ def _restore(raw: dict[str, Any]) -> dict[str, Any]:
         for check in checks if isinstance(checks, list) else []:
             for key in ("value", "bound"):
                 if isinstance(check, dict) and isinstance(check.get(key), str):
-                    check[key] = _NOT_FINITE.get(check[key], check[key])
+                    check[key] = NOT_FINITE.get(check[key], check[key])
     return raw
 
 

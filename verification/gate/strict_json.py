@@ -1,0 +1,91 @@
+"""Reads JSON that a stranger may have written: bounded, and without the liberties of Python's reader.
+
+Refused are what two readers would understand in two ways or what only costs: keys that stand twice in an object, the
+words NaN and Infinity, numbers that no double and no 64-bit integer holds, text that is not UTF-8, nesting, counts and
+sizes beyond any report. Source: RFC 8259, sections 4 and 6.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 32 << 20  # a report of 25 files with 1,100 tensors each has 10 MB
+MAX_VALUES = 1_000_000  # that report has 400,000; a million of the dearest ones cost 250 MB of memory
+MAX_DEPTH = 32  # a report has 8
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+
+
+def read_json(path: Path, *, most: int = MAX_BYTES) -> Any:
+    """The value in a file.
+
+    Args:
+        most: bytes that the file may have.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file or no strict JSON, or larger than the bounds above; says why in one line.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{max(found.st_size, len(data))} bytes, at most {most} are read")
+    return parse(data)
+
+
+def parse(data: bytes) -> Any:
+    """The value that UTF-8 bytes write.
+
+    Raises:
+        ValueError: see `read_json`.
+    """
+    _within_budget(data)
+    return json.loads(
+        data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer, parse_float=_real
+    )
+
+
+def _within_budget(data: bytes) -> None:
+    """Nesting and number of values, counted before anything is built from them."""
+    bare = _STRING.sub(b"", data)
+    if (values := bare.count(b",") + bare.count(b"[") + bare.count(b"{")) > MAX_VALUES:
+        raise ValueError(f"{values} values, at most {MAX_VALUES} are read")
+    depth = 0
+    for mark in re.finditer(rb"[\[\]{}]", bare):
+        depth += 1 if mark[0] in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+    return found
+
+
+def _constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(1 << 63) <= int(digits) < 1 << 63:
+        raise ValueError(f"the number {digits[:24]} has more than 64 bits")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:24]} is beyond a double's range")
+    return value
