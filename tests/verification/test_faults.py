@@ -35,7 +35,7 @@ from verification.gguf.cache import Memory
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
 from verification.gguf.writer import Raw
-from verification.weight_parity.checks import quantise_checks, weight_checks
+from verification.weight_parity.checks import weight_checks
 from verification.weight_parity.compare import Examination
 from verification.weight_parity.expected import inventory
 from verification.weight_parity.explain import damage_cause, merge_cause
@@ -209,9 +209,8 @@ def test_no_byte_of_a_tensor_can_change_unnoticed(
 
 def _legs(pair: Healthy, faulty: Any, kind: str) -> list[Any]:
     """The legs of verify that hold a file's bytes against the oracle's."""
-    candidate, twin = Candidate(kind, faulty), pair.twin(kind)
-    weights = weight_checks(candidate, twin.file, pair.checkpoint, sources=pair.sources, memory=pair.memory)
-    return [*weights.contract, *quantise_checks(candidate, twin)]
+    weights = weight_checks(Candidate(kind, faulty), pair.conversions, pair.sources, memory=pair.memory)
+    return [*weights.contract, *weights.quantise]
 
 
 def _next(file: Any, name: str) -> list[str]:
@@ -292,8 +291,8 @@ def test_the_self_test_itself_can_fail(bench: Bench, monkeypatch: pytest.MonkeyP
 MAIN = {  # one fault for each way of planting one into the model with rotation and LoRA, and for each kind of file
     "linear RoPE scaling that the model has not", "norm's gain off", "merges cut off", "chat template's end cut",
     "embedding rows shifted", "a weight is NaN", "tensors of two layers exchanged",
-    "an importance matrix nobody named", "weights went through a smaller float type",
-    "a tensor in a smaller type than promised", "one layer's R off by an angle", "rotated on the output's side",
+    "quantised from another finetune", "weights went through a smaller float type",
+    "a quantised tensor in a float file", "one layer's R off by an angle", "rotated on the output's side",
     "o_proj transposed", "the base converted, nothing merged", "LoRA's scale wrong in one layer",
     "saved without the rotation in one layer", "cut off", "a bit flipped in an exponent", "a tensor nobody asked for",
     "a key written twice", "bytes hidden in the padding",

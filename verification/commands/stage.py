@@ -19,7 +19,7 @@ from typing import Any
 from so8t_core.errors import InputError
 from verification.commands.request import Progress, VerifyRequest
 from verification.engines import distributed
-from verification.engines.reconversion import Oracle
+from verification.engines.reconversion import FloatFiles, Oracle
 from verification.gate.check import not_evaluated
 from verification.gate.decide import LEG_TITLES
 from verification.gate.policy import Policy
@@ -39,6 +39,7 @@ from verification.logit_parity.kl import Array
 from verification.logit_parity.run_modes import Plan
 from verification.logit_parity.text import Corpus
 from verification.reference.checkpoint import Checkpoint
+from verification.weight_parity.output import OpenTensor
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Run:
     # products: made by the stage that yields them, released after the last stage that needs them
     checkpoint: Checkpoint = field(init=False)
     tokenizer: Any = field(init=False)
-    oracle_file: Path = field(init=False)  # the verifier's own F16 conversion
+    conversions: FloatFiles = field(init=False)  # the verifier's own float files of the reference
     files: list[Candidate] = field(init=False)  # candidates, and the oracle's file where none of them is a float file
     bos: int | None = field(init=False)
     text: Corpus = field(init=False)
@@ -78,6 +79,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     trained: TrainedFunction | None = None
     tokens_sha256: str = ""
+    open: dict[str, dict[str, OpenTensor]] = field(default_factory=dict)  # by candidate: its layers' outputs decide
     left: list[Stage] = field(default_factory=list)  # stages that are not finished
 
     @property

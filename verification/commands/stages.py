@@ -40,8 +40,9 @@ from verification.logit_parity.text import read_corpus
 from verification.logit_parity.text_checks import alignment_check, evidence_checks
 from verification.reference.checkpoint import Checkpoint, read_config
 from verification.reference.tokenizer import load_tokenizer
-from verification.weight_parity.checks import quantise_checks, weight_checks
+from verification.weight_parity.checks import output_check, weight_checks
 from verification.weight_parity.compare import Sources, rotations
+from verification.weight_parity.output import output_ratios
 
 ORACLE_LABEL = "F16 (oracle)"  # the verifier's own conversion, where no float file was given
 CONTRACT = (
@@ -64,6 +65,8 @@ CELLS = tuple(
     for value in ("mean_kld", "top1", "non_finite")
 )
 
+OPEN = ("quantise.output_error",)  # of tensors whose weights alone do not decide, where there are any
+
 
 def stages(run: Run) -> list[Stage]:
     """What this run carries out."""
@@ -72,11 +75,12 @@ def stages(run: Run) -> list[Stage]:
         labels = {ORACLE_LABEL: True, **labels}
     found = [
         Stage("inputs", _inputs, yields=("checkpoint", "tokenizer")),
-        Stage("oracle", _oracle, needs=("checkpoint",), yields=("oracle_file", "files", "bos")),
+        Stage("oracle", _oracle, needs=("checkpoint",), yields=("conversions", "files", "bos")),
     ]
     found += [_file_stage(label, is_float=is_float) for label, is_float in labels.items()]
     found += [
         Stage("text", _text, needs=("checkpoint", "tokenizer", "bos"), yields=("text", "plan")),
+        *([] if all(labels.values()) else [Stage("layer outputs", _layer_outputs, needs=("text",), checks=OPEN)]),
         Stage("reference", _reference, needs=("text", "plan"), yields=("reference",)),
     ]
     found += _bake_stages(run)
@@ -102,8 +106,8 @@ def stages(run: Run) -> list[Stage]:
 
 
 def _file_stage(label: str, *, is_float: bool) -> Stage:
-    values = ("convert.rounding",) if is_float else ("quantise.tensors_differ",)
-    needs = ("checkpoint", "tokenizer", "oracle_file", "files")
+    values = ("convert.rounding",) if is_float else ("quantise.tensors_differ", "quantise.unexplained")
+    needs = ("checkpoint", "tokenizer", "conversions", "files")
     return Stage("files", partial(_file, label), needs=needs, checks=(*CONTRACT, *values), subject=label)
 
 
@@ -155,7 +159,7 @@ def _oracle(run: Run) -> None:
     source = distributed.from_first(lambda: run.oracle.converted(run.checkpoint.directory, run.digest))
     if not source.is_file():
         raise InputError(f"{source}, which process 0 made, is not here: set TMPDIR to a disk that all machines share")
-    run.oracle_file, run.files = source, list(run.candidates)
+    run.conversions, run.files = run.oracle.conversions(run.checkpoint.directory, run.digest), list(run.candidates)
     if not any(candidate.file.is_float for candidate in run.candidates):
         run.files.insert(0, Candidate(ORACLE_LABEL, read_gguf(source)))
         run.notes.append("No float file was given: the verifier's own F16 conversion stands in the leg `convert`.")
@@ -172,13 +176,17 @@ def _file(label: str, run: Run) -> None:
     reference = run.checkpoint.directory
     turned = rotations(run.adapter) if run.adapter else {}
     sources = Sources(run.checkpoint, Checkpoint(run.base) if run.base else None, turned)
-    twin = run.oracle.twin(candidate.file, reference, run.digest)
-    run.add("contract", contract_checks(candidate, twin.file, run.checkpoint, run.tokenizer, reference))
-    weights = weight_checks(candidate, twin.file, run.checkpoint, sources=sources)
+    oracle = run.conversions.file(candidate.file.file_type if candidate.file.is_float else "F16")
+    assert oracle is not None  # every float type can be converted to
+    run.add("contract", contract_checks(candidate, oracle, run.checkpoint, run.tokenizer, reference))
+    weights = weight_checks(candidate, run.conversions, sources, importance=run.oracle.imatrix)
     run.add("contract", weights.contract)
     run.add("convert", weights.convert)
-    run.add("quantise", quantise_checks(candidate, twin))
+    run.add("quantise", weights.quantise)
     run.tensors += weights.rows
+    run.notes += weights.notes
+    if weights.open:
+        run.open[label] = weights.open
 
 
 def _text(run: Run) -> None:
@@ -195,6 +203,16 @@ def _text(run: Run) -> None:
         n_ctx=asked.ship_n_ctx,
         chats=[np.asarray(chat_ids, dtype=np.int64) for chat_ids in ids],
     )
+
+
+def _layer_outputs(run: Run) -> None:
+    """The outputs of layers whose weights alone cannot be judged, on one passage; first process only, as `_file`."""
+    if run.open:
+        run.tell("layer outputs", 0, 1)
+        model = load_hf(run.request.reference)
+        for label, tensors in run.open.items():
+            ratios = output_ratios(model, run.text.chunks[0], tensors)
+            run.add("quantise", [output_check(label, tensors, ratios)])
 
 
 def _reference(run: Run) -> None:
