@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from verification.contract.file_structure import counts, layout, promised_types, vocabulary
+from verification.contract.finding import Cause
 from verification.contract.metadata import HARMLESS, against_oracle, is_harmless
 from verification.engines.quantise import quantise
 from verification.fault_catalogue import run as runner
@@ -244,17 +245,21 @@ def test_causes_are_named_exactly() -> None:
     rng = np.random.default_rng(0)
     base, change = rng.standard_normal((2, 8, 64)).astype(np.float32)
     wanted = base + np.float32(0.01) * change
-    assert merge_cause(base + np.float32(0.02) * change, wanted, base) == "the change from the base scaled by 2"
-    assert merge_cause(base, wanted, base) == "the change from the base scaled by 0"
-    assert merge_cause(wanted + np.float32(0.01) * rng.standard_normal((8, 64)).astype(np.float32), wanted, base) == ""
+    assert merge_cause(base + np.float32(0.02) * change, wanted, base) == Cause(
+        "the change from the base scaled by 2", "merge"
+    )
+    assert merge_cause(base, wanted, base) == Cause("the change from the base scaled by 0", "merge")
+    assert (
+        merge_cause(wanted + np.float32(0.01) * rng.standard_normal((8, 64)).astype(np.float32), wanted, base) is None
+    )
     raw = wanted.view(np.uint8).reshape(-1).copy()
     flipped = raw.copy()
     flipped[100] ^= 16
-    assert damage_cause(flipped, raw, 8) == "one flipped bit"
+    assert damage_cause(flipped, raw, 8) == Cause("one flipped bit", "flipped_bit")
     flipped[101] ^= 16
-    assert damage_cause(flipped, raw, 8) == ""
+    assert damage_cause(flipped, raw, 8) is None
     rolled = np.roll(wanted, 1, axis=0).copy().view(np.uint8).reshape(-1)
-    assert damage_cause(rolled, raw, 8) == "the reference's rows in another order"
+    assert damage_cause(rolled, raw, 8) == Cause("the reference's rows in another order", "row_order")
 
 
 def _harmless_fault(pair: Healthy, source: Path, target: Path, strength: float) -> None:

@@ -67,7 +67,7 @@ def test_the_stages_complete_what_the_gate_calls_for(options: dict[str, Any], la
     completed = {(name, stage.subject) for stage in listed for name in stage.checks if stage.subject != ORACLE_LABEL}
     roles: list[tuple[Any, str]] = [("reference", ""), *(("candidate", label) for label in labels)]
     roles += [(role, "") for role in ("base", "adapter") if role in options]
-    inputs = [Artefact(role=role, path=label, sha256="", bytes=0, label=label) for role, label in roles]
+    inputs = [Artefact(role=role, path=label, sha256="0" * 64, bytes=0, label=label) for role, label in roles]
     empty: dict[str, Any] = {"legs": [], "policy": {}, "versions": {}, "durations": {}}
     report = Report(verdict="incomplete", summary="", created="", artefacts=inputs, **empty)
     wanted = set(gate._called_for(report))

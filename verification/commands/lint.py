@@ -184,7 +184,10 @@ class _Run:
             return
         again = "convert the reference again"
         odd = [Finding(name, "a tensor of the reference", "missing in the file", again) for name in found.missing]
-        odd += [Finding(name, "no such tensor", "in the file, and nothing explains it", again) for name in found.extra]
+        odd += [
+            Finding(name, "no such tensor", "in the file, and nothing explains it", again, code="unexplained_tensor")
+            for name in found.extra
+        ]
         odd += [Finding(name, "a place in the file", "no GGUF name", again) for name in found.unmapped]
         self.add("inventory", odd)
         results = Examination(file, sources, found, memory=self.memory).run()

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from verification.contract.finding import Code
 from verification.weight_parity.result import Drawer, TensorResult
 
 SCHEMA_VERSION = "1.1"  # 1.1: `drawer`, `why` of a tensor
@@ -26,6 +27,7 @@ class LintFinding(_Model):
     found: str
     action: str = ""
     cause: str = ""
+    code: Code = ""
 
 
 class LintCheck(_Model):

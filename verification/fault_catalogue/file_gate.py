@@ -35,6 +35,7 @@ class Judgement:
     """What the gate said of one file."""
 
     unreadable: str = ""  # why the file was refused before any check
+    other_vocabulary: bool = False  # whether it was refused for the size of its vocabulary
     file: GGUFFile | None = None
     linted: LintReport | None = None
     checks: list[Check] = field(default_factory=list)  # of verify, decided
@@ -67,9 +68,12 @@ def judge(pair: Healthy, path: Path, policy: Policy) -> Judgement:
     """Lint and the file legs of one candidate."""
     try:
         file = read_gguf(path)
-        same_vocabulary(pair.checkpoint, [Candidate("candidate", file)])
     except InputError as error:
         return Judgement(unreadable=str(error))
+    try:
+        same_vocabulary(pair.checkpoint, [Candidate("candidate", file)])
+    except InputError as error:
+        return Judgement(unreadable=str(error), other_vocabulary=True)
     result = Judgement(file=file)
     result.linted = lint(
         path, reference=pair.reference, base=pair.base, adapter=pair.adapter, oracle=pair.files["F16"],

@@ -14,6 +14,8 @@ def plain_check(
     detail: str = "",
     unit: str = "",
     interval: tuple[float, float] | None = None,
+    code: str = "",
+    where: str = "",
 ) -> Check:
     """A measured value whose bound the policy gives."""
     return Check(
@@ -25,10 +27,14 @@ def plain_check(
         detail=detail,
         unit=unit,
         interval=interval,
+        code=code,
+        where=where,
     )
 
 
-def zero_check(name: str, title: str, count: int, *, subject: str = "", detail: str = "") -> Check:
+def zero_check(
+    name: str, title: str, count: int, *, subject: str = "", detail: str = "", code: str = "", where: str = ""
+) -> Check:
     """A count of disagreements that must be zero."""
     return Check(
         name=name,
@@ -39,6 +45,8 @@ def zero_check(name: str, title: str, count: int, *, subject: str = "", detail: 
         relation="<=",
         bound=0,
         detail=detail,
+        code=code,
+        where=where,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`; 1.3: check
-# `quantise.unexplained`, and each tensor's `drawer`, `why` and `own_error`
+# `quantise.unexplained`, each tensor's `drawer`, `why` and `own_error`, and each check's `code` and `where`
 SCHEMA_VERSION = "1.3"
 
 Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
@@ -51,6 +51,8 @@ class Check(_Model):
     interval: tuple[float, float] | None = None  # 95 % interval of value, where there is one
     unit: str = ""
     detail: str = ""  # one sentence: the tensor, the token, the diagnosis, or why it was not evaluated
+    code: str = ""  # the kind of fault where it was recognised, for programs: "flipped_bit"; see `contract.finding`
+    where: str = ""  # the tensor, key or token that the check names first
     reason: str = ""  # why it was waived
 
     @field_validator("value", "bound", "interval", mode="before")

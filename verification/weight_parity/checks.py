@@ -109,7 +109,12 @@ def _inventory(
         odd += [r.name for r in results if r.roundings == math.inf and r.compared]
     words = [f"missing {name}" for name in lost] + [f"unexplained {name}" for name in dict.fromkeys(odd)]
     return zero_check(
-        "contract.inventory", "Tensors missing or unexplained", len(words), subject=label, detail=", ".join(words[:3])
+        "contract.inventory",
+        "Tensors missing or unexplained",
+        len(words),
+        subject=label,
+        detail=", ".join(words[:3]),
+        where=next(iter([*lost, *odd]), ""),
     )
 
 
@@ -119,7 +124,8 @@ def _finite(results: Sequence[TensorResult], label: str) -> Check:
         "Weights that are NaN or Inf",
         sum(result.non_finite for result in results),
         subject=label,
-        detail=next((result.name for result in results if result.non_finite), ""),
+        detail=(first := next((result.name for result in results if result.non_finite), "")),
+        where=first,
     )
 
 
@@ -132,7 +138,13 @@ def _rounding(results: Sequence[TensorResult], label: str) -> Check:
         detail += f"; worst {worst.name}, relative error {worst.rel_error or 0.0:.2g}"
     value = None if worst is None else worst.roundings
     return plain_check(
-        "convert.rounding", "Worst weight, in roundings of its type", value, subject=label, detail=detail
+        "convert.rounding",
+        "Worst weight, in roundings of its type",
+        value,
+        subject=label,
+        detail=detail,
+        code=next((finding.code for finding in worst.findings if finding.code), "") if worst else "",
+        where=worst.name if worst else "",
     )
 
 
@@ -151,7 +163,8 @@ def quantise_checks(candidate: Candidate, results: Sequence[TensorResult], *, wi
         parts.append(
             f"The file says it was quantised with the importance matrix {named}: with --imatrix it can be proven"
         )
-    faults = []
+    faults: list[str] = []
+    worst: TensorResult | None = None
     if unexplained:
         worst = max(unexplained, key=lambda r: (r.rel_error or 0.0) / (r.own_error or math.inf))
         faults = [sentence_of(worst)]
@@ -173,6 +186,8 @@ def quantise_checks(candidate: Candidate, results: Sequence[TensorResult], *, wi
             len(unexplained),
             subject=candidate.label,
             detail=". ".join(faults),
+            code=next((finding.code for finding in worst.findings if finding.code), "") if worst else "",
+            where=worst.name if worst else "",
         ),
     ]
 
@@ -190,6 +205,7 @@ def output_check(label: str, tensors: Mapping[str, OpenTensor], ratios: Mapping[
         None if left else ratios[worst] if worst else None,
         subject=label,
         detail=detail,
+        where=worst,
     )
 
 

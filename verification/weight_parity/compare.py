@@ -103,14 +103,17 @@ class Examination:
             return result
         wanted = wanted.reshape(tensor.shape)
         own = quantised_bytes(wanted, tensor.type)
-        cause = "" if own is None else damage_cause(tensor.raw, own, tensor.shape[0])
+        cause = None if own is None else damage_cause(tensor.raw, own, tensor.shape[0])
         base = self._base_of(result.name, self.found.source_of.get(result.name, ""))
-        if not cause and base is not None:
+        if cause is None and base is not None:
             before, step = self._values_before(tensor, wanted, own)
             cause = merge_cause(before, wanted, base.reshape(tensor.shape), step)
-        if not cause:
+        if cause is None:
             return result
-        findings = tuple(dataclasses.replace(f, cause=cause) if f.cause in VAGUE else f for f in result.findings)
+        findings = tuple(
+            dataclasses.replace(f, cause=cause.words, code=cause.code) if f.cause in VAGUE else f
+            for f in result.findings
+        )
         return dataclasses.replace(result, findings=findings)
 
     def _values_before(
@@ -226,7 +229,7 @@ class Examination:
             if match.is_fault and not result.equal:  # what is proven may lie nearer to a base on the type's own grid
                 far = f"relative distance {match.distance:.2g} (to the expected {match.expected_distance:.2g})"
                 text = f"{match.best}, {far}"
-                findings.append(Finding(match.name, "the reference's weight", text, AGAIN, match.best))
+                findings.append(Finding(match.name, "the reference's weight", text, AGAIN, match.best, match.code))
         residual = None
         if is_weight and ".attn_output." in tensor.name:
             # the own quantiser's values share their rounding with a tensor of the same maker, and only with that
@@ -238,7 +241,7 @@ class Examination:
                     Finding(tensor.name, "no rotation against the reference",
                             f"{residual.rms:.2g} rad (root mean square; largest {residual.largest:.2g} in channels "
                             f"{8 * residual.block}..{8 * residual.block + 7}, {residual.z_single:.0f} standard errors)",
-                            "bake the adapter again and convert that", "rotation off")
+                            "bake the adapter again and convert that", "rotation off", "rotation")
                 )  # fmt: skip
         if findings and not any(f.cause for f in findings) and not matches:
             findings = [dataclasses.replace(findings[0], cause=_scale_cause(values, wanted)), *findings[1:]]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from verification.contract.finding import Finding
+from verification.contract.finding import Code, Finding
 from verification.engines.quantise import WRITTEN, quantised_bytes
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.neighbours import AGAIN
@@ -92,7 +92,7 @@ def judge(tensor: GGUFTensor, values: Array, wanted: Array, *, base: Array | Non
     assert isinstance(whole, Scale)
     assert isinstance(moved, Shift)
     if along is not None and along.detected:  # less what the own quantiser loses of the change itself
-        findings.append(_finding(tensor, "the change from the base once", along.cause, along.cause))
+        findings.append(_finding(tensor, "the change from the base once", along.cause, along.cause, "merge"))
     if own:
         findings += _scales(tensor, F, E, whole, own, head)
         most = max(abs(one.shift.value) for one in own)
@@ -175,8 +175,8 @@ def _own_values(kind: str, W: Array, matrix: Array | None) -> Array | None:
     return None if raw is None else GGUFTensor("", W.shape, kind, raw).values()
 
 
-def _finding(tensor: GGUFTensor, expected: str, found: str, cause: str) -> Finding:
-    return Finding(tensor.name, expected, found, AGAIN, cause)
+def _finding(tensor: GGUFTensor, expected: str, found: str, cause: str, code: Code = "") -> Finding:
+    return Finding(tensor.name, expected, found, AGAIN, cause, code)
 
 
 def _own_spread(kind: str, W: Array) -> list[_Own]:

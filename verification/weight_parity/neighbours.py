@@ -48,9 +48,12 @@ def merged_together(results: list[TensorResult]) -> list[TensorResult]:
     if whole is None or not whole.detected or any(one.detected for one in along):
         return results
     text = f"{whole.cause} (+- {whole.standard_error:.2g}, {len(along)} tensors together)"
-    finding = ("the change from the base once", text, AGAIN, whole.cause)
     return [
-        dataclasses.replace(r, findings=(Finding(r.name, *finding),)) if r.along is not None and not r.findings else r
+        dataclasses.replace(
+            r, findings=(Finding(r.name, "the change from the base once", text, AGAIN, whole.cause, "merge"),)
+        )
+        if r.along is not None and not r.findings
+        else r
         for r in results
     ]
 

@@ -98,7 +98,7 @@ def _float(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         findings.append(
             Finding(tensor.name, f"{target[at]:.6g} at [{place}] within one rounding of {tensor.type}",
                     f"{values[at]:.6g}, relative error of the tensor {error_size:.2g}", AGAIN,
-                    "F16 overflow" if overflow else "")
+                    *(("F16 overflow", "f16_overflow") if overflow else ()))
         )  # fmt: skip
     result = TensorResult(
         tensor.name, tensor.type, compared=True, rel_error=error_size, max_abs_error=float(difference.max(initial=0.0)),
