@@ -332,13 +332,22 @@ def test_bfloat16_files_have_bounds_of_their_own_and_no_other_file_borrows_them(
          ["evidence.chunks 2 for 8", "evidence.entropy 0 for 0.5", "evidence.alignment 1 for 2"]),
         ({"controls": {"differs_from_base": 1e-3, "transposed": 1e-3}},
          ["controls.differs_from_base 0.001 for 0.01", "controls.transposed 0.001 for 0.01"]),
-        ({"contract": {"allow_fallback_types": True}}, ["contract.allow_fallback_types 1 for 0"]),
+        ({"quantise": {"unexplained": 1}}, ["quantise.unexplained 1 for 0"]),
         ({"quality": {"Q2_K": {"mean_kld": 1, "top1": 0}}}, ["quality.Q2_K added"]),
         ({"waivers": [{"check": "convert.top1", "reason": "r"}]}, ["waiver of convert.top1"]),
     ],
 )  # fmt: skip
 def test_what_makes_a_policy_weaker_than_the_default_is_named(overrides: dict, found: list[str]) -> None:
     assert weaker(make_policy(overrides), make_policy({})) == found
+
+
+def test_a_policy_without_a_bound_is_weaker_than_one_with_any() -> None:
+    strict = make_policy({"quantise": {"tensors_differ": 0}, "contract": {"allow_fallback_types": False}})
+    assert weaker(strict, make_policy({})) == []
+    assert weaker(make_policy({}), strict) == [
+        "quantise.tensors_differ inf for 0",
+        "contract.allow_fallback_types 1 for 0",
+    ]
 
 
 @pytest.mark.parametrize("subject", ["F16", "F16 (a.gguf)", "F32", "BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "unknown"])
