@@ -41,20 +41,26 @@ _quantize.restype = ctypes.c_size_t
 _quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
 _needs_imatrix = libggml.ggml_quantize_requires_imatrix
 _needs_imatrix.restype, _needs_imatrix.argtypes = ctypes.c_bool, [ctypes.c_int]
+_PLAIN = ("Q1_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_I_QUANTS = ("IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL", "IQ4_XS")
+_SMALL = ("MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
 # Types that `ggml_quantize_chunk` writes. It aborts the whole process on the others: activations' own (Q8_1, Q8_K) and
 # plain numbers (I8 to I64, F64), which a stranger's file may name.
-WRITTEN = frozenset({
-    "Q1_0", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "IQ1_M", "IQ1_S",
-    "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0",
-})  # fmt: skip
+WRITTEN = frozenset((*_PLAIN, *_K_QUANTS, *_I_QUANTS, *_SMALL))
 
 # what llama.cpp writes instead when a row is not a multiple of the type's block; Q2_K and Q3_K in older builds: IQ4_NL
 FALLBACKS: dict[str, tuple[str, ...]] = {
-    "Q2_K": ("Q4_0", "IQ4_NL"), "Q3_K": ("Q4_0", "IQ4_NL"), "IQ4_XS": ("IQ4_NL",), "IQ3_S": ("IQ4_NL",),
-    "IQ3_XXS": ("IQ4_NL",), "IQ2_S": ("IQ4_NL",), "IQ2_XS": ("IQ4_NL",), "IQ2_XXS": ("IQ4_NL",), "IQ1_S": ("IQ4_NL",),
-    "IQ1_M": ("IQ4_NL",), "TQ1_0": ("Q4_0",), "TQ2_0": ("Q4_0",), "Q4_K": ("Q5_0",), "Q5_K": ("Q5_1",),
+    **dict.fromkeys(("Q2_K", "Q3_K"), ("Q4_0", "IQ4_NL")),
+    **dict.fromkeys(
+        ("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"),
+        ("IQ4_NL",),
+    ),
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), ("Q4_0",)),
+    "Q4_K": ("Q5_0",),
+    "Q5_K": ("Q5_1",),
     "Q6_K": ("Q8_0",),
-}  # fmt: skip
+}
 # main type of the file types that are not named after it (llama_ftype_get_default_type)
 _MAIN_TYPES = {"IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S"}
 
