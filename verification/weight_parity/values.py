@@ -170,7 +170,7 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
 
 
 def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
-    """Blocks (blocks, values) that differ by more than the last bit of a float16 scale, as another processor moves it."""
+    """Blocks (blocks, values) that differ by more than a float16 scale's last bit, which another processor may move."""
     moved: npt.NDArray[np.bool_] = np.abs(values - own).max(axis=1) > 2 * LAST_BIT * np.abs(own).max(axis=1)
     return moved
 
