@@ -6,16 +6,19 @@ Every key has a type, a default and a bound here; `configs/*.yaml` comment each 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.data.licences import LicencePolicy
-from pipeline.data.pii.kinds import KINDS, Kind
 from so8t_core.errors import InputError
 
 DEMO_MODEL = "demo:smollm2-135m-instruct"
+# kinds of personal and confidential content; what finds them is in `pipeline.data.pii`
+PiiKind = Literal[
+    "secret", "email", "iban", "card", "my_number", "corporate_number", "phone", "ip", "address", "confidential"
+]
+PII_KINDS: tuple[PiiKind, ...] = get_args(PiiKind)  # in this order the first claim on a span wins
 
 
 class ConfigError(InputError):
@@ -64,20 +67,11 @@ class DataConfig(_Section):
     allowed_licences: list[str] | None = None  # SPDX identifiers; null = those of pipeline/data/licences.py
     forbidden_licences: list[str] | None = None
     pii: Literal["exclude", "mask"] = "exclude"  # rows with personal or confidential content
-    pii_kinds: list[Kind] = Field(default_factory=lambda: list(KINDS), min_length=1)
+    pii_kinds: list[PiiKind] = Field(default_factory=lambda: list(PII_KINDS), min_length=1)
     safety_labels: str | None = None  # JSONL file of labels for rows
     unsafe_labels: list[str] = Field(default_factory=lambda: ["nsfw", "harmful", "unsafe"])  # for refusal only
     safe_labels: list[str] = Field(default_factory=lambda: ["safe", "sfw"])  # any other label excludes its row
     collect: CollectConfig = CollectConfig()
-
-    @property
-    def licences(self) -> LicencePolicy:
-        """The lists in force."""
-        default = LicencePolicy()
-        allowed, forbidden = self.allowed_licences, self.forbidden_licences
-        return LicencePolicy(
-            default.allowed if allowed is None else allowed, default.forbidden if forbidden is None else forbidden
-        )
 
 
 class LoraSection(_Section):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("so8t_core", "verification", "pipeline")
+PACKAGES = ("so8t", "so8t_core", "verification", "pipeline")
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".tox", ".venv", "venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis",
     ".benchmarks", "*.gguf", "htmlcov", ".coverage*",
@@ -108,7 +108,7 @@ def so8t(elsewhere: Path, folder: Path, *arguments: str) -> subprocess.Completed
 
 
 def test_the_installed_package_is_the_wheels(elsewhere: Path, tmp_path: Path) -> None:
-    code = "import so8t_core, verification, pipeline; print(*(m.__file__ for m in (so8t_core, verification, pipeline)))"
+    code = f"import sys, {', '.join(PACKAGES)}; print(*(sys.modules[name].__file__ for name in {PACKAGES}))"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [str(elsewhere / "python"), "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True

@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from verification.commands.verify import verify
+    from verification.commands.request import VerifyRequest
+    from verification.commands.verify import verify, verify_request
     from verification.gate.decide import decide
     from verification.gate.policy import Policy, load_policy
     from verification.gate.report import Report
@@ -22,10 +23,21 @@ _HOME = {
     "decide": "gate.decide",
     "divergence": "logit_parity.kl",
     "load_policy": "gate.policy",
+    "VerifyRequest": "commands.request",
     "verify": "commands.verify",
+    "verify_request": "commands.verify",
 }
 
-__all__ = ["Policy", "Report", "decide", "divergence", "load_policy", "verify"]
+__all__ = [
+    "Policy",
+    "Report",
+    "VerifyRequest",
+    "decide",
+    "divergence",
+    "load_policy",
+    "verify",
+    "verify_request",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ from pipeline.data.digests import DigestSet
 from pipeline.data.generator import GeneratedRow, generate
 from pipeline.data.inputs import data_sources
 from pipeline.data.labels import SafetyLabels
+from pipeline.data.licences import LicencePolicy
 from pipeline.data.masking import check_length, render_row, special_tokens
 from pipeline.data.privacy import GENERATOR_FACTS, PrivacyFilter, row_licence
 from pipeline.data.report import DataReport, SourceCount, SplitCount, tally
@@ -91,7 +92,7 @@ class _Checker:
         file = Path(config.safety_labels) if config.safety_labels else None
         self.labels = SafetyLabels(file, config.unsafe_labels, config.safe_labels)
         self.privacy = PrivacyFilter(config.pii, config.pii_kinds)
-        self._licences = config.licences
+        self._licences = LicencePolicy.of(config)
         self._seed = seed
         self._seen = DigestSet()
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import DataConfig
+from pipeline.data.licences import LicencePolicy
 from pipeline.data.rows import read_lines
 from pipeline.data.source_manifest import Source, resolve
 
@@ -20,7 +21,7 @@ def data_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     allow = config.unlisted_sources == "allow"
     groups = []
     for wanted, foreign in ((config.sources, "evaluation"), (config.heldout_sources, "training")):
-        found = resolve(wanted, manifest, config.licences, allow_unlisted=allow)
+        found = resolve(wanted, manifest, LicencePolicy.of(config), allow_unlisted=allow)
         group = []
         for source in found:
             if source.objection is None and source.facts.get("purpose") == foreign == "evaluation":
@@ -41,7 +42,9 @@ def data_inputs(config: DataConfig) -> dict[str, Path]:
     manifest = Path(config.manifest) if config.manifest else None
     found = {name: Path(name) for name in (config.manifest, config.safety_labels) if name}
     names = [*config.sources, *config.heldout_sources]
-    for name, source in zip(names, resolve(names, manifest, config.licences, allow_unlisted=True), strict=True):
+    for name, source in zip(
+        names, resolve(names, manifest, LicencePolicy.of(config), allow_unlisted=True), strict=True
+    ):
         if "://" not in name:
             found[name] = source.path
         elif source.path.parent.is_dir():

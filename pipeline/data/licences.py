@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from pipeline.config import DataConfig
+
 OWN = "LicenseRef-Own"  # data of one's own, or made for one: stated by the user, not by SPDX
 
 ALLOWED = (
@@ -26,6 +28,12 @@ class LicencePolicy:
 
     allowed: Sequence[str] = ALLOWED
     forbidden: Sequence[str] = FORBIDDEN
+
+    @classmethod
+    def of(cls, config: DataConfig) -> LicencePolicy:
+        """The lists of a configuration; a list that it leaves out is the one of this module."""
+        allowed, forbidden = config.allowed_licences, config.forbidden_licences
+        return cls(ALLOWED if allowed is None else allowed, FORBIDDEN if forbidden is None else forbidden)
 
     def objection(self, licence: str) -> str | None:
         """`licence forbidden`, `licence unknown`, or None where rows under it may be used."""

@@ -342,7 +342,7 @@ def test_ctrl_c_says_that_finished_steps_are_kept(capfd: Any, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("where", "words", "left"),
-    [("measure_all", "what was measured is in {out}/report.html", True), ("artefacts", "nothing was measured", False)],
+    [("carry_out", "what was measured is in {out}/report.html", True), ("artefacts", "nothing was measured", False)],
 )
 def test_ctrl_c_says_where_the_report_of_what_was_measured_lies(
     where: str, words: str, left: bool, tiny_dir: Path, tiny_gguf: Path, tmp_path: Path, capfd: Any,

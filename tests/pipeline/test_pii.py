@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pii_cases import CHECKABLE, POSITIVES, hard_negatives, measure, positives, real_sentences
 
+from pipeline.config import PII_KINDS
 from pipeline.data.generator import generate
 from pipeline.data.pii import find as finder
-from pipeline.data.pii import kinds, numbers, text
+from pipeline.data.pii import numbers, text
 from pipeline.data.pii.find import find, mask, sample
 from pipeline.data.pii.text import Folded, fold
 from pipeline.data.think_form import ANSWER_MARKER, SYSTEM_MESSAGE, THINK_MARKER
@@ -191,5 +192,5 @@ def test_long_text_is_searched_in_linear_time() -> None:
 
 
 def test_the_detector_names_all_kinds() -> None:
-    assert set(POSITIVES) | {"confidential"} == set(kinds.KINDS)
+    assert set(POSITIVES) | {"confidential"} == set(PII_KINDS)
     assert text.fold("abc").origin is None

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from verification.contract.file_structure import counts, layout, promised_types, vocabulary
+from verification.contract.finding import Cause
 from verification.contract.metadata import HARMLESS, against_oracle, is_harmless
 from verification.engines.quantise import quantise
 from verification.fault_catalogue import run as runner
@@ -35,7 +36,7 @@ from verification.gguf.cache import Memory
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
 from verification.gguf.writer import Raw
-from verification.weight_parity.checks import quantise_checks, weight_checks
+from verification.weight_parity.checks import weight_checks
 from verification.weight_parity.compare import Examination
 from verification.weight_parity.expected import inventory
 from verification.weight_parity.explain import damage_cause, merge_cause
@@ -209,9 +210,8 @@ def test_no_byte_of_a_tensor_can_change_unnoticed(
 
 def _legs(pair: Healthy, faulty: Any, kind: str) -> list[Any]:
     """The legs of verify that hold a file's bytes against the oracle's."""
-    candidate, twin = Candidate(kind, faulty), pair.twin(kind)
-    weights = weight_checks(candidate, twin.file, pair.checkpoint, sources=pair.sources, memory=pair.memory)
-    return [*weights.contract, *quantise_checks(candidate, twin)]
+    weights = weight_checks(Candidate(kind, faulty), pair.conversions, pair.sources, memory=pair.memory)
+    return [*weights.contract, *weights.quantise]
 
 
 def _next(file: Any, name: str) -> list[str]:
@@ -245,17 +245,21 @@ def test_causes_are_named_exactly() -> None:
     rng = np.random.default_rng(0)
     base, change = rng.standard_normal((2, 8, 64)).astype(np.float32)
     wanted = base + np.float32(0.01) * change
-    assert merge_cause(base + np.float32(0.02) * change, wanted, base) == "the change from the base scaled by 2"
-    assert merge_cause(base, wanted, base) == "the change from the base scaled by 0"
-    assert merge_cause(wanted + np.float32(0.01) * rng.standard_normal((8, 64)).astype(np.float32), wanted, base) == ""
+    assert merge_cause(base + np.float32(0.02) * change, wanted, base) == Cause(
+        "the change from the base scaled by 2", "merge"
+    )
+    assert merge_cause(base, wanted, base) == Cause("the change from the base scaled by 0", "merge")
+    assert (
+        merge_cause(wanted + np.float32(0.01) * rng.standard_normal((8, 64)).astype(np.float32), wanted, base) is None
+    )
     raw = wanted.view(np.uint8).reshape(-1).copy()
     flipped = raw.copy()
     flipped[100] ^= 16
-    assert damage_cause(flipped, raw, 8) == "one flipped bit"
+    assert damage_cause(flipped, raw, 8) == Cause("one flipped bit", "flipped_bit")
     flipped[101] ^= 16
-    assert damage_cause(flipped, raw, 8) == ""
+    assert damage_cause(flipped, raw, 8) is None
     rolled = np.roll(wanted, 1, axis=0).copy().view(np.uint8).reshape(-1)
-    assert damage_cause(rolled, raw, 8) == "the reference's rows in another order"
+    assert damage_cause(rolled, raw, 8) == Cause("the reference's rows in another order", "row_order")
 
 
 def _harmless_fault(pair: Healthy, source: Path, target: Path, strength: float) -> None:
@@ -292,8 +296,8 @@ def test_the_self_test_itself_can_fail(bench: Bench, monkeypatch: pytest.MonkeyP
 MAIN = {  # one fault for each way of planting one into the model with rotation and LoRA, and for each kind of file
     "linear RoPE scaling that the model has not", "norm's gain off", "merges cut off", "chat template's end cut",
     "embedding rows shifted", "a weight is NaN", "tensors of two layers exchanged",
-    "an importance matrix nobody named", "weights went through a smaller float type",
-    "a tensor in a smaller type than promised", "one layer's R off by an angle", "rotated on the output's side",
+    "quantised from another finetune", "weights went through a smaller float type",
+    "a quantised tensor in a float file", "one layer's R off by an angle", "rotated on the output's side",
     "o_proj transposed", "the base converted, nothing merged", "LoRA's scale wrong in one layer",
     "saved without the rotation in one layer", "cut off", "a bit flipped in an exponent", "a tensor nobody asked for",
     "a key written twice", "bytes hidden in the padding",

@@ -26,7 +26,7 @@ STAGES = {
     "saved precision": {"contract", "quantise"},
     "F16": {"contract", "quantise", "bake", "dtype", "controls"},
     "Q8_0": {"contract", "quantise", "bake", "dtype", "controls"},
-    "noise floor": {"contract", "quantise", "bake", "dtype", "controls"},
+    "noise floor": {"contract", "quantise", "bake", "dtype", "controls", "cells"},
     "base": {"contract", "quantise", "bake", "dtype", "controls", "cells"},
     "base Q8_0": {"contract", "quantise", "bake", "dtype", "controls", "cells"},
 }

@@ -107,12 +107,20 @@ def _measure(config: pytest.Config) -> Report:
 
     try:
         report = verify(
-            option("so8t_reference"), option("so8t_candidate"), base=option("so8t_base"),
-            adapter=option("so8t_adapter"), policy=option("so8t_policy"), corpus=option("so8t_corpus") or None,
-            imatrix=option("so8t_imatrix"), chunks=option("so8t_chunks"), n_ctx=option("so8t_n_ctx"),
-            threads=option("so8t_threads"), out=option("so8t_out"),
-            cells=option("so8t_cells"), ship_n_ctx=option("so8t_ship_n_ctx"),
-        )  # fmt: skip
+            option("so8t_reference"),
+            option("so8t_candidate"),
+            base=option("so8t_base"),
+            adapter=option("so8t_adapter"),
+            policy=option("so8t_policy"),
+            corpus=option("so8t_corpus") or None,
+            imatrix=option("so8t_imatrix"),
+            chunks=option("so8t_chunks"),
+            n_ctx=option("so8t_n_ctx"),
+            threads=option("so8t_threads"),
+            out=option("so8t_out"),
+            cells=option("so8t_cells"),
+            ship_n_ctx=option("so8t_ship_n_ctx"),
+        )
     except InputError as error:
         raise pytest.UsageError(f"so8t: {error}") from None
 

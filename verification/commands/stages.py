@@ -1,39 +1,29 @@
-"""The legs in their order, measured: cheap ones first, one model or one file in memory at any time.
+"""The stages of a verification in their order: what needs no inference first, then one model or one file at a time.
 
-`Settings` is what was asked for, `Run` what has been measured so far; `measure_all` fills the one by the other and can
-be cut off anywhere: what it finished stands in `Run`, what is left in `Run.planned`. Nothing is decided here.
+`stages` lists them for one run. Nothing is decided here: a stage measures, the gate decides (`gate.decide`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import gc
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from so8t_core.errors import InputError
-from so8t_core.quantised import Quantization
+from verification.commands.stage import Run, Stage
 from verification.contract import chat
 from verification.contract.checks import contract_checks
 from verification.engines import distributed
 from verification.engines.huggingface import load_hf
 from verification.engines.llama_model import LlamaModel
-from verification.engines.reconversion import Oracle
 from verification.engines.sandbox import require_loadable
 from verification.gate.check import plain_check, zero_check
-from verification.gate.policy import Policy
-from verification.gate.report import CellResult, Check, Divergence, LegName, NoiseRow, TensorRow, TrainedFunction
+from verification.gate.report import Check, Divergence
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
 from verification.logit_parity.bake import bake_leg, base_control, dtype_name, saved_rounding, transposed_control
 from verification.logit_parity.compare import (
-    Reference,
     base_damage_of,
     cell_checks,
     distinct,
@@ -45,253 +35,220 @@ from verification.logit_parity.compare import (
 )
 from verification.logit_parity.engine_noise import noise_checks, noise_floor
 from verification.logit_parity.quantised_base import trained_function
-from verification.logit_parity.run_modes import Level, Plan, plan_cells
-from verification.logit_parity.text import Corpus, read_corpus
+from verification.logit_parity.run_modes import plan_cells
+from verification.logit_parity.text import read_corpus
 from verification.logit_parity.text_checks import alignment_check, evidence_checks
 from verification.reference.checkpoint import Checkpoint, read_config
 from verification.reference.tokenizer import load_tokenizer
-from verification.weight_parity.checks import quantise_checks, weight_checks
+from verification.weight_parity.checks import output_check, weight_checks
 from verification.weight_parity.compare import Sources, rotations
+from verification.weight_parity.output import output_ratios
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
+ORACLE_LABEL = "F16 (oracle)"  # the verifier's own conversion, where no float file was given
+CONTRACT = (
+    "contract.token_ids",
+    "contract.added_specials",
+    "contract.chat_template",
+    "contract.stop_set",
+    "contract.special_ids",
+    "contract.metadata",
+    "contract.oracle_metadata",
+    "contract.fallback_types",
+    "contract.inventory",
+    "contract.finite_weights",
+    "contract.layout",
+    "contract.end_of_turn",
+)
+CELLS = tuple(
+    f"cells.{cell}.{value}"
+    for cell in ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
+    for value in ("mean_kld", "top1", "non_finite")
+)
 
-
-@dataclass
-class Run:
-    """What has been measured so far, and the legs that are not finished."""
-
-    checks: dict[LegName, list[Check]] = field(default_factory=dict)
-    divergences: list[Divergence] = field(default_factory=list)
-    base_divergences: list[Divergence] = field(default_factory=list)
-    cells: list[CellResult] = field(default_factory=list)
-    noise: list[NoiseRow] = field(default_factory=list)
-    tensors: list[TensorRow] = field(default_factory=list)
-    durations: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    planned: list[LegName] = field(default_factory=list)
-    trained: TrainedFunction | None = None
-    tokens_sha256: str = ""
-
-    def add(self, leg: LegName, checks: Sequence[Check]) -> None:
-        """Keep what a leg measured."""
-        self.checks.setdefault(leg, []).extend(checks)
-
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Count the seconds of a stage."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.durations[stage] = self.durations.get(stage, 0.0) + time.monotonic() - start
+OPEN = ("quantise.output_error",)  # of tensors whose weights alone do not decide, where there are any
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for, and the digests that the measured values are bound to."""
+def stages(run: Run) -> list[Stage]:
+    """What this run carries out."""
+    labels = {candidate.label: candidate.file.is_float for candidate in run.candidates}
+    if not any(labels.values()):
+        labels = {ORACLE_LABEL: True, **labels}
+    found = [
+        Stage("inputs", _inputs, yields=("checkpoint", "tokenizer")),
+        Stage("oracle", _oracle, needs=("checkpoint",), yields=("conversions", "files", "bos")),
+    ]
+    found += [_file_stage(label, is_float=is_float) for label, is_float in labels.items()]
+    found += [
+        Stage("text", _text, needs=("checkpoint", "tokenizer", "bos"), yields=("text", "plan")),
+        *([] if all(labels.values()) else [Stage("layer outputs", _layer_outputs, needs=("text",), checks=OPEN)]),
+        Stage("reference", _reference, needs=("text", "plan"), yields=("reference",)),
+    ]
+    found += _bake_stages(run)
+    found += [_logit_stage(label, is_float=is_float) for label, is_float in labels.items()]
+    found += [
+        Stage(
+            "noise floor",
+            _noise_floor,
+            needs=("files", "plan"),
+            checks=("evidence.repeat", "evidence.noise_floor"),
+            informs=True,
+        ),
+        Stage(
+            "evidence",
+            _evidence,
+            needs=("files",),
+            checks=("evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share"),
+        ),
+    ]
+    if run.request.base_damage and run.base is not None:
+        found.append(Stage("base damage", _base_damage, needs=("files", "text"), informs=True))
+    return found
 
-    reference: Path
-    base: Path | None
-    adapter: Path | None
-    policy: Policy
-    corpus: str | Path | Sequence[str | Path] | None
-    chunks: int
-    n_ctx: int
-    threads: int | None
-    base_damage: bool
-    cells: Level
-    ship_n_ctx: int | None
-    oracle: Oracle
-    digest: str  # of the reference
-    file_digests: dict[str, str]  # by label
-    corpus_digest: str
-    work: Path
-    quantization: Quantization | None  # of the base in training
 
-    def seed(self, label: str, text: Corpus) -> str:
-        """What fixes the bootstrap: the digests of reference, candidate, corpus and token ids."""
-        return f"{self.digest} {self.file_digests.get(label, label)} {self.corpus_digest} {text.sha256}"
+def _file_stage(label: str, *, is_float: bool) -> Stage:
+    values = ("convert.rounding",) if is_float else ("quantise.tensors_differ", "quantise.unexplained")
+    needs = ("checkpoint", "tokenizer", "conversions", "files")
+    return Stage("files", partial(_file, label), needs=needs, checks=(*CONTRACT, *values), subject=label)
 
 
-def measure_all(s: Settings, files: list[Candidate], run: Run, tell: Progress) -> None:
-    """Fill `run`.
+def _logit_stage(label: str, *, is_float: bool) -> Stage:
+    leg = "convert" if is_float else "quality"
+    values = (f"{leg}.mean_kld", f"{leg}.top1", f"{leg}.non_finite", *CELLS, "evidence.alignment")
+    needs = ("files", "text", "plan", "reference")
+    return Stage(f"logits {label}", partial(_logits, label), needs=needs, checks=values, subject=label)
 
-    Raises:
-        InputError: an input that cannot be used.
-        KeyboardInterrupt: between or inside legs; `run` holds what was finished.
-    """
-    run.planned = ["contract", "convert", "evidence", "cells"]
-    run.planned += ["quantise", "quality"] if any(not c.file.is_float for c in files) else []
-    run.planned += ["bake", "dtype", "controls"] if s.base and s.adapter else []
-    checkpoint, tokenizer = Checkpoint(s.reference), load_tokenizer(s.reference)
-    same_vocabulary(checkpoint, files)
-    alike = _comparable_base(s, checkpoint, run)
-    for candidate in files if distributed.is_first() else []:
+
+def _bake_stages(run: Run) -> list[Stage]:
+    """From the trained adapter to the saved checkpoint, as far as base and adapter were given."""
+    if run.base is None:
+        return []
+    if run.adapter is None:
+        control = ("controls.differs_from_base",)
+        return [Stage("bake", _base_control, needs=("text", "reference"), checks=control)]
+    found = [
+        Stage(
+            "bake",
+            _bake,
+            needs=("checkpoint", "text"),
+            yields=("baked", "gated"),
+            checks=("bake.max_abs_logit", "bake.top1_disagreements", "controls.differs_from_base", "dtype.rounding"),
+        ),
+        Stage(
+            "saved precision",
+            _saved_precision,
+            needs=("baked", "checkpoint", "text", "reference"),
+            checks=("dtype.mean_kld", "dtype.non_finite"),
+        ),
+        Stage("transposed control", _transposed, needs=("gated", "text"), checks=("controls.transposed",)),
+    ]
+    if run.request.quantization is not None:
+        found.append(Stage("trained function", _trained_function, needs=("text", "reference"), informs=True))
+    return found
+
+
+def _inputs(run: Run) -> None:
+    run.checkpoint = Checkpoint(run.request.reference)
+    run.tokenizer = load_tokenizer(run.checkpoint.directory)
+    same_vocabulary(run.checkpoint, run.candidates)
+    for candidate in run.candidates if distributed.is_first() else []:
         require_loadable(candidate.file.path)
-    with run.timed("oracle"):
-        tell("oracle", 0, 1)
-        source = distributed.from_first(lambda: s.oracle.converted(s.reference, s.digest))
-        if not source.is_file():
-            raise InputError(
-                f"{source}, which process 0 made, is not here: set TMPDIR to a disk that all machines share"
-            )
-    if not any(c.file.is_float for c in files):
-        files = [Candidate("F16 (oracle)", read_gguf(source)), *files]
+
+
+def _oracle(run: Run) -> None:
+    run.tell("oracle", 0, 1)
+    source = distributed.from_first(lambda: run.oracle.converted(run.checkpoint.directory, run.digest))
+    if not source.is_file():
+        raise InputError(f"{source}, which process 0 made, is not here: set TMPDIR to a disk that all machines share")
+    run.conversions, run.files = run.oracle.conversions(run.checkpoint.directory, run.digest), list(run.candidates)
+    if not any(candidate.file.is_float for candidate in run.candidates):
+        run.files.insert(0, Candidate(ORACLE_LABEL, read_gguf(source)))
         run.notes.append("No float file was given: the verifier's own F16 conversion stands in the leg `convert`.")
     with LlamaModel(source, vocab_only=True) as model:
-        bos = model.bos if model.add_bos else None
-    if distributed.is_first():
-        with run.timed("files"):
-            _files(s, files, source, checkpoint, tokenizer, run, tell)
-    text = read_corpus(s.corpus, tokenizer, n_ctx=s.n_ctx, chunks=s.chunks, bos=bos)
-    run.tokens_sha256 = text.sha256
-    plan = _plan(s, text, checkpoint, tokenizer)
-    chunks = passages_of(text.chunks)
-    with run.timed("reference"):
-        wanted = distinct([chunks, *plan.passages.values()])
-        reference = run_reference(load_hf(s.reference), wanted, s.work, name="saved checkpoint", tell=tell)
-        gc.collect()  # a model's modules refer to each other: without this it would stay beside the next one
-    with reference.spool:
-        _before_saving(alike, text, reference, checkpoint, run, tell)
-        for candidate in files:
-            with run.timed(f"logits {candidate.label}"):
-                _measure(s, candidate, text, plan, reference, run, tell)
-        # bfloat16 kernels round the activations too: where there is another float file, the floor is that one's
-        first = min((c for c in files if c.file.is_float), key=lambda c: c.file.file_type == "BF16")
-        with run.timed("noise floor"):
-            run.noise = distributed.from_first(
-                lambda: noise_floor(
-                    first.label, first.file.path, plan.passages["plain"], threads=s.threads,
-                    tell=lambda done, total: tell("noise floor", done, total),
-                )
-            )  # fmt: skip
-            run.add("evidence", noise_checks(run.noise))
-    run.add("evidence", evidence_checks(next(d for d in run.divergences if d.candidate == first.label)))
-    run.planned = []
-    if s.base_damage and alike.base is not None:
-        with run.timed("base damage"):
-            try:
-                run.base_divergences = base_damage_of(
-                    alike.base, files, s.oracle, text, s.work, seed=text.sha256, threads=s.threads, tell=tell
-                )
-            except InputError as error:  # information only: what was decided stands without it
-                run.notes.append(f"The base's own quantisation damage was not measured: {error}")
+        run.bos = model.bos if model.add_bos else None
 
 
-def _comparable_base(s: Settings, checkpoint: Checkpoint, run: Run) -> Settings:
-    """Without a base of another vocabulary, whose logits cannot be set beside the reference's.
-
-    Raises:
-        InputError: with an adapter, which never changes the vocabulary.
-    """
-    if s.base is None:
-        return s
-    base, own = (config.get("vocab_size") for config in (read_config(s.base), checkpoint.config))
-    if base == own:
-        return s
-    differs = f"{s.base} has a vocabulary of {base} tokens, the reference {checkpoint.directory} has {own}"
-    if s.adapter is not None:
-        raise InputError(f"{differs}: the reference is no bake of that base")
-    run.notes.append(f"The base was not compared with: {differs}.")
-    return dataclasses.replace(s, base=None)
-
-
-def _files(
-    s: Settings, files: list[Candidate], source: Path, checkpoint: Checkpoint, tokenizer: Any, run: Run,
-    tell: Progress,
-) -> None:  # fmt: skip
-    """What needs no inference: legs `contract` and `quantise`, and the weights' part of `convert`."""
-    turned = rotations(s.adapter) if s.adapter else {}
-    sources = Sources(checkpoint, Checkpoint(s.base) if s.base else None, turned)
-    for number, candidate in enumerate(files):
-        tell("files", number, len(files))
-        twin = s.oracle.twin(candidate.file, s.reference, s.digest)
-        run.add("contract", contract_checks(candidate, twin.file, checkpoint, tokenizer, s.reference))
-        weights = weight_checks(candidate, twin.file, checkpoint, sources=sources)
-        run.add("contract", weights.contract)
-        run.add("convert", weights.convert)
-        run.add("quantise", quantise_checks(candidate, twin))
-        run.tensors += weights.rows
-    run.planned = [leg for leg in run.planned if leg not in ("contract", "quantise")]
-
-
-def _plan(s: Settings, text: Corpus, checkpoint: Checkpoint, tokenizer: Any) -> Plan:
-    rendered = chat.fixtures(tokenizer)
-    chats = [tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"] for chat in rendered]
-    return plan_cells(
-        s.cells, text.chunks, checkpoint.config, bos=tokenizer.bos_token_id, n_ctx=s.ship_n_ctx,
-        chats=[np.asarray(ids, dtype=np.int64) for ids in chats],
-    )  # fmt: skip
-
-
-def _measure(
-    s: Settings, candidate: Candidate, text: Corpus, plan: Plan, reference: Reference, run: Run, tell: Progress
-) -> None:
-    """One file's turn: legs `convert` or `quality`, `cells`, and its alignment."""
-    label = candidate.label
-    found = measure_file(
-        label, candidate.file.path, text, reference, plan=plan, seed=s.seed(label, text), threads=s.threads, tell=tell
-    )
-    run.divergences.append(found.divergence)
-    run.add("convert" if candidate.file.is_float else "quality", files_leg(candidate, found.divergence))
-    run.cells += found.cells
-    run.add("cells", cell_checks(found.cells, plan))
-    run.add("evidence", [alignment_check(found.alignment, label)])
-
-
-def _before_saving(
-    s: Settings, text: Corpus, reference: Reference, checkpoint: Checkpoint, run: Run, tell: Progress
-) -> None:
-    """Legs `bake`, `dtype` and `controls`, as far as base and adapter were given."""
-    if s.base is None:
+def _file(label: str, run: Run) -> None:
+    """What needs no inference: tokenizer, template, metadata, and every tensor's values and bytes."""
+    if not distributed.is_first():
         return
-    first = passages_of(text.chunks)[0]
-    with run.timed("bake"):
-        tell("bake", 0, 1)
-        if s.adapter is None:
-            if distributed.is_first():  # who has the first passage
-                own = reference.read(first, 0, first.rows)
-                run.add("controls", [base_control(s.base, own, first.tokens)])
-            return
-        bound = s.policy.bake.max_abs_logit
-        result = bake_leg(s.base, s.adapter, text.chunks, max_abs_logit=bound)
-        run.add("bake", result.bake)
-        run.add("controls", result.controls)
-        worst, where = saved_rounding(result.baked, checkpoint)
-        run.add(
-            "dtype",
-            [plain_check("dtype.rounding", "Worst saved weight, in roundings of its type", worst, detail=where)],
-        )
-    with run.timed("saved precision"):
-        saved = saved_against(
-            result.baked, text, reference, name="baked fp32", seed=s.seed("saved", text), tell=tell,
-            stage="saved precision",
-        )  # fmt: skip
-        run.add("dtype", _dtype_checks(saved, checkpoint))
-        run.divergences.append(saved)
-    gated = result.gated
-    del result
-    gc.collect()
-    if distributed.is_first():
-        with run.timed("bake"):
-            run.add("controls", [transposed_control(s.base, s.adapter, first.tokens, gated, max_abs_logit=bound)])
-        gc.collect()
-    if s.quantization is not None:
-        with run.timed("trained function"):
-            _trained(s, s.base, s.adapter, s.quantization, text, reference, run, tell)
-        gc.collect()
-    run.planned = [leg for leg in run.planned if leg not in ("bake", "dtype", "controls")]
+    number, candidate = _numbered(label, run)
+    run.tell("files", number, len(run.files))
+    reference = run.checkpoint.directory
+    turned = rotations(run.adapter) if run.adapter else {}
+    sources = Sources(run.checkpoint, Checkpoint(run.base) if run.base else None, turned)
+    oracle = run.conversions.file(candidate.file.file_type if candidate.file.is_float else "F16")
+    assert oracle is not None  # every float type can be converted to
+    run.add("contract", contract_checks(candidate, oracle, run.checkpoint, run.tokenizer, reference))
+    weights = weight_checks(candidate, run.conversions, sources, importance=run.oracle.imatrix)
+    run.add("contract", weights.contract)
+    run.add("convert", weights.convert)
+    run.add("quantise", weights.quantise)
+    run.tensors += weights.rows
+    run.notes += weights.notes
+    if weights.open:
+        run.open[label] = weights.open
 
 
-def _trained(
-    s: Settings, base: Path, adapter: Path, kind: Quantization, text: Corpus, reference: Reference, run: Run,
-    tell: Progress,
-) -> None:  # fmt: skip
-    """What was trained beside what is shipped: information, so that what was decided stands without it."""
-    try:
-        run.trained = trained_function(base, adapter, kind, text, reference, seed=s.seed("trained", text), tell=tell)
-    except InputError as error:
-        run.notes.append(f"The function that was trained was not measured: {error}")
+def _text(run: Run) -> None:
+    asked = run.request
+    run.text = read_corpus(asked.corpus, run.tokenizer, n_ctx=asked.n_ctx, chunks=asked.chunks, bos=run.bos)
+    run.tokens_sha256 = run.text.sha256
+    rendered = chat.fixtures(run.tokenizer)
+    ids = [run.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in rendered]
+    run.plan = plan_cells(
+        asked.cells,
+        run.text.chunks,
+        run.checkpoint.config,
+        bos=run.tokenizer.bos_token_id,
+        n_ctx=asked.ship_n_ctx,
+        chats=[np.asarray(chat_ids, dtype=np.int64) for chat_ids in ids],
+    )
+
+
+def _layer_outputs(run: Run) -> None:
+    """The outputs of layers whose weights alone cannot be judged, on one passage; first process only, as `_file`."""
+    if run.open:
+        run.tell("layer outputs", 0, 1)
+        model = load_hf(run.request.reference)
+        for label, tensors in run.open.items():
+            ratios = output_ratios(model, run.text.chunks[0], tensors)
+            run.add("quantise", [output_check(label, tensors, ratios)])
+
+
+def _reference(run: Run) -> None:
+    wanted = distinct([passages_of(run.text.chunks), *run.plan.passages.values()])
+    model = load_hf(run.request.reference)
+    run.reference = run_reference(model, wanted, run.work, name="saved checkpoint", tell=run.tell)
+
+
+def _base_control(run: Run) -> None:
+    run.tell("bake", 0, 1)
+    if run.base is not None and distributed.is_first():  # who has the first passage
+        first = passages_of(run.text.chunks)[0]
+        own = run.reference.read(first, 0, first.rows)
+        run.add("controls", [base_control(run.base, own, first.tokens)])
+
+
+def _bake(run: Run) -> None:
+    assert run.base is not None
+    assert run.adapter is not None
+    run.tell("bake", 0, 1)
+    result = bake_leg(run.base, run.adapter, run.text.chunks, max_abs_logit=run.policy.bake.max_abs_logit)
+    run.baked, run.gated = result.baked, result.gated
+    run.add("bake", result.bake)
+    run.add("controls", result.controls)
+    worst, where = saved_rounding(result.baked, run.checkpoint)
+    run.add(
+        "dtype", [plain_check("dtype.rounding", "Worst saved weight, in roundings of its type", worst, detail=where)]
+    )
+
+
+def _saved_precision(run: Run) -> None:
+    name, stage = "baked fp32", "saved precision"
+    seed = run.seed("saved")
+    saved = saved_against(run.baked, run.text, run.reference, name=name, seed=seed, tell=run.tell, stage=stage)
+    run.add("dtype", _dtype_checks(saved, run.checkpoint))
+    run.divergences.append(saved)
 
 
 def _dtype_checks(d: Divergence, checkpoint: Checkpoint) -> list[Check]:
@@ -307,7 +264,116 @@ def _dtype_checks(d: Divergence, checkpoint: Checkpoint) -> list[Check]:
     return [kld, zero_check("dtype.non_finite", "Positions with NaN or Inf", d.non_finite)]
 
 
-def same_vocabulary(checkpoint: Checkpoint, files: list[Candidate]) -> None:
+def _transposed(run: Run) -> None:
+    assert run.base is not None
+    assert run.adapter is not None
+    if distributed.is_first():
+        bound, first = run.policy.bake.max_abs_logit, run.text.chunks[0]
+        check = transposed_control(run.base, run.adapter, first, run.gated, max_abs_logit=bound)
+        run.add("controls", [check])
+
+
+def _trained_function(run: Run) -> None:
+    asked = run.request
+    assert run.base is not None
+    assert run.adapter is not None
+    assert asked.quantization is not None
+    run.trained = trained_function(
+        run.base,
+        run.adapter,
+        asked.quantization,
+        run.text,
+        run.reference,
+        seed=run.seed("trained"),
+        tell=run.tell,
+    )
+
+
+def _logits(label: str, run: Run) -> None:
+    """One file's turn: the corpus, then every way of running it."""
+    _, candidate = _numbered(label, run)
+    found = measure_file(
+        label,
+        candidate.file.path,
+        run.text,
+        run.reference,
+        plan=run.plan,
+        seed=run.seed(label),
+        threads=run.threads,
+        tell=run.tell,
+    )
+    run.divergences.append(found.divergence)
+    run.add("convert" if candidate.file.is_float else "quality", files_leg(candidate, found.divergence))
+    run.cells += found.cells
+    run.add("cells", cell_checks(found.cells, run.plan))
+    run.add("evidence", [alignment_check(found.alignment, label)])
+
+
+def _noise_floor(run: Run) -> None:
+    file = _floor_file(run.files)
+    run.noise = distributed.from_first(
+        lambda: noise_floor(
+            file.label,
+            file.file.path,
+            run.plan.passages["plain"],
+            threads=run.threads,
+            tell=lambda done, total: run.tell("noise floor", done, total),
+        )
+    )
+    run.add("evidence", noise_checks(run.noise))
+
+
+def _evidence(run: Run) -> None:
+    label = _floor_file(run.files).label
+    run.add("evidence", evidence_checks(next(d for d in run.divergences if d.candidate == label)))
+
+
+def _base_damage(run: Run) -> None:
+    assert run.base is not None
+    run.base_divergences = base_damage_of(
+        run.base,
+        run.files,
+        run.oracle,
+        run.text,
+        run.work,
+        seed=run.text.sha256,
+        threads=run.threads,
+        tell=run.tell,
+    )
+
+
+def _numbered(label: str, run: Run) -> tuple[int, Candidate]:
+    return next((number, file) for number, file in enumerate(run.files) if file.label == label)
+
+
+def _floor_file(files: Sequence[Candidate]) -> Candidate:
+    """The float file that text and engine are judged on.
+
+    bfloat16 kernels round the activations too, so another float file goes first.
+    """
+    return min((file for file in files if file.file.is_float), key=lambda file: file.file.file_type == "BF16")
+
+
+def comparable_base(run: Run) -> None:
+    """Drop a base of another vocabulary, whose logits cannot be set beside the reference's.
+
+    Raises:
+        InputError: with an adapter, which never changes the vocabulary.
+    """
+    if run.base is None:
+        return
+    reference = run.request.reference
+    base, own = (read_config(directory).get("vocab_size") for directory in (run.base, Checkpoint(reference).directory))
+    if base == own:
+        return
+    differs = f"{run.base} has a vocabulary of {base} tokens, the reference {reference} has {own}"
+    if run.adapter is not None:
+        raise InputError(f"{differs}: the reference is no bake of that base")
+    run.notes.append(f"The base was not compared with: {differs}.")
+    run.base = None
+
+
+def same_vocabulary(checkpoint: Checkpoint, files: Sequence[Candidate]) -> None:
     """Stop before any measuring where sizes of vocabularies differ.
 
     Raises:

@@ -1,35 +1,37 @@
 """`verify`: the whole ladder from the trained adapter to the shipped files, measured once and decided by the policy.
 
-Cheap legs come first. Then the reference computes its logits once, onto disk, and is released; after it the bake, after
-that every file in its turn: one model or one file is in memory at any time. What was measured (`stages`) and what
-was decided (`decision.decide` sets every status) stay apart. Ctrl-C leaves a report of what was done, with verdict
+Cheap stages come first. Then the reference computes its logits once, onto disk, and is released; after it the bake,
+after that every file in its turn: one model or one file is in memory at any time. What is measured (`stages`) and what
+is decided (`gate.decide` sets every status) stay apart. Ctrl-C leaves a report of what was done, with verdict
 incomplete.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ParamSpec
 
 from so8t_core.errors import InputError
-from so8t_core.quantised import Quantization
 from so8t_core.threads import torch_threads
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
-from verification.commands.stages import Progress, Run, Settings, measure_all
+from verification.commands.request import VerifyRequest
+from verification.commands.stage import Run, carry_out
+from verification.commands.stages import comparable_base, stages
 from verification.engines import distributed
 from verification.engines.llama_model import usable_cores
 from verification.engines.reconversion import Oracle
 from verification.gate.decide import LEG_TITLES, decide
 from verification.gate.policy import Policy, load_policy
-from verification.gate.report import AnswerRecord, Check, Leg, LegName, Report, TrainingRecord
+from verification.gate.report import Artefact, Check, Leg, LegName, Report
 from verification.gate.stored import clear_report
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import GGUFFile, read_gguf
-from verification.logit_parity.run_modes import Level
 
 _COMPARED: dict[LegName, str] = {
     "bake": "base + adapter vs baked weights, both fp32",
@@ -44,134 +46,123 @@ _COMPARED: dict[LegName, str] = {
 }
 
 
-def verify(
-    reference: str | Path,
-    candidates: Sequence[str | Path],
-    *,
-    base: str | Path | None = None,
-    adapter: str | Path | None = None,
-    policy: Policy | str | Path | None = None,
-    out: str | Path | None = None,
-    corpus: str | Path | Sequence[str | Path] | None = None,
-    chunks: int = 12,
-    n_ctx: int = 512,
-    threads: int | None = None,
-    base_damage: bool = True,
-    cells: Level = "quick",
-    ship_n_ctx: int | None = None,
-    converter: str | Path | None = None,
-    imatrix: str | Path | None = None,
-    progress: Progress | None = None,
-    work_dir: str | Path | None = None,
-    training: TrainingRecord | None = None,
-    answers: AnswerRecord | None = None,
-    notes: Sequence[str] = (),
-    quantization: Quantization | None = None,
-) -> Report:
+def verify_request(request: VerifyRequest) -> Report:
     """Verify GGUF files against the Hugging Face checkpoint they were made from.
 
     Called by every process of a launch: they share the passages out, the first one writes; all get the report.
-
-    Args:
-        reference: the saved (baked) checkpoint's directory.
-        candidates: GGUF files; float files fill the leg `convert`, quantised ones `quantise` and `quality`.
-        base, adapter: what the reference was baked from; both together add the legs `bake`, `dtype`, `controls`.
-        policy: a policy, a file, or None for the default.
-        out: directory for report.json, .html, .md, report.intoto.json and junit.xml; None writes nothing.
-        corpus: text or JSONL to score; None is the built-in text.
-        imatrix: the importance matrix that the quantised candidates were made with, GGUF or legacy form.
-        cells: "quick" for every run, "full" adds the long texts; see `cells`.
-        ship_n_ctx: the context the files are shipped for; None takes at most 4096 and never more than the original
-            length of a stretched RoPE.
-        base_damage: also measure what the same quantisation does to the base (information, never decided on).
-        quantization: how the base was quantised while the adapter was trained; adds, as information, how far what was
-            trained lies from what is shipped.
-        work_dir: keeps the oracle's files between runs, named by the reference's digest; None uses a temporary one.
 
     Raises:
         InputError: an input that cannot be used; nothing is decided then.
         KeyboardInterrupt: after the report of what was done has been written.
     """
+    out = None if request.out is None else Path(request.out)
     if out is not None and distributed.is_first():
-        clear_report(Path(out))
-    rules = policy if isinstance(policy, Policy) else load_policy(policy)
-    reference, files = Path(reference), _label([read_gguf(path) for path in candidates])
-    if not files:
-        raise InputError("no candidate file was given; name at least one GGUF file")
-    if chunks < 2 or n_ctx < 64:
-        raise InputError(f"chunks = {chunks} and n_ctx = {n_ctx} score too little to decide on; at least 2 and 64")
-    if adapter is not None and base is None:
-        raise InputError("an adapter was given without its base; give both or neither")
-    if cells not in ("quick", "full"):
-        raise InputError(f"cells = {cells!r} is unknown; quick or full")
-    if ship_n_ctx is not None and ship_n_ctx < 64:
-        raise InputError(f"ship_n_ctx = {ship_n_ctx} is too short for the cells; at least 64")
-    tell: Progress = progress or (lambda stage, done, total: None)
-    run = Run(notes=list(notes))
-    start = time.monotonic()
+        clear_report(out)
+    policy = request.policy if isinstance(request.policy, Policy) else load_policy(request.policy)
+    candidates = _label([read_gguf(path) for path in request.candidates])
+    request.check()
+    threads, start = request.threads, time.monotonic()
     if distributed.count() > 1:
         threads = threads or distributed.threads_each(usable_cores())
-    interrupted = False
-    report: Report | None = None
     with contextlib.ExitStack() as stack:
-        work = Path(work_dir) if work_dir else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="so8t-")))
+        given = request.work_dir
+        work = Path(given) if given else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="so8t-")))
         stack.enter_context(torch_threads(threads))
-        inputs = distributed.from_first(
-            lambda: [
-                *artefacts(reference, files, base=base, adapter=adapter, corpus=corpus, policy=policy),
-                *imatrix_artefact(imatrix),
-            ]
+        run = Run(
+            request,
+            policy,
+            distributed.from_first(lambda: _inputs(request, candidates)),
+            candidates,
+            Oracle(work, converter=request.converter, threads=threads, imatrix=request.imatrix),
+            work,
+            threads,
+            request.progress or (lambda stage, done, total: None),
+            base=None if request.base is None else Path(request.base),
+            notes=list(request.notes),
         )
-        settings = Settings(
-            reference, Path(base) if base else None, Path(adapter) if adapter else None, rules, corpus, chunks, n_ctx,
-            threads, base_damage, cells, ship_n_ctx,
-            Oracle(work, converter=converter, threads=threads, imatrix=imatrix), inputs[0].sha256,
-            {a.label: a.sha256 for a in inputs if a.role == "candidate"},
-            " ".join(a.sha256 for a in inputs if a.role == "corpus"), work, quantization,
-        )  # fmt: skip
+        comparable_base(run)
+        interrupted = False
         try:
-            measure_all(settings, files, run, tell)
+            carry_out(stages(run), run)
         except KeyboardInterrupt:
             interrupted = True
             run.notes.append("Interrupted: only the legs shown were measured.")
             cut: list[LegName] = ["evidence"]  # whatever was cut off, even mere information: it is no whole run
-            for leg in dict.fromkeys([*run.planned, *cut]):
+            for leg in dict.fromkeys([*(leg for stage in run.left for leg in stage.legs), *cut]):
                 run.add(leg, [_interrupted(leg)])
         run.durations["total"] = time.monotonic() - start
-        report = Report(
-            verdict="incomplete",
-            summary="",
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            artefacts=inputs,
-            legs=[
-                Leg(name=name, title=LEG_TITLES[name], compared=_COMPARED[name], status="not evaluated", checks=found)
-                for name in LEG_TITLES
-                if (found := run.checks.get(name))
-            ],
-            divergences=run.divergences,
-            base_divergences=run.base_divergences,
-            cells=run.cells,
-            noise=run.noise,
-            tensors=run.tensors,
-            trained_function=run.trained,
-            policy=rules.model_dump(mode="json"),
-            tokens_sha256=run.tokens_sha256,
-            versions=versions(),
-            durations={stage: round(seconds, 3) for stage, seconds in run.durations.items()},
-            notes=run.notes,
-            training=training,
-            answers=answers,
-        )
+        report = _report(run)
         if not interrupted:
             _unchanged(report)
-        report = decide(report, rules)
+        report = decide(report, policy)
         if out is not None and distributed.is_first():
             from verification.show.write import write_report
 
-            write_report(report, Path(out))
+            write_report(report, out)
     if interrupted:
         raise KeyboardInterrupt
     return distributed.from_first(lambda: report)
+
+
+P = ParamSpec("P")
+
+
+def _with_parameters_of(request: Callable[P, VerifyRequest]) -> Callable[P, Report]:
+    """`verify_request` with a request's fields as its arguments, so that they are written down once."""
+
+    def verify(*arguments: P.args, **options: P.kwargs) -> Report:
+        return verify_request(request(*arguments, **options))
+
+    fields = inspect.signature(VerifyRequest).parameters.values()
+    verify.__signature__ = inspect.Signature(list(fields), return_annotation="Report")  # type: ignore[attr-defined]
+    parameters = str(inspect.getdoc(VerifyRequest)).partition("Args:")[2]
+    verify.__doc__ = f"{inspect.getdoc(verify_request)}\n\nArgs:{parameters}"
+    return verify
+
+
+verify = _with_parameters_of(VerifyRequest)
+
+
+def _inputs(request: VerifyRequest, candidates: Sequence[Candidate]) -> list[Artefact]:
+    """Every input bound to its bytes, the reference first."""
+    found = artefacts(
+        Path(request.reference),
+        candidates,
+        base=request.base,
+        adapter=request.adapter,
+        corpus=request.corpus,
+        policy=request.policy,
+    )
+    return [*found, *imatrix_artefact(request.imatrix)]
+
+
+def _report(run: Run) -> Report:
+    """What was measured, before anything is decided."""
+    legs = [
+        Leg(name=name, title=LEG_TITLES[name], compared=_COMPARED[name], status="not evaluated", checks=found)
+        for name in LEG_TITLES
+        if (found := run.checks.get(name))
+    ]
+    return Report(
+        verdict="incomplete",
+        summary="",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        artefacts=run.inputs,
+        legs=legs,
+        divergences=run.divergences,
+        base_divergences=run.base_divergences,
+        cells=run.cells,
+        noise=run.noise,
+        tensors=run.tensors,
+        trained_function=run.trained,
+        policy=run.policy.model_dump(mode="json"),
+        tokens_sha256=run.tokens_sha256,
+        versions=versions(),
+        durations={stage: round(seconds, 3) for stage, seconds in run.durations.items()},
+        notes=run.notes,
+        training=run.request.training,
+        answers=run.request.answers,
+    )
 
 
 def _unchanged(report: Report) -> None:

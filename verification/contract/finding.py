@@ -8,10 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from verification.gate.check import zero_check
 from verification.gate.report import Check
+
+# kinds of fault that a program may act on; "" where none was recognised
+Code = Literal[
+    "",
+    "flipped_bit",
+    "row_order",  # the reference's rows in another order
+    "head_rows",  # q or k rows permuted once too often or not at all
+    "f16_overflow",
+    "rotation",  # missing, doubled, transposed, on the wrong side, or left over
+    "merge",  # the change from the base missing, doubled or scaled
+    "transposed",
+    "unexplained_tensor",  # in the file, and nothing of the reference explains it
+]
+
+
+class Cause(NamedTuple):
+    """The kind of a fault, for a person and for a program."""
+
+    words: str
+    code: Code
 
 
 @dataclass(frozen=True)
@@ -23,6 +43,7 @@ class Finding:
     found: str
     action: str = ""  # what to do about it
     cause: str = ""  # the kind of fault where it was recognised: "rotation applied twice"
+    code: Code = ""  # the same for a program
 
     @property
     def sentence(self) -> str:
@@ -32,9 +53,15 @@ class Finding:
 
 
 def as_check(name: str, title: str, findings: Sequence[Finding], *, subject: str) -> Check:
-    """The number of findings, which must be zero, with the first three in words."""
+    """The number of findings, which must be zero, with the first three in words and the first one's code and place."""
     return zero_check(
-        name, title, len(findings), subject=subject, detail="; ".join(finding.sentence for finding in findings[:3])
+        name,
+        title,
+        len(findings),
+        subject=subject,
+        detail="; ".join(finding.sentence for finding in findings[:3]),
+        code=findings[0].code if findings else "",
+        where=findings[0].where if findings else "",
     )
 
 

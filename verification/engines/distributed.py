@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from so8t_core.errors import InputError
 
@@ -88,15 +89,37 @@ def wait() -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, in all of them; the others do not call it."""
+    """What `make` gives in the first process, in all of them; the others do not call it.
+
+    Raises:
+        Exception: what `make` raised in the first process, in all of them: nobody waits for a result that never comes.
+    """
     if count() == 1:
         return make()
     import torch.distributed as dist
 
     join()
-    box = [make() if is_first() else None]
+    value: T | None = None
+    error: Exception | None = None
+    if is_first():
+        try:
+            value = make()
+        except Exception as failure:
+            error = failure
+    box = [value, None if error is None else _portable(error)]
     dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]
+    if error is not None or box[1] is not None:
+        raise error or cast(Exception, box[1])
+    return cast(T, box[0])
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same and can be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an error's own __reduce__ may do anything
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def everyones(value: T) -> list[T]:

@@ -8,7 +8,6 @@ and nothing names a cause, the file was made from other weights or on another ro
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from verification.commands.lint_result import LintCheck, LintFinding
@@ -20,9 +19,7 @@ _ORDER = (
     "counts", "inventory", "hypotheses", "weights", "file_type", "layout", "chat_template", "chat_render", "stop_set",
     "end_of_turn", "chat_token_ids", "token_ids", "loads",
 )  # fmt: skip
-_TENSOR = re.compile(r"[a-z0-9_.]+\.(weight|bias)\b")
 _SHAPES = ("block_count", "head_count", "context_length", "_length", "vocab_size", "token_embd")
-_ADAPTER = ("rotat", "base's own", "change from the base", "nothing baked")
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,7 @@ def diagnose(judgement: Judgement) -> Diagnosis | None:
     """The fault's kind, place and sentence; None for a file that passed."""
     if judgement.unreadable:
         words = judgement.unreadable
-        kind: Kind = "shape" if "vocabulary of" in words else "file"
-        return Diagnosis(kind, words, words)
+        return Diagnosis("shape" if judgement.other_vocabulary else "file", words, words)
     linted = judgement.linted
     assert linted is not None
     found = {check.name: check for check in linted.checks if check.findings}
@@ -54,11 +50,10 @@ def diagnose(judgement: Judgement) -> Diagnosis | None:
         return Diagnosis(kind_of(failed[0], finding), finding.where, _sentence(finding))
     for check in judgement.failed:
         leg = check.name.split(".")[0]
-        named = _TENSOR.search(check.detail)
-        if named is not None:
-            place = LintFinding(where=named.group(), expected="", found=check.detail)
-            other_type = leg == "quantise" and ", the reference re-quantised here" in check.detail
-            return Diagnosis("types" if other_type else kind_of("weights", place), place.where, check.detail)
+        if check.where:
+            place = {"where": check.where, "expected": "", "found": check.detail, "code": check.code}
+            kind = kind_of(check.name.removeprefix("contract."), LintFinding.model_validate(place))
+            return Diagnosis(kind, check.where, check.detail)
         if leg in ("convert", "quality") and check.name.endswith("kld"):
             noted = {c.name: c.findings[0] for c in linted.checks if c.status == "note"}
             if "flushed_weights" in noted:
@@ -119,25 +114,25 @@ def _kind_of_key(where: str) -> Kind:
 
 
 def _kind_of_tensor(check: str, where: str, finding: LintFinding) -> Kind:
-    cause = finding.cause
+    code = finding.code
     if where.startswith("rope_") and check != "inventory":
         return "rope"
     if check == "inventory":
-        if where.startswith("rope_") and "nothing explains" not in finding.found:
+        if where.startswith("rope_") and finding.code != "unexplained_tensor":
             return "rope"
         return "embedding and head" if where.startswith("output.") else "weights" if "bias" in where else "file"
-    if cause == "one flipped bit":
+    if code == "flipped_bit":
         return "file"
-    if cause == "F16 overflow":
+    if code == "f16_overflow":
         return "number range"
     if "_norm" in where:
         return "norm"
     if where.startswith(("output.weight", "token_embd")):
         return "embedding and head" if check != "metadata" else "shape"
-    if "q/k rows" in cause or "attn_qkv" in where:
+    if code == "head_rows" or "attn_qkv" in where:
         return "attention layout"
-    if "another order" in cause and ("attn_q" in where or "attn_k" in where):
+    if code == "row_order" and ("attn_q" in where or "attn_k" in where):
         return "attention layout"
-    if any(word in cause for word in _ADAPTER) or ".attn_output." in where:
+    if code in ("rotation", "merge") or ".attn_output." in where:
         return "adapter"
     return "weights"

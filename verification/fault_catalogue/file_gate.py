@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from so8t_core.errors import InputError
 from verification.commands.lint import lint
 from verification.commands.lint_result import LintReport
 from verification.commands.stages import same_vocabulary
 from verification.contract.checks import contract_checks
+from verification.engines.huggingface import load_hf
 from verification.fault_catalogue.models import Healthy
 from verification.fault_catalogue.peer_checks import Said
 from verification.gate.check import plain_check
@@ -23,7 +26,8 @@ from verification.gate.policy import Policy
 from verification.gate.report import Check, Leg, LegName, Report
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile, read_gguf
-from verification.weight_parity.checks import quantise_checks, weight_checks
+from verification.weight_parity.checks import output_check, weight_checks
+from verification.weight_parity.output import output_ratios
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Judgement:
     """What the gate said of one file."""
 
     unreadable: str = ""  # why the file was refused before any check
+    other_vocabulary: bool = False  # whether it was refused for the size of its vocabulary
     file: GGUFFile | None = None
     linted: LintReport | None = None
     checks: list[Check] = field(default_factory=list)  # of verify, decided
@@ -63,9 +68,12 @@ def judge(pair: Healthy, path: Path, policy: Policy) -> Judgement:
     """Lint and the file legs of one candidate."""
     try:
         file = read_gguf(path)
-        same_vocabulary(pair.checkpoint, [Candidate("candidate", file)])
     except InputError as error:
         return Judgement(unreadable=str(error))
+    try:
+        same_vocabulary(pair.checkpoint, [Candidate("candidate", file)])
+    except InputError as error:
+        return Judgement(unreadable=str(error), other_vocabulary=True)
     result = Judgement(file=file)
     result.linted = lint(
         path, reference=pair.reference, base=pair.base, adapter=pair.adapter, oracle=pair.files["F16"],
@@ -83,15 +91,18 @@ def judge(pair: Healthy, path: Path, policy: Policy) -> Judgement:
 
 def _file_legs(pair: Healthy, file: GGUFFile) -> dict[LegName, list[Check]]:
     """As `stages` runs them; the oracle is the pair's own healthy file, made here by the same build."""
-    candidate, twin = Candidate(file.file_type, file), pair.twin(file.file_type)
-    contract = contract_checks(
-        candidate, twin.file, pair.checkpoint, pair.tokenizer, pair.reference, memory=pair.memory
-    )
-    weights = weight_checks(candidate, twin.file, pair.checkpoint, sources=pair.sources, memory=pair.memory)
+    candidate, oracle = Candidate(file.file_type, file), pair.opened["F16"]
+    contract = contract_checks(candidate, oracle, pair.checkpoint, pair.tokenizer, pair.reference, memory=pair.memory)
+    weights = weight_checks(candidate, pair.conversions, pair.sources, memory=pair.memory)
+    outputs = []
+    if weights.open:  # on a passage of the model's own vocabulary: any inputs tell error feedback from damage
+        tokens = np.random.default_rng(0).integers(0, int(pair.checkpoint.config["vocab_size"]), 384)
+        ratios = output_ratios(load_hf(pair.reference), tokens, weights.open)
+        outputs = [output_check(candidate.label, weights.open, ratios)]
     legs: dict[LegName, list[Check]] = {
         "contract": [*contract, *weights.contract],
         "convert": weights.convert,
-        "quantise": quantise_checks(candidate, twin),
+        "quantise": [*weights.quantise, *outputs],
     }
     return legs
 

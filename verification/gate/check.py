@@ -14,6 +14,8 @@ def plain_check(
     detail: str = "",
     unit: str = "",
     interval: tuple[float, float] | None = None,
+    code: str = "",
+    where: str = "",
 ) -> Check:
     """A measured value whose bound the policy gives."""
     return Check(
@@ -25,10 +27,14 @@ def plain_check(
         detail=detail,
         unit=unit,
         interval=interval,
+        code=code,
+        where=where,
     )
 
 
-def zero_check(name: str, title: str, count: int, *, subject: str = "", detail: str = "") -> Check:
+def zero_check(
+    name: str, title: str, count: int, *, subject: str = "", detail: str = "", code: str = "", where: str = ""
+) -> Check:
     """A count of disagreements that must be zero."""
     return Check(
         name=name,
@@ -39,6 +45,8 @@ def zero_check(name: str, title: str, count: int, *, subject: str = "", detail: 
         relation="<=",
         bound=0,
         detail=detail,
+        code=code,
+        where=where,
     )
 
 
@@ -66,3 +74,9 @@ def divergence_checks(leg: str, d: Divergence, *, subject: str) -> list[Check]:
         ),
         zero_check(f"{leg}.non_finite", "Positions with NaN or Inf", d.non_finite, subject=subject),
     ]
+
+
+def not_evaluated(what: str, error: Exception) -> str:
+    """One line for the report about something that failed and decides nothing: its name, the error's type and text."""
+    message = " ".join(str(error).split())[:300]
+    return f"Not evaluated: {what}: {type(error).__name__}: {message}".rstrip(": ")

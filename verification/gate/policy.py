@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,9 +74,11 @@ class ConvertBounds(LogitBounds):
 
 
 class QuantiseBounds(_Section):
-    """Number of tensors."""
+    """Numbers of tensors."""
 
-    tensors_differ: int = Field(ge=0)
+    tensors_differ: int | None = Field(default=None, ge=0)  # None: any number that is judged healthy
+    unexplained: int = Field(ge=0)
+    output_error: float = Field(gt=0)  # in llama.cpp's own quantiser's
 
 
 class ContractBounds(_Section):
@@ -138,7 +141,9 @@ class Policy(_Section):
             "convert.mean_kld": ("<=", convert.mean_kld),
             "convert.top1": (">=", convert.top1),
             "convert.rounding": ("<=", self.convert.rounding),
-            "quantise.tensors_differ": ("<=", self.quantise.tensors_differ),
+            "quantise.tensors_differ": ("<=", self.quantise.tensors_differ or 0),
+            "quantise.unexplained": ("<=", self.quantise.unexplained),
+            "quantise.output_error": ("<=", self.quantise.output_error),
             "controls.differs_from_base": (">=", self.controls.differs_from_base),
             # never below the bake leg's own bound: a loosened bake leg must still refuse the wrong bake
             "controls.transposed": (">=", max(self.controls.transposed, 2 * self.bake.max_abs_logit)),
@@ -278,8 +283,10 @@ def _looser(mine: dict[str, Any], theirs: dict[str, Any], above: str = "") -> li
         name = f"{above}{key}"
         if isinstance(value, dict):
             found += _looser(value, theirs[key], f"{name}.") if key in theirs else [f"{name} added"]
-        elif not isinstance(value, list) and (value < theirs[key] if key in _AT_LEAST else value > theirs[key]):
-            found.append(f"{name} {value:g} for {theirs[key]:g}")
+        elif not isinstance(value, list):
+            bound, other = (math.inf if x is None else x for x in (value, theirs[key]))  # None: any number
+            if bound < other if key in _AT_LEAST else bound > other:
+                found.append(f"{name} {bound:g} for {other:g}")
     return found
 
 

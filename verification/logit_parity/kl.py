@@ -173,12 +173,30 @@ class DivergenceAccumulator:
         """Nothing finite to average: zero tokens and zeros, on which no check may pass; `non_finite` says why."""
         nothing = (0.0, 0.0)
         return Divergence(
-            reference=self.reference, candidate=self.candidate, tokens=0, chunks=len(self._clusters), n_ctx=self.n_ctx,
-            vocab=self.vocab, mean_kld=0.0, mean_kld_interval=nothing, mean_kld_llama_cpp=0.0, max_kld=0.0,
-            kld_percentiles={}, top1=0.0, top1_interval=nothing, rms_dp=0.0, ppl_reference=0.0, ppl_candidate=0.0,
-            ppl_ratio=0.0, ppl_ratio_interval=nothing, reference_entropy=0.0, kld_by_position=[], kld_by_confidence=[],
-            histogram=[], non_finite=non_finite,
-        )  # fmt: skip
+            reference=self.reference,
+            candidate=self.candidate,
+            tokens=0,
+            chunks=len(self._clusters),
+            n_ctx=self.n_ctx,
+            vocab=self.vocab,
+            mean_kld=0.0,
+            mean_kld_interval=nothing,
+            mean_kld_llama_cpp=0.0,
+            max_kld=0.0,
+            kld_percentiles={},
+            top1=0.0,
+            top1_interval=nothing,
+            rms_dp=0.0,
+            ppl_reference=0.0,
+            ppl_candidate=0.0,
+            ppl_ratio=0.0,
+            ppl_ratio_interval=nothing,
+            reference_entropy=0.0,
+            kld_by_position=[],
+            kld_by_confidence=[],
+            histogram=[],
+            non_finite=non_finite,
+        )
 
 
 def divergence(

@@ -43,6 +43,10 @@ class LogitSpool:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the disk back; safe to call twice."""
         self._file.close()
 
     def append(self, logits_TV: Array) -> None:

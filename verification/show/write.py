@@ -1,12 +1,13 @@
 """Writes and reads the report: report.json is the source, the HTML, Markdown and JUnit forms are drawn from it.
 
-All four are rendered before the first is written, and each is whole or absent. The HTML page needs no network and no
+report.json and its statement are written first; each file is whole or absent. The HTML page needs no network and no
 script; every text from outside is escaped, and characters that hide or reorder text are shown as [U+XXXX].
 report.json is strict JSON: a NaN or infinite number is written as "NaN", "Infinity" or "-Infinity" and read back so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import Counter
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 
 from so8t_core.errors import InputError
 from so8t_core.files import write_text
+from verification.gate.check import not_evaluated
 from verification.gate.report import NOT_FINITE, SCHEMA_VERSION, Check, Report, Status
 from verification.gate.statement import write_statement
 from verification.gate.strict_json import read_json
@@ -35,21 +37,40 @@ _SIGNS = {"<=": "≤", ">=": "≥", "==": "=", "!=": "≠"}
 def write_report(report: Report, out_dir: Path) -> dict[str, Path]:
     """Write report.json, .html, .md, junit.xml and the statement into `out_dir`; returns {"json": path, ...}.
 
+    report.json and its statement come first. A form that cannot be drawn or written from it is left out of the result,
+    and `report.notes`, in the file too, says so.
+
     Raises:
-        InputError: the directory cannot be written.
+        InputError: report.json or its statement cannot be written.
     """
-    rendered = {
-        "json": ("report.json", to_json(report)),
-        "html": ("report.html", to_html(report)),
-        "md": ("report.md", to_markdown(report)),
-        "junit": ("junit.xml", junit_xml(report)),
+    forms = {
+        "html": ("report.html", to_html),
+        "md": ("report.md", to_markdown),
+        "junit": ("junit.xml", junit_xml),
     }
-    written: dict[str, Path] = {}
-    for kind, (name, text) in rendered.items():
-        written[kind] = Path(out_dir) / name
-        write_text(written[kind], text)
-    written["statement"] = write_statement(report, written["json"])
+    for name, _ in forms.values():  # whatever happens below, no form of another report is left beside this one
+        with contextlib.suppress(OSError):
+            (Path(out_dir) / name).unlink()
+    written = _write_source(report, out_dir)
+    lost = []
+    for kind, (name, draw) in forms.items():
+        try:
+            write_text(Path(out_dir) / name, draw(report))
+        except Exception as error:  # plots, templates, a full disk: the verdict stands without any of them
+            lost.append(not_evaluated(name, error))
+        else:
+            written[kind] = Path(out_dir) / name
+    if lost:
+        report.notes.extend(note for note in lost if note not in report.notes)
+        _write_source(report, out_dir)
     return written
+
+
+def _write_source(report: Report, out_dir: Path) -> dict[str, Path]:
+    """report.json and the statement that binds it to its inputs."""
+    path = Path(out_dir) / "report.json"
+    write_text(path, to_json(report))
+    return {"json": path, "statement": write_statement(report, path)}
 
 
 def load_report(path: Path) -> Report:

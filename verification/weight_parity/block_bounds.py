@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
+from verification.gguf.reader import GGUFTensor
 
 Array = npt.NDArray[np.float64]
 Raw = npt.NDArray[np.uint8]
@@ -36,7 +36,7 @@ _DIRECT: dict[str, tuple[tuple[int, ...], bool]] = {
 _SHARES_WITHOUT_IMATRIX = {"Q2_K": 0.40, "Q4_K": 0.20, "Q5_K": 0.60}
 _SHARE_SEARCH, _SHARE_DIRECT = 0.10, 0.01
 _SPREAD = 4.0  # standard deviations that a small tensor's share may lie above
-_LAST_BIT = 2.0**-10  # of a float16, relative, at most
+LAST_BIT = 2.0**-10  # of a float16, relative, at most
 _BATCH = 1 << 14  # blocks dequantised at a time
 
 
@@ -66,22 +66,20 @@ class Held:
         )
 
 
-def hold(mine: GGUFTensor, twin: GGUFTensor, source: GGUFTensor, *, imatrix: bool) -> Held:
+def hold(mine: GGUFTensor, twin: Raw, source: npt.NDArray[np.float32], *, imatrix: bool) -> Held:
     """Hold a tensor's differing blocks to its type's bounds.
 
     Args:
-        mine, twin: candidate's and oracle's tensor, of one type and shape.
-        source: the float tensor that the oracle's was quantised from.
+        mine: the candidate's quantised tensor.
+        twin: the bytes that the quantiser gives at the same type.
+        source: the values that these were quantised from.
         imatrix: the oracle was made with an importance matrix.
     """
-    if mine.type in FLOAT_TYPES:  # a norm or bias is copied: nothing explains a difference
-        differ = int(np.count_nonzero((mine.values() != twin.values()).ravel()))
-        return Held(mine.name, mine.type, math.prod(mine.shape), differ, 0, differ, 0, math.inf, math.inf)
     kind = GGMLQuantizationType[mine.type]
     values, size = GGML_QUANT_SIZES[kind]
-    a, b = mine.raw.reshape(-1, size), twin.raw.reshape(-1, size)
+    a, b = mine.raw.reshape(-1, size), twin.reshape(-1, size)
     rows = np.flatnonzero((a != b).any(axis=1))
-    weights = source.values().reshape(-1, values)
+    weights = source.reshape(-1, values)
     beyond = last_bit = 0
     largest = worst = 0.0
     for start in range(0, len(rows), _BATCH):
@@ -109,13 +107,13 @@ class _Found:
 def _blocks(own: Array, other: Array, weights: Array) -> _Found:
     """Of differing blocks, (blocks, values) each: the law of the search types and what explains the difference."""
     rms = np.sqrt((other**2).mean(axis=1))
-    rounding = _LAST_BIT * rms
+    rounding = LAST_BIT * rms
     error = np.sqrt(((own - weights) ** 2).mean(axis=1))
     best = np.sqrt(((other - weights) ** 2).mean(axis=1))
     factor = 1.25 if own.shape[1] >= 256 else 1.5
     difference = np.abs(own - other).max(axis=1)
     # scale times code spans at most max - min <= 2 max |value|, where a block stores a minimum beside its scale
-    last_bit: npt.NDArray[np.bool_] = difference <= 2 * _LAST_BIT * np.abs(other).max(axis=1)
+    last_bit: npt.NDArray[np.bool_] = difference <= 2 * LAST_BIT * np.abs(other).max(axis=1)
     floor = np.maximum(rounding, np.finfo(np.float32).tiny)
     return _Found(
         within=error <= factor * best + rounding,
@@ -140,7 +138,7 @@ def _direct(kind: str, a: Raw, b: Raw, own: Array, other: Array) -> npt.NDArray[
         within &= np.abs(mine - theirs) <= 1  # neighbours, or the two zeros' neighbours: sign flips are far apart
     scale = np.ascontiguousarray(b[:, offsets[0] : offsets[0] + 2]).view("<f2").astype(np.float64)  # (blocks, 1)
     result: npt.NDArray[np.bool_] = within & (
-        np.abs(own - other) <= np.abs(scale) * (1 + 2.0**-8) + 2 * _LAST_BIT * np.abs(other).max(axis=1, keepdims=True)
+        np.abs(own - other) <= np.abs(scale) * (1 + 2.0**-8) + 2 * LAST_BIT * np.abs(other).max(axis=1, keepdims=True)
     ).all(axis=1)
     return result
 

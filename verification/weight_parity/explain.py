@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from verification.contract.finding import Cause
+
 Array = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
 ON_THE_LINE = 0.2  # share of the difference that may lie beside the line
@@ -17,23 +19,23 @@ LEAST = 5e-4  # |f - 1| below this is no other scale
 CERTAIN = 6.0  # standard errors of f
 
 
-def damage_cause(actual: Raw, expected: Raw, rows: int) -> str:
+def damage_cause(actual: Raw, expected: Raw, rows: int) -> Cause | None:
     """One flipped bit, or the right rows in another order; bytes of one type and size."""
     if actual.size != expected.size:
-        return ""
+        return None
     at = np.flatnonzero(actual != expected)
     if at.size == 1 and int(actual[at[0]] ^ expected[at[0]]).bit_count() == 1:
-        return "one flipped bit"
+        return Cause("one flipped bit", "flipped_bit")
     if rows > 1 and at.size and actual.size % rows == 0:
         a, b = (
             np.ascontiguousarray(x.reshape(rows, -1)).view(f"V{x.size // rows}").ravel() for x in (actual, expected)
         )
         if sorted(map(bytes, a)) == sorted(map(bytes, b)):
-            return "the reference's rows in another order"
-    return ""
+            return Cause("the reference's rows in another order", "row_order")
+    return None
 
 
-def merge_cause(values: Array, wanted: Array, base: Array, step: Array | float = 0.0) -> str:
+def merge_cause(values: Array, wanted: Array, base: Array, step: Array | float = 0.0) -> Cause | None:
     """Another scale of what was merged into the base; three arrays of one shape.
 
     Args:
@@ -44,7 +46,7 @@ def merge_cause(values: Array, wanted: Array, base: Array, step: Array | float =
     change = wanted.astype(np.float64) - base
     square = float(np.vdot(change, change))
     if square == 0:
-        return ""
+        return None
     difference = values.astype(np.float64) - wanted
     excess = float(np.vdot(change, difference)) / square
     beside = float(np.linalg.norm(difference - excess * change))
@@ -52,5 +54,5 @@ def merge_cause(values: Array, wanted: Array, base: Array, step: Array | float =
     allowed = (ON_THE_LINE * float(np.linalg.norm(difference))) ** 2 + rounding
     certain = abs(excess) * np.sqrt(square * change.size) >= CERTAIN * beside
     if abs(excess) < LEAST or beside**2 > allowed or not certain:
-        return ""
-    return f"the change from the base scaled by {1 + excess:.4g}"
+        return None
+    return Cause(f"the change from the base scaled by {1 + excess:.4g}", "merge")

@@ -19,11 +19,24 @@ import numpy.typing as npt
 import torch
 
 from so8t_core.folding import rotate_rows
+from verification.contract.finding import Code
 
 Array = npt.NDArray[np.float32]
 Role = Literal["o", "v", "q", "k", "other"]
 Rotation = torch.Tensor  # (in/8, 8, 8), float64
 EXPECTED = "expected"
+BASE = "the base's own weight (nothing baked)"
+UNROTATED, TURNED_BACK, TWICE = "not rotated (R missing)", "rotated back (R^T in place of R)", "rotated twice"
+WRONG_SIDE, ON_V = "rotated on the wrong side (R @ W)", "rotated as well (R @ v_proj)"
+TRANSPOSED = "transposed"
+HALVES = {True: "q/k rows not permuted", False: "q/k rows un-permuted"}  # by whether the file has them in pairs
+PAIRS = {True: "q/k rows permuted twice", False: "q/k rows permuted"}
+_CODES: dict[str, Code] = {
+    BASE: "merge",
+    **dict.fromkeys((UNROTATED, TURNED_BACK, TWICE, WRONG_SIDE, ON_V), "rotation"),
+    TRANSPOSED: "transposed",
+    **dict.fromkeys((*HALVES.values(), *PAIRS.values()), "head_rows"),
+}
 DECIDED = 4.0  # z from which one hypothesis is preferred: 6e-5 by chance
 SAMPLED_ROWS = 32  # of other layers' tensors: enough to tell layers apart, whose weights are unrelated
 
@@ -40,6 +53,11 @@ class Nearest:
     z: float  # by how many standard deviations the best is preferred to the second
     expected_distance: float
     z_expected: float  # by how many the best is preferred to the expectation; 0 where it is the best
+
+    @property
+    def code(self) -> Code:
+        """The best hypothesis as a finding's code."""
+        return _CODES.get(self.best, "")
 
     @property
     def is_fault(self) -> bool:
@@ -82,22 +100,21 @@ def hypotheses(known: Known) -> Iterator[tuple[str, Array]]:
     square = W.shape[0] == W.shape[1]
     yield EXPECTED, W
     if known.base is not None:
-        yield "the base's own weight (nothing baked)", known.base
+        yield BASE, known.base
     if R is not None and known.role == "o":
         unrotated = rotated(W, R, transposed=True)
-        yield "not rotated (R missing)", unrotated
-        yield "rotated back (R^T in place of R)", rotated(unrotated, R, transposed=True)
-        yield "rotated twice", rotated(W, R)
+        yield UNROTATED, unrotated
+        yield TURNED_BACK, rotated(unrotated, R, transposed=True)
+        yield TWICE, rotated(W, R)
         if W.shape[0] == R.shape[0] * 8:
-            yield "rotated on the wrong side (R @ W)", _left(unrotated, R)
+            yield WRONG_SIDE, _left(unrotated, R)
     if R is not None and known.role == "v" and W.shape[0] == R.shape[0] * 8:
-        yield "rotated as well (R @ v_proj)", _left(W, R)
+        yield ON_V, _left(W, R)
     if square:
-        yield "transposed", np.ascontiguousarray(W.T)
+        yield TRANSPOSED, np.ascontiguousarray(W.T)
     if known.role in ("q", "k") and known.head_rows % 2 == 0 and known.head_rows:
-        names = ("not permuted", "permuted twice") if known.in_pairs else ("un-permuted", "permuted")
-        yield f"q/k rows {names[0]}", pairs_to_halves(W, known.head_rows)
-        yield f"q/k rows {names[1]}", halves_to_pairs(W, known.head_rows)
+        yield HALVES[known.in_pairs], pairs_to_halves(W, known.head_rows)
+        yield PAIRS[known.in_pairs], halves_to_pairs(W, known.head_rows)
     for name, values in known.siblings:
         if values.shape == W.shape:
             yield f"{name} of the same layer", values

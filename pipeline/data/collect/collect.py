@@ -101,7 +101,7 @@ def collect_for(config: DataConfig, note: Callable[[str], None]) -> None:
     require_collected(
         collect(
             Path(config.manifest),
-            config.licences,
+            LicencePolicy.of(config),
             config.collect,
             lambda outcome: note(f"{outcome.state} {outcome.url}: {outcome.reason}"),
         )

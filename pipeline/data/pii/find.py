@@ -13,8 +13,8 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from pipeline.config import PII_KINDS, PiiKind
 from pipeline.data.pii.address import addresses
-from pipeline.data.pii.kinds import KINDS, Kind
 from pipeline.data.pii.numbers import check_numbers, ibans, ip_addresses, phones
 from pipeline.data.pii.secrets import secrets
 from pipeline.data.pii.text import fold
@@ -45,12 +45,12 @@ _DIGITS = re.compile("[0-9]{3}")  # every number kind has three digits in a row
 class Finding:
     """One hit: `text[start:end]` of the text that was searched."""
 
-    kind: Kind
+    kind: PiiKind
     start: int
     end: int
 
 
-def find(text: str, kinds: Collection[str] = KINDS) -> list[Finding]:
+def find(text: str, kinds: Collection[str] = PII_KINDS) -> list[Finding]:
     """Findings in order of their place, none overlapping another."""
     folded = fold(text)
     taken: list[Finding] = []  # in order of their place
@@ -64,7 +64,7 @@ def find(text: str, kinds: Collection[str] = KINDS) -> list[Finding]:
     return taken
 
 
-def _claims(text: str) -> Iterator[tuple[Kind, tuple[int, int]]]:
+def _claims(text: str) -> Iterator[tuple[PiiKind, tuple[int, int]]]:
     for span in secrets(text):
         yield "secret", span
     if _AT.search(text):

@@ -1,0 +1,198 @@
+"""A stage of a verification, and how a list of stages is carried out.
+
+A stage names what it needs and what it yields (attributes of `Run`), and the checks that make it complete. A deciding
+stage that fails ends the verification. A stage that only informs may fail in any way: the report then says what was
+not evaluated and why. A product is released after the last stage that needs it, so that one model is in memory at a
+time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from so8t_core.errors import InputError
+from verification.commands.request import Progress, VerifyRequest
+from verification.engines import distributed
+from verification.engines.reconversion import FloatFiles, Oracle
+from verification.gate.check import not_evaluated
+from verification.gate.decide import LEG_TITLES
+from verification.gate.policy import Policy
+from verification.gate.report import (
+    Artefact,
+    CellResult,
+    Check,
+    Divergence,
+    LegName,
+    NoiseRow,
+    TensorRow,
+    TrainedFunction,
+)
+from verification.gguf.candidate import Candidate
+from verification.logit_parity.compare import Reference
+from verification.logit_parity.kl import Array
+from verification.logit_parity.run_modes import Plan
+from verification.logit_parity.text import Corpus
+from verification.reference.checkpoint import Checkpoint
+from verification.weight_parity.output import OpenTensor
+
+
+@dataclass
+class Run:
+    """One verification: what was asked for, what stages hand to each other, and what has been measured."""
+
+    request: VerifyRequest
+    policy: Policy
+    inputs: list[Artefact]  # every input bound to its bytes, the reference first
+    candidates: list[Candidate]
+    oracle: Oracle
+    work: Path
+    threads: int | None
+    tell: Progress
+    base: Path | None = None  # None also where the base's logits cannot be compared with the reference's
+
+    # products: made by the stage that yields them, released after the last stage that needs them
+    checkpoint: Checkpoint = field(init=False)
+    tokenizer: Any = field(init=False)
+    conversions: FloatFiles = field(init=False)  # the verifier's own float files of the reference
+    files: list[Candidate] = field(init=False)  # candidates, and the oracle's file where none of them is a float file
+    bos: int | None = field(init=False)
+    text: Corpus = field(init=False)
+    plan: Plan = field(init=False)
+    reference: Reference = field(init=False)
+    baked: Any = field(init=False)  # base + adapter, baked in fp32
+    gated: Array = field(init=False)  # (T, V) logits of base + adapter on the first chunk
+
+    # what the report is made of
+    checks: dict[LegName, list[Check]] = field(default_factory=dict)
+    divergences: list[Divergence] = field(default_factory=list)
+    base_divergences: list[Divergence] = field(default_factory=list)
+    cells: list[CellResult] = field(default_factory=list)
+    noise: list[NoiseRow] = field(default_factory=list)
+    tensors: list[TensorRow] = field(default_factory=list)
+    durations: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    notes: list[str] = field(default_factory=list)
+    trained: TrainedFunction | None = None
+    tokens_sha256: str = ""
+    open: dict[str, dict[str, OpenTensor]] = field(default_factory=dict)  # by candidate: its layers' outputs decide
+    left: list[Stage] = field(default_factory=list)  # stages that are not finished
+
+    @property
+    def adapter(self) -> Path | None:
+        return None if self.request.adapter is None else Path(self.request.adapter)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the reference."""
+        return self.inputs[0].sha256
+
+    def seed(self, label: str) -> str:
+        """What fixes the bootstrap: the digests of reference, candidate, corpus and token ids."""
+        file = next((a.sha256 for a in self.inputs if a.role == "candidate" and a.label == label), label)
+        corpus = " ".join(a.sha256 for a in self.inputs if a.role == "corpus")
+        return f"{self.digest} {file} {corpus} {self.text.sha256}"
+
+    def add(self, leg: LegName, checks: Sequence[Check]) -> None:
+        """Keep what a stage measured for a leg."""
+        self.checks.setdefault(leg, []).extend(checks)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds of a stage."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.durations[stage] = self.durations.get(stage, 0.0) + time.monotonic() - start
+
+    def has(self, product: str) -> bool:
+        """Whether a product was made and is still held."""
+        return product in vars(self)
+
+    def release(self, products: Sequence[str]) -> None:
+        """Let go of products; the reference's logits leave the disk, a model the memory."""
+        for name in filter(self.has, products):
+            if name == "reference":
+                self.reference.spool.close()
+            delattr(self, name)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a verification."""
+
+    name: str  # "reference", "logits Q8_0"; its seconds stand in the report under this name
+    work: Callable[[Run], None]
+    needs: tuple[str, ...] = ()  # products of earlier stages
+    yields: tuple[str, ...] = ()  # products of this stage
+    checks: tuple[str, ...] = ()  # names of the checks without which the stage is not complete
+    subject: str = ""  # the candidate that the checks are about
+    informs: bool = False  # whether the report can be had without it
+
+    @property
+    def legs(self) -> list[LegName]:
+        """Legs that the stage's checks belong to."""
+        found = {name.split(".")[0] for name in self.checks}
+        return [leg for leg in LEG_TITLES if leg in found]
+
+
+def carry_out(stages: Sequence[Stage], run: Run) -> None:
+    """Carry stages out in their order and keep in `run.left` those that are not finished.
+
+    Raises:
+        InputError: a deciding stage cannot use an input.
+        Exception: whatever else ends a deciding stage.
+        KeyboardInterrupt: between or inside stages; `run` holds what was finished.
+    """
+    check_order(stages)
+    run.left = list(stages)
+    try:
+        for number, stage in enumerate(stages):
+            _carry_out(stage, run)
+            run.left = list(stages[number + 1 :])
+            wanted = {name for later in run.left for name in later.needs}
+            made = [name for earlier in stages[: number + 1] for name in earlier.yields]
+            run.release([name for name in made if name not in wanted])
+            gc.collect()  # a model's modules refer to each other: without this it would stay beside the next one
+    finally:
+        run.release([name for stage in stages for name in stage.yields])
+
+
+def check_order(stages: Sequence[Stage]) -> None:
+    """Every product is made before it is needed, and no decision waits for a stage that only informs."""
+    made: dict[str, Stage] = {}
+    for stage in stages:
+        for name in stage.needs:
+            assert name in made, f"{stage.name} needs {name}, which no earlier stage yields"
+            assert stage.informs or not made[name].informs, f"{stage.name} decides on what {made[name].name} informs of"
+        made |= dict.fromkeys(stage.yields, stage)
+
+
+def _carry_out(stage: Stage, run: Run) -> None:
+    with run.timed(stage.name):
+        try:
+            if missing := [name for name in stage.needs if not run.has(name)]:  # of a stage that informs, and failed
+                raise InputError(f"{missing[0]} was not made")
+            stage.work(run)
+        except Exception as error:
+            # In a launch of several processes the others would wait for this one's share of the stage for ever, unless
+            # all of them meet the same refusal: there, only an InputError is known to be one.
+            if not stage.informs or (distributed.count() > 1 and not isinstance(error, InputError)):
+                raise
+            why = not_evaluated(stage.name, error)
+            run.notes.append(why)
+            present = {(check.name, check.subject) for found in run.checks.values() for check in found}
+            for name in stage.checks:
+                if (name, stage.subject) not in present:
+                    leg = next(leg for leg in stage.legs if name.startswith(f"{leg}."))
+                    run.add(leg, [missing_check(name, why, subject=stage.subject)])
+
+
+def missing_check(name: str, why: str, *, subject: str = "") -> Check:
+    """A check that could not be made."""
+    return Check(name=name, title=f"Stage that measures {name}", subject=subject, status="not evaluated", detail=why)
