@@ -28,7 +28,7 @@ _TICKS = 3_000_000_000  # ns; the coarsest clocks of file systems tick every two
 _known: dict[tuple[int, int, int, int, int], str] = {}
 _TEMPORARY = re.compile(r"\.so8t-.+\.[a-z0-9_]{8}\.(tmp|old)", re.DOTALL)  # tempfile draws eight characters
 MAX_JSON = 1 << 26  # bytes of a JSON file: the index of a model of 10^12 weights has about 15 MB
-MAX_CONTAINERS = 1 << 18  # objects and lists of a JSON file: each costs Python 60 bytes and more
+MAX_CONTAINERS = 1 << 21  # objects and lists of a JSON file; a tokenizer of 262,144 tokens has 500,000 merges
 
 
 def sha256_file(path: str | Path, *, progress: Callable[[int], None] | None = None) -> str:

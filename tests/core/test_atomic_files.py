@@ -257,7 +257,7 @@ def test_a_process_killed_inside_a_write_leaves_only_names_that_sweep_knows(tmp_
     ("data", "message"),
     [
         (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
-        (b'{"a": ' + b"[]," * (1 << 18) + b"[]}", "objects and lists"),
+        (b'{"a": ' + b"[]," * (1 << 21) + b"[]}", "objects and lists"),
         (b'{"a": "' + b"x" * (1 << 26) + b'"}', "bytes"),
         (b'{"a": ' + b"9" * 5000 + b"}", "damaged"),
         (b'{"a": "\xff"}', "damaged"),

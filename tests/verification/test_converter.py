@@ -9,7 +9,8 @@ import pytest
 from verification_models import Family
 
 from so8t_core.errors import InputError
-from verification.engines.convert import SCRIPT, convert, default_name, find_converter
+from verification.engines.convert import convert, default_name, find_converter
+from verification.engines.digests import SCRIPT
 
 
 def test_the_explicit_path_comes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def verify(
             trained_function=run.trained,
             policy=rules.model_dump(mode="json"),
             tokens_sha256=run.tokens_sha256,
-            versions=versions(),
+            versions=versions(converter),
             durations={stage: round(seconds, 3) for stage, seconds in run.durations.items()},
             notes=run.notes,
             training=training,
