@@ -53,6 +53,7 @@ _TITLES = TITLES | {
     "sliding_window": "Sliding window that llama.cpp does not apply",
     "flushed_weights": "Small weights that became zero",
     "other_maker": "Tensors of another quantiser, build or importance matrix",
+    "reference_files": "The reference's files and layers that are no part of it",
 }
 
 
@@ -87,6 +88,10 @@ def lint(
     if reference is not None:
         checkpoint = Checkpoint(reference)
         sources = Sources(checkpoint, Checkpoint(base) if base else None, rotations(Path(adapter)) if adapter else {})
+        if checkpoint.notes:
+            action = "look whether the reference is the checkpoint that was meant"
+            odd = [Finding("reference", "the model's own files and layers", note, action) for note in checkpoint.notes]
+            run.add("reference_files", odd, note=True)
     with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory(prefix="so8t-lint-") as scratch:
         # llama.cpp's loader and the converter are other processes: they work while this one reads tensors
         loaded = pool.submit(probe, opened.path)

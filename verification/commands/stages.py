@@ -124,6 +124,7 @@ def measure_all(s: Settings, files: list[Candidate], run: Run, tell: Progress) -
     run.planned += ["quantise", "quality"] if any(not c.file.is_float for c in files) else []
     run.planned += ["bake", "dtype", "controls"] if s.base and s.adapter else []
     checkpoint, tokenizer = Checkpoint(s.reference), load_tokenizer(s.reference)
+    run.notes += [f"Reference: {note}." for note in checkpoint.notes]
     same_vocabulary(checkpoint, files)
     alike = _comparable_base(s, checkpoint, run)
     for candidate in files if distributed.is_first() else []:

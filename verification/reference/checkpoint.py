@@ -50,4 +50,5 @@ class Checkpoint(Mapping[str, Array]):
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory, with a nested text model's keys laid on top."""
     value = read_json(directory / "config.json")
-    return {**value, **(value.get("text_config") or {})}
+    text = value.get("text_config")
+    return {**value, **(text if isinstance(text, dict) else {})}
