@@ -55,8 +55,8 @@ def weight_files(directory: str | Path) -> WeightFiles:
         _check_place(directory, name)
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        more = f" and {len(missing) - 1} more of {len(names)} files" if len(missing) > 1 else ""
-        raise InputError(f"{directory}: {missing[0]} is missing{more}; copy the whole checkpoint again")
+        count = f"{len(missing)} of {len(names)} weight files are missing, first {missing[0]}"
+        raise InputError(f"{directory}: {count}; copy the whole checkpoint again")
     entries: dict[str, Entry] = {}
     file_of: dict[str, Path] = {}
     twice: list[str] = []
@@ -100,9 +100,9 @@ def _indexed(index: Path) -> tuple[tuple[str, ...], set[str]]:
         raise InputError(f"{index} is damaged: it has no weight_map")
     if len(weight_map) > MAX_TENSORS:
         raise InputError(f"{index} names {len(weight_map)} tensors, at most {MAX_TENSORS} are read")
-    odd = next((value for value in weight_map.values() if not isinstance(value, str)), None)
-    if odd is not None:
-        raise InputError(f"{index} is damaged: weight_map holds {str(odd)[:80]!r}, wanted file names")
+    odd = [value for value in weight_map.values() if not isinstance(value, str)]
+    if odd:
+        raise InputError(f"{index} is damaged: weight_map holds {str(odd[0])[:80]!r}, wanted file names")
     return tuple(sorted(set(weight_map.values()))), set(weight_map)
 
 

@@ -248,7 +248,7 @@ REFUSALS = {
     "no weights": (lambda b, a: (b / "model.safetensors").unlink(), "holds no model.safetensors"),
     "truncated": (damage_shard, "model.safetensors is damaged"),
     "empty": (lambda b, a: (b / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
-    "missing shard": (missing_shard, "model-00001-of-00002.safetensors is missing"),
+    "missing shard": (missing_shard, "missing, first model-00001-of-00002.safetensors"),
     "quantised": (quantise, "is a quantised checkpoint .*take the original"),
     "int8 weight": (to_int8, "o_proj.weight is stored as I8, not as a plain weight"),
     "other width": (narrow, "made for another model: .*o_proj.weight has 24 columns, the rotation turns 32"),

@@ -183,8 +183,8 @@ REFUSED = {
     "above, by a detour": (outside("x/../../outside.safetensors"), "outside the directory"),
     "absolute": (outside("ABSOLUTE"), "outside the directory"),
     "link outside": (link("../outside.safetensors"), "is a link to .*outside the directory"),
-    "link to itself": (link(SINGLE), "cannot be followed|holds no model.safetensors|is missing"),
-    "missing shard": (gone_shard, "model-00002-of-00002.safetensors is missing"),
+    "link to itself": (link(SINGLE), "cannot be followed|holds no model.safetensors|are missing"),
+    "missing shard": (gone_shard, "1 of 2 weight files are missing, first model-00002-of-00002"),
     "tensor in no file": (lost_tensor, "names model.layers.9.mlp.up_proj.weight, which no file holds"),
     "pickle in the index": (
         written('{"weight_map": {"a": "pytorch_model.bin"}}'),
@@ -195,6 +195,7 @@ REFUSED = {
     "no mapping": (written("[]"), "expected an object"),
     "no weight_map": (written('{"weight_map": {}}'), "has no weight_map"),
     "list as weight_map": (written('{"weight_map": ["a"]}'), "has no weight_map"),
+    "null as a name": (written('{"weight_map": {"a": null, "b": "x.safetensors"}}'), "wanted file names"),
     "numbers as names": (written('{"weight_map": {"a": 3}}'), "wanted file names"),
     "deep": (written('{"weight_map": ' + '{"a":' * 50_000 + "1" + "}" * 50_001), "nested too deeply"),
     "a million entries": (
