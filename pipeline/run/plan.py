@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import DEMO_MODEL
 from pipeline.data.inputs import expected_rows
 from pipeline.run.estimate import Cost, Machine, Shape, costs, mean_length, shape_of, this_machine
+from so8t_core.checkpoint_admission import admit_checkpoint, admit_config
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
 
@@ -114,6 +115,7 @@ def _base(run: Run, plan: Plan) -> _Base:
             raise InputError(
                 f"model.base = {named}: the directory has no config.json, so it is no Hugging Face checkpoint"
             )
+        admit_config(directory)
         missing = missing_weights(directory)
         plan.problems += missing
         return _Base(directory, directory, "incomplete" if missing else "up to date", not missing)
@@ -130,6 +132,7 @@ def _on_the_hub(named: str, plan: Plan) -> _Base:
         here = Path(snapshot_download(named, allow_patterns=list(SMALL_FILES)))
     except hub_errors() as error:
         raise not_on_the_hub(named, error) from None
+    admit_config(here)
     missing = missing_weights(here)
     if not missing:
         return _Base(here, here, "up to date", True)
@@ -140,8 +143,6 @@ def _on_the_hub(named: str, plan: Plan) -> _Base:
 
 def missing_weights(directory: Path) -> list[str]:
     """What is wrong with a checkpoint's weights: gone, damaged (cut files show in their headers), or quantised."""
-    from so8t_core.checkpoint_admission import admit_checkpoint
-
     try:
         admit_checkpoint(directory)
     except InputError as error:
