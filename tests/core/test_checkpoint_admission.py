@@ -242,7 +242,7 @@ def fuzz(root: Path, count: int, seed: int) -> dict[str, int]:
         whole = (root / name).read_bytes()
         (root / name).unlink()
         (root / name).write_bytes(mutate(whole, rng))
-        begin, said = time.perf_counter(), ""
+        begin, said = time.process_time(), ""
         try:
             if name.startswith("base/"):
                 admit_checkpoint(root / "base")
@@ -256,7 +256,7 @@ def fuzz(root: Path, count: int, seed: int) -> dict[str, int]:
             said = str(error)
             outcome["refused"] += 1
         assert len(said.splitlines()) <= 2, said
-        assert time.perf_counter() - begin < 5
+        assert time.process_time() - begin < 5, (root / name).read_bytes()[:2000]
         (root / name).write_bytes(whole)
     return outcome
 
