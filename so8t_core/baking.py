@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from so8t_core.adapter import SO8TLinear
+from so8t_core.checkpoint_admission import admit_checkpoint
 from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
@@ -26,8 +27,8 @@ from so8t_core.files import atomic_dir, read_json
 from so8t_core.folding import Fold, named
 from so8t_core.safetensors_stream import FLOATS, read_entries, rewrite
 from so8t_core.store import KEY_PREFIX, fold_layers, read_adapter
+from so8t_core.weight_files import INDEX, SINGLE, WeightFiles
 
-INDEX_NAME = "model.safetensors.index.json"
 # other frameworks' copies of the weights too: left beside the baked ones they would be the model without its rotation
 _WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".tflite"
@@ -153,51 +154,29 @@ def bake_checkpoint(
     for source in (base_dir, Path(adapter_dir)):
         if source.resolve().is_relative_to(out_dir.resolve()):
             raise InputError(f"out_dir {out_dir} would replace its own input {source}; choose another place")
-    shards = _shards(base_dir)
+    weights, _ = admit_checkpoint(base_dir)
     folds = folds_from_files(*read_adapter(adapter_dir))
     if invert:
         for fold in folds.values():
             fold.theta = None if fold.theta is None else -fold.theta
-    entries = {entry.name: entry for shard in shards for entry in read_entries(shard)}
-    _check_fit({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, folds, adapter_dir)
+    _check_fit({name: (entry.dtype, entry.shape) for name, entry in weights.entries.items()}, folds, adapter_dir)
     with atomic_dir(out_dir) as temporary:
-        _copy_other_files(base_dir, temporary, dtype)
-        total = sum(shard.stat().st_size for shard in shards)
+        _copy_other_files(weights, temporary, dtype)
+        total = sum(shard.stat().st_size for shard in weights.paths)
         done = 0
-        for shard in shards:
-            for nbytes in _bake_shard(shard, temporary / shard.name, folds, dtype):
+        for name in weights.names:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            for nbytes in _bake_shard(base_dir / name, temporary / name, folds, dtype):
                 done += nbytes
                 if progress:
                     progress(done, total)
         if dtype is not None:
-            _rewrite_index(temporary, [temporary / shard.name for shard in shards])
+            _rewrite_index(temporary, [temporary / name for name in weights.names])
     return out_dir
 
 
 def _bake_shard(source: Path, target: Path, folds: dict[str, Fold], dtype: torch.dtype | None) -> Iterator[int]:
     return rewrite(source, target, {name: fold.apply for name, fold in folds.items()}, dtype)
-
-
-def _shards(base_dir: Path) -> list[Path]:
-    """The weight files that transformers would load: model.safetensors if it exists, else those of the index."""
-    if not base_dir.is_dir():
-        raise InputError(f"base checkpoint {base_dir} is not a directory")
-    config = base_dir / "config.json"
-    if not config.is_file():
-        raise InputError(f"{base_dir} has no config.json: not a Hugging Face checkpoint")
-    if read_json(config).get("quantization_config"):
-        raise InputError(f"{base_dir} is a quantised checkpoint; bake from the original, unquantised one")
-    names = ["model.safetensors"]
-    index = base_dir / INDEX_NAME
-    if not (base_dir / names[0]).is_file() and index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index} is damaged: it has no weight_map")
-        names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (base_dir / name).is_file()]
-    if missing:
-        raise InputError(f"{base_dir}: {missing[0]} is missing; save the model with save_pretrained (safetensors)")
-    return [base_dir / name for name in names]
 
 
 def _check_fit(stored: dict[str, tuple[str, tuple[int, ...]]], folds: dict[str, Fold], adapter_dir: str | Path) -> None:
@@ -219,14 +198,14 @@ def _check_fit(stored: dict[str, tuple[str, tuple[int, ...]]], folds: dict[str, 
                 raise InputError(f"{other}: {name} is {out} x {width}, its LoRA {tuple(B.shape)} @ {tuple(A.shape)}")
 
 
-def _copy_other_files(base_dir: Path, out_dir: Path, dtype: torch.dtype | None) -> None:
+def _copy_other_files(weights: WeightFiles, out_dir: Path, dtype: torch.dtype | None) -> None:
     """Tokenizer, templates, licence and subdirectories byte for byte; config.json too, unless the dtype changes."""
-    single = (base_dir / "model.safetensors").is_file()
+    base_dir, single = weights.directory, weights.names == (SINGLE,)
     for file in sorted(base_dir.rglob("*")):
         name = file.relative_to(base_dir)
-        weights = file.suffix in _WEIGHT_SUFFIXES or file.name == "pytorch_model.bin.index.json"
-        unused_index = single and file.name == INDEX_NAME
-        if not file.is_file() or weights or unused_index or any(part.startswith(".") for part in name.parts):
+        is_weights = file.suffix in _WEIGHT_SUFFIXES or file.name == "pytorch_model.bin.index.json"
+        unused_index = single and file.name == INDEX
+        if not file.is_file() or is_weights or unused_index or any(part.startswith(".") for part in name.parts):
             continue
         (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, out_dir / name)
@@ -238,7 +217,7 @@ def _copy_other_files(base_dir: Path, out_dir: Path, dtype: torch.dtype | None) 
 
 
 def _rewrite_index(out_dir: Path, shards: list[Path]) -> None:
-    path = out_dir / INDEX_NAME
+    path = out_dir / INDEX
     if path.is_file():
         index = read_json(path)
         index.setdefault("metadata", {})["total_size"] = sum(e.nbytes for shard in shards for e in read_entries(shard))

@@ -1,7 +1,8 @@
 """Files that are either whole or absent, and their digests.
 
 Everything is written under a temporary name in the same directory, fsynced and renamed (POSIX rename is atomic), so a
-crash, ctrl-C or a full disk never leaves a half-written result under its final name.
+crash, ctrl-C or a full disk never leaves a half-written result under its final name. Temporary names start with
+`.so8t-`; `sweep` removes such names and no others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -24,6 +26,9 @@ from so8t_core.errors import InputError
 _CHUNK = 1 << 22  # bytes per read while hashing
 _TICKS = 3_000_000_000  # ns; the coarsest clocks of file systems tick every two seconds
 _known: dict[tuple[int, int, int, int, int], str] = {}
+_TEMPORARY = re.compile(r"\.so8t-.+\.[a-z0-9_]{8}\.(tmp|old)", re.DOTALL)  # tempfile draws eight characters
+MAX_JSON = 1 << 26  # bytes of a JSON file: the index of a model of 10^12 weights has about 15 MB
+MAX_CONTAINERS = 1 << 21  # objects and lists of a JSON file; a tokenizer of 262,144 tokens has 500,000 merges
 
 
 def sha256_file(path: str | Path, *, progress: Callable[[int], None] | None = None) -> str:
@@ -101,6 +106,12 @@ def explain_os_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
+def temporary_prefix(path: Path) -> str:
+    """First part of the temporary names for `path`; with tempfile's eight characters and `.tmp` or `.old` behind it,
+    a name that `sweep` knows."""
+    return f".so8t-{path.name[:40]}."
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it over `path`, otherwise remove it.
@@ -111,7 +122,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -138,7 +149,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write the directory {path}: there is a file of this name; choose another place")
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent))
         try:
             yield temporary
             temporary.chmod(0o755)
@@ -178,7 +189,7 @@ def _exchange(new: Path, path: Path) -> None:
         code = errno.ENOSYS
     if code not in (errno.ENOSYS, errno.EINVAL):
         raise OSError(code, os.strerror(code), str(path))
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), suffix=".old", dir=path.parent))
     try:
         os.replace(path, aside / "was")
         try:
@@ -191,9 +202,11 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a killed process left under temporary names in `directory`; only for its sole user (see `locked`)."""
-    for leftover in (*directory.glob(".*.tmp"), *directory.glob(".*.old")):
-        if leftover.is_dir():
+    """Remove what a killed process left under our temporary names in `directory`; only for its sole user (`locked`)."""
+    for leftover in directory.iterdir() if directory.is_dir() else ():
+        if _TEMPORARY.fullmatch(leftover.name) is None:
+            continue
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
@@ -209,13 +222,23 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        InputError: missing, not UTF-8, not JSON, or no object.
+        InputError: missing, longer than `MAX_JSON`, more than `MAX_CONTAINERS` objects and lists, nested too deeply,
+            not UTF-8, not JSON, or no object.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as stream:
+            raw = stream.read(MAX_JSON + 1)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    if len(raw) > MAX_JSON:
+        raise InputError(f"{path} has more than {MAX_JSON} bytes, the most that is read of a JSON file")
+    if raw.count(b"{") + raw.count(b"[") > MAX_CONTAINERS:
+        raise InputError(f"{path} has more than {MAX_CONTAINERS} objects and lists, the most that are read")
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise InputError(f"{path} is damaged: its lists or objects are nested too deeply") from None
+    except ValueError as error:  # not UTF-8, not JSON, a number of more digits than Python reads
         raise InputError(f"{path} is damaged: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{path} is damaged: expected an object, got {type(fields).__name__}")

@@ -63,7 +63,12 @@ def load_quantised(directory: str | Path, kind: Quantization, *, device: int | s
         )
     options: dict[str, Any] = {"device_map": {"": 0 if device is None else device}} if cuda else {}
     return AutoModelForCausalLM.from_pretrained(
-        str(directory), dtype=dtype, trust_remote_code=False, quantization_config=config, **options
+        str(directory),
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        quantization_config=config,
+        **options,
     )
 
 

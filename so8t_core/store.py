@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from so8t_core.adapter import SO8TLinear
+from so8t_core.adapter_fields import check_fields
 from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, read_json, write_text
 from so8t_core.gate import unshare
+from so8t_core.safetensors_stream import FLOATS, read_entries
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -185,6 +187,9 @@ def read_files(directory: str | Path, method: str) -> tuple[dict[str, Any], dict
     fields = read_json(directory / CONFIG_NAME)
     if fields.get("peft_type") != method:
         raise InputError(f"{directory} holds a {fields.get('peft_type')} adapter, expected {method}")
+    for entry in read_entries(directory / WEIGHTS_NAME):
+        if entry.dtype not in FLOATS:
+            raise InputError(f"{directory / WEIGHTS_NAME}: {entry.name} is stored as {entry.dtype}, wanted floats")
     try:
         return fields, load_file(directory / WEIGHTS_NAME)
     except (SafetensorError, OSError) as error:
@@ -206,6 +211,7 @@ def read_adapter(directory: str | Path) -> tuple[SO8TConfig, dict[str, Tensor]]:
         raise InputError(
             f"{directory / CONFIG_NAME} has unknown keys {', '.join(unknown)}: written by a newer version?"
         )
+    check_fields(directory / CONFIG_NAME, fields)
     broken = sorted(key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
     if broken:
         raise InputError(

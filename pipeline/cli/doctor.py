@@ -71,7 +71,8 @@ def examine() -> list[Finding]:
 def _converter() -> Finding:
     if any(importlib.util.find_spec(module) is None for module in ("torch", "transformers", "gguf", "llama_cpp")):
         return Finding("converter", "not examined: packages above are missing", "convert, verify")
-    from verification.engines.convert import SCRIPT, cache_directory
+    from verification.engines.convert import cache_directory
+    from verification.engines.digests import SCRIPT
 
     named = os.environ.get("SO8T_CONVERTER")
     home = Path(named) if named else cache_directory()

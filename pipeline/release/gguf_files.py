@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.base_model import DEMO_NAME, DEMO_NOTE
 from pipeline.config import DEMO_MODEL, RunConfig
 from pipeline.progress import Reporter
-from pipeline.release.model_card import model_card
+from pipeline.release.model_card import UNKNOWN_LICENCE, licence_of, model_card
 from pipeline.release.modelfile import modelfile
 from pipeline.tokenizer import load_tokenizer
 from so8t_core.errors import InputError
@@ -49,6 +49,8 @@ def convert_model(config: RunConfig, base_dir: Path, baked_dir: Path, out_dir: P
     name = released_name(config.model.base, base_dir)
     tokenizer = load_tokenizer(baked_dir)
     n_ctx = released_n_ctx(config, base_dir)
+    if licence_of(config, base_dir) == UNKNOWN_LICENCE:
+        report.note("  the base names no licence: the model card says `unknown`; set convert.licence before publishing")
     if n_ctx < config.convert.n_ctx:
         report.note(
             f"  the Modelfile says num_ctx {n_ctx}, not convert.n_ctx = {config.convert.n_ctx}: above it llama.cpp "

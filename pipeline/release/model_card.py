@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
-from pipeline.config import RunConfig
+import yaml
+
+from pipeline.base_model import DEMO_LICENCE
+from pipeline.config import DEMO_MODEL, RunConfig
+
+UNKNOWN_LICENCE = "unknown"  # the hub's own word for it
+_UNKNOWN = (
+    "**The licence is unknown**: the base names none in its model card. Set `convert.licence` to that of the base, "
+    "if you know it, before you publish these files."
+)
+_HEADER = re.compile(r"---\r?\n(.*?\n)---\s*(\n|$)", re.DOTALL)
+_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
 
 
 def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n_ctx: int, notes: list[str]) -> str:
     """Markdown with the hub's YAML header."""
     training = config.train
     lora = f"with LoRA (r {training.lora.r}, alpha {training.lora.alpha:g})" if training.lora else "without LoRA"
-    licence = _licence(base_dir)
+    licence = licence_of(config, base_dir)
     header = ["---", f"license: {licence}", "library_name: gguf", "tags: [so8t, gguf, think]", "---"]
     body = [
         f"# {name}",
@@ -21,6 +32,7 @@ def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n
         "steps on /think data (thinking first, answer last), folded into the ordinary weights: nothing of the adapter "
         "is left at inference.",
         "",
+        *([_UNKNOWN, ""] if licence == UNKNOWN_LICENCE else []),
         "Files: " + ", ".join(f"`{file}`" for file in files) + ".",
         "",
         f"Run: `ollama create {name.lower()} -f Modelfile`, or any llama.cpp program with the file's own template. "
@@ -38,11 +50,17 @@ def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n
     return "\n".join([*header, "", *body, *(["", "Limits:", "", *limits] if limits else [])]) + "\n"
 
 
-def _licence(base_dir: Path) -> str:
-    """The base's licence where it says one; SmolLM2 is Apache-2.0, Phi-3.5 MIT."""
-    text = (base_dir / "README.md").read_text(encoding="utf-8") if (base_dir / "README.md").is_file() else ""
-    for line in text.splitlines()[:40]:
-        if line.startswith("license:"):
-            return line.removeprefix("license:").strip()
-    kind = json.loads((base_dir / "config.json").read_text(encoding="utf-8")).get("model_type")
-    return {"phi3": "mit"}.get(kind, "apache-2.0" if "SmolLM2" in (base_dir / "config.json").read_text() else "other")
+def licence_of(config: RunConfig, base_dir: Path) -> str:
+    """The licence for the card: `convert.licence`, or what the base's own card says, or "unknown"; never a guess."""
+    if config.convert.licence is not None:
+        return config.convert.licence
+    if config.model.base == DEMO_MODEL:
+        return DEMO_LICENCE
+    try:
+        header = _HEADER.match((base_dir / "README.md").read_text(encoding="utf-8"))
+        fields = yaml.safe_load(header[1]) if header else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        fields = None
+    said = fields.get("license") if isinstance(fields, dict) else None
+    said = said[0] if isinstance(said, list) and len(said) == 1 else said
+    return said if isinstance(said, str) and _IDENTIFIER.fullmatch(said) else UNKNOWN_LICENCE

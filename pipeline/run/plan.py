@@ -8,7 +8,6 @@ gate or the reader should know. The estimates are `estimate`'s.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import DEMO_MODEL
 from pipeline.data.inputs import expected_rows
 from pipeline.run.estimate import Cost, Machine, Shape, costs, mean_length, shape_of, this_machine
+from so8t_core.checkpoint_admission import admit_checkpoint, admit_config
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.run.steps import Run
 
 NETWORK = 2e7  # bytes a second from the hub
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
 _PACKAGES = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "peft": "peft", "accelerate": "accelerate"}
 
 
@@ -115,6 +115,7 @@ def _base(run: Run, plan: Plan) -> _Base:
             raise InputError(
                 f"model.base = {named}: the directory has no config.json, so it is no Hugging Face checkpoint"
             )
+        admit_config(directory)
         missing = missing_weights(directory)
         plan.problems += missing
         return _Base(directory, directory, "incomplete" if missing else "up to date", not missing)
@@ -131,6 +132,7 @@ def _on_the_hub(named: str, plan: Plan) -> _Base:
         here = Path(snapshot_download(named, allow_patterns=list(SMALL_FILES)))
     except hub_errors() as error:
         raise not_on_the_hub(named, error) from None
+    admit_config(here)
     missing = missing_weights(here)
     if not missing:
         return _Base(here, here, "up to date", True)
@@ -140,27 +142,12 @@ def _on_the_hub(named: str, plan: Plan) -> _Base:
 
 
 def missing_weights(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint's weight files: gone, or damaged (cut files show in their headers)."""
-    from so8t_core.safetensors_stream import read_entries
-
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if single.is_file() or not index.is_file():
-        names = [single.name]
-    else:
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return [f"{index} is damaged: it has no weight_map"]
-    gone = [name for name in names if not (directory / name).is_file()]
-    if gone:
-        return [f"{directory}: {len(gone)} of {len(names)} weight files are missing, first {gone[0]}"]
-    found = []
-    for name in names:
-        try:
-            read_entries(directory / name)
-        except InputError as error:
-            found.append(str(error))
-    return found
+    """What is wrong with a checkpoint's weights: gone, damaged (cut files show in their headers), or quantised."""
+    try:
+        admit_checkpoint(directory)
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def _tokenizer(directory: Path, gguf: str | None) -> Any:
@@ -170,7 +157,7 @@ def _tokenizer(directory: Path, gguf: str | None) -> Any:
         return load_tokenizer(directory)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, gguf_file=gguf)
+    return AutoTokenizer.from_pretrained(directory, gguf_file=gguf, trust_remote_code=False)
 
 
 def _states(run: Run, names: tuple[str, ...], again: set[str], base_complete: bool) -> dict[str, str]:
@@ -230,7 +217,8 @@ def _look_at_model(run: Run, shape: Shape, directory: Path, plan: Plan) -> None:
 def _look_at_tools(run: Run, last: int, shape: Shape | None, plan: Plan) -> None:
     """Packages, the converter, and whether it knows this architecture."""
     from pipeline.run.steps import STEPS
-    from verification.engines.convert import SCRIPT, cache_directory, find_converter
+    from verification.engines.convert import cache_directory, find_converter
+    from verification.engines.digests import SCRIPT
 
     wanted = dict(_PACKAGES)
     if run.config.train.quantization != "none":

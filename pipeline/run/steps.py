@@ -80,6 +80,7 @@ class Run:
         if not distributed.is_first():
             return self._follow()
         with locked(self.dir):
+            self._refuse_foreign()
             for folder in (self.dir, self.work, self.work / "oracle"):
                 sweep(folder)
             resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -94,6 +95,14 @@ class Run:
         report = self._stored_report() if last == len(STEPS) - 1 else None
         distributed.from_first(lambda: None)  # nothing more to do for the others
         return distributed.from_first(lambda: report)
+
+    def _refuse_foreign(self) -> None:
+        """Refuse to begin a run where a directory of somebody else would be replaced: `run_dir: .` beside own data."""
+        if (self.dir / "config.resolved.yaml").exists():
+            return
+        for path in (self.data, self.adapter, self.baked, self.gguf):
+            if path.is_dir() and any(path.iterdir()):
+                raise InputError(f"{path} is of no run in {self.dir}, and would be replaced; choose another run_dir")
 
     def _follow(self) -> Report | None:
         """What every process but the first does: its share of the steps that it is called to."""

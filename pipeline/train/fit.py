@@ -236,7 +236,9 @@ def load_base(
         cuda = torch.cuda.is_available()
         options: dict[str, Any] = {"device_map": {"": where}} if cuda else {}
         dtype = torch.bfloat16 if cuda else torch.float32
-        return AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, trust_remote_code=False, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            base_dir, dtype=dtype, trust_remote_code=False, use_safetensors=True, **options
+        )
     except InputError:  # is a ValueError; says it all
         raise
     except (OSError, ValueError, ImportError) as error:

@@ -7,6 +7,9 @@ import errno
 import hashlib
 import os
 import resource
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +22,17 @@ from core_models import tiny_llama
 
 import so8t_core.files as files_module
 from so8t_core import InputError, SO8TConfig, attach, save_adapter
-from so8t_core.files import atomic_dir, atomic_file, sha256_file, sha256_path, size_of, sweep, write_text
+from so8t_core.files import (
+    atomic_dir,
+    atomic_file,
+    read_json,
+    sha256_file,
+    sha256_path,
+    size_of,
+    sweep,
+    temporary_prefix,
+    write_text,
+)
 
 
 class Stop(Exception):
@@ -208,14 +221,56 @@ def test_digests_see_names_and_bytes(tmp_path):
 
 
 def test_sweep_removes_what_a_killed_process_left_and_nothing_else(tmp_path):
-    (tmp_path / ".baked.x1.tmp").mkdir()
-    (tmp_path / ".baked.x1.tmp" / "half").write_text("half")
-    (tmp_path / ".manifest.json.y2.tmp").write_text("{")
-    (tmp_path / ".lock").write_text("")
-    (tmp_path / "kept.tmp").write_text("mine")
+    for path in (tmp_path / "baked", tmp_path / "manifest.json", tmp_path / ("長" * 60)):
+        aside = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), suffix=".old", dir=tmp_path))
+        (aside / "was").write_text("half")
+        handle, _ = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=tmp_path)
+        os.close(handle)
+    kept = (".lock", "kept.tmp", ".notes.tmp", ".x.old", ".so8t-plan.tmp", ".so8t", "so8t-a.abcdefgh.tmp")
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".sketches.old").mkdir()
     sweep(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "kept.tmp"]
+    assert leftovers(tmp_path) == sorted((*kept, ".sketches.old"))
     sweep(tmp_path / "absent")
+
+
+def test_a_process_killed_inside_a_write_leaves_only_names_that_sweep_knows(tmp_path):
+    """Twenty kills, of files and of directories; a user's own hidden files survive the sweep."""
+    for name in (".notes.tmp", ".x.old"):
+        (tmp_path / name).write_text("mine")
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom so8t_core.files import atomic_dir, atomic_file\n"
+        "place, moment = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "with (atomic_dir if moment % 2 else atomic_file)(place / f'result-{moment}') as temporary:\n"
+        "    (temporary / 'half' if moment % 2 else temporary).write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for moment in range(20):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path), str(moment)], check=False)
+    assert len(leftovers(tmp_path)) == 22
+    sweep(tmp_path)
+    assert leftovers(tmp_path) == [".notes.tmp", ".x.old"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"[]," * (1 << 21) + b"[]}", "objects and lists"),
+        (b'{"a": "' + b"x" * (1 << 26) + b'"}', "bytes"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "damaged"),
+        (b'{"a": "\xff"}', "damaged"),
+        (b"[1]", "expected an object"),
+        (b"", "damaged"),
+    ],
+)
+def test_json_is_read_within_bounds(tmp_path, data, message):
+    path = tmp_path / "x.json"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=message) as refusal:
+        read_json(path)
+    assert len(str(refusal.value).splitlines()) == 1
 
 
 def _aged(path: Path, content: bytes) -> Path:

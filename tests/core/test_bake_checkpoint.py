@@ -134,7 +134,7 @@ def test_a_kill_leaves_the_earlier_result_or_none(tmp_path, base, adapter, want,
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert out.exists() == existing
     assert not existing or [p.read_text() for p in out.iterdir()] == ["earlier"]
-    assert all(p.name.startswith(".out.") and p.name.endswith(".tmp") for p in tmp_path.iterdir() if p != out)
+    assert all(p.name.startswith(".so8t-out.") and p.name.endswith(".tmp") for p in tmp_path.iterdir() if p != out)
     assert sha256_path(bake_checkpoint(base, adapter, out)) == want  # what lies about does not disturb the next
 
 

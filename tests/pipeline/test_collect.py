@@ -266,8 +266,10 @@ def test_a_directory_that_cannot_be_written_is_a_plain_error(web: Web, tmp_path:
 
 def test_leftovers_of_a_killed_collection_are_swept(web: Web, tmp_path: Path) -> None:
     path = manifest(tmp_path, f"{web.url}/rows.jsonl")
-    leftover = tmp_path / "collected" / ".host.abc.tmp"
+    leftover, own = tmp_path / "collected" / ".so8t-host.abcdefgh.tmp", tmp_path / "collected" / ".notes.tmp"
     leftover.mkdir(parents=True)
+    own.write_text("the user's")
     run(path)
     assert not leftover.exists()
+    assert own.read_text() == "the user's"
     assert os.listdir(tmp_path / "collected")

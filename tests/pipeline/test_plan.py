@@ -107,9 +107,23 @@ def _no_template(base: Path) -> None:
     (base / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
+def _quantised(base: Path) -> None:
+    fields = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    fields["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (base / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def _own_code(base: Path) -> None:
+    fields = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    fields |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (base / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a shard was cut": (_cut, "model-00002-of-00003.safetensors is damaged"),
     "the index names nothing": (_no_map, "has no weight_map"),
+    "its weights are quantised": (_quantised, "quantization_config in config.json, method gptq"),
+    "it needs its own code": (_own_code, "needs Python code of its own"),
     "config.json is gone": (_no_config, "has no config.json"),
     "no chat template": (_no_template, "has no chat template"),
 }

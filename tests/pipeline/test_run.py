@@ -212,3 +212,29 @@ def test_wrong_adapter_is_found_by_the_gate(copy: Path, tiny_dir: Path) -> None:
     report = json.loads((copy / "report" / "report.json").read_text(encoding="utf-8"))
     assert report["verdict"] == "fail"
     assert next(leg for leg in report["legs"] if leg["name"] == "dtype")["status"] == "fail"
+
+
+def test_a_run_in_the_users_own_directory_touches_nothing_of_his(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = {".notes.tmp": "a", ".x.old": "b", ".so8t-plan.tmp": "c", "work/.draft.tmp": "d"}
+    for name, text in own.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    leftover = tmp_path / ".so8t-data.abcdefgh.tmp"
+    leftover.mkdir()
+    _execute(tiny_dir, Path(), until="data")
+    assert {name: (tmp_path / name).read_text() for name in own} == own
+    assert (tmp_path / "data" / "train.jsonl").is_file()
+    assert not leftover.exists()
+    _execute(tiny_dir, Path(), until="data", force=("data",))  # its own data may be made again
+
+
+def test_a_directory_that_no_run_made_is_not_replaced(tiny_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    _execute(tiny_dir, tmp_path / "new", until="data")
+    (tmp_path / "data" / "rows.jsonl").write_text("mine")
+    with pytest.raises(InputError, match=r"data is of no run .* choose another run_dir"):
+        _execute(tiny_dir, tmp_path, until="data")
+    assert (tmp_path / "data" / "rows.jsonl").read_text() == "mine"

@@ -147,7 +147,7 @@ def test_a_damaged_or_absent_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no"):
         Checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(InputError, match=r"model\.safetensors is not a readable"):
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         Checkpoint(tmp_path)
     with pytest.raises(InputError, match=r"config\.json"):
         Checkpoint(tmp_path / "none")

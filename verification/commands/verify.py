@@ -157,7 +157,7 @@ def _report(run: Run) -> Report:
         trained_function=run.trained,
         policy=run.policy.model_dump(mode="json"),
         tokens_sha256=run.tokens_sha256,
-        versions=versions(),
+        versions=versions(run.request.converter),
         durations={stage: round(seconds, 3) for stage, seconds in run.durations.items()},
         notes=run.notes,
         training=run.request.training,

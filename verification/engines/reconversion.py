@@ -1,21 +1,20 @@
 """The verifier's own conversion of a checkpoint, and its quantisation with this machine's build.
 
-Which float file a candidate was quantised from (F16, BF16, F32) changes bytes, and is found by trying tensor by tensor
-(`weight_parity.values`). Files are named by the checkpoint's digest and their makers' versions, and
-reused when a work directory is kept.
+llama.cpp's quantiser is a function of the source's bytes, the type, the importance matrix and the build. Which float
+file a candidate was quantised from (F16, BF16, F32) changes bytes, and is found by trying tensor by tensor. Files are
+named by the digests of the checkpoint and of the programs that made them, and reused when a work directory is kept.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
-from verification.engines.convert import CONVERTER_VERSION, OUT_TYPES, convert
+from verification.engines.convert import OUT_TYPES, convert, find_converter
+from verification.engines.digests import makers_digest
 from verification.engines.quantise import Importance, quantise
 from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import GGUFFile, GGUFTensor, read_gguf
@@ -60,14 +59,15 @@ class Oracle:
     ) -> None:
         self.directory, self.converter, self.threads = directory, converter, threads
         self.imatrix: Importance = read_imatrix(imatrix) if imatrix is not None else {}
-
-        makers = f"{CONVERTER_VERSION} {converter} {importlib.metadata.version('llama-cpp-python')}"
-        self._makers = hashlib.sha256(makers.encode()).hexdigest()[:8]  # another build makes other files
         self._importance = f"-imatrix{sha256_file(imatrix)[:8]}" if imatrix is not None else ""
+
+    def _makers(self) -> str:
+        """Another converter, build of llama.cpp or release of its readers makes other files."""
+        return makers_digest(find_converter(self.converter))[:16]
 
     def converted(self, checkpoint: Path, digest: str, kind: str = "F16") -> Path:
         """The checkpoint as a float GGUF file."""
-        path = self.directory / f"oracle-{digest[:16]}-{self._makers}-{kind}.gguf"
+        path = self.directory / f"oracle-{digest[:16]}-{self._makers()}-{kind}.gguf"
         if not path.is_file():
             convert(checkpoint, path, outtype=kind.lower(), converter=self.converter)
         return path

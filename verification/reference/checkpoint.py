@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
-from so8t_core.errors import InputError
+from so8t_core.checkpoint_admission import admit_checkpoint
 from so8t_core.files import read_json
 
 Array = npt.NDArray[np.float32]
@@ -22,21 +22,14 @@ class Checkpoint(Mapping[str, Array]):
     """A Hugging Face directory's safetensors as float32 arrays, read one at a time.
 
     Raises:
-        InputError: there are none, or one cannot be read.
+        InputError: the directory is refused, see `admit_checkpoint`.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.config: dict[str, Any] = read_config(self.directory)
-        self._file_of: dict[str, Path] = {}
-        for path in sorted(self.directory.glob("*.safetensors")):
-            try:
-                with safe_open(str(path), framework="pt") as shard:
-                    self._file_of |= {name: path for name in shard.keys() if not name.endswith(_NOT_WEIGHTS)}  # noqa: SIM118
-            except Exception as error:  # safetensors raises its own SafetensorError, which is not exported as a class
-                raise InputError(f"{path} is not a readable safetensors file: {error}") from None
-        if not self._file_of:
-            raise InputError(f"{directory} holds no *.safetensors; save the model with save_pretrained first")
+        weights, self.notes = admit_checkpoint(self.directory)
+        self._file_of = {n: path for n, path in weights.file_of.items() if not n.endswith(_NOT_WEIGHTS)}
 
     def __getitem__(self, name: str) -> Array:
         return self.tensor(name).float().numpy()
@@ -63,4 +56,5 @@ class Checkpoint(Mapping[str, Array]):
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory, with a nested text model's keys laid on top."""
     value = read_json(directory / "config.json")
-    return {**value, **(value.get("text_config") or {})}
+    text = value.get("text_config")
+    return {**value, **(text if isinstance(text, dict) else {})}

@@ -33,7 +33,7 @@ from pipeline.data.source_manifest import (
 )
 from pipeline.manifest import locked
 from so8t_core.errors import InputError
-from so8t_core.files import atomic_dir, explain_os_errors, sweep
+from so8t_core.files import atomic_dir, explain_os_errors, sweep, temporary_prefix
 
 CONTENT_TYPES = frozenset(
     {
@@ -131,7 +131,7 @@ class _Collector:
         said = policy.objection(entry.licence) if entry.licence else "manifest lacks licence"
         if said or entry.licence is None or entry.purpose is None:
             return Outcome(url, "refused", said or "manifest lacks purpose")  # what may not be used is not fetched
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as temporary:
+        with TemporaryDirectory(dir=folder.parent, prefix=temporary_prefix(folder), suffix=".tmp") as temporary:
             body = Path(temporary) / ROWS
             try:
                 decision, final_url, reply = self._follow(url, body)
