@@ -473,10 +473,11 @@ def gate(
     from verification.gate.statement import check_policy
 
     path = report / "report.json" if report.is_dir() else report
+    rules = load_policy(policy) if policy else None
     stored = _stored(path, statement=statement)
     if policy_sha256 is not None:
         check_policy(stored, policy_sha256)
-    decided = decide(stored, load_policy(policy) if policy else None)
+    decided = decide(stored, rules)
     _announce(decided, path.parent, policy=str(policy or "the report's own"))
 
 
