@@ -242,7 +242,7 @@ def test_an_unknown_level_of_cells_is_named(
         capfd, monkeypatch, "verify", "--reference", tiny_dir, "--candidate", candidate, "--out", tmp_path / "o",
         "--cells", "some",
     )  # fmt: skip
-    assert (code, "some is unknown; quick or full" in err) == (2, True)
+    assert (code, "some is unknown; choose quick or full" in err) == (2, True)
 
 
 def test_doctor_finds_everything_here(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
