@@ -1,4 +1,4 @@
-"""Launches of real processes (gloo, on this machine): who is first, what is shared, and when one sees something else."""
+"""Launches of real processes (gloo, on this machine): who is first, what is shared, what they must agree on."""
 
 from __future__ import annotations
 
