@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,25 @@ def test_a_launch_shares_work_out_and_puts_it_together_in_order(count: int) -> N
         assert everyones == [10 * other for other in range(count)]
         assert mine == {place: item for place, item in enumerate("abcde") if place % count == number}
         assert whole == list("ABCDE")
+
+
+@pytest.mark.parametrize("first", ["from_first", "everyones"])
+def test_whatever_comes_first_meets_the_others(first: str) -> None:
+    calls = {"from_first": lambda: distributed.from_first(lambda: 3), "everyones": lambda: distributed.everyones(3)}
+    assert launch(2, calls[first]) == ([3, 3] if first == "from_first" else [[3, 3], [3, 3]])
+
+
+def _waited() -> float:
+    distributed.join()
+    begin = time.monotonic()
+    if distributed.rank() == 1:
+        time.sleep(1.0)
+    distributed.wait()
+    return time.monotonic() - begin
+
+
+def test_waiting_ends_when_the_last_process_is_there() -> None:
+    assert min(launch(2, _waited)) > 0.8
 
 
 def test_a_process_that_sees_something_else_stops_all_of_them() -> None:

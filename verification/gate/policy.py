@@ -216,7 +216,7 @@ def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
     for part in place[:-1]:
         if part == "waivers":
             return list(Waiver.model_fields)
-        section = section.get(part, {"mean_kld": 0, "top1": 0})  # a kind of quality or cells
+        section = section.get(part, LogitBounds.model_fields)  # a kind of quality or cells that the default lacks
     return list(section)
 
 
