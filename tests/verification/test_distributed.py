@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import socket
@@ -117,6 +118,8 @@ def test_one_process_alone_answers_at_once() -> None:
 def test_the_threads_of_a_machine_are_shared_by_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     set_variables(monkeypatch, LOCAL_WORLD_SIZE=4)
     assert distributed.threads_each(10) == 10  # no launch: whatever the variable says
+    set_variables(monkeypatch, WORLD_SIZE=2)
+    assert distributed.threads_each(8) == 2
     set_variables(monkeypatch, WORLD_SIZE=8)
     assert [distributed.threads_each(cores) for cores in (10, 8, 4, 3, 1)] == [2, 2, 1, 1, 1]
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
@@ -173,14 +176,27 @@ def test_waiting_ends_when_the_last_process_is_there() -> None:
     assert min(launch(2, _waited)) > 0.8
 
 
-def test_a_process_that_sees_something_else_stops_all_of_them() -> None:
-    answers = launch(3, lambda: distributed.agree("the inputs", "a" if distributed.rank() != 1 else "b"))
-    for answer in answers:
+@pytest.mark.parametrize("odd", [1, 2])
+def test_a_process_that_sees_something_else_stops_all_of_them(odd: int) -> None:
+    for answer in launch(3, lambda: distributed.agree("inputs", "b" if distributed.rank() == odd else "a")):
         assert isinstance(answer, InputError)
         assert str(answer) == (
-            "process 1 of 3 sees other the inputs than process 0: all machines must share the run directory and the "
+            f"process {odd} of 3 sees other inputs than process 0: all machines must share the run directory and the "
             "inputs"
         )
+
+
+def _leave() -> tuple[bool, bool]:
+    import torch.distributed as dist
+
+    distributed.join()
+    before = dist.is_initialized()
+    atexit._run_exitfuncs()
+    return before, dist.is_initialized()
+
+
+def test_a_process_that_ends_leaves_the_launch() -> None:
+    assert launch(2, _leave) == [(True, False)] * 2
 
 
 def test_what_fails_in_the_first_process_is_no_answer_of_the_others() -> None:
