@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from so8t_core.errors import InputError
+from verification.gate.strict_yaml import NotYaml, read_yaml
 
+_SEE = "`so8t config-schema` lists every key"
 DEMO_MODEL = "demo:smollm2-135m-instruct"
 # kinds of personal and confidential content; what finds them is in `pipeline.data.pii`
 PiiKind = Literal[
@@ -188,18 +189,18 @@ def parse_config(text: str, *, source: str = "<config>", overrides: list[str] | 
         ConfigError: not YAML, no mapping, an unknown key, or a value out of its bounds.
     """
     try:
-        raw: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+        raw: Any = read_yaml(text)
+    except NotYaml as error:
+        raise ConfigError(f"{source} is not YAML: {error}; {_SEE}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source} must be a mapping of keys, got {type(raw).__name__}")
+        raise ConfigError(f"{source} must be a mapping of keys, got {type(raw).__name__}; {_SEE}")
     for override in overrides or []:
         _apply_override(raw, override)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {describe_errors(error)}") from None
+        raise ConfigError(f"{source}: {describe_errors(error)}; {_SEE}") from None
 
 
 def describe_errors(error: ValidationError) -> str:
@@ -208,7 +209,7 @@ def describe_errors(error: ValidationError) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "top level"
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key `{where}`; `so8t config-schema` lists the known ones")
+            problems.append(f"unknown key `{where}`")
         else:
             shown = repr(item.get("input"))
             problems.append(f"`{where}` = {shown[:60]}: {item['msg']}" if len(item["loc"]) else item["msg"])
@@ -219,7 +220,7 @@ def describe_errors(error: ValidationError) -> str:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+        raise ConfigError(f"override {override!r} is not of the form key.path=value; {_SEE}")
     node = raw
     *parents, last = key.split(".")
     for part in parents:
@@ -230,6 +231,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: `{part}` is not a section")
         node = child
     try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+        node[last] = read_yaml(value)
+    except NotYaml as error:
+        raise ConfigError(f"override {override[:200]!r}: the value is not YAML: {error}; {_SEE}") from None

@@ -173,6 +173,8 @@ def _left_alone(tree: ast.AST) -> set[ast.AST]:
             name = node.targets[0].id
             if re.fullmatch("[A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*", name):  # a type alias: read by mypy alone
                 found |= set(ast.walk(node))
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and _code(node.value.func) == "TypeVar":
+            found |= set(ast.walk(node))
         for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if annotation is not None:
                 found |= set(ast.walk(annotation))

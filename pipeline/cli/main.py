@@ -84,9 +84,17 @@ def main() -> None:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            _fail(f"{error.format_message()} (so8t --help shows the verbs, so8t VERB --help its options)")
+            what = f"{error.format_message()}{_given(error)}"
+            _fail(f"{what} (so8t --help shows the verbs, so8t VERB --help its options)")
         traceback.print_exc()  # a fault of ours: shown whole, but as "could not run", never as "not to be released"
         sys.exit(2)
+
+
+def _given(error: Exception) -> str:
+    """What was written behind the option that an error of the command line is about."""
+    names = getattr(getattr(error, "param", None), "opts", ())
+    found = [value for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name in names]
+    return f", given was {found[-1][:80]!r}" if found else ""
 
 
 _stopped: list[int] = []  # the signal that asked for the end; a callback out of C may have swallowed the exception
@@ -460,7 +468,7 @@ def _level(cells: str) -> Literal["quick", "full"]:
     levels: dict[str, Literal["quick", "full"]] = {"quick": "quick", "full": "full"}
     if cells in levels:
         return levels[cells]
-    raise InputError(f"--cells {cells} is unknown; quick or full")
+    raise InputError(f"--cells {cells} is unknown; choose quick or full")
 
 
 @app.command(epilog="Example: so8t gate runs/demo/report/report.json --policy strict.yaml")
@@ -484,10 +492,11 @@ def gate(
     from verification.gate.statement import check_policy
 
     path = report / "report.json" if report.is_dir() else report
+    rules = load_policy(policy) if policy else None
     stored = _stored(path, statement=statement)
     if policy_sha256 is not None:
         check_policy(stored, policy_sha256)
-    decided = decide(stored, load_policy(policy) if policy else None)
+    decided = decide(stored, rules)
     _announce(decided, path.parent, policy=str(policy or "the report's own"))
 
 

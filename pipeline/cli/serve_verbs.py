@@ -55,7 +55,7 @@ def serve(
         from pipeline.serve.keys import new_api_key
 
         if keys is None:
-            raise InputError("--new-key needs --keys FILE, the file it is added to")
+            raise InputError("--new-key needs the file that the key is added to; give --keys FILE")
         print(new_api_key(keys, new_key))
         return
     from pipeline.serve.start import ServeConfig

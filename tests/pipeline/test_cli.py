@@ -242,7 +242,7 @@ def test_an_unknown_level_of_cells_is_named(
         capfd, monkeypatch, "verify", "--reference", tiny_dir, "--candidate", candidate, "--out", tmp_path / "o",
         "--cells", "some",
     )  # fmt: skip
-    assert (code, "some is unknown; quick or full" in err) == (2, True)
+    assert (code, "some is unknown; choose quick or full" in err) == (2, True)
 
 
 def test_doctor_finds_everything_here(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,16 +363,19 @@ def test_report_decides_by_values_not_by_what_the_file_says_of_itself(
     tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from verification.gate.check import plain_check, zero_check
-    from verification.gate.report import Leg, Report
+    from verification.gate.report import Artefact, Leg, Report
     from verification.show.write import write_report
 
     legs = [
         Leg(name="convert", title="C", compared="", status="pass", checks=[plain_check("convert.mean_kld", "K", 1.0)]),
         Leg(name="contract", title="C", compared="", status="pass", checks=[zero_check("contract.metadata", "M", 0)]),
     ]
-    empty: dict[str, Any] = {"artefacts": [], "policy": {}, "versions": {}, "durations": {}}
-    write_report(Report(verdict="pass", summary="", created="2026-01-01T00:00:00+00:00", legs=legs, **empty), tmp_path)
-    assert so8t(capfd, monkeypatch, "report", tmp_path)[0] == 1
+    empty: dict[str, Any] = {"policy": {}, "versions": {}, "durations": {}, "legs": legs}
+    file = Artefact(role="candidate", path="not-here.gguf", sha256="0" * 64, bytes=1, label="F16")
+    for artefacts, code in (([file], 1), ([], 2)):  # about no file there is nothing to decide
+        made = Report(verdict="pass", summary="", created="2026-01-01T00:00:00+00:00", artefacts=artefacts, **empty)
+        write_report(made, tmp_path)
+        assert so8t(capfd, monkeypatch, "report", tmp_path)[0] == code
 
 
 def test_a_place_that_cannot_hold_the_report_is_found_before_the_measuring(

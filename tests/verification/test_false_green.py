@@ -306,7 +306,8 @@ EDITED: dict[str, tuple[Callable[[Json], object], int]] = {
     "two files of one label": (lambda r: r["artefacts"][1].update(label="Q8_0"), 2),
     "a file without a label": (lambda r: r["artefacts"][1].update(label=""), 2),
     "a quant that is labelled a float": (
-        lambda r: (r["artefacts"][2].update(label="F16 x"), [c.update(subject="F16 x") for c in of(r, "Q8_0")]), 1,
+        lambda r: (r["artefacts"][2].update(label="F16 x"), [c.update(subject="F16 x") for c in of(r, "Q8_0")]),
+        1,
     ),
     "a file without a digest": (lambda r: r["artefacts"][2].update(sha256=""), 2),
     "a digest that is none": (lambda r: r["artefacts"][2].update(sha256="g" * 64), 2),
@@ -328,11 +329,13 @@ EDITED: dict[str, tuple[Callable[[Json], object], int]] = {
     "a share above one": (lambda r: one(r, "quality.top1").update(value=2, interval=[1.9, 2.1]), 1),
     "a check twice, once failed": (lambda r: leg(r, "quality").append({**one(r, "quality.top1"), "value": 0.1}), 1),
     "a leg twice, once failed": (
-        lambda r: r["legs"].append({**r["legs"][0], "checks": [{**r["legs"][0]["checks"][0], "value": 9.0}]}), 1,
+        lambda r: r["legs"].append({**r["legs"][0], "checks": [{**r["legs"][0]["checks"][0], "value": 9.0}]}),
+        1,
     ),
     "the saved type's divergence is gone": (lambda r: leg(r, "dtype").remove(one(r, "dtype.mean_kld.bfloat16")), 1),
     "nothing required, and the leg is gone": (
-        lambda r: (r["policy"].update(required=[]), r.update(legs=[x for x in r["legs"] if x["name"] != "quality"])), 1,
+        lambda r: (r["policy"].update(required=[]), r.update(legs=[x for x in r["legs"] if x["name"] != "quality"])),
+        1,
     ),
     "nothing required, and every leg is gone": (lambda r: (r["policy"].update(required=[]), r.update(legs=[])), 1),
     "no policy": (lambda r: r.update(policy={}), 0),  # then the default decides
@@ -346,7 +349,7 @@ EDITED: dict[str, tuple[Callable[[Json], object], int]] = {
     "a path of escapes": (lambda r: r["artefacts"][2].update(path="\x1b[2J\n\n\n"), 0),
     "a path that no system has": (lambda r: r["artefacts"][2].update(path="\0" + "x" * 9999), 0),
     "a surrogate": (lambda r: r["artefacts"][2].update(path="\ud800"), 0),
-}  # fmt: skip
+}
 
 
 def leg(report: Json, name: str) -> list[Json]:

@@ -18,6 +18,7 @@ JUDGES = {
     "verification.logit_parity.kl": ("test_divergence_fields.py", "test_divergence.py"),
     "verification.gate.decide": ("test_policy_table.py", "test_policy.py"),
     "verification.gate.policy": ("test_policy_table.py", "test_policy.py"),
+    "verification.engines.distributed": ("test_distributed.py",),
     "verification.weight_parity.hypotheses": ("test_hypotheses.py",),
     "verification.logit_parity.intervals": ("test_bootstrap_exact.py",),
 }
@@ -33,7 +34,7 @@ def judges_of(module: str) -> list[Path]:
 def test_every_surviving_mutant_is_explained(module: str) -> None:
     outcome = judged(module, judges_of(module), jobs=2)
     explained = EXPLAINED.get(module, {})
-    assert outcome.tried == outcome.mutants > 200
+    assert outcome.tried == outcome.mutants > 150
     assert sorted(set(outcome.survivors) - set(explained)) == []
     assert sorted(set(explained) - set(outcome.survivors)) == []
     assert len(outcome.survivors) < ALLOWED * outcome.mutants

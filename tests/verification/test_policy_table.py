@@ -185,6 +185,47 @@ def test_an_unreadable_policy_is_named_with_its_path(tmp_path: Any) -> None:
     assert str(error.value) == f"{path}: `wrong` = 1: unknown key, known are {', '.join(Policy.model_fields)}{see}"
 
 
+def test_the_sentences_of_a_policy_that_cannot_be_used(tmp_path: Any) -> None:
+    path, see = tmp_path / "gate.yaml", f"every key is explained in {DEFAULT_POLICY}"
+
+    def said(data: bytes) -> str:
+        path.write_bytes(data)
+        with pytest.raises(InputError) as error:
+            load_policy(path)
+        return str(error.value)
+
+    assert said(b"a: [*b]") == f"policy {path} cannot be read: it uses an alias (*name); write the value out; {see}"
+    assert said(b"#" * 65537) == f"policy {path} cannot be read: it has more than 65536 bytes; {see}"
+    path.write_bytes(b"#" * 65536)
+    assert load_policy(path) == make_policy({})
+    path.write_bytes(b"\xef\xbb\xbfconvert: {top1: 0.5}")  # as some editors write it
+    assert load_policy(path).convert.top1 == 0.5
+    assert said(b"bake: {max_abs_logit: true}") == (
+        f"{path}: `bake.max_abs_logit` = True: true and false are no bounds; {see}"
+    )
+    assert said(b'{"a\\e\\n  b": 1}') == (
+        f"{path}: `a? b` = 1: unknown key, known are {', '.join(Policy.model_fields)}; {see}"
+    )
+    assert said(b"{" + b"x" * 300 + b": 1}").startswith(f"{path}: `{'x' * 200}` = 1: unknown key, known are required, ")
+    assert said(b"[1]") == f"{path} must be a mapping of keys, got list; {see}"
+    assert said(b"quality: {Q8_0: {mean_kld: 1, top1: 1, x: 1}}").endswith(
+        f": `quality.Q8_0.x` = 1: unknown key, known are mean_kld, top1; {see}"
+    )
+    assert said(b"cells: {Q2_K: {mean_kld: 1, top1: 1, x: 1}}").endswith(
+        f": `cells.Q2_K.x` = 1: unknown key, known are mean_kld, top1; {see}"
+    )
+    with pytest.raises(InputError) as error:
+        load_policy(tmp_path)
+    assert str(error.value) == f"policy {tmp_path} cannot be read: Is a directory; {see}"
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 63), 1 << 5000])
+def test_a_bound_beyond_64_bits_is_refused(number: int) -> None:
+    with pytest.raises(InputError, match=r"`quantise.tensors_differ` = .*: a bound has 64 bits at most; every key"):
+        make_policy({"quantise": {"tensors_differ": number}})
+    assert make_policy({"quantise": {"tensors_differ": (1 << 63) - 1}}).quantise.tensors_differ == (1 << 63) - 1
+
+
 def test_what_is_no_report_is_refused_with_the_first_missing_key() -> None:
     with pytest.raises(InputError) as error:
         decide({**report().model_dump(), "legs": [{"name": "bake"}]})

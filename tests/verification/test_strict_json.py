@@ -50,10 +50,20 @@ def test_what_is_no_strict_json_is_refused_in_a_line(what: str) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        {"a": [1, 2.5, "x", None, True, {"a": 1}], "b": {"a": 1}}, [], "", 0, -(1 << 63), (1 << 63) - 1, 1.7e308,
-        "\"[[[{{{,,,\\", ["[" * 100] * 3, {"\\\"": "\\"}, "\ud800", "é\u2028",
+        {"a": [1, 2.5, "x", None, True, {"a": 1}], "b": {"a": 1}},
+        [],
+        "",
+        0,
+        -(1 << 63),
+        (1 << 63) - 1,
+        1.7e308,
+        '"[[[{{{,,,\\',
+        ["[" * 100] * 3,
+        {'\\"': "\\"},
+        "\ud800",
+        "é\u2028",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_strict_json_is_read_as_it_is(value: object, ascii_only: bool) -> None:
     """Brackets inside of texts are no nesting; a lone surrogate stands for a byte of a file's name."""
@@ -87,9 +97,13 @@ def test_a_file_is_read_only_when_it_is_one_and_small_enough(tmp_path: Path) -> 
 
 
 DEAR = {
-    "list": b"[]", "object": b"{}", "pair": b'{"a":1}', "escape": b'"\\u1234"', "number": b"1.5",
+    "list": b"[]",
+    "object": b"{}",
+    "pair": b'{"a":1}',
+    "escape": b'"\\u1234"',
+    "number": b"1.5",
     "emoji": b'"\xf0\x9f\x98\x80"',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DEAR)

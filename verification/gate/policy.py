@@ -17,14 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from so8t_core.errors import InputError
 from verification.gate.report import Check, LegName
+from verification.gate.strict_yaml import MAX_NUMBER, read_yaml
 
 DEFAULT_POLICY = Path(__file__).with_name("default_policy.yaml")
 
 
 _SEE = f"every key is explained in {DEFAULT_POLICY}"
 _MAX_BYTES = 1 << 16  # the default, comments and all, has 6,000; PyYAML reads 100,000 in a second
-_MAX_DEPTH = 8  # nested mappings and lists; the default has 3
-_MAX_NUMBER = 1 << 63
 # bounds of what has to be reached; every other bound is of what must not be exceeded
 _AT_LEAST = {"top1", "differs_from_base", "transposed", "positions", "chunks", "entropy", "alignment"}
 
@@ -38,7 +37,7 @@ class _Section(BaseModel):
         """`true` is no 1, which for nats or positions would be a bound that everything holds."""
         if isinstance(given, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("true and false are no bounds")
-        if isinstance(given, int) and abs(given) >= _MAX_NUMBER:
+        if isinstance(given, int) and abs(given) >= MAX_NUMBER:
             raise ValueError("a bound has 64 bits at most")
         return given
 
@@ -182,58 +181,15 @@ def load_policy(path: str | Path | None = None) -> Policy:
         with path.open("rb") as stream:
             data = stream.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
-            raise InputError(f"policy {path} has more than {_MAX_BYTES} bytes, the most that are read; shorten it")
-        raw = _read_yaml(data.decode("utf-8-sig"))
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+        raw = read_yaml(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"policy {path} does not exist; start from {DEFAULT_POLICY}") from None
     except OSError as error:
         raise InputError(f"policy {path} cannot be read: {error.strerror}; {_SEE}") from None
-    except (UnicodeDecodeError, yaml.YAMLError, _NotYaml) as error:
-        what = _line(str(error), 200)
-        raise InputError(f"policy {path} cannot be read: {what}; {_SEE}") from None
+    except ValueError as error:
+        raise InputError(f"policy {path} cannot be read: {_line(str(error), 200)}; {_SEE}") from None
     return make_policy({} if raw is None else raw, source=str(path))
-
-
-class _NotYaml(Exception):
-    """YAML that this project does not read; the message says why."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases, which grow to any size, and with every key once, which two readers understand alike."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise _NotYaml("it uses an alias (*name); write the value out")
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise _NotYaml(f"it is nested deeper than {_MAX_DEPTH} levels")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value: int = super().construct_yaml_int(node)
-        if abs(value) >= _MAX_NUMBER:
-            raise _NotYaml(f"the number in line {node.start_mark.line + 1} has more than 64 bits")
-        return value
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep=deep)
-        if len(found) < len(node.value):
-            raise _NotYaml(f"a key stands twice in the mapping of line {node.start_mark.line + 1}; keep one of them")
-        return found
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def _read_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (ValueError, OverflowError) as error:  # a date or a number that Python has no value for
-        raise _NotYaml(str(error)) from None
 
 
 def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
@@ -243,7 +199,7 @@ def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
         InputError: no mapping, an unknown key, or a value out of its bounds.
     """
     if not isinstance(overrides, dict):
-        raise InputError(f"{source} must be a mapping of keys, got {type(overrides).__name__}")
+        raise InputError(f"{source} must be a mapping of keys, got {type(overrides).__name__}; {_SEE}")
     merged = dict(_defaults())
     for key, value in overrides.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -265,7 +221,7 @@ def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
     for part in place[:-1]:
         if part == "waivers":
             return list(Waiver.model_fields)
-        section = section.get(part, {"mean_kld": 0, "top1": 0})  # a kind of quality or cells
+        section = section.get(part, LogitBounds.model_fields)  # a kind of quality or cells that the default lacks
     return list(section)
 
 

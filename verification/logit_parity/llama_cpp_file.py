@@ -136,7 +136,10 @@ def read_base(path: str | Path, *, vocab: int | None = None) -> BaseFile:
     with path.open("rb") as stream:
         head = stream.read(_HEADER)
     if head[: len(MAGIC)] != MAGIC:
-        raise InputError(f"{path} is no base file of llama-perplexity: it begins with {head[:8]!r}, expected {MAGIC!r}")
+        raise InputError(
+            f"{path} is no base file of llama-perplexity: it begins with {head[:8]!r}, expected {MAGIC!r}; write one "
+            "with `so8t kld-base`"
+        )
     if len(head) < _HEADER:
         raise InputError(f"base file {path} is truncated: {size} bytes, its header alone needs {_HEADER}")
     n_ctx, own_vocab, n_chunk = struct.unpack("<3i", head[len(MAGIC) :])
