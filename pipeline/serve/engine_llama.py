@@ -3,27 +3,33 @@
 Prompt: the file's own chat template, tokenised as in training, BOS where the file asks for it. Context: as shipped
 (`num_ctx` of the Modelfile beside the file, else the pipeline's default), never beyond what the model was trained for,
 nor beyond a LongRoPE's original length, where llama.cpp would compute another function than the one that was verified.
-The turn ends at any token of the file's end-of-generation set; a control token elsewhere is no text and ends in error.
+The turn ends at any token of the file's end-of-generation set, at the token by which its template ends an answer, and
+at every `stop` of the Modelfile. Another control token, save the markers of the form of thinking, is an error.
 """
 
 from __future__ import annotations
 
 import asyncio
+import datetime
+import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jinja2.ext
 import llama_cpp
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.config import ConvertConfig
-from pipeline.data.think_form import Message
+from pipeline.data.think_form import THINK_MARKER, Message
 from pipeline.release.generate import with_bos
 from pipeline.serve.engine import EngineError, Feed, Job
-from pipeline.serve.protocol import invalid
+from pipeline.serve.forms.form import Form
+from pipeline.serve.forms.registry import SO8T, form_of_template
+from pipeline.serve.refusal import Refusal, invalid
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
@@ -34,16 +40,41 @@ from verification.reference.rope import limit_of_file
 PIECE = 128  # prompt tokens between two looks at the cancel flag
 
 
+def modelfile_beside(gguf: Path) -> str:
+    """The text of the Modelfile beside a file; empty where there is none."""
+    beside = gguf.with_suffix(".Modelfile")
+    return beside.read_text(encoding="utf-8") if beside.is_file() else ""
+
+
 def shipped_n_ctx(gguf: Path) -> int:
     """`num_ctx` of the Modelfile beside the file, else the default of `so8t convert`."""
-    beside = gguf.with_suffix(".Modelfile")
-    text = beside.read_text(encoding="utf-8") if beside.is_file() else ""
-    found = re.search(r"^PARAMETER num_ctx (\d+)$", text, re.MULTILINE)
+    found = re.search(r"^PARAMETER num_ctx (\d+)$", modelfile_beside(gguf), re.MULTILINE)
     return int(found[1]) if found else int(ConvertConfig().n_ctx)
 
 
+def shipped_stops(gguf: Path) -> list[str]:
+    """Every `stop` of the Modelfile beside the file."""
+    return re.findall(r'^PARAMETER stop "(.+)"$', modelfile_beside(gguf), re.MULTILINE)
+
+
+def form_of_file(gguf: Path, template: str) -> Form:
+    """The form of thinking: this pipeline's own where the Modelfile asks for it, else the template's."""
+    return SO8T if THINK_MARKER in modelfile_beside(gguf) else form_of_template(template)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, by which templates for training mark a reply: what stands in it is rendered, nothing else."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's name
+
+    def parse(self, parser: Any) -> Any:
+        """The body alone."""
+        parser.stream.skip(1)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
-    """A model's own chat template, rendered in a sandbox the way transformers renders it.
+    """A model's own chat template, rendered in a sandbox the way transformers renders it, with today's date.
 
     Raises:
         InputError: it is no Jinja template.
@@ -51,9 +82,11 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, bos: str, eos: str) -> None:
         world = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         world.globals["raise_exception"] = _refuse
+        world.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        world.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
             self._template = world.from_string(source)
         except TemplateError:
@@ -62,15 +95,15 @@ class ChatTemplate:
             ) from None
         self._names = {"bos_token": bos, "eos_token": eos}
 
-    def render(self, messages: list[Message]) -> str:
-        """The prompt up to the model's turn.
+    def render(self, messages: list[Message], *, prompt: bool = True) -> str:
+        """The conversation, with `prompt` up to the model's turn.
 
         Raises:
-            Refusal: the template refuses these roles.
+            Refusal: the template refuses these roles, or cannot render them.
         """
         try:
-            return str(self._template.render(messages=messages, add_generation_prompt=True, **self._names))
-        except TemplateError:
+            return str(self._template.render(messages=messages, add_generation_prompt=prompt, **self._names))
+        except Exception:  # a template is a program: whatever it does, the request is refused
             raise invalid("the model's chat template refuses this order of roles", param="messages") from None
 
 
@@ -84,6 +117,7 @@ class LlamaEngine:
     Args:
         n_ctx: tokens of prompt and generation together; None = as shipped.
         max_new_tokens: a generation is stopped there, and then nothing of it is shown.
+        form: how the model writes its thinking; None = as the file says.
 
     Raises:
         InputError: the file cannot be loaded, has no chat template, or the limits do not fit each other.
@@ -92,8 +126,9 @@ class LlamaEngine:
     quick = False
 
     def __init__(
-        self, gguf: Path, *, n_ctx: int | None = None, max_new_tokens: int = 1024, threads: int | None = None
-    ) -> None:
+        self, gguf: Path, *, n_ctx: int | None = None, max_new_tokens: int = 1024, threads: int | None = None,
+        form: Form | None = None,
+    ) -> None:  # fmt: skip
         if not gguf.is_file():
             raise InputError(f"{gguf} does not exist; `so8t convert` makes GGUF files")
         self.model_id, self.digest = gguf.stem, f"sha256:{sha256_file(gguf)}"
@@ -115,6 +150,9 @@ class LlamaEngine:
             raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {self.n_ctx} tokens")
         spelled = [self.tokens.piece(t).decode() if t >= 0 else "" for t in (self.model.bos, self.model.eos)]
         self.template = ChatTemplate(source, bos=spelled[0], eos=spelled[1])
+        self.form = form or form_of_file(gguf, source)
+        self.marks = {ids[0] for marker in self.form.markers if len(ids := self.model.tokenize(marker)) == 1}
+        self.ends = self._ends(gguf)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = self.n_ctx, 1
         params.n_batch = params.n_ubatch = PIECE
@@ -124,6 +162,20 @@ class LlamaEngine:
             raise InputError(f"llama.cpp cannot open a context of {self.n_ctx} tokens: {last_words()}")
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llama")
+
+    def _ends(self, gguf: Path) -> set[int]:
+        """Control tokens that end a turn: the Modelfile's stops, and what the template puts behind an answer first."""
+        found = [self.model.tokenize(stop) for stop in shipped_stops(gguf)]
+        ends = {ids[0] for ids in found if len(ids) == 1}
+        answer = "answer seven"
+        try:
+            question = {"role": "user", "content": "question"}
+            text = self.template.render([question, {"role": "assistant", "content": answer}], prompt=False)
+        except Refusal:
+            text = ""
+        behind = self.model.tokenize(text.rpartition(answer)[2]) if answer in text else []
+        ends.update(next(([token] for token in behind if self.tokens.is_control(token)), []))
+        return {token for token in ends if self.tokens.is_control(token)} - self.marks
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Token ids of the rendered conversation."""
@@ -175,9 +227,9 @@ class LlamaEngine:
                 if cancelled.is_set():
                     return None
                 token = int(llama_cpp.llama_sampler_sample(sampler, self.context, -1))
-                if self.model.is_end(token):
+                if self.model.is_end(token) or token in self.ends:
                     return "stop"
-                if self.tokens.is_control(token):
+                if self.tokens.is_control(token) and token not in self.marks:
                     raise EngineError("control token")
                 feed(self.tokens.piece(token))
                 self._step([token])

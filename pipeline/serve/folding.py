@@ -2,7 +2,7 @@
 
 `fold` keeps letters and digits alone; `skeleton` keeps brackets and bars as well, each kind in one spelling, so that a
 tag in any dress has one form: `＜ THINK ＞`, `</t-h-i-n-k>` and `&lt;think&gt;` all become `<think>`.
-`tags` counts what any model family uses to begin or end its thinking.
+`has_tags` knows what the model families use to begin or end a thinking.
 """
 
 from __future__ import annotations
@@ -38,6 +38,6 @@ def skeleton(text: str) -> str:
     return "".join(_SKELETON.findall(plain(html.unescape(text)).translate(_BRACKETS)))
 
 
-def tags(text: str) -> int:
-    """How many tags of thinking stand in a text, opening and closing ones of any family and in any dress."""
-    return len(_TAGS.findall(skeleton(text)))
+def has_tags(text: str) -> bool:
+    """Whether a tag of thinking stands in a text, opening or closing, of any family and in any dress."""
+    return _TAGS.search(skeleton(text)) is not None

@@ -109,7 +109,8 @@ class Guard:
             TooLong: together they exceed MAX_BYTES; generating on would be wasted.
         """
         if reasoning:
-            self._mixed = self._mixed or bool(piece and self._data.strip())
+            if piece and self._data.strip():
+                self._mixed = True
             self._reasoning += piece
         else:
             self._data += piece

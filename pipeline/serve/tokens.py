@@ -13,7 +13,7 @@ from pathlib import Path
 import llama_cpp
 
 from pipeline.data.think_form import Message
-from pipeline.serve.protocol import invalid
+from pipeline.serve.refusal import invalid
 from verification.engines.llama_model import LlamaModel
 
 

@@ -187,6 +187,8 @@ def law_variants(guard: ModuleType, kit: Kit = OWN) -> None:
 
 def law_form(guard: ModuleType, kit: Kit = OWN) -> None:
     """Each way to miss the form has its reason, and everything generated is accounted for."""
+    assert (kit.form.name, kit.form.instructs) == (kit.name, kit.name == "so8t")
+    assert kit.form.markers in (kit.markers, ())
     for reason, texts in kit.reasons.items():
         for text in texts:
             verdict = judged(guard, kit, text)
@@ -207,7 +209,9 @@ def law_form(guard: ModuleType, kit: Kit = OWN) -> None:
 
 def law_apart(guard: ModuleType, kit: Kit = OWN) -> None:
     """Reasoning that an upstream separates although the form has markers is named, accounted for and not copied."""
+    assert guard.SEPARATES == "upstream separates the thinking itself: start with --think-form separated"
     if not kit.form.markers:
+        assert guard.judge(b"abc", "stop", form=kit.form, reasoning="α".encode()).answer == "abc"
         return
     apart = "ψχφ".encode() * 20
     for text, reason in (("abc", guard.SEPARATES), ("", guard.SEPARATES)):

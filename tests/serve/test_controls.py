@@ -62,11 +62,11 @@ def forwards_the_upstreams_words(patch: pytest.MonkeyPatch) -> None:
 
     read = engine_upstream._Reader.take
 
-    def take(self: Any, data: bytes) -> None:
+    def take(self: Any, data: str) -> None:
         try:
             read(self, data)
         except engine_upstream.EngineError as error:
-            error.text = data.decode("utf-8", "replace")  # type: ignore[attr-defined]
+            error.text = data  # type: ignore[attr-defined]
             raise
 
     patch.setattr(engine_upstream._Reader, "take", take)

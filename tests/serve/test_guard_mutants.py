@@ -86,7 +86,8 @@ def survivors(module: ModuleType, laws: Iterable[Callable[..., None]]) -> tuple[
 
 MODULES = [guard, folding, *FORMS]
 NAMES = [module.__name__.rpartition(".")[2] for module in MODULES]
-# Changes of words that no verdict depends on: names of forms, words of refusals.
+# Changes that change nothing: `reasoning + data` is made of bytes whatever its second part is.
+SAME = {"Guard.close | bytes(self._data) | call dropped"}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)
@@ -98,7 +99,7 @@ def test_laws_hold_for_the_source_read_back(module: ModuleType) -> None:
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)
 def test_no_mutant_survives(module: ModuleType) -> None:
     alive, count = survivors(module, LAWS.values())
-    assert alive == []
+    assert set(alive) - SAME == set()
     assert count > 20
 
 

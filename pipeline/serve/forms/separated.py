@@ -6,7 +6,7 @@ an upstream that separates from one that leaves the thinking in the content. So 
 
 from __future__ import annotations
 
-from pipeline.serve.folding import tags
+from pipeline.serve.folding import has_tags
 from pipeline.serve.forms.form import Odd, Parts
 
 
@@ -22,6 +22,6 @@ class Separated:
             raise Odd("upstream separated no thinking")
         if mixed:
             raise Odd("thinking after the answer began")
-        if tags(content) or tags(reasoning):
+        if has_tags(content) or has_tags(reasoning):
             raise Odd("odd marker")
         return Parts(reasoning, content)

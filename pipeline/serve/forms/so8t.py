@@ -6,7 +6,7 @@ After `fold` the words of each marker occur once in the whole text: a second one
 from __future__ import annotations
 
 from pipeline.data.think_form import ANSWER_MARKER, THINK_MARKER, strip_message
-from pipeline.serve.folding import fold, tags
+from pipeline.serve.folding import fold, has_tags
 from pipeline.serve.forms.form import Odd, Parts
 
 _MARKER_WORDS = (fold(THINK_MARKER), fold(ANSWER_MARKER))
@@ -25,7 +25,7 @@ class So8t:
         if lines.count(ANSWER_MARKER) != 1:
             raise Odd("answer marker missing or repeated")
         folded = fold(content)
-        if any(folded.count(words) != 1 for words in _MARKER_WORDS) or tags(content):
+        if any(folded.count(words) != 1 for words in _MARKER_WORDS) or has_tags(content):
             raise Odd("odd marker")
         border = lines.index(ANSWER_MARKER)
         return Parts(strip_message("\n".join(lines[1:border])), strip_message("\n".join(lines[border + 1 :])))
