@@ -38,6 +38,7 @@ def serve(
     audit_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="deployment key; default: $SO8T_AUDIT_KEY")
     ] = None,
+    copy_run: Annotated[int, typer.Option(metavar="N", min=32, help="letters an answer may not copy")] = 32,
     n_ctx: Annotated[int | None, typer.Option(metavar="N", min=256, help="default: as shipped")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="thinking and answer together")] = 1024,
     queue: Annotated[int, typer.Option(metavar="N", min=0, help="requests that may wait")] = 8,
@@ -65,18 +66,36 @@ def serve(
     from pipeline.serve.start import serve as run_server
 
     config = ServeConfig(
-        model=model, upstream=upstream, name=name, tokenizer=tokenizer, allow_remote_upstream=allow_remote_upstream,
-        think_form=think_form, empty_chunks=empty_chunks, host=host, port=port, keys=keys, audit_log=audit_log,
-        audit_key_file=audit_key_file, n_ctx=n_ctx, max_new_tokens=max_new_tokens, queue=queue, per_key=per_key,
-        timeout=timeout, keep_alive=keep_alive, threads=threads,
-    )  # fmt: skip
+        model=model,
+        upstream=upstream,
+        name=name,
+        tokenizer=tokenizer,
+        allow_remote_upstream=allow_remote_upstream,
+        think_form=think_form,
+        copy_run=copy_run,
+        empty_chunks=empty_chunks,
+        host=host,
+        port=port,
+        keys=keys,
+        audit_log=audit_log,
+        audit_key_file=audit_key_file,
+        n_ctx=n_ctx,
+        max_new_tokens=max_new_tokens,
+        queue=queue,
+        per_key=per_key,
+        timeout=timeout,
+        keep_alive=keep_alive,
+        threads=threads,
+    )
     run_server(config, announce=lambda line: print(f"so8t serve: {line}", flush=True))
 
 
 audit_app = typer.Typer(
-    help="Examine the server's audit log.", epilog="Example: so8t audit verify so8t-audit.jsonl",
-    rich_markup_mode=None, no_args_is_help=True,
-)  # fmt: skip
+    help="Examine the server's audit log.",
+    epilog="Example: so8t audit verify so8t-audit.jsonl",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
 
 
 @audit_app.callback(epilog="Example: so8t audit verify so8t-audit.jsonl")

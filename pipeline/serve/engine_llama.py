@@ -126,9 +126,14 @@ class LlamaEngine:
     quick = False
 
     def __init__(
-        self, gguf: Path, *, n_ctx: int | None = None, max_new_tokens: int = 1024, threads: int | None = None,
+        self,
+        gguf: Path,
+        *,
+        n_ctx: int | None = None,
+        max_new_tokens: int = 1024,
+        threads: int | None = None,
         form: Form | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not gguf.is_file():
             raise InputError(f"{gguf} does not exist; `so8t convert` makes GGUF files")
         self.model_id, self.digest = gguf.stem, f"sha256:{sha256_file(gguf)}"
@@ -188,8 +193,9 @@ class LlamaEngine:
         if found > room:
             raise invalid(
                 f"the conversation has {found} tokens, at most {room} are possible: shorten it",
-                param="messages", code="context_length_exceeded",
-            )  # fmt: skip
+                param="messages",
+                code="context_length_exceeded",
+            )
         return found
 
     def count(self, text: str) -> int:

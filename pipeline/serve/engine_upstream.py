@@ -81,9 +81,17 @@ class UpstreamEngine:
     """
 
     def __init__(
-        self, url: str, *, model_id: str, n_ctx: int, max_new_tokens: int, tokens: Tokens | None = None,
-        key: str | None = None, connections: int = 64, form: Form = SO8T,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        *,
+        model_id: str,
+        n_ctx: int,
+        max_new_tokens: int,
+        tokens: Tokens | None = None,
+        key: str | None = None,
+        connections: int = 64,
+        form: Form = SO8T,
+    ) -> None:
         self.model_id, self.digest = model_id, f"upstream:{model_id}"
         self.tokens, self.max_new_tokens, self.quick = tokens, max_new_tokens, tokens is None
         self.room, self.form, self._mismatch = n_ctx - max_new_tokens, form, False
@@ -93,10 +101,12 @@ class UpstreamEngine:
         self._url = f"{base}/v1/chat/completions"
         headers = {"accept-encoding": "identity", **({"authorization": f"Bearer {key}"} if key else {})}
         self._client = httpx.AsyncClient(
-            headers=headers, follow_redirects=False, trust_env=False,  # no proxy may see a generation
+            headers=headers,
+            follow_redirects=False,
+            trust_env=False,  # no proxy may see a generation
             timeout=httpx.Timeout(None, connect=5.0, pool=5.0),  # the server's own deadline bounds the whole
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-        )  # fmt: skip
+        )
 
     def check(self, messages: list[Message]) -> int | None:
         """Tokens of the texts where a tokenizer is known (the template's are the upstream's secret)."""
@@ -112,8 +122,9 @@ class UpstreamEngine:
         if found > self.room:
             raise invalid(
                 f"the conversation has about {found} tokens, at most {self.room} are possible: shorten it",
-                param="messages", code="context_length_exceeded",
-            )  # fmt: skip
+                param="messages",
+                code="context_length_exceeded",
+            )
         return found if self.tokens is not None else None
 
     def count(self, text: str) -> int | None:
@@ -125,16 +136,21 @@ class UpstreamEngine:
         if self.tokens is None:
             raise invalid(
                 "`max_tokens` counts tokens of the answer, and this server has no tokenizer (--tokenizer FILE.gguf)",
-                param="max_tokens", code="unsupported_parameter",
-            )  # fmt: skip
+                param="max_tokens",
+                code="unsupported_parameter",
+            )
         return self.tokens.cut(text, limit)
 
     def body(self, job: Job) -> dict[str, Any]:
         """The request: nothing but what is named here."""
         fields: dict[str, Any] = {
-            "model": self.model_id, "messages": job.messages, "stream": True, "max_tokens": self.max_new_tokens,
-            "temperature": job.temperature, "top_p": job.top_p,
-        }  # fmt: skip
+            "model": self.model_id,
+            "messages": job.messages,
+            "stream": True,
+            "max_tokens": self.max_new_tokens,
+            "temperature": job.temperature,
+            "top_p": job.top_p,
+        }
         return fields if job.seed is None else {**fields, "seed": job.seed}
 
     async def generate(self, job: Job, feed: Feed) -> str | None:

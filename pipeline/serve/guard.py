@@ -18,7 +18,7 @@ from pipeline.serve.forms.form import Form, Odd
 from pipeline.serve.forms.registry import SO8T
 
 MAX_BYTES = 1 << 18  # of one generation: some 64,000 tokens
-COPY_RUN = 32  # characters in a row that an answer may not share with its thinking
+COPY_RUN = 32  # characters in a row that an answer may not share with its thinking, unless a server allows more
 COPY_WHOLE = 12  # a thinking shorter than COPY_RUN may not stand whole in the answer from this length on
 SEPARATES = "upstream separates the thinking itself: start with --think-form separated"
 
@@ -36,21 +36,21 @@ class Verdict:
     thinking: bytes = field(repr=False)  # what to account for: the steps, or everything where the answer is withheld
 
 
-def copies(steps: str, answer: str) -> bool:
-    """True if the answer shares COPY_RUN characters in a row, or a whole short thinking, with the steps.
+def copies(steps: str, answer: str, *, run: int = COPY_RUN) -> bool:
+    """True if the answer shares `run` characters in a row, or a whole shorter thinking, with the steps.
 
     Compared twice: folded (dashes between the letters do not hide a copy) and with spaces dropped only (arithmetic is
     mostly signs).
     """
-    return _shares(fold(steps), fold(answer)) or _shares(_squeeze(steps), _squeeze(answer))
+    return _shares(fold(steps), fold(answer), run) or _shares(_squeeze(steps), _squeeze(answer), run)
 
 
 def _squeeze(text: str) -> str:
     return "".join(plain(text).split())
 
 
-def _shares(source: str, target: str) -> bool:
-    size = min(COPY_RUN, max(COPY_WHOLE, len(source)))
+def _shares(source: str, target: str, run: int) -> bool:
+    size = min(run, max(COPY_WHOLE, len(source)))
     runs = set(_runs(source, size))
     return any(run in runs for run in _runs(target, size))
 
@@ -60,7 +60,13 @@ def _runs(text: str, size: int) -> Iterator[str]:
 
 
 def judge(
-    data: bytes, finish: str | None, *, form: Form = SO8T, reasoning: bytes = b"", mixed: bool = False
+    data: bytes,
+    finish: str | None,
+    *,
+    form: Form = SO8T,
+    reasoning: bytes = b"",
+    mixed: bool = False,
+    run: int = COPY_RUN,
 ) -> Verdict:
     """The verdict on a whole generation.
 
@@ -69,6 +75,7 @@ def judge(
         finish: "stop" only where the model ended its turn itself.
         reasoning: what an upstream delivered apart from the content.
         mixed: some of the reasoning came after the content had begun.
+        run: characters in a row that the answer may not share with the thinking.
     """
     everything = reasoning + data
     if finish != "stop":
@@ -87,7 +94,7 @@ def judge(
         return Verdict(None, SEPARATES if apart and form.markers else odd.reason, everything)
     if not parts.answer or not (parts.steps or form.may_skip):
         return Verdict(None, "empty part", everything)
-    if copies(parts.steps, parts.answer) or copies(apart, parts.answer):
+    if copies(parts.steps, parts.answer, run=run) or copies(apart, parts.answer, run=run):
         return Verdict(None, "copied run", everything)
     return Verdict(parts.answer, "released", parts.steps.encode())
 
@@ -95,8 +102,8 @@ def judge(
 class Guard:
     """The streaming form: `feed` pieces of any size, `close` gives `judge` of the whole. Nothing leaves before."""
 
-    def __init__(self, form: Form = SO8T) -> None:
-        self.form = form
+    def __init__(self, form: Form = SO8T, *, run: int = COPY_RUN) -> None:
+        self.form, self.run = form, run
         self._data, self._reasoning, self._mixed = bytearray(), bytearray(), False
 
     def __len__(self) -> int:
@@ -119,4 +126,5 @@ class Guard:
 
     def close(self, finish: str | None) -> Verdict:
         """The verdict on everything fed so far."""
-        return judge(bytes(self._data), finish, form=self.form, reasoning=bytes(self._reasoning), mixed=self._mixed)
+        content, apart = bytes(self._data), bytes(self._reasoning)
+        return judge(content, finish, form=self.form, reasoning=apart, mixed=self._mixed, run=self.run)

@@ -18,9 +18,21 @@ ROLES = ("system", "developer", "user", "assistant")
 _TEXTS = ("text", "input_text", "output_text")
 _INERT = frozenset({"name", "id", "cache_control"})  # in every message
 _INERT_IN_REPLIES = _INERT | {
-    "annotations", "finish_reason", "object", "parsed", "phase", "provider_specific_fields", "reasoning",
-    "reasoning_content", "reasoning_details", "refusal", "status", "thinking", "thinking_blocks", "type",
-}  # fmt: skip
+    "annotations",
+    "finish_reason",
+    "object",
+    "parsed",
+    "phase",
+    "provider_specific_fields",
+    "reasoning",
+    "reasoning_content",
+    "reasoning_details",
+    "refusal",
+    "status",
+    "thinking",
+    "thinking_blocks",
+    "type",
+}
 _INERT_PARTS = ("refusal", "reasoning", "thinking", "redacted_thinking")
 
 
@@ -101,8 +113,9 @@ def conversation(turns: list[Turn], *, instructs: bool) -> list[Message]:
     if not found or found[-1]["role"] != "user":
         raise invalid(
             "the last message must be the user's: a reply cannot be begun for the model",
-            param="messages", code="unsupported_parameter",
-        )  # fmt: skip
+            param="messages",
+            code="unsupported_parameter",
+        )
     own = "\n\n".join(filter(None, system))
     text = system_text(own) if instructs else own
     return [{"role": "system", "content": text}, *found] if text else found

@@ -166,9 +166,13 @@ def make_app(
         hosts: names that the Host header may carry; a web page that rebinds its own name to loopback is refused.
     """
     app = FastAPI(
-        docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, title="so8t serve",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        title="so8t serve",
         telemetry=_NO_TELEMETRY,
-    )  # fmt: skip
+    )
 
     def check_host(request: Request) -> None:
         if hosts is not None and _host_name(request.headers.get("host", "")) not in hosts:
@@ -223,12 +227,11 @@ def make_app(
         check_host(request)
         return page()
 
-    for address, reason in _ELSEWHERE.items():
+    async def elsewhere(request: Request) -> Response:
+        message = f"{_ELSEWHERE[request.url.path]}; use POST /v1/chat/completions"
+        raise Refusal(404, "invalid_request_error", "unsupported_endpoint", message)
 
-        async def elsewhere(request: Request, reason: str = reason) -> Response:
-            message = f"{reason}; use POST /v1/chat/completions"
-            raise Refusal(404, "invalid_request_error", "unsupported_endpoint", message)
-
+    for address in _ELSEWHERE:
         app.add_api_route(address, elsewhere, methods=["GET", "POST"])
 
     @app.exception_handler(Refusal)

@@ -29,9 +29,12 @@ def _content() -> tuple[bytes, dict[str, str]]:
         "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
     )
     return data, {
-        "content-type": "text/html; charset=utf-8", "content-security-policy": policy, "cache-control": "no-store",
-        "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
-    }  # fmt: skip
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": policy,
+        "cache-control": "no-store",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
 
 
 def page() -> Response:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pipeline.serve.audit_log import Unavailable, bucket, thinking_hmac
 from pipeline.serve.audit_writer import Recorder
 from pipeline.serve.engine import Engine, EngineError, Job
-from pipeline.serve.guard import Guard, TooLong, Verdict
+from pipeline.serve.guard import COPY_RUN, Guard, TooLong, Verdict
 from pipeline.serve.history import conversation
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.protocol import ChatRequest, Reply, Ticket, cut_at_stops
@@ -43,6 +43,7 @@ class Limits:
     per_key: int = 4  # the same for each API key
     seconds: float = 300.0  # for one request, its waiting included
     keep_alive: float = 10.0  # seconds between two signs of life on a stream
+    copy_run: int = COPY_RUN  # characters in a row that an answer may not share with its thinking
     empty_chunks: bool = False  # these are chunks without a text; otherwise comments
 
 
@@ -54,9 +55,12 @@ def withheld() -> Refusal:
 def unaudited() -> Refusal:
     """The refusal while the audit log cannot be written."""
     return Refusal(
-        503, "server_error", "audit_unavailable", "the audit log cannot be written, so nothing is answered",
+        503,
+        "server_error",
+        "audit_unavailable",
+        "the audit log cannot be written, so nothing is answered",
         retry_after=RETRY_AFTER,
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -126,7 +130,7 @@ class Decider:
         Raises:
             Refusal: 502 withheld or the engine failed, 503 not audited or the engine is busy, 504 too late.
         """
-        arrival, guard = self.clock(), Guard(self.engine.form)
+        arrival, guard = self.clock(), Guard(self.engine.form, run=self.limits.copy_run)
         failure: Refusal | None = None
         gone: asyncio.CancelledError | None = None
         try:
@@ -146,16 +150,20 @@ class Decider:
         except Exception as error:  # whatever its message says may quote the generation
             verdict, failure = self._failed(guard, f"fault: {type(error).__name__}"), engine_failed(busy=False)
         record: dict[str, Any] = {
-            "event": "request", "id": ticket.id, "model": self.engine.digest, "client": client,
+            "event": "request",
+            "id": ticket.id,
+            "model": self.engine.digest,
+            "client": client,
             "time": datetime.fromtimestamp(arrival, UTC).isoformat(timespec="milliseconds"),
-            "verdict": "withheld" if verdict.answer is None else "released", "reason": verdict.reason,
+            "verdict": "withheld" if verdict.answer is None else "released",
+            "reason": verdict.reason,
             "thinking_hmac": thinking_hmac(self.audit_key, verdict.thinking),
             "tokens": {
                 "prompt": bucket(prompt_tokens),
                 "thinking": bucket(self._count(verdict.thinking)),
                 "answer": bucket(self._count((verdict.answer or "").encode())),
             },
-        }  # fmt: skip
+        }
         try:
             await self.recorder.record(record)
             self.recent.appendleft({name: record[name] for name in ("id", "time", "client", "verdict", "reason")})

@@ -25,6 +25,7 @@ from pipeline.serve.audit_writer import Recorder
 from pipeline.serve.engine import Engine
 from pipeline.serve.engine_upstream import UpstreamEngine, check_url, is_loopback
 from pipeline.serve.forms.registry import SO8T, describe, form_named, form_of_template
+from pipeline.serve.guard import COPY_RUN
 from pipeline.serve.http import make_app
 from pipeline.serve.keys import load_api_keys, load_audit_key, load_operators
 from pipeline.serve.request import Decider, Limits
@@ -62,6 +63,7 @@ class ServeConfig(BaseModel):
     timeout: float = Field(300.0, gt=0)
     keep_alive: float = Field(10.0, gt=0)
     empty_chunks: bool = False
+    copy_run: int = Field(COPY_RUN, ge=COPY_RUN)
     threads: int | None = Field(None, ge=1)
 
 
@@ -128,10 +130,15 @@ def make_engine(config: ServeConfig) -> Engine:
         tokens = Tokens.load(config.tokenizer)
         form = forced or form_of_template(tokens.model.chat_template() or "")
     return UpstreamEngine(
-        url, model_id=config.name or "so8t", n_ctx=config.n_ctx or ConvertConfig().n_ctx,
-        max_new_tokens=config.max_new_tokens, tokens=tokens, key=os.environ.get(UPSTREAM_KEY_VARIABLE),
-        connections=config.queue + 1, form=form,
-    )  # fmt: skip
+        url,
+        model_id=config.name or "so8t",
+        n_ctx=config.n_ctx or ConvertConfig().n_ctx,
+        max_new_tokens=config.max_new_tokens,
+        tokens=tokens,
+        key=os.environ.get(UPSTREAM_KEY_VARIABLE),
+        connections=config.queue + 1,
+        form=form,
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -153,10 +160,21 @@ def bind(host: str, port: int) -> socket.socket:
 def uvicorn_config(app: Any) -> uvicorn.Config:
     """uvicorn without access log, Date and Server headers, proxies or WebSockets."""
     return uvicorn.Config(
-        app, http=TimedHeaders, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
-        server_header=False, date_header=False, proxy_headers=False, h11_max_incomplete_event_size=HEADER_BYTES,
-        timeout_keep_alive=5, timeout_graceful_shutdown=5, backlog=BACKLOG,
-    )  # fmt: skip
+        app,
+        http=TimedHeaders,
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=5,
+        backlog=BACKLOG,
+    )
 
 
 def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
@@ -185,9 +203,13 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     log = AuditLog(config.audit_log, opened={"model": engine.digest})
     hosts = LOOPBACK_NAMES | {config.host} if loopback else None
     limits = Limits(
-        in_flight=config.queue + 1, per_key=config.per_key, seconds=config.timeout, keep_alive=config.keep_alive,
+        in_flight=config.queue + 1,
+        per_key=config.per_key,
+        seconds=config.timeout,
+        keep_alive=config.keep_alive,
         empty_chunks=config.empty_chunks,
-    )  # fmt: skip
+        copy_run=config.copy_run,
+    )
 
     async def run() -> None:
         recorder = Recorder(log)

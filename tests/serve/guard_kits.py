@@ -128,8 +128,10 @@ class Kit:
             mixed = mixed or (apart and begun and part != b"")
             begun = begun or (not apart and part.strip() != b"")
         return content, {
-            "form": self.form, "reasoning": b"".join(part for apart, part in parts if apart), "mixed": mixed,
-        }  # fmt: skip
+            "form": self.form,
+            "reasoning": b"".join(part for apart, part in parts if apart),
+            "mixed": mixed,
+        }
 
     def parts(self, data: bytes) -> list[tuple[bool, bytes]]:
         """(whether it is reasoning, bytes) in the order in which they come."""
@@ -148,29 +150,41 @@ def own(rng: random.Random, steps: str, answer: str) -> str:
 
 
 OWN = Kit(
-    "so8t", FORMS["so8t"], (THINK_MARKER, ANSWER_MARKER), HEADINGS, own,
+    "so8t",
+    FORMS["so8t"],
+    (THINK_MARKER, ANSWER_MARKER),
+    HEADINGS,
+    own,
     lambda rng, steps, answer, odd: [
-        f"{ANSWER_MARKER}\n{steps}\n\n{THINK_MARKER}\n{steps}", f"{THINK_MARKER}\n{steps}",
-        f"{THINK_MARKER}\n{steps}\n\n{ANSWER_MARKER}\n", f"{THINK_MARKER}\n\n{ANSWER_MARKER}\n{steps}",
-        f"{THINK_MARKER}\n{THINK_MARKER}\n{steps}\n{ANSWER_MARKER}\n{steps}", steps, "",
-        f"{steps}\n\n{ANSWER_MARKER}\n{steps}", f"<think>{steps}</think>{steps}",
+        f"{ANSWER_MARKER}\n{steps}\n\n{THINK_MARKER}\n{steps}",
+        f"{THINK_MARKER}\n{steps}",
+        f"{THINK_MARKER}\n{steps}\n\n{ANSWER_MARKER}\n",
+        f"{THINK_MARKER}\n\n{ANSWER_MARKER}\n{steps}",
+        f"{THINK_MARKER}\n{THINK_MARKER}\n{steps}\n{ANSWER_MARKER}\n{steps}",
+        steps,
+        "",
+        f"{steps}\n\n{ANSWER_MARKER}\n{steps}",
+        f"<think>{steps}</think>{steps}",
     ],
     {
         "thinking marker not first": ["", "abc", f"x\n{own(random.Random(0), 'α', 'b')}", f"{ANSWER_MARKER}\nabc"],
         "answer marker missing or repeated": [
-            f"{THINK_MARKER}\nα", f"{THINK_MARKER}\nα\n{ANSWER_MARKER} \nabc",
+            f"{THINK_MARKER}\nα",
+            f"{THINK_MARKER}\nα\n{ANSWER_MARKER} \nabc",
             own(random.Random(0), "α", f"b\n{ANSWER_MARKER}\nc"),
         ],
         "odd marker": [
-            own(random.Random(0), f"α\n{THINK_MARKER}", "b"), own(random.Random(0), "α", f"b {ANSWER_MARKER[2:]}"),
+            own(random.Random(0), f"α\n{THINK_MARKER}", "b"),
+            own(random.Random(0), "α", f"b {ANSWER_MARKER[2:]}"),
         ],
         "empty part": [
-            own(random.Random(0), "", "abc"), own(random.Random(0), "α", " \u3000\n"),
+            own(random.Random(0), "", "abc"),
+            own(random.Random(0), "α", " \u3000\n"),
             own(random.Random(0), "\u200b", "b"),
         ],
         "copied run": [own(random.Random(0), "α" * 40, "α" * 40)],
     },
-)  # fmt: skip
+)
 
 
 def pair(form: Form, dresses: dict[str, Dress]) -> Kit:
@@ -181,23 +195,37 @@ def pair(form: Form, dresses: dict[str, Dress]) -> Kit:
         return f"{any_of(rng, opening, opening, '')}{space}{steps}{space}{closing}{space}{answer}"
 
     return Kit(
-        form.name, form, (opening, closing), dresses, write,
+        form.name,
+        form,
+        (opening, closing),
+        dresses,
+        write,
         lambda rng, steps, answer, odd: [
-            f"{opening}{steps}", steps, "", f"{opening}{steps}{closing}", f"{steps}{opening}{steps}{closing}{answer}",
-            f"{closing}{steps}{opening}", f"{opening}{opening}{steps}{closing}{answer}",
-            f"{opening}{steps}{closing}{closing}{answer}", f"{opening}{steps}{odd}{steps}",
-            f"{steps}{opening}{steps}{closing}{steps}", own(rng, steps, answer),
+            f"{opening}{steps}",
+            steps,
+            "",
+            f"{opening}{steps}{closing}",
+            f"{steps}{opening}{steps}{closing}{answer}",
+            f"{closing}{steps}{opening}",
+            f"{opening}{opening}{steps}{closing}{answer}",
+            f"{opening}{steps}{closing}{closing}{answer}",
+            f"{opening}{steps}{odd}{steps}",
+            f"{steps}{opening}{steps}{closing}{steps}",
+            own(rng, steps, answer),
         ],
         {
             "closing tag missing or repeated": ["", "abc", f"{opening}α", f"{opening}α{closing}b{closing}c"],
             "odd marker": [
-                f"x{opening}α{closing}b", f"{opening}{opening}α{closing}b", f"{opening}α{closing}b{opening}",
-                f"{opening}α{closing.swapcase()}β{closing}b", f"α{closing}b <|channel|>",
+                f"x{opening}α{closing}b",
+                f"{opening}{opening}α{closing}b",
+                f"{opening}α{closing}b{opening}",
+                f"{opening}α{closing.swapcase()}β{closing}b",
+                f"α{closing}b <|channel|>",
             ],
             "empty part": [f"{opening}α{closing}", f"{opening}α{closing} \u3000\n", f"{closing}\u200b"],
             "copied run": [f"{opening}{'α' * 40}{closing}{'α' * 40}"],
         },
-    )  # fmt: skip
+    )
 
 
 def harmony(rng: random.Random, steps: str, answer: str) -> str:
@@ -214,40 +242,71 @@ THOUGHT = "<|channel|>analysis<|message|>"
 FINAL = "<|channel|>final<|message|>"
 NEXT = "<|end|><|start|>assistant"
 HARMONY = Kit(
-    "harmony", FORMS["harmony"], FORMS["harmony"].markers, {**TAGS, **ANGLES}, harmony,
+    "harmony",
+    FORMS["harmony"],
+    FORMS["harmony"].markers,
+    {**TAGS, **ANGLES},
+    harmony,
     lambda rng, steps, answer, odd: [
-        f"{THOUGHT}{steps}", steps, "", f"{THOUGHT}{steps}{NEXT}{FINAL}", f"{FINAL}{answer}{NEXT}{THOUGHT}{steps}",
-        f"analysis{steps}assistantfinal{steps}", f"{steps}{NEXT}{FINAL}{steps}", f"{steps}{FINAL}{steps}",
+        f"{THOUGHT}{steps}",
+        steps,
+        "",
+        f"{THOUGHT}{steps}{NEXT}{FINAL}",
+        f"{FINAL}{answer}{NEXT}{THOUGHT}{steps}",
+        f"analysis{steps}assistantfinal{steps}",
+        f"{steps}{NEXT}{FINAL}{steps}",
+        f"{steps}{FINAL}{steps}",
         f"{THOUGHT}{steps}{NEXT}{FINAL}{answer}{NEXT}{FINAL}{steps}",
         f"{THOUGHT}{steps}{NEXT}<|channel|>final to=x<|message|>{steps}",
         f"{THOUGHT}{steps}{NEXT}<|channel|>commentary<|message|>{steps}",
         f"{THOUGHT}{steps}{NEXT}<|channel|>final <|constrain|>json<|message|>{steps}",
         f"{THOUGHT}{steps}{NEXT}{FINAL}{answer} assistantanalysis {steps}",
-        f"{THOUGHT}{steps}{NEXT}{FINAL}{answer}<|call|>{steps}", f"<think>{steps}</think>{FINAL}{answer}",
-        f"{THOUGHT}{steps}<|end|><|start|>user{FINAL}{steps}", own(rng, steps, answer),
+        f"{THOUGHT}{steps}{NEXT}{FINAL}{answer}<|call|>{steps}",
+        f"<think>{steps}</think>{FINAL}{answer}",
+        f"{THOUGHT}{steps}<|end|><|start|>user{FINAL}{steps}",
+        own(rng, steps, answer),
     ],
     {
         "no final channel at the end": [
-            "", "abc", f"{THOUGHT}α", f"x{FINAL}b", f"{FINAL}b{NEXT}{THOUGHT}α", f"{THOUGHT}α{NEXT}",
-            f"{THOUGHT}α{NEXT}<|channel|>final x<|message|>b", f"{FINAL}a{NEXT}{FINAL}b",
+            "",
+            "abc",
+            f"{THOUGHT}α",
+            f"x{FINAL}b",
+            f"{FINAL}b{NEXT}{THOUGHT}α",
+            f"{THOUGHT}α{NEXT}",
+            f"{THOUGHT}α{NEXT}<|channel|>final x<|message|>b",
+            f"{FINAL}a{NEXT}{FINAL}b",
         ],
         "odd marker": [
-            f"{THOUGHT}α{NEXT}{FINAL}b<|channel|>c", f"{THOUGHT}α<|end|>β{NEXT}{FINAL}b", f"{FINAL}b</think>c",
-            f"{THOUGHT}α{NEXT}{FINAL}b <|call|>", f"{FINAL}b<|constrain|>", f"{FINAL}b assistant analysis c",
+            f"{THOUGHT}α{NEXT}{FINAL}b<|channel|>c",
+            f"{THOUGHT}α<|end|>β{NEXT}{FINAL}b",
+            f"{FINAL}b</think>c",
+            f"{THOUGHT}α{NEXT}{FINAL}b <|call|>",
+            f"{FINAL}b<|constrain|>",
+            f"{FINAL}b assistant analysis c",
             f"{FINAL}b<|return|><|return|>",
         ],
         "empty part": [f"{THOUGHT}α{NEXT}{FINAL}", f"{FINAL} \u3000<|return|>"],
         "copied run": [f"{THOUGHT}{'α' * 40}{NEXT}{FINAL}{'α' * 40}"],
     },
-)  # fmt: skip
+)
 
 SEPARATED = Kit(
-    "separated", FORMS["separated"], ("<think>", "</think>", "[THINK]", "<|channel|>"), TAGS,
+    "separated",
+    FORMS["separated"],
+    ("<think>", "</think>", "[THINK]", "<|channel|>"),
+    TAGS,
     lambda rng, steps, answer: any_of(rng, "", f"{BORDER}{BORDER}", f"{BORDER}\n{BORDER}") + steps + BORDER + answer,
     lambda rng, steps, answer, odd: [
-        f"{steps}{BORDER}", f"{BORDER}{steps}", "", f"{BORDER}{answer}{BORDER}{steps}",
-        f"{steps}{BORDER}{answer}{BORDER}{steps}", f"{BORDER}<think>{steps}</think>{answer}", steps,
-        f"{steps}{BORDER}{odd}{steps}{BORDER}", f"{steps}{odd}{steps}{BORDER}{answer}",
+        f"{steps}{BORDER}",
+        f"{BORDER}{steps}",
+        "",
+        f"{BORDER}{answer}{BORDER}{steps}",
+        f"{steps}{BORDER}{answer}{BORDER}{steps}",
+        f"{BORDER}<think>{steps}</think>{answer}",
+        steps,
+        f"{steps}{BORDER}{odd}{steps}{BORDER}",
+        f"{steps}{odd}{steps}{BORDER}{answer}",
     ],
     {
         "upstream separated no thinking": ["", f"{BORDER}abc", f" \u3000{BORDER}abc"],
@@ -256,12 +315,16 @@ SEPARATED = Kit(
         "empty part": [f"α{BORDER}", f"α{BORDER} \u3000"],
         "copied run": [f"{'α' * 40}{BORDER}{'α' * 40}"],
     },
-)  # fmt: skip
+)
 
 KITS = {
     kit.name: kit
     for kit in (
-        OWN, pair(FORMS["think"], {**TAGS, **ANGLES}), pair(FORMS["mistral"], {**TAGS, **SQUARES}), HARMONY, SEPARATED,
+        OWN,
+        pair(FORMS["think"], {**TAGS, **ANGLES}),
+        pair(FORMS["mistral"], {**TAGS, **SQUARES}),
+        HARMONY,
+        SEPARATED,
         pair(form_named("<scratchpad>...</scratchpad>"), {**TAGS, **ANGLES}),
     )
-}  # fmt: skip
+}

@@ -247,6 +247,16 @@ def law_copies(guard: ModuleType, kit: Kit = OWN) -> None:
         whole = run[:length]
         assert guard.copies(whole, f"so {whole} it is") == (length >= 12), length
         assert not guard.copies(whole, "so " + whole[:-1]), length
+    assert guard.copies(run, run[:40], run=40)
+    assert not guard.copies(run, run[:39], run=40)
+    for allowed, answer in ((32, None), (40, "x" + run[:32])):
+        text = kit.canonical(run + "α", "x" + run[:32]).encode()
+        content, more = kit.arguments(text)
+        assert guard.judge(content, "stop", run=allowed, **more).answer == answer
+        streaming = guard.Guard(kit.form, run=allowed)
+        for apart, part in kit.parts(text):
+            streaming.feed(part, reasoning=apart)
+        assert streaming.close("stop").answer == answer
     assert not guard.copies("", "anything at all, however long it may be")
     assert not guard.copies("37", "37")
     assert guard.copies("13 + 4 = 17\n17 + 6 = 23", "Because 13+4=17 17+6=23.")  # ten digits, but fifteen signs
@@ -283,9 +293,19 @@ def law_size(guard: ModuleType, kit: Kit = OWN) -> None:
 
 # Repeated so many bytes long, these took a second or more: a search from each `<`, marks put in order pair by pair.
 SLOW = {
-    "<": 9_000, "< ": 14_000, "\u0301\u0316": 32_000, "\u0316\u0345": 32_000, " \u200b": 64_000, "\ufdfa": 8_000,
-    "<[|": 32_000, "[|": 32_000, "&lt": 32_000, "&": 64_000, "<|end|>": 32_000, "&#60": 32_000,
-}  # fmt: skip
+    "<": 9_000,
+    "< ": 14_000,
+    "\u0301\u0316": 32_000,
+    "\u0316\u0345": 32_000,
+    " \u200b": 64_000,
+    "\ufdfa": 8_000,
+    "<[|": 32_000,
+    "[|": 32_000,
+    "&lt": 32_000,
+    "&": 64_000,
+    "<|end|>": 32_000,
+    "&#60": 32_000,
+}
 
 
 def law_time(guard: ModuleType, kit: Kit = OWN, seconds: float = 0.5) -> None:

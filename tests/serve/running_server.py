@@ -28,10 +28,16 @@ class RunningServer:
     """Serves until `close`; `ask` speaks raw HTTP and returns every byte that came back."""
 
     def __init__(
-        self, make_engine: Callable[[], Engine], audit: Path, *, limits: Limits = Limits(),  # noqa: B008 - frozen
-        keys: Mapping[str, str] | None = None, operators: frozenset[str] = frozenset(), fixed: bool = False,
+        self,
+        make_engine: Callable[[], Engine],
+        audit: Path,
+        *,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        keys: Mapping[str, str] | None = None,
+        operators: frozenset[str] = frozenset(),
+        fixed: bool = False,
         wrap: Callable[[Any], Any] = lambda app: app,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.audit = audit
         listener = bind("127.0.0.1", 0)
         self.port = listener.getsockname()[1]

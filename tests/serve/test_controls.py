@@ -127,11 +127,15 @@ INTERFERENCE = LEAKS.test_different_thinkings_with_one_answer_give_byte_identica
         (never_refuses, LOAD.test_full_queue_refuses_politely, {}),
         (stays_when_the_client_goes, LOAD.test_client_that_goes_away_cancels_its_generation, {"stream": False}),
     ],
-)  # fmt: skip
+)
 def test_planted_fault_is_caught(
-    plant: Plant, law: Callable[..., None], options: dict[str, Any], in_front: InFront, upstream: FakeUpstream,
+    plant: Plant,
+    law: Callable[..., None],
+    options: dict[str, Any],
+    in_front: InFront,
+    upstream: FakeUpstream,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     plant(monkeypatch)
     given = {"in_front": in_front, "upstream": upstream, **options}
     try:

@@ -56,8 +56,9 @@ def test_docker_compose_accepts_its_file(tmp_path: Path) -> None:
         pytest.skip("docker has no compose here")
     done = subprocess.run(
         ["docker", "compose", "-f", str(FOLDER / "docker-compose.yml"), "config", "--quiet"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 

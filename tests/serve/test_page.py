@@ -76,8 +76,10 @@ def browser(folder: Path) -> Iterator[Browser]:
     script = f'exec "$0" "$@" 3<&{in_read} 4>&{out_write}'
     process = subprocess.Popen(
         ["bash", "-c", script, str(BROWSER), *options, f"--user-data-dir={folder}/profile"],
-        pass_fds=(in_read, out_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        pass_fds=(in_read, out_write),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     os.close(in_read)
     os.close(out_write)
     try:

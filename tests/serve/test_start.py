@@ -76,9 +76,20 @@ def test_no_deployment_key_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("host", "found"),
-    [("localhost", True), ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("[::1]", True), ("0.0.0.0", False),
-     ("::", False), ("localhost.example", False), ("10.0.0.1", False), ("::ffff:10.0.0.1", False), ("", False)],
-)  # fmt: skip
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("localhost.example", False),
+        ("10.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("", False),
+    ],
+)
 def test_loopback_is_recognised(host: str, found: bool) -> None:
     assert is_loopback(host) is found
 
@@ -101,9 +112,13 @@ def started(folder: Path, *options: str, shown: str = "thinking as ") -> Iterato
     """The command in a process of its own; (base URL, process)."""
     with open(folder / "stderr", "w") as errors:  # not a pipe: a full one would stop the server
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli.main", "serve", "--port", "0", *options], cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=errors, env=ENVIRONMENT,
-        )  # fmt: skip
+            [sys.executable, "-m", "pipeline.cli.main", "serve", "--port", "0", *options],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=ENVIRONMENT,
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
