@@ -44,7 +44,7 @@ def serve(
     queue: Annotated[int, typer.Option(metavar="N", min=0, help="requests that may wait")] = 8,
     per_key: Annotated[int, typer.Option(metavar="N", min=1, help="requests of one key at a time")] = 4,
     timeout: Annotated[float, typer.Option(metavar="S", min=0.1, help="seconds for one request")] = 300.0,
-    keep_alive: Annotated[float, typer.Option(metavar="S", min=0.1, help="seconds between signs of life")] = 10.0,
+    keep_alive: Annotated[float, typer.Option(metavar="S", min=0.1, help="between signs of life")] = 10.0,
     empty_chunks: Annotated[bool, typer.Option("--empty-chunks", help="as chunks, not comments")] = False,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
 ) -> None:

@@ -205,7 +205,7 @@ def helps(command: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def test_every_verb_has_an_example_and_fits_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns, 24 lines; `serve`, with its twenty-one options, takes 34."""
+    """80 columns, 24 lines; `serve`, with its twenty-two options, takes 34."""
     import typer
 
     monkeypatch.setenv("COLUMNS", "80")

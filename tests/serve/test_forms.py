@@ -148,7 +148,6 @@ def test_forms_have_names_and_odd_ones_are_refused() -> None:
         "<a>...<a>",
         "---...***",
         "<a>...<a></a>",
-        "<a><b>...</a>",
     ):
         with pytest.raises(InputError, match="--think-form"):
             form_named(name)
