@@ -128,7 +128,7 @@ def templates() -> Iterator[tuple[str, str]]:
     yield "thought", "<thought>{{ m }}</thought>"
 
 
-@pytest.mark.parametrize(("form", "template"), templates())
+@pytest.mark.parametrize(("form", "template"), list(templates()))
 def test_a_template_tells_its_form(form: str, template: str) -> None:
     assert form_of_template(template).name == form
 
