@@ -52,6 +52,8 @@ _PACKAGES = (  # distribution, verbs, how to get it
     ("fastapi", "serve", "pip install 'so8t[serve]'"),
     ("uvicorn", "serve", "pip install 'so8t[serve]'"),
     ("httpx", "serve with --upstream", "pip install 'so8t[serve]'"),
+    ("httpx-sse", "serve with --upstream", "pip install 'so8t[serve]'"),
+    ("prometheus-client", "serve", "pip install 'so8t[serve]'"),
     ("bitsandbytes", "train with quantization: 8bit or 4bit", "pip install 'so8t[quant]'"),
 )
 

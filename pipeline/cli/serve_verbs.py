@@ -28,20 +28,26 @@ def serve(
     allow_remote_upstream: Annotated[
         bool, typer.Option("--allow-remote-upstream", help="the thinking may cross a network")
     ] = False,
+    think_form: Annotated[
+        str | None, typer.Option(metavar="FORM", help="so8t, think, harmony, separated, 'A...B'")
+    ] = None,
     host: Annotated[str, typer.Option(metavar="NAME", help="other than loopback needs --keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", help="0 takes any free port", min=0, max=65535)] = 8080,
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, stored as hashes")] = None,
     new_key: Annotated[str | None, typer.Option(metavar="NAME", help="add a key to --keys, print it, and end")] = None,
-    audit_log: Annotated[Path, typer.Option(metavar="FILE", help="append-only audit log")] = Path("so8t-audit.jsonl"),
+    operator: Annotated[bool, typer.Option("--operator", help="the new key may see why")] = False,
+    audit_log: Annotated[Path, typer.Option(metavar="FILE", help="append-only log")] = Path("so8t-audit.jsonl"),
     audit_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="deployment key; default: $SO8T_AUDIT_KEY")
     ] = None,
-    n_ctx: Annotated[int | None, typer.Option(metavar="N", min=256, help="context; default: as shipped")] = None,
+    copy_run: Annotated[int, typer.Option(metavar="N", min=32, help="letters an answer may not copy")] = 32,
+    n_ctx: Annotated[int | None, typer.Option(metavar="N", min=256, help="default: as shipped")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="thinking and answer together")] = 1024,
     queue: Annotated[int, typer.Option(metavar="N", min=0, help="requests that may wait")] = 8,
     per_key: Annotated[int, typer.Option(metavar="N", min=1, help="requests of one key at a time")] = 4,
     timeout: Annotated[float, typer.Option(metavar="S", min=0.1, help="seconds for one request")] = 300.0,
-    keep_alive: Annotated[float, typer.Option(metavar="S", min=0.1, help="seconds between two comments")] = 10.0,
+    keep_alive: Annotated[float, typer.Option(metavar="S", min=0.1, help="between signs of life")] = 10.0,
+    empty_chunks: Annotated[bool, typer.Option("--empty-chunks", help="as chunks, not comments")] = False,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
 ) -> None:
     """Serve answers, withhold the thinking.
@@ -56,24 +62,42 @@ def serve(
 
         if keys is None:
             raise InputError("--new-key needs the file that the key is added to; give --keys FILE")
-        print(new_api_key(keys, new_key))
+        print(new_api_key(keys, new_key, operator=operator))
         return
     from pipeline.serve.start import ServeConfig
     from pipeline.serve.start import serve as run_server
 
     config = ServeConfig(
-        model=model, upstream=upstream, name=name, tokenizer=tokenizer, allow_remote_upstream=allow_remote_upstream,
-        host=host, port=port, keys=keys, audit_log=audit_log, audit_key_file=audit_key_file, n_ctx=n_ctx,
-        max_new_tokens=max_new_tokens, queue=queue, per_key=per_key, timeout=timeout, keep_alive=keep_alive,
+        model=model,
+        upstream=upstream,
+        name=name,
+        tokenizer=tokenizer,
+        allow_remote_upstream=allow_remote_upstream,
+        think_form=think_form,
+        copy_run=copy_run,
+        empty_chunks=empty_chunks,
+        host=host,
+        port=port,
+        keys=keys,
+        audit_log=audit_log,
+        audit_key_file=audit_key_file,
+        n_ctx=n_ctx,
+        max_new_tokens=max_new_tokens,
+        queue=queue,
+        per_key=per_key,
+        timeout=timeout,
+        keep_alive=keep_alive,
         threads=threads,
-    )  # fmt: skip
+    )
     run_server(config, announce=lambda line: print(f"so8t serve: {line}", flush=True))
 
 
 audit_app = typer.Typer(
-    help="Examine the server's audit log.", epilog="Example: so8t audit verify so8t-audit.jsonl",
-    rich_markup_mode=None, no_args_is_help=True,
-)  # fmt: skip
+    help="Examine the server's audit log.",
+    epilog="Example: so8t audit verify so8t-audit.jsonl",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
 
 
 @audit_app.callback(epilog="Example: so8t audit verify so8t-audit.jsonl")

@@ -6,13 +6,17 @@ never text of a generation, a prompt or another program's message.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.data.think_form import Message
+from pipeline.serve.forms.form import Form
 
-Feed = Callable[[bytes], None]
+
+class Feed(Protocol):
+    """Takes the pieces of a generation: of its content, or of what an upstream separates from it as reasoning."""
+
+    def __call__(self, piece: bytes, /, *, reasoning: bool = False) -> None: ...
 
 
 class EngineError(Exception):
@@ -38,6 +42,7 @@ class Engine(Protocol):
 
     model_id: str  # what clients call it
     digest: str  # what the audit log calls it
+    form: Form  # how it writes its thinking
     quick: bool  # `check` costs next to nothing; otherwise it belongs in a thread
 
     def check(self, messages: list[Message]) -> int | None:

@@ -3,7 +3,8 @@
 Prompt: the file's own chat template, tokenised as in training, BOS where the file asks for it. Context: as shipped
 (`num_ctx` of the Modelfile beside the file, else the pipeline's default), never beyond what the model was trained for,
 nor beyond a LongRoPE's original length, where llama.cpp would compute another function than the one that was verified.
-The turn ends at any token of the file's end-of-generation set; a control token elsewhere is no text and ends in error.
+The turn ends at any token of the file's end-of-generation set, at the token by which its template ends an answer, and
+at every `stop` of the Modelfile. Another control token, save the markers of the form of thinking, is an error.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 import llama_cpp
 
 from pipeline.config import ConvertConfig
-from pipeline.data.think_form import Message
+from pipeline.data.think_form import THINK_MARKER, Message
 from pipeline.release.generate import with_bos
 from pipeline.serve.engine import EngineError, Feed, Job
-from pipeline.serve.protocol import invalid
+from pipeline.serve.forms.form import Form
+from pipeline.serve.forms.registry import SO8T, form_of_template
+from pipeline.serve.refusal import Refusal, invalid
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
@@ -35,16 +38,30 @@ from verification.reference.rope import limit_of_file
 PIECE = 128  # prompt tokens between two looks at the cancel flag
 
 
+def modelfile_beside(gguf: Path) -> str:
+    """The text of the Modelfile beside a file; empty where there is none."""
+    beside = gguf.with_suffix(".Modelfile")
+    return beside.read_text(encoding="utf-8") if beside.is_file() else ""
+
+
 def shipped_n_ctx(gguf: Path) -> int:
     """`num_ctx` of the Modelfile beside the file, else the default of `so8t convert`."""
-    beside = gguf.with_suffix(".Modelfile")
-    text = beside.read_text(encoding="utf-8") if beside.is_file() else ""
-    found = re.search(r"^PARAMETER num_ctx (\d+)$", text, re.MULTILINE)
+    found = re.search(r"^PARAMETER num_ctx (\d+)$", modelfile_beside(gguf), re.MULTILINE)
     return int(found[1]) if found else int(ConvertConfig().n_ctx)
 
 
+def shipped_stops(gguf: Path) -> list[str]:
+    """Every `stop` of the Modelfile beside the file."""
+    return re.findall(r'^PARAMETER stop "(.+)"$', modelfile_beside(gguf), re.MULTILINE)
+
+
+def form_of_file(gguf: Path, template: str) -> Form:
+    """The form of thinking: this pipeline's own where the Modelfile asks for it, else the template's."""
+    return SO8T if THINK_MARKER in modelfile_beside(gguf) else form_of_template(template)
+
+
 class ChatTemplate:
-    """A model's own chat template, rendered as `so8t verify` renders it: in a child process with limits.
+    """A model's own chat template, rendered as `so8t verify` renders it, in a child process, with today's date.
 
     Raises:
         InputError: it is no Jinja template.
@@ -55,13 +72,13 @@ class ChatTemplate:
         if self._template.error():
             raise InputError("the GGUF's chat template is not valid Jinja; `so8t convert` writes the base's own")
 
-    def render(self, messages: list[Message]) -> str:
-        """The prompt up to the model's turn.
+    def render(self, messages: list[Message], *, prompt: bool = True) -> str:
+        """The conversation, with `prompt` up to the model's turn.
 
         Raises:
-            Refusal: the template refuses these roles.
+            Refusal: the template refuses these roles, or cannot render them.
         """
-        variables = chat_template.llama_cpp_variables(messages, bos=self._bos, eos=self._eos, prompt=True)
+        variables = chat_template.llama_cpp_variables(messages, bos=self._bos, eos=self._eos, prompt=prompt)
         (outcome,) = self._template.render(variables, now=datetime.datetime.now())
         if outcome.kind != "text":
             raise invalid("the model's chat template refuses this order of roles", param="messages")
@@ -78,6 +95,7 @@ class LlamaEngine:
     Args:
         n_ctx: tokens of prompt and generation together; None = as shipped.
         max_new_tokens: a generation is stopped there, and then nothing of it is shown.
+        form: how the model writes its thinking; None = as the file says.
 
     Raises:
         InputError: the file cannot be loaded, has no chat template, or the limits do not fit each other.
@@ -86,7 +104,13 @@ class LlamaEngine:
     quick = False
 
     def __init__(
-        self, gguf: Path, *, n_ctx: int | None = None, max_new_tokens: int = 1024, threads: int | None = None
+        self,
+        gguf: Path,
+        *,
+        n_ctx: int | None = None,
+        max_new_tokens: int = 1024,
+        threads: int | None = None,
+        form: Form | None = None,
     ) -> None:
         if not gguf.is_file():
             raise InputError(f"{gguf} does not exist; `so8t convert` makes GGUF files")
@@ -111,6 +135,9 @@ class LlamaEngine:
             raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {self.n_ctx} tokens")
         names = {"bos": self.model.token_text(self.model.bos), "eos": self.model.token_text(self.model.eos)}
         self.template = ChatTemplate(source, **names)
+        self.form = form or form_of_file(gguf, source)
+        self.marks = {ids[0] for marker in self.form.markers if len(ids := self.model.tokenize(marker)) == 1}
+        self.ends = self._ends(gguf)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = self.n_ctx, 1
         params.n_batch = params.n_ubatch = PIECE
@@ -120,6 +147,20 @@ class LlamaEngine:
             raise InputError(f"llama.cpp cannot open a context of {self.n_ctx} tokens: {last_words()}")
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llama")
+
+    def _ends(self, gguf: Path) -> set[int]:
+        """Control tokens that end a turn: the Modelfile's stops, and what the template puts behind an answer first."""
+        found = [self.model.tokenize(stop) for stop in shipped_stops(gguf)]
+        ends = {ids[0] for ids in found if len(ids) == 1}
+        answer = "answer seven"
+        try:
+            question = {"role": "user", "content": "question"}
+            text = self.template.render([question, {"role": "assistant", "content": answer}], prompt=False)
+        except Refusal:
+            text = ""
+        behind = self.model.tokenize(text.rpartition(answer)[2]) if answer in text else []
+        ends.update(next(([token] for token in behind if self.tokens.is_control(token)), []))
+        return {token for token in ends if self.tokens.is_control(token)} - self.marks
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Token ids of the rendered conversation."""
@@ -132,8 +173,9 @@ class LlamaEngine:
         if found > room:
             raise invalid(
                 f"the conversation has {found} tokens, at most {room} are possible: shorten it",
-                param="messages", code="context_length_exceeded",
-            )  # fmt: skip
+                param="messages",
+                code="context_length_exceeded",
+            )
         return found
 
     def count(self, text: str) -> int:
@@ -171,9 +213,9 @@ class LlamaEngine:
                 if cancelled.is_set():
                     return None
                 token = int(llama_cpp.llama_sampler_sample(sampler, self.context, -1))
-                if self.model.is_end(token):
+                if self.model.is_end(token) or token in self.ends:
                     return "stop"
-                if self.tokens.is_control(token):
+                if self.tokens.is_control(token) and token not in self.marks:
                     raise EngineError("control token")
                 feed(self.tokens.piece(token))
                 self._step([token])

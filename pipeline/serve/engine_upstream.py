@@ -1,23 +1,30 @@
 """The upstream engine: a chat completion streamed from llama-server, vLLM or Ollama, read as if it were hostile.
 
-Its request is built here, field by field; of its reply only `delta.content` and `finish_reason` of choice 0 are read.
+Its request is built here, field by field; of its reply only content, reasoning and finish reason of choice 0 are read.
 A generation counts as ended by the model only if the finish reason is "stop", comes once, nothing follows it, and the
 stream ends with [DONE]. Anything else (status, redirect, compression, JSON of another shape, too many bytes) fails.
 """
 
 from __future__ import annotations
 
+import codecs
 import ipaddress
 import json
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import httpx
+from httpx_sse import EventSource, ServerSentEvent, SSEError
 
 from pipeline.data.think_form import Message
 from pipeline.serve.engine import EngineError, Feed, Job
-from pipeline.serve.guard import MAX_BYTES
-from pipeline.serve.protocol import invalid
+from pipeline.serve.forms.form import Form
+from pipeline.serve.forms.registry import SO8T
+from pipeline.serve.guard import MAX_BYTES, SEPARATES
+from pipeline.serve.refusal import invalid
 from so8t_core.errors import InputError
 
 if TYPE_CHECKING:  # llama.cpp is loaded only where a tokenizer was given
@@ -25,7 +32,9 @@ if TYPE_CHECKING:  # llama.cpp is loaded only where a tokenizer was given
 
 MAX_STREAM = 256 * MAX_BYTES  # of the raw reply; a token's JSON wrapping is some 200 bytes around a few of text
 MAX_LINE = 4 * MAX_BYTES
-CONTROL_LIKE = ("<|", "|>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]")
+CONTROL_LIKE = ("<|", "|>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "[THINK]")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # llama-server and vLLM, vLLM and Ollama, others
+log = logging.getLogger("so8t.serve")
 
 
 def is_loopback(host: str) -> bool:
@@ -65,27 +74,39 @@ class UpstreamEngine:
     Args:
         tokens: the model's tokenizer, where known: usage and `max_tokens` need it.
         n_ctx: bounds the prompt, together with `max_new_tokens`.
+        form: how the model writes its thinking, or `separated`.
+
     Raises:
         InputError: they leave no room for a prompt.
     """
 
     def __init__(
-        self, url: str, *, model_id: str, n_ctx: int, max_new_tokens: int, tokens: Tokens | None = None,
-        key: str | None = None, connections: int = 64,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        *,
+        model_id: str,
+        n_ctx: int,
+        max_new_tokens: int,
+        tokens: Tokens | None = None,
+        key: str | None = None,
+        connections: int = 64,
+        form: Form = SO8T,
+    ) -> None:
         self.model_id, self.digest = model_id, f"upstream:{model_id}"
         self.tokens, self.max_new_tokens, self.quick = tokens, max_new_tokens, tokens is None
-        self.room = n_ctx - max_new_tokens
+        self.room, self.form, self._mismatch = n_ctx - max_new_tokens, form, False
         if self.room <= 0:
             raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {n_ctx} tokens")
         base = url.removesuffix("/v1")
         self._url = f"{base}/v1/chat/completions"
         headers = {"accept-encoding": "identity", **({"authorization": f"Bearer {key}"} if key else {})}
         self._client = httpx.AsyncClient(
-            headers=headers, follow_redirects=False, trust_env=False,  # no proxy may see a generation
+            headers=headers,
+            follow_redirects=False,
+            trust_env=False,  # no proxy may see a generation
             timeout=httpx.Timeout(None, connect=5.0, pool=5.0),  # the server's own deadline bounds the whole
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-        )  # fmt: skip
+        )
 
     def check(self, messages: list[Message]) -> int | None:
         """Tokens of the texts where a tokenizer is known (the template's are the upstream's secret)."""
@@ -101,8 +122,9 @@ class UpstreamEngine:
         if found > self.room:
             raise invalid(
                 f"the conversation has about {found} tokens, at most {self.room} are possible: shorten it",
-                param="messages", code="context_length_exceeded",
-            )  # fmt: skip
+                param="messages",
+                code="context_length_exceeded",
+            )
         return found if self.tokens is not None else None
 
     def count(self, text: str) -> int | None:
@@ -114,16 +136,21 @@ class UpstreamEngine:
         if self.tokens is None:
             raise invalid(
                 "`max_tokens` counts tokens of the answer, and this server has no tokenizer (--tokenizer FILE.gguf)",
-                param="max_tokens", code="unsupported_parameter",
-            )  # fmt: skip
+                param="max_tokens",
+                code="unsupported_parameter",
+            )
         return self.tokens.cut(text, limit)
 
     def body(self, job: Job) -> dict[str, Any]:
         """The request: nothing but what is named here."""
         fields: dict[str, Any] = {
-            "model": self.model_id, "messages": job.messages, "stream": True, "max_tokens": self.max_new_tokens,
-            "temperature": job.temperature, "top_p": job.top_p,
-        }  # fmt: skip
+            "model": self.model_id,
+            "messages": job.messages,
+            "stream": True,
+            "max_tokens": self.max_new_tokens,
+            "temperature": job.temperature,
+            "top_p": job.top_p,
+        }
         return fields if job.seed is None else {**fields, "seed": job.seed}
 
     async def generate(self, job: Job, feed: Feed) -> str | None:
@@ -139,14 +166,20 @@ class UpstreamEngine:
                     raise EngineError("upstream status", busy=response.status_code in (429, 503))
                 if response.headers.get("content-encoding", "identity") != "identity":
                     raise EngineError("upstream compressed")
-                async for data in response.aiter_raw():
-                    reader.take(data)
-                    if reader.done:
-                        break
+                async with aclosing(_events(response)) as events:
+                    async for event in events:
+                        reader.take(event.data)
+                        if reader.done:
+                            break
         except httpx.ConnectError:
             raise EngineError("upstream unreachable", busy=True) from None
+        except SSEError:
+            raise EngineError("upstream sent no event stream") from None
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL):
             raise EngineError("upstream broke off") from None
+        if reader.reasoned and self.form.markers and not self._mismatch:
+            self._mismatch = True
+            log.warning("%s", SEPARATES)
         return reader.finish if reader.done else None
 
     async def close(self) -> None:
@@ -154,51 +187,82 @@ class UpstreamEngine:
         await self._client.aclose()
 
 
+def _events(response: httpx.Response) -> AsyncGenerator[ServerSentEvent, None]:
+    """The events of a reply, through httpx-sse; what it reads is `_Bounded`."""
+    return EventSource(cast(httpx.Response, _Bounded(response))).aiter_sse()
+
+
+class _Bounded:
+    """A response as httpx-sse reads it, within bounds and in strict UTF-8 whatever charset its header names.
+
+    httpx-sse keeps an unfinished line for as long as it grows, and httpx would decode by the header and replace what
+    it cannot decode.
+    """
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.headers, self._response = response.headers, response
+
+    async def aiter_text(self) -> AsyncIterator[str]:
+        """The body's text, piece by piece.
+
+        Raises:
+            EngineError: too long, a line too long, or not UTF-8.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        total = line = 0
+        async for data in self._response.aiter_raw():
+            total += len(data)
+            line = line + len(data) if data.rfind(b"\n") < 0 else len(data) - data.rfind(b"\n")
+            if total > MAX_STREAM or line > MAX_LINE:
+                raise EngineError("upstream sent too much")
+            try:
+                text = decoder.decode(data)
+            except UnicodeDecodeError:
+                raise EngineError("upstream sent no UTF-8") from None
+            if text:
+                yield text
+
+
 class _Reader:
-    """Server-sent events of a chat completion, cut into lines whatever the chunks were."""
+    """The events of one chat completion."""
 
     def __init__(self, feed: Feed) -> None:
-        self._feed, self._rest, self._total = feed, bytearray(), 0
+        self._feed = feed
         self.finish: str | None = None
-        self.done = False
+        self.done = self.reasoned = False
 
-    def take(self, data: bytes) -> None:
-        self._total += len(data)
-        self._rest += data
-        if self._total > MAX_STREAM or len(self._rest) > MAX_LINE:
-            raise EngineError("upstream sent too much")
-        if b"\n" not in data:  # a line in a million pieces must not be searched a million times
-            return
-        *lines, self._rest = self._rest.split(b"\n")
-        for line in lines:
-            self._line(bytes(line).removesuffix(b"\r"))
+    def take(self, data: str) -> None:
+        """One event's data; an event without any says nothing.
 
-    def _line(self, line: bytes) -> None:
-        field, _, value = line.partition(b":")
-        if field != b"data" or self.done:  # comments, event names, ids
-            return
-        value = value.removeprefix(b" ")
-        if value == b"[DONE]":
+        Raises:
+            EngineError: it is no chunk of a chat completion, or one behind the end.
+        """
+        if data == "[DONE]":
             self.done = True
+        if data == "[DONE]" or not data:
             return
         try:
-            content, finish = _delta(json.loads(value.decode("utf-8")))
+            reasoning, content, finish = _delta(json.loads(data))
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
             raise EngineError("upstream sent no chat chunk") from None
-        if self.finish is not None and (content or finish):
+        if self.finish is not None and (reasoning or content or finish):
             raise EngineError("upstream went on after its end")
+        if reasoning:
+            self.reasoned = True
+            self._feed(reasoning, reasoning=True)
         if content:
             self._feed(content)
         self.finish = self.finish or finish
 
 
-def _delta(chunk: Any) -> tuple[bytes, str | None]:
-    """Content and finish reason of a chunk; TypeError where it is none of choice 0's text."""
+def _delta(chunk: Any) -> tuple[bytes, bytes, str | None]:
+    """Reasoning, content and finish reason of a chunk; TypeError where it is none of choice 0's text."""
     if chunk["choices"] == []:  # usage, sent at the end by some
-        return b"", None
+        return b"", b"", None
     [choice] = chunk["choices"]
     delta, finish = choice.get("delta") or {}, choice.get("finish_reason")
-    content = delta.get("content")
-    if choice.get("index", 0) != 0 or not isinstance(content or "", str) or not isinstance(finish or "", str):
+    texts = [next((delta[name] for name in REASONING if delta.get(name)), ""), delta.get("content") or ""]
+    if choice.get("index", 0) != 0 or not all(isinstance(text, str) for text in [*texts, finish or ""]):
         raise TypeError
-    return (content or "").encode("utf-8", "surrogatepass"), finish or None
+    reasoning, content = (text.encode("utf-8", "surrogatepass") for text in texts)
+    return reasoning, content, finish or None

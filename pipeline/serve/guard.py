@@ -1,32 +1,26 @@
 """What of a generation may be shown: a pure function of its whole text and of why it ended.
 
-Narrow to open: UTF-8, ended by the model itself, first line `# 思考ステップ`, exactly one line `# 最終回答`, both parts
-non-empty. Wide to close: after `fold` each marker's words occur once in the whole text, so `##`, bold, full-width,
-half-width, zero-width, decomposed or split variants, and a mention in prose, withhold; so do `<think>` tags and an
-answer that copies a long run of its thinking. Everything else is withheld: there is no third outcome.
+Narrow to open: UTF-8, ended by the model itself, in the canonical spelling of one form (`pipeline.serve.forms`).
+Wide to close: a marker in any other dress or place withholds; so do tags of another form and an answer that copies a
+long run of its thinking. Everything else is withheld: there is no third outcome.
 Finish reason, second markers and copies are known only at the end, so nothing can be shown earlier: `Guard`, the
 streaming form, gathers pieces and gives `judge` of their concatenation, whatever the pieces were.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.data.think_form import ANSWER_MARKER, THINK_MARKER, strip_message
+from pipeline.data.think_form import strip_message
+from pipeline.serve.folding import fold, plain
+from pipeline.serve.forms.form import Form, Odd
+from pipeline.serve.forms.registry import SO8T
 
 MAX_BYTES = 1 << 18  # of one generation: some 64,000 tokens
-COPY_RUN = 32  # characters in a row that an answer may not share with its thinking
+COPY_RUN = 32  # characters in a row that an answer may not share with its thinking, unless a server allows more
 COPY_WHOLE = 12  # a thinking shorter than COPY_RUN may not stand whole in the answer from this length on
-
-_FILLERS = {0x115F: None, 0x1160: None}  # Hangul fillers: letters by category, invisible on the screen
-_WORDS = re.compile(r"[^\W_]+")
-_TAG = re.compile(
-    r"<[^\w<]*(?:think|thought|reasoning)"
-)  # from the last `<`: from each one, time grows with the square
-_STRETCH = re.compile("(?s).{1,128}")
+SEPARATES = "upstream separates the thinking itself: start with --think-form separated"
 
 
 class TooLong(Exception):
@@ -42,35 +36,21 @@ class Verdict:
     thinking: bytes = field(repr=False)  # what to account for: the steps, or everything where the answer is withheld
 
 
-def fold(text: str) -> str:
-    """Letters and digits as one sees them: NFKD, case folded; marks, spaces, punctuation and invisibles dropped."""
-    return "".join(_WORDS.findall(_plain(text)))
-
-
-def _plain(text: str) -> str:
-    # Stretch by stretch: a run of combining marks is put in order in the square of its length.
-    decomposed = "".join(unicodedata.normalize("NFKD", stretch) for stretch in _STRETCH.findall(text))
-    return decomposed.casefold().translate(_FILLERS)
-
-
-_MARKER_WORDS = (fold(THINK_MARKER), fold(ANSWER_MARKER))
-
-
-def copies(steps: str, answer: str) -> bool:
-    """True if the answer shares COPY_RUN characters in a row, or a whole short thinking, with the steps.
+def copies(steps: str, answer: str, *, run: int = COPY_RUN) -> bool:
+    """True if the answer shares `run` characters in a row, or a whole shorter thinking, with the steps.
 
     Compared twice: folded (dashes between the letters do not hide a copy) and with spaces dropped only (arithmetic is
     mostly signs).
     """
-    return _shares(fold(steps), fold(answer)) or _shares(_squeeze(steps), _squeeze(answer))
+    return _shares(fold(steps), fold(answer), run) or _shares(_squeeze(steps), _squeeze(answer), run)
 
 
 def _squeeze(text: str) -> str:
-    return "".join(_plain(text).split())
+    return "".join(plain(text).split())
 
 
-def _shares(source: str, target: str) -> bool:
-    size = min(COPY_RUN, max(COPY_WHOLE, len(source)))
+def _shares(source: str, target: str, run: int) -> bool:
+    size = min(run, max(COPY_WHOLE, len(source)))
     runs = set(_runs(source, size))
     return any(run in runs for run in _runs(target, size))
 
@@ -79,54 +59,72 @@ def _runs(text: str, size: int) -> Iterator[str]:
     return (text[i : i + size] for i in range(len(text) - size + 1))
 
 
-def judge(data: bytes, finish: str | None) -> Verdict:
-    """The verdict on a whole generation; `finish` is "stop" only where the model ended its turn itself."""
+def judge(
+    data: bytes,
+    finish: str | None,
+    *,
+    form: Form = SO8T,
+    reasoning: bytes = b"",
+    mixed: bool = False,
+    run: int = COPY_RUN,
+) -> Verdict:
+    """The verdict on a whole generation.
+
+    Args:
+        data: the content.
+        finish: "stop" only where the model ended its turn itself.
+        reasoning: what an upstream delivered apart from the content.
+        mixed: some of the reasoning came after the content had begun.
+        run: characters in a row that the answer may not share with the thinking.
+    """
+    everything = reasoning + data
     if finish != "stop":
-        return Verdict(None, "not ended by the model", data)
-    if len(data) > MAX_BYTES:
-        return Verdict(None, "too long", data)
+        return Verdict(None, "not ended by the model", everything)
+    if len(everything) > MAX_BYTES:
+        return Verdict(None, "too long", everything)
     try:
-        text = strip_message(data.decode("utf-8"))
+        content, apart = (strip_message(part.decode("utf-8")) for part in (data, reasoning))
     except UnicodeDecodeError:
-        return Verdict(None, "not UTF-8", data)
-    if "\ufffd" in text:  # somebody upstream has replaced what was not UTF-8
-        return Verdict(None, "not UTF-8", data)
-    lines = text.split("\n")
-    if lines[0] != THINK_MARKER:
-        return Verdict(None, "thinking marker not first", data)
-    if lines.count(ANSWER_MARKER) != 1:
-        return Verdict(None, "answer marker missing or repeated", data)
-    folded = fold(text)
-    if any(folded.count(words) != 1 for words in _MARKER_WORDS) or _TAG.search(_plain(text)):
-        return Verdict(None, "odd marker", data)
-    border = lines.index(ANSWER_MARKER)
-    steps, answer = strip_message("\n".join(lines[1:border])), strip_message("\n".join(lines[border + 1 :]))
-    if not steps or not answer:
-        return Verdict(None, "empty part", data)
-    if copies(steps, answer):
-        return Verdict(None, "copied run", data)
-    return Verdict(answer, "released", steps.encode())
+        return Verdict(None, "not UTF-8", everything)
+    if "\ufffd" in content + apart:  # somebody upstream has replaced what was not UTF-8
+        return Verdict(None, "not UTF-8", everything)
+    try:
+        parts = form.split(content, apart, mixed=mixed)
+    except Odd as odd:
+        return Verdict(None, SEPARATES if apart and form.markers else odd.reason, everything)
+    if not parts.answer or not (parts.steps or form.may_skip):
+        return Verdict(None, "empty part", everything)
+    if copies(parts.steps, parts.answer, run=run) or copies(apart, parts.answer, run=run):
+        return Verdict(None, "copied run", everything)
+    return Verdict(parts.answer, "released", parts.steps.encode())
 
 
 class Guard:
     """The streaming form: `feed` pieces of any size, `close` gives `judge` of the whole. Nothing leaves before."""
 
-    def __init__(self) -> None:
-        self._data = bytearray()
+    def __init__(self, form: Form = SO8T, *, run: int = COPY_RUN) -> None:
+        self.form, self.run = form, run
+        self._data, self._reasoning, self._mixed = bytearray(), bytearray(), False
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._data) + len(self._reasoning)
 
-    def feed(self, piece: bytes) -> None:
-        """Take the next bytes.
+    def feed(self, piece: bytes, *, reasoning: bool = False) -> None:
+        """Take the next bytes, of the content or of what the upstream separates from it.
 
         Raises:
             TooLong: together they exceed MAX_BYTES; generating on would be wasted.
         """
-        self._data += piece
-        if len(self._data) > MAX_BYTES:
+        if reasoning:
+            if piece and self._data.strip():
+                self._mixed = True
+            self._reasoning += piece
+        else:
+            self._data += piece
+        if len(self) > MAX_BYTES:
             raise TooLong
 
     def close(self, finish: str | None) -> Verdict:
         """The verdict on everything fed so far."""
-        return judge(bytes(self._data), finish)
+        content, apart = bytes(self._data), bytes(self._reasoning)
+        return judge(content, finish, form=self.form, reasoning=apart, mixed=self._mixed, run=self.run)

@@ -1,7 +1,8 @@
-"""HTTP: `POST /v1/chat/completions`, `GET /v1/models`, `GET /healthz`, and OpenAI's error form for everything else.
+"""HTTP: chat completions, models, health, metrics, the chat page, and OpenAI's error form for everything else.
 
-A stream opens at once and carries comments while the model thinks; the answer follows whole, after its verdict is on
-disk. A client that goes away cancels its generation. No exception leaves this module: its message could quote a text.
+A stream opens at once with the role and carries signs of life while the model thinks; the answer follows whole, after
+its verdict is on disk. A client that goes away cancels its generation. No exception leaves this module: its message
+could quote a text. Why an answer was withheld is told to operators only (`/v1/decisions`), never the thinking.
 """
 
 from __future__ import annotations
@@ -17,17 +18,9 @@ from starlette.requests import ClientDisconnect
 
 from pipeline.serve.engine import Job
 from pipeline.serve.keys import who
-from pipeline.serve.protocol import (
-    ChatRequest,
-    Refusal,
-    Reply,
-    chunks,
-    completion,
-    dumps,
-    event,
-    invalid,
-    parse_request,
-)
+from pipeline.serve.page import page
+from pipeline.serve.protocol import ROLE, ChatRequest, Reply, Ticket, chunks, completion, dumps, event, parse_request
+from pipeline.serve.refusal import Refusal, invalid
 from pipeline.serve.request import Decider
 
 log = logging.getLogger("so8t.serve")
@@ -40,6 +33,12 @@ _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cach
 _NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 _JSON = {"cache-control": "no-store", "content-type": "application/json"}
 DRAINED = 16  # so many times the limit is read and dropped, so that the client sees its 413
+# Addresses of OpenAI's that clients try, and why they are none here.
+_ELSEWHERE = {
+    "/v1/completions": "a text completion would be begun by the client, and no thinking could be told from an answer",
+    "/v1/responses": "the Responses API is not spoken here",
+    "/v1/embeddings": "this server answers chats only",
+}
 _FAULT = Refusal(500, "server_error", "internal_error", "internal fault; the server's log has its type and place")
 
 
@@ -68,7 +67,7 @@ class _Decision(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._decider.admitted(self._client):
+            with self._decider.admitted(self._client), self._decider.metrics.seconds.time():
                 job, prompt_tokens = await self._decider.prepare(self._chat)
                 await self._decide(job, prompt_tokens, scope, receive, send)
         except Refusal as refusal:
@@ -77,11 +76,12 @@ class _Decision(Response):
             pass  # the client went away while it was written to
 
     async def _decide(self, job: Job, prompt_tokens: int | None, scope: Scope, receive: Receive, send: Send) -> None:
-        decision = asyncio.create_task(self._decider.decide(self._chat, job, prompt_tokens, self._client))
+        ticket = self._decider.ticket()
+        decision = asyncio.create_task(self._decider.decide(self._chat, job, prompt_tokens, self._client, ticket))
         gone = asyncio.create_task(_disconnected(receive))
         try:
             if self._chat.stream:
-                await self._stream(decision, gone, send)
+                await self._stream(decision, gone, ticket, send)
             elif await self._decided(decision, gone, None):
                 await _json(completion(decision.result()))(scope, receive, send)
         finally:
@@ -98,10 +98,15 @@ class _Decision(Response):
         done, _ = await asyncio.wait({decision, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         return True if decision in done else False if gone in done else None
 
-    async def _stream(self, decision: asyncio.Task[Reply], gone: asyncio.Task[None], send: Send) -> None:
+    async def _stream(
+        self, decision: asyncio.Task[Reply], gone: asyncio.Task[None], ticket: Ticket, send: Send
+    ) -> None:
+        limits = self._decider.limits
+        alive = event(ticket.chunk({})) if limits.empty_chunks else b": thinking\n\n"
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
-        while (state := await self._decided(decision, gone, self._decider.limits.keep_alive)) is None:
-            await send({"type": "http.response.body", "body": b": thinking\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": event(ticket.chunk(ROLE)), "more_body": True})
+        while (state := await self._decided(decision, gone, limits.keep_alive)) is None:
+            await send({"type": "http.response.body", "body": alive, "more_body": True})
         if not state:
             return
         try:
@@ -146,21 +151,35 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
     return bytes(data)
 
 
-def make_app(decider: Decider, *, keys: Mapping[str, str] | None = None, hosts: frozenset[str] | None = None) -> Sealed:
+def make_app(
+    decider: Decider,
+    *,
+    keys: Mapping[str, str] | None = None,
+    operators: frozenset[str] = frozenset(),
+    hosts: frozenset[str] | None = None,
+) -> Sealed:
     """The ASGI application.
 
     Args:
         keys: {name: SHA-256}; None = no key is asked for (loopback only).
+        operators: names of keys whose owners may see metrics and the reasons of decisions.
         hosts: names that the Host header may carry; a web page that rebinds its own name to loopback is refused.
     """
     app = FastAPI(
-        docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, title="so8t serve",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        title="so8t serve",
         telemetry=_NO_TELEMETRY,
-    )  # fmt: skip
+    )
 
-    def client_of(request: Request) -> str | None:
+    def check_host(request: Request) -> None:
         if hosts is not None and _host_name(request.headers.get("host", "")) not in hosts:
             raise Refusal(403, "invalid_request_error", "unknown_host", "this server answers on its own address only")
+
+    def client_of(request: Request) -> str | None:
+        check_host(request)
         if keys is None:
             return None
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -168,6 +187,11 @@ def make_app(decider: Decider, *, keys: Mapping[str, str] | None = None, hosts: 
         if name is None:
             raise Refusal(401, "authentication_error", "invalid_api_key", "give a valid key: Authorization: Bearer KEY")
         return name
+
+    def check_operator(request: Request) -> None:
+        if client_of(request) not in operators:
+            way_out = "so8t serve --new-key NAME --operator --keys FILE makes one"
+            raise Refusal(403, "permission_error", "operator_only", f"this takes an operator's key; {way_out}")
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -188,6 +212,28 @@ def make_app(decider: Decider, *, keys: Mapping[str, str] | None = None, hosts: 
         failed = decider.recorder.log.failed
         return _json({"status": "audit log unavailable" if failed else "ok"}, 503 if failed else 200)
 
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        check_operator(request) if keys is not None else check_host(request)
+        return Response(decider.metrics.text(), 200, {**_JSON, "content-type": decider.metrics.content_type})
+
+    @app.get("/v1/decisions")
+    async def decisions(request: Request) -> Response:
+        check_operator(request)
+        return _json({"object": "list", "data": list(decider.recent)})
+
+    @app.get("/")
+    async def chat_page(request: Request) -> Response:
+        check_host(request)
+        return page()
+
+    async def elsewhere(request: Request) -> Response:
+        message = f"{_ELSEWHERE[request.url.path]}; use POST /v1/chat/completions"
+        raise Refusal(404, "invalid_request_error", "unsupported_endpoint", message)
+
+    for address in _ELSEWHERE:
+        app.add_api_route(address, elsewhere, methods=["GET", "POST"])
+
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> Response:
         return refusal_response(refusal)
@@ -203,7 +249,11 @@ def make_app(decider: Decider, *, keys: Mapping[str, str] | None = None, hosts: 
     async def fault(_: Request, error: Exception) -> Response:
         return refusal_response(_FAULT)
 
-    return Sealed(app)
+    watch = decider.metrics.watch
+    watch("so8t_requests_running", "Requests that generate or wait", lambda: decider.running.total())
+    watch("so8t_audit_records", "Records in the audit log", lambda: decider.recorder.log.head.seq + 1)
+    watch("so8t_audit_failed", "1 while the audit log cannot be written", lambda: float(decider.recorder.log.failed))
+    return Sealed(app, decider.metrics.responded)
 
 
 def _host_name(host: str) -> str:
@@ -214,15 +264,17 @@ def _host_name(host: str) -> str:
 class Sealed:
     """The outermost layer: no exception reaches the server's log, where its message would be printed."""
 
-    def __init__(self, app: FastAPI) -> None:
-        self.app = app
+    def __init__(self, app: FastAPI, responded: Callable[[int], None] = lambda status: None) -> None:
+        self.app, self.responded = app, responded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def watched(message: MutableMapping[str, Any]) -> None:
             nonlocal started
-            started = started or message["type"] == "http.response.start"
+            if message["type"] == "http.response.start":
+                started = True
+                self.responded(message["status"])
             await send(message)
 
         try:
@@ -234,4 +286,4 @@ class Sealed:
             place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "?"
             log.error("internal fault: %s at %s", type(error).__name__, place)
             if scope["type"] == "http" and not started:
-                await refusal_response(_FAULT)(scope, receive, send)
+                await refusal_response(_FAULT)(scope, receive, watched)

@@ -1,7 +1,8 @@
 """Secrets: API keys (only their SHA-256 is stored) and the deployment key under which the audit log authenticates.
 
 An API key is 256 random bits, so a plain hash suffices at rest: there is nothing to guess, and no salt to keep.
-The key file is JSON: {"keys": [{"name": ..., "sha256": ...}, ...]}.
+The key file is JSON: {"keys": [{"name": ..., "sha256": ..., "operator": true}, ...]}; `operator` may be missing. An
+operator may see metrics and why answers were withheld, never a thinking.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ AUDIT_KEY_VARIABLE = "SO8T_AUDIT_KEY"
 MIN_AUDIT_KEY = 32  # bytes
 
 
-def new_api_key(path: Path, name: str) -> str:
+def new_api_key(path: Path, name: str, *, operator: bool = False) -> str:
     """Make a key, add its hash to the file and return the key itself: the only time it can be seen.
 
     Raises:
         InputError: the name is empty or taken, or the file is none of ours.
     """
-    entries = load_api_keys(path) if path.exists() else {}
+    entries, operators = (load_api_keys(path), load_operators(path)) if path.exists() else ({}, frozenset())
     if not name.strip() or name in entries:
         raise InputError(f"an API key needs a name of its own; {name!r} is {'taken' if name in entries else 'empty'}")
     key = f"so8t-{secrets.token_urlsafe(32)}"
     entries[name] = hashlib.sha256(key.encode()).hexdigest()
-    listed = [{"name": name, "sha256": digest} for name, digest in entries.items()]
+    operators |= {name} if operator else set()
+    listed = [{"name": n, "sha256": d, **({"operator": True} if n in operators else {})} for n, d in entries.items()]
     write_text(path, json.dumps({"keys": listed}, indent=1, ensure_ascii=False) + "\n")
     path.chmod(0o600)
     return key
@@ -55,6 +57,12 @@ def load_api_keys(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no API key file; make one: so8t serve --new-key NAME --keys FILE") from None
     return entries
+
+
+def load_operators(path: Path) -> frozenset[str]:
+    """Names of the keys that are operators'; the file must have passed `load_api_keys`."""
+    entries = json.loads(path.read_text(encoding="utf-8"))["keys"]
+    return frozenset(entry["name"] for entry in entries if entry.get("operator") is True)
 
 
 def who(keys: dict[str, str], presented: str) -> str | None:

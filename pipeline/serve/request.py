@@ -9,21 +9,25 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.serve.audit_log import Unavailable, bucket, thinking_hmac
 from pipeline.serve.audit_writer import Recorder
 from pipeline.serve.engine import Engine, EngineError, Job
-from pipeline.serve.guard import Guard, TooLong, Verdict
-from pipeline.serve.protocol import ChatRequest, Refusal, Reply, conversation, cut_at_stops
+from pipeline.serve.guard import COPY_RUN, Guard, TooLong, Verdict
+from pipeline.serve.history import conversation
+from pipeline.serve.metrics import Metrics
+from pipeline.serve.protocol import ChatRequest, Reply, Ticket, cut_at_stops
+from pipeline.serve.refusal import Refusal
 
 RETRY_AFTER = 5  # seconds
+REMEMBERED = 50  # decisions that an operator may look at
 LONG = (
     16 * 1024
 )  # bytes; a longer generation is judged outside the event loop (0.2 s at the full 256 KiB, 4 s at worst)
@@ -38,7 +42,9 @@ class Limits:
     in_flight: int = 9  # requests that are generating or waiting for their turn
     per_key: int = 4  # the same for each API key
     seconds: float = 300.0  # for one request, its waiting included
-    keep_alive: float = 10.0  # seconds between two comments on a stream
+    keep_alive: float = 10.0  # seconds between two signs of life on a stream
+    copy_run: int = COPY_RUN  # characters in a row that an answer may not share with its thinking
+    empty_chunks: bool = False  # these are chunks without a text; otherwise comments
 
 
 def withheld() -> Refusal:
@@ -49,9 +55,12 @@ def withheld() -> Refusal:
 def unaudited() -> Refusal:
     """The refusal while the audit log cannot be written."""
     return Refusal(
-        503, "server_error", "audit_unavailable", "the audit log cannot be written, so nothing is answered",
+        503,
+        "server_error",
+        "audit_unavailable",
+        "the audit log cannot be written, so nothing is answered",
         retry_after=RETRY_AFTER,
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -65,6 +74,8 @@ class Decider:
     clock: Callable[[], float] = time.time
     new_id: Callable[[], str] = lambda: f"chatcmpl-{secrets.token_hex(12)}"
     running: Counter[str | None] = field(default_factory=Counter)
+    metrics: Metrics = field(default_factory=Metrics)
+    recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=REMEMBERED), repr=False)
     judging: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="judge"), repr=False)
 
     @contextmanager
@@ -96,7 +107,7 @@ class Decider:
         if chat.model not in (None, self.engine.model_id):
             message = f"there is no such model here; this server has `{self.engine.model_id}`"
             raise Refusal(404, "invalid_request_error", "model_not_found", message, param="model")
-        messages = conversation(chat)
+        messages = conversation(chat.messages, instructs=self.engine.form.instructs)
         if chat.limit is not None:
             self.engine.cut("", chat.limit)  # refuses where there is nothing to count tokens with
         check = self.engine.check
@@ -107,13 +118,19 @@ class Decider:
             raise unaudited() from None
         return Job(messages, chat.temperature, chat.top_p, chat.seed), prompt_tokens
 
-    async def decide(self, chat: ChatRequest, job: Job, prompt_tokens: int | None, client: str | None) -> Reply:
+    def ticket(self) -> Ticket:
+        """What the response to a request that arrives now begins with."""
+        return Ticket(self.new_id(), int(self.clock()), self.engine.model_id)
+
+    async def decide(
+        self, chat: ChatRequest, job: Job, prompt_tokens: int | None, client: str | None, ticket: Ticket
+    ) -> Reply:
         """Generate, judge, record; the reply holds nothing but the released answer.
 
         Raises:
             Refusal: 502 withheld or the engine failed, 503 not audited or the engine is busy, 504 too late.
         """
-        arrival, request_id, guard = self.clock(), self.new_id(), Guard()
+        arrival, guard = self.clock(), Guard(self.engine.form, run=self.limits.copy_run)
         failure: Refusal | None = None
         gone: asyncio.CancelledError | None = None
         try:
@@ -132,26 +149,32 @@ class Decider:
             verdict, gone = self._failed(guard, "cancelled"), error
         except Exception as error:  # whatever its message says may quote the generation
             verdict, failure = self._failed(guard, f"fault: {type(error).__name__}"), engine_failed(busy=False)
-        record = {
-            "event": "request", "id": request_id, "model": self.engine.digest, "client": client,
+        record: dict[str, Any] = {
+            "event": "request",
+            "id": ticket.id,
+            "model": self.engine.digest,
+            "client": client,
             "time": datetime.fromtimestamp(arrival, UTC).isoformat(timespec="milliseconds"),
-            "verdict": "withheld" if verdict.answer is None else "released", "reason": verdict.reason,
+            "verdict": "withheld" if verdict.answer is None else "released",
+            "reason": verdict.reason,
             "thinking_hmac": thinking_hmac(self.audit_key, verdict.thinking),
             "tokens": {
                 "prompt": bucket(prompt_tokens),
                 "thinking": bucket(self._count(verdict.thinking)),
                 "answer": bucket(self._count((verdict.answer or "").encode())),
             },
-        }  # fmt: skip
+        }
         try:
             await self.recorder.record(record)
+            self.recent.appendleft({name: record[name] for name in ("id", "time", "client", "verdict", "reason")})
+            self.metrics.decided(record["verdict"])
         except Unavailable:
             failure = unaudited()
         if gone is not None:
             raise gone
         if failure is not None or verdict.answer is None:
             raise failure or withheld()
-        return self._reply(chat, request_id, int(arrival), verdict.answer, prompt_tokens)
+        return self._reply(chat, ticket, verdict.answer, prompt_tokens)
 
     async def _judged(self, guard: Guard, finish: str | None) -> Verdict:
         if len(guard) <= LONG:
@@ -164,14 +187,14 @@ class Decider:
     def _count(self, data: bytes) -> int | None:
         return self.engine.count(data.decode("utf-8", "replace"))
 
-    def _reply(self, chat: ChatRequest, request_id: str, created: int, answer: str, prompt_tokens: int | None) -> Reply:
+    def _reply(self, chat: ChatRequest, ticket: Ticket, answer: str, prompt_tokens: int | None) -> Reply:
         shown = cut_at_stops(answer, chat.stops)
         cut = shown if chat.limit is None else self.engine.cut(shown, chat.limit)
         tokens = self.engine.count(cut)
         if tokens is not None and chat.limit is not None:
             tokens = min(tokens, chat.limit)  # a text cut within a character may tokenise anew, into one more
         finish: Literal["stop", "length"] = "stop" if cut == shown else "length"
-        return Reply(request_id, created, self.engine.model_id, cut, finish, prompt_tokens, tokens)
+        return Reply(ticket, cut, finish, prompt_tokens, tokens)
 
 
 def engine_failed(*, busy: bool) -> Refusal:

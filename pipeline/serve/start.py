@@ -24,8 +24,10 @@ from pipeline.serve.audit_log import AuditLog
 from pipeline.serve.audit_writer import Recorder
 from pipeline.serve.engine import Engine
 from pipeline.serve.engine_upstream import UpstreamEngine, check_url, is_loopback
+from pipeline.serve.forms.registry import SO8T, describe, form_named, form_of_template
+from pipeline.serve.guard import COPY_RUN
 from pipeline.serve.http import make_app
-from pipeline.serve.keys import load_api_keys, load_audit_key
+from pipeline.serve.keys import load_api_keys, load_audit_key, load_operators
 from pipeline.serve.request import Decider, Limits
 from so8t_core.errors import InputError
 
@@ -48,6 +50,7 @@ class ServeConfig(BaseModel):
     name: str | None = None  # the model's name for clients (and for the upstream); default: the file's name
     tokenizer: Path | None = None  # with upstream: the GGUF whose vocabulary counts tokens
     allow_remote_upstream: bool = False
+    think_form: str | None = None  # default: the template's, see `pipeline.serve.forms.registry`
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535)
     keys: Path | None = None
@@ -59,6 +62,8 @@ class ServeConfig(BaseModel):
     per_key: int = Field(4, ge=1)
     timeout: float = Field(300.0, gt=0)
     keep_alive: float = Field(10.0, gt=0)
+    empty_chunks: bool = False
+    copy_run: int = Field(COPY_RUN, ge=COPY_RUN)
     threads: int | None = Field(None, ge=1)
 
 
@@ -101,29 +106,39 @@ def make_engine(config: ServeConfig) -> Engine:
     Raises:
         InputError: neither or both of --model and --upstream, or what they name cannot be used.
     """
+    forced = None if config.think_form is None else form_named(config.think_form)
     if (config.model is None) == (config.upstream is None):
         raise InputError("give either --model FILE.gguf (llama.cpp, here) or --upstream URL (another server)")
     if config.model is not None:
         if config.tokenizer is not None:
             raise InputError("--tokenizer goes with --upstream; a --model has its own")
+        if forced is not None and not forced.markers:
+            raise InputError(f"--think-form {forced.name} goes with --upstream; a --model separates nothing itself")
         from pipeline.serve.engine_llama import LlamaEngine
 
         engine = LlamaEngine(
-            config.model, n_ctx=config.n_ctx, max_new_tokens=config.max_new_tokens, threads=config.threads
+            config.model, n_ctx=config.n_ctx, max_new_tokens=config.max_new_tokens, threads=config.threads, form=forced
         )
         engine.model_id = config.name or engine.model_id
         return engine
     url = check_url(config.upstream or "", allow_remote=config.allow_remote_upstream)
     tokens: Tokens | None = None
+    form = forced or SO8T
     if config.tokenizer is not None:
         from pipeline.serve.tokens import Tokens
 
         tokens = Tokens.load(config.tokenizer)
+        form = forced or form_of_template(tokens.model.chat_template() or "")
     return UpstreamEngine(
-        url, model_id=config.name or "so8t", n_ctx=config.n_ctx or ConvertConfig().n_ctx,
-        max_new_tokens=config.max_new_tokens, tokens=tokens, key=os.environ.get(UPSTREAM_KEY_VARIABLE),
+        url,
+        model_id=config.name or "so8t",
+        n_ctx=config.n_ctx or ConvertConfig().n_ctx,
+        max_new_tokens=config.max_new_tokens,
+        tokens=tokens,
+        key=os.environ.get(UPSTREAM_KEY_VARIABLE),
         connections=config.queue + 1,
-    )  # fmt: skip
+        form=form,
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -145,10 +160,21 @@ def bind(host: str, port: int) -> socket.socket:
 def uvicorn_config(app: Any) -> uvicorn.Config:
     """uvicorn without access log, Date and Server headers, proxies or WebSockets."""
     return uvicorn.Config(
-        app, http=TimedHeaders, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
-        server_header=False, date_header=False, proxy_headers=False, h11_max_incomplete_event_size=HEADER_BYTES,
-        timeout_keep_alive=5, timeout_graceful_shutdown=5, backlog=BACKLOG,
-    )  # fmt: skip
+        app,
+        http=TimedHeaders,
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=5,
+        backlog=BACKLOG,
+    )
 
 
 def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
@@ -166,6 +192,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     keys = None if config.keys is None else load_api_keys(config.keys)
     if keys is not None and not keys:
         raise InputError(f"{config.keys} holds no key; make one: so8t serve --new-key NAME --keys {config.keys}")
+    operators = frozenset() if config.keys is None else load_operators(config.keys)
     audit_key = load_audit_key(config.audit_key_file)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(
@@ -176,12 +203,17 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     log = AuditLog(config.audit_log, opened={"model": engine.digest})
     hosts = LOOPBACK_NAMES | {config.host} if loopback else None
     limits = Limits(
-        in_flight=config.queue + 1, per_key=config.per_key, seconds=config.timeout, keep_alive=config.keep_alive
+        in_flight=config.queue + 1,
+        per_key=config.per_key,
+        seconds=config.timeout,
+        keep_alive=config.keep_alive,
+        empty_chunks=config.empty_chunks,
+        copy_run=config.copy_run,
     )
 
     async def run() -> None:
         recorder = Recorder(log)
-        app = make_app(Decider(engine, recorder, audit_key, limits), keys=keys, hosts=hosts)
+        app = make_app(Decider(engine, recorder, audit_key, limits), keys=keys, operators=operators, hosts=hosts)
         listener.listen(BACKLOG)  # before it is announced: who reads the line may connect
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -192,7 +224,8 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
-        announce(f"{engine.model_id} at http://{shown}:{port}/v1, audit log {config.audit_log} at {log.head}")
+        where = f"{engine.model_id} at http://{shown}:{port}/v1, thinking as {describe(engine.form)}"
+        announce(f"{where}, audit log {config.audit_log} at {log.head}")
         try:
             await server.serve(sockets=[listener])
         finally:

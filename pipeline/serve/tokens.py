@@ -13,7 +13,7 @@ from pathlib import Path
 import llama_cpp
 
 from pipeline.data.think_form import Message
-from pipeline.serve.protocol import invalid
+from pipeline.serve.refusal import invalid
 from verification.engines.llama_model import LlamaModel
 
 
@@ -72,6 +72,7 @@ class Tokens:
             if any(self.is_control(token) or self.model.is_end(token) for token in ids):
                 raise invalid(
                     f"message {index} ({message['role']}) holds a control token of the model, such as an end of turn",
-                    param="messages", code="control_token",
-                )  # fmt: skip
+                    param="messages",
+                    code="control_token",
+                )
         return total

@@ -205,7 +205,7 @@ def helps(command: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def test_every_verb_has_an_example_and_fits_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns, 24 lines; `serve`, with its eighteen options, takes 30."""
+    """80 columns, 24 lines; `serve`, with its twenty-two options, takes 34."""
     import typer
 
     monkeypatch.setenv("COLUMNS", "80")
@@ -213,7 +213,7 @@ def test_every_verb_has_an_example_and_fits_a_screen(monkeypatch: pytest.MonkeyP
     assert len(found) > 15
     for verb, text in found.items():
         assert "Example: so8t" in " ".join(text.split()), verb
-        assert len(text.splitlines()) <= (30 if verb == "so8t serve" else 24), (verb, text)
+        assert len(text.splitlines()) <= (34 if verb == "so8t serve" else 24), (verb, text)
         assert max(map(len, text.splitlines())) <= 80, verb
         example = " ".join(text.split("Example: ")[1].split())
         assert example.startswith(verb) or verb == "so8t", f"{verb}: {example}"

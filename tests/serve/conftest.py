@@ -13,6 +13,8 @@ from running_server import RunningServer
 
 from pipeline.serve.engine import Engine
 from pipeline.serve.engine_upstream import UpstreamEngine
+from pipeline.serve.forms.form import Form
+from pipeline.serve.forms.registry import SO8T
 from pipeline.serve.tokens import Tokens
 
 
@@ -50,9 +52,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
 def in_front(upstream: FakeUpstream, start: Callable[..., RunningServer]) -> Callable[..., RunningServer]:
     """Start a server in front of the fake upstream."""
 
-    def one(*, tokens: Tokens | None = None, **options: Any) -> RunningServer:
+    def one(*, tokens: Tokens | None = None, form: Form = SO8T, **options: Any) -> RunningServer:
         def make() -> Engine:
-            return UpstreamEngine(upstream.url, model_id="m", n_ctx=4096, max_new_tokens=512, tokens=tokens)
+            return UpstreamEngine(upstream.url, model_id="m", n_ctx=4096, max_new_tokens=512, tokens=tokens, form=form)
 
         return start(make, **options)
 

@@ -28,9 +28,16 @@ class RunningServer:
     """Serves until `close`; `ask` speaks raw HTTP and returns every byte that came back."""
 
     def __init__(
-        self, make_engine: Callable[[], Engine], audit: Path, *, limits: Limits = Limits(),  # noqa: B008 - frozen
-        keys: Mapping[str, str] | None = None, fixed: bool = False, wrap: Callable[[Any], Any] = lambda app: app,
-    ) -> None:  # fmt: skip
+        self,
+        make_engine: Callable[[], Engine],
+        audit: Path,
+        *,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        keys: Mapping[str, str] | None = None,
+        operators: frozenset[str] = frozenset(),
+        fixed: bool = False,
+        wrap: Callable[[Any], Any] = lambda app: app,
+    ) -> None:
         self.audit = audit
         listener = bind("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
@@ -44,7 +51,7 @@ class RunningServer:
             self.decider = Decider(self.engine, recorder, AUDIT_KEY, limits)
             if fixed:
                 self.decider.clock, self.decider.new_id = (lambda: 1.5), (lambda: "chatcmpl-fixed")
-            app = wrap(make_app(self.decider, keys=keys, hosts=LOOPBACK_NAMES))
+            app = wrap(make_app(self.decider, keys=keys, operators=operators, hosts=LOOPBACK_NAMES))
             self.server = uvicorn.Server(uvicorn_config(app))
             started.set()
             await self.server.serve(sockets=[listener])
@@ -75,6 +82,10 @@ class RunningServer:
         """The raw response to one chat request."""
         fields.setdefault("messages", [{"role": "user", "content": "what is it?"}])
         return self.raw(request(fields, headers))
+
+    def get(self, path: str, *, headers: str = "", method: str = "GET") -> bytes:
+        """The raw response to a request without a body."""
+        return self.raw(f"{method} {path} HTTP/1.1\r\nhost: localhost\r\n{headers}connection: close\r\n\r\n".encode())
 
     def records(self) -> list[dict[str, Any]]:
         """The audit log's decisions."""
@@ -116,8 +127,9 @@ def error(response: bytes) -> dict[str, Any]:
     """OpenAI's error object, checked for its form; of a stream, the one in its event."""
     data = response.split(b"\r\n\r\n", 1)[1]
     if b"text/event-stream" in response.split(b"\r\n\r\n", 1)[0]:
-        [line] = [line for line in data.replace(b"\r\n", b"\n").split(b"\n") if line.startswith(b"data: ")]
-        data = line.removeprefix(b"data: ")
+        lines = [line for line in data.replace(b"\r\n", b"\n").split(b"\n") if line.startswith(b"data: ")]
+        *signs, data = [line.removeprefix(b"data: ") for line in lines]
+        assert all(not any(json.loads(sign)["choices"][0]["delta"].get("content", "")) for sign in signs)
     found = json.loads(data)["error"]
     assert set(found) == {"message", "type", "param", "code"}
     return dict(found)

@@ -141,8 +141,12 @@ def test_a_weaker_verification_would_miss_it(log: Path, planted: str, monkeypatc
     """The controls of the laws above: take one check away and its fault passes."""
     whole = log.read_bytes()
     lines = whole.splitlines(keepends=True)
-    changed = {"hash": whole.replace(b"released", b"withheld"), "order": b"".join([lines[1], lines[0], *lines[2:]]),
-               "torn": whole + b"{", "head": b"".join(lines[:-1])}[planted]  # fmt: skip
+    changed = {
+        "hash": whole.replace(b"released", b"withheld"),
+        "order": b"".join([lines[1], lines[0], *lines[2:]]),
+        "torn": whole + b"{",
+        "head": b"".join(lines[:-1]),
+    }[planted]
     log.write_bytes(changed)
     with pytest.raises(Tampered):
         verify(log)

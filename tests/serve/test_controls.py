@@ -62,11 +62,11 @@ def forwards_the_upstreams_words(patch: pytest.MonkeyPatch) -> None:
 
     read = engine_upstream._Reader.take
 
-    def take(self: Any, data: bytes) -> None:
+    def take(self: Any, data: str) -> None:
         try:
             read(self, data)
         except engine_upstream.EngineError as error:
-            error.text = data.decode("utf-8", "replace")  # type: ignore[attr-defined]
+            error.text = data  # type: ignore[attr-defined]
             raise
 
     patch.setattr(engine_upstream._Reader, "take", take)
@@ -127,11 +127,15 @@ INTERFERENCE = LEAKS.test_different_thinkings_with_one_answer_give_byte_identica
         (never_refuses, LOAD.test_full_queue_refuses_politely, {}),
         (stays_when_the_client_goes, LOAD.test_client_that_goes_away_cancels_its_generation, {"stream": False}),
     ],
-)  # fmt: skip
+)
 def test_planted_fault_is_caught(
-    plant: Plant, law: Callable[..., None], options: dict[str, Any], in_front: InFront, upstream: FakeUpstream,
+    plant: Plant,
+    law: Callable[..., None],
+    options: dict[str, Any],
+    in_front: InFront,
+    upstream: FakeUpstream,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     plant(monkeypatch)
     given = {"in_front": in_front, "upstream": upstream, **options}
     try:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running_server import RunningServer, error, request, status
+from running_server import RunningServer, answer_of, error, request, status
 
 from pipeline.base_model import demo_file
-from pipeline.data.think_form import chat
+from pipeline.data.think_form import SYSTEM_MESSAGE, chat
 from pipeline.release.generate import complete
-from pipeline.serve.engine import Job
-from pipeline.serve.engine_llama import ChatTemplate, LlamaEngine, shipped_n_ctx
+from pipeline.serve.engine import EngineError, Job
+from pipeline.serve.engine_llama import ChatTemplate, LlamaEngine, shipped_n_ctx, shipped_stops
+from pipeline.serve.forms.registry import form_named
 from pipeline.serve.guard import TooLong
-from pipeline.serve.protocol import Refusal
+from pipeline.serve.refusal import Refusal
 from pipeline.serve.request import Limits
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
@@ -237,3 +238,153 @@ def test_embedded_queue_refuses_and_disconnects_free_it(start: Callable[..., Run
     server.wait_for(lambda: not server.decider.running)
     assert [record["reason"] for record in server.records()].count("cancelled") >= 1
     assert status(server.raw(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")) == 200
+
+
+def spoken(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch, text: str) -> Coroutine[Any, Any, Any]:
+    """The engine's reply where the model would choose the tokens of this text, control tokens included."""
+    import llama_cpp
+
+    ids = iter(engine.model.tokenize(text))
+    monkeypatch.setattr(llama_cpp, "llama_sampler_sample", lambda *_: next(ids))
+    return collect(engine, Job(CONVERSATIONS[0]))
+
+
+def test_markers_that_are_control_tokens_reach_the_guard(
+    start: Callable[..., RunningServer], tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `[THINK]` and `<|channel|>` are in their families' vocabularies; every other control token is an error."""
+    form = form_named("<issue_start>...<issue_closed>")
+    said = "<issue_start>13 + 4 = 17<issue_closed>17"
+
+    async def scenario(engine: LlamaEngine) -> None:
+        assert await spoken(engine, monkeypatch, f"{said}<|im_end|>") == (said, "stop")
+        with pytest.raises(EngineError, match="control token"):
+            await spoken(engine, monkeypatch, "17<file_sep>")
+
+    with_engine(tiny_gguf, scenario, form=form)
+
+    async def without(engine: LlamaEngine) -> None:
+        with pytest.raises(EngineError, match="control token"):
+            await spoken(engine, monkeypatch, said)
+
+    with_engine(tiny_gguf, without)
+
+
+def test_every_end_that_was_shipped_ends_a_turn(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CASES B7: the stops of the Modelfile, and the token by which the template ends an answer."""
+    file = tmp_path / "m.gguf"
+    shutil.copyfile(tiny_gguf, file)
+    stops = ["<|im_end|>", "<|endoftext|>", "<file_sep>", "plain words"]
+    (tmp_path / "m.Modelfile").write_text("".join(f'PARAMETER stop "{stop}"\n' for stop in stops))
+    assert shipped_stops(file) == stops
+
+    async def scenario(engine: LlamaEngine) -> None:
+        for stop in stops[:3]:
+            assert await spoken(engine, monkeypatch, f"17{stop}") == ("17", "stop")
+        assert (await spoken(engine, monkeypatch, "17 plain words and so on, and so on, and so on 1 2 3"))[
+            1
+        ] == "length"
+
+    with_engine(file, scenario)
+
+    async def bare(engine: LlamaEngine) -> None:
+        with pytest.raises(EngineError, match="control token"):
+            await spoken(engine, monkeypatch, "17<file_sep>")
+
+    with_engine(tiny_gguf, bare)
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}<file_sep>\n{% endfor %}"
+    marked = with_template(tiny_gguf, tmp_path / "t.gguf", turns)
+
+    async def ends(engine: LlamaEngine) -> None:
+        assert await spoken(engine, monkeypatch, "17<file_sep>") == ("17", "stop")
+
+    with_engine(marked, ends)
+
+
+def with_template(source: Path, target: Path, template: str) -> Path:
+    """A copy of a GGUF file with another chat template."""
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            value = template if field.name == "tokenizer.chat_template" else field.contents()
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, value, field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_form_is_the_files(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template's, the pipeline's own where the Modelfile asks for it, or the one that is forced."""
+    file = with_template(tiny_gguf, tmp_path / "m.gguf", CHATML.replace("assistant\n", "assistant\n<think>\n"))
+
+    async def form(engine: LlamaEngine) -> str:
+        return engine.form.name
+
+    async def prompt(engine: LlamaEngine) -> str:
+        return engine.template.render(chat("q"))
+
+    assert with_engine(file, form) == "think"
+    assert with_engine(file, prompt).endswith("<|im_start|>assistant\n<think>\n")
+    assert with_engine(file, form, form=form_named("mistral")) == "mistral"
+    assert with_engine(tiny_gguf, form) == "so8t"
+    file.with_suffix(".Modelfile").write_text(f'SYSTEM """{SYSTEM_MESSAGE}"""\n', encoding="utf-8")
+    assert with_engine(file, form) == "so8t"
+
+
+def test_a_model_whose_template_opens_the_thinking_is_served(
+    start: Callable[..., RunningServer], tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llama_cpp
+
+    file = with_template(tiny_gguf, tmp_path / "m.gguf", CHATML.replace("assistant\n", "assistant\n<think>\n"))
+    server = start(lambda: LlamaEngine(file, max_new_tokens=64))
+    for said, shown in (("13 + 4\n</think>\n\n17<|im_end|>", "17"), ("13 + 4 = 17<|im_end|>", None)):
+        ids = iter(server.engine.model.tokenize(said))  # type: ignore[attr-defined]
+        monkeypatch.setattr(llama_cpp, "llama_sampler_sample", lambda *_, ids=ids: next(ids))
+        response = server.ask()
+        if shown is None:
+            assert error(response)["code"] == "answer_withheld"
+        else:
+            assert answer_of(response, False) == shown
+
+
+def test_templates_are_rendered_as_transformers_renders_them(tiny_dir: Path) -> None:
+    """CASES B1 and B2: marks for training change nothing, and a template may write today's date."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    marked = CHATML.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    dated = CHATML + "{{ strftime_now('%Y-%m-%d') }}"
+    quoted = CHATML.replace("{{ m.content }}", "{{ m | tojson }}{{ m | tojson(indent=1) }}")
+    loops = CHATML.replace("{{ m.content }}", "{{ m.content }}{% if loop.last %}{% break %}{% endif %}")
+    for template in (CHATML, marked, dated, quoted, loops):
+        for messages in CONVERSATIONS:
+            expected = tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+            assert ChatTemplate(template, bos="", eos="").render(messages) == expected
+    plain, with_marks = (ChatTemplate(t, bos="", eos="").render(CONVERSATIONS[2]) for t in (CHATML, marked))
+    assert plain == with_marks
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 // 0 }}", "{{ messages[9].content }}", "{{ undefined.x }}", "{{ 'a' + 1 }}"])
+def test_a_template_that_fails_refuses_the_request(fault: str) -> None:
+    with pytest.raises(Refusal, match="template"):
+        ChatTemplate(fault, bos="", eos="").render(chat("q"))

@@ -86,3 +86,17 @@ def test_deployment_key_is_needed_long_and_private(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="5 bytes") as caught:
         load_audit_key(file)
     assert "short" not in str(caught.value)
+
+
+def test_operators_stay_operators_when_keys_are_added(tmp_path: Path) -> None:
+    from pipeline.serve.keys import load_operators
+
+    file = tmp_path / "keys.json"
+    new_api_key(file, "a")
+    assert load_operators(file) == frozenset()
+    new_api_key(file, "b", operator=True)
+    new_api_key(file, "c")
+    assert load_operators(file) == {"b"}
+    assert set(load_api_keys(file)) == {"a", "b", "c"}
+    file.write_text(file.read_text().replace('"operator": true', '"operator": "yes"'))  # true, and nothing like it
+    assert load_operators(file) == frozenset()

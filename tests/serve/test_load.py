@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import threading
 import time
@@ -106,6 +108,43 @@ def test_stream_carries_comments_while_the_model_thinks(in_front: InFront, upstr
     assert response.count(b": thinking\n\n") >= 3
     assert answer_of(response, True) == ANSWER
     no_canary(response)
+
+
+def lines(response: bytes) -> list[bytes]:
+    """The lines of a stream's body that are not empty, without the framing of its transport."""
+    found = [line for line in response.split(b"\r\n\r\n", 1)[1].replace(b"\r\n", b"\n").split(b"\n") if line]
+    return [line for line in found if not re.fullmatch(rb"[0-9a-f]+", line)]
+
+
+def test_a_strict_parser_lives_with_empty_chunks(in_front: InFront, upstream: FakeUpstream) -> None:
+    """CASES F1: a client that takes every line for JSON, and one that gives up without a chunk for 0.2 seconds."""
+    server = in_front(limits=Limits(keep_alive=0.05, empty_chunks=True), fixed=True)
+    seen = set()
+    for steps in ("a", "αβγ" * 3000):
+        upstream.script = lambda _, steps=steps: [OK, 0.4, *generation(text(steps))[1:]]
+        response = server.ask(stream=True)
+        *events, end = [line.removeprefix(b"data: ") for line in lines(response)]
+        first, *waiting, answer, finish = [json.loads(event)["choices"][0] for event in events]
+        assert end == b"[DONE]"
+        assert first["delta"] == {"role": "assistant", "content": ""}
+        assert len(waiting) >= 3
+        assert all(sign == {"index": 0, "delta": {}, "finish_reason": None} for sign in waiting)
+        assert (answer["delta"], finish["finish_reason"]) == ({"content": ANSWER}, "stop")
+        seen |= set(events)
+    assert len(seen) == 4  # whatever the thinking, the same events
+
+
+def test_the_role_is_sent_at_once_and_says_nothing(in_front: InFront, upstream: FakeUpstream) -> None:
+    server = in_front()
+    upstream.script = lambda _: [OK, 1.0, *generation(text())[1:]]
+    with server.connect() as connection:
+        connection.sendall(request({"messages": [{"role": "user", "content": "q"}], "stream": True}))
+        began, first = time.monotonic(), b""
+        while b'"role":"assistant"' not in first:
+            first += connection.recv(65536)
+        assert time.monotonic() - began < 0.9
+        assert not server.records()  # no verdict yet
+        assert answer_of(first + read_all(connection), True) == ANSWER
 
 
 @pytest.mark.parametrize("stream", [False, True])

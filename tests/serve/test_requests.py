@@ -89,62 +89,203 @@ def test_limit_without_a_tokenizer_is_refused_before_any_work(in_front: InFront,
     assert "usage" not in body(server.ask())  # nothing is counted, so nothing is stated
 
 
-REFUSED: dict[str, Any] = {
-    "logprobs": True,
-    "top_logprobs": 3,
-    "echo": True,
-    "n": 2,
-    "best_of": 2,
-    "grammar": "root ::= x",
-    "logit_bias": {"5": 1},
-    "response_format": {"type": "json_object"},
-    "tools": [],
-    "tool_choice": "none",
-    "functions": [],
-    "presence_penalty": 1,
-    "frequency_penalty": 1,
-    "reasoning_format": "none",
-    "reasoning_effort": "low",
-    "verbose": True,
-    "prompt": "x",
-    "suffix": "x",
-    "stream_options": {"include_usage": True, "include_obfuscation": False},
-    "cache_prompt": True,
-    "return_tokens": True,
-    "include_reasoning": True,
-    "chat_template_kwargs": {"enable_thinking": False},
-    "add_generation_prompt": False,
-    "continue_final_message": True,
-    "timings_per_token": True,
-    "store": True,
-    "temperature": 3,
-    "top_p": 0,
-    "max_tokens": 0,
-    "max_completion_tokens": -1,
-    "seed": -1,
-    "stop": [""],
-    "stream": "yes",
-    "messages": [],
-    "model": 3,
-    "n_probs": 5,
-    "k\n": 1,
-    "prediction": {"type": "content"},
-    "modalities": ["text"],
-    "metadata": {},
-    "id_slot": 1,
-    "samplers": [],
-    "min_p": 0.1,
+REFUSED: dict[str, list[Any]] = {
+    "logprobs": [True, 0, 1, "false"],
+    "top_logprobs": [3, False],
+    "echo": [True],
+    "n": [2, 0, True, "1", 1.5],
+    "best_of": [2],
+    "grammar": ["root ::= x"],
+    "logit_bias": [{"5": 1}, []],
+    "response_format": [{"type": "json_object"}, {"type": "text", "x": 1}, "text"],
+    "tools": [[{"type": "function"}], {}],
+    "tool_choice": ["required", {"type": "function"}],
+    "functions": [[{"name": "f"}]],
+    "function_call": [{"name": "f"}],
+    "presence_penalty": [1, False],
+    "frequency_penalty": [0.1],
+    "repetition_penalty": [1.1],
+    "reasoning_format": ["none"],
+    "reasoning_effort": ["endless", 3],
+    "verbose": [True],
+    "verbosity": ["low"],
+    "prompt": ["x"],
+    "suffix": ["x"],
+    "stream_options": [{"include_usage": True, "include_obfuscation": True}, {"x": 1}, 3],
+    "cache_prompt": [True],
+    "return_tokens": [True],
+    "include_reasoning": [True],
+    "chat_template_kwargs": [{"enable_thinking": False}],
+    "add_generation_prompt": [False],
+    "continue_final_message": [True],
+    "timings_per_token": [True],
+    "store": [True],
+    "service_tier": ["flex"],
+    "metadata": [{"a": 1}, "x"],
+    "user": [3],
+    "temperature": [3, True, "0"],
+    "top_p": [0],
+    "top_k": [40],
+    "max_tokens": [0, True],
+    "max_completion_tokens": [-1],
+    "seed": [-1, 1.5],
+    "stop": [[""], ["a"] * 5, 3],
+    "stream": ["yes", 1],
+    "messages": [[], None, {}, "hello", [3], [None], [[]]],
+    "model": [3],
+    "n_probs": [5],
+    "k\n": [1],
+    "prediction": [{"type": "content"}],
+    "modalities": [["text", "audio"], ["audio"]],
+    "audio": [{"voice": "x"}],
+    "web_search_options": [{}],
+    "id_slot": [1],
+    "samplers": [[]],
+    "min_p": [0.1],
 }
 
 
 def test_every_other_parameter_is_refused_by_its_name(in_front: InFront, upstream: FakeUpstream) -> None:
     server = in_front()
-    for name, value in REFUSED.items():
-        response = server.ask(**{name: value})
-        assert status(response) == 422, name
-        found = error(response)
-        assert (found["type"], str(found["param"]).partition(".")[0]) == ("invalid_request_error", name)
-        assert name in found["message"]
+    for name, values in REFUSED.items():
+        for value in values:
+            response = server.ask(**{name: value})
+            assert status(response) == 422, (name, value)
+            found = error(response)
+            assert (found["type"], str(found["param"]).partition(".")[0]) == ("invalid_request_error", name)
+            assert name in found["message"]
+    assert upstream.requests == []
+
+
+# What clients send without asking for anything: CASES F4, and the defaults of the clients in test_clients.py.
+HARMLESS: dict[str, list[Any]] = {
+    "frequency_penalty": [0, 0.0, None],
+    "presence_penalty": [0, 0.0],
+    "repetition_penalty": [1, 1.0],
+    "logprobs": [False, None],
+    "top_logprobs": [0],
+    "store": [False],
+    "metadata": [{}, {"trace": "17"}],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "parallel_tool_calls": [True, False],
+    "response_format": [{"type": "text"}],
+    "service_tier": ["auto", "default"],
+    "n": [1],
+    "logit_bias": [{}],
+    "stream_options": [{}, {"include_usage": None}, {"include_usage": True, "include_obfuscation": False}],
+    "user": ["u"],
+    "safety_identifier": ["u"],
+    "prompt_cache_key": ["k"],
+    "seed": [0, 7],
+    "reasoning_effort": ["low", "medium", "high"],
+    "verbosity": ["medium"],
+    "modalities": [["text"]],
+    "functions": [[]],
+    "function_call": ["auto"],
+    "top_k": [0, -1],
+    "min_p": [0],
+    "best_of": [1],
+    "echo": [False],
+    "stop": [[], None],
+    "audio": [None],
+    "prediction": [None],
+    "temperature": [1, 0.0],
+    "top_p": [1, 1.0],
+}
+
+
+def test_neutral_parameters_change_nothing_and_reach_no_engine(in_front: InFront, upstream: FakeUpstream) -> None:
+    server = in_front()
+    server.ask()
+    plain = upstream.requests.pop()[1]
+    for name, values in HARMLESS.items():
+        for value in values:
+            assert status(server.ask(**{name: value})) == 200, (name, value)
+            sent = upstream.requests.pop()[1]
+            passed = {"temperature", "top_p", "seed"} & {name}
+            assert {k: v for k, v in sent.items() if k not in passed} == {k: plain[k] for k in plain if k not in passed}
+    everything = {name: values[0] for name, values in HARMLESS.items()}
+    assert status(server.ask(**everything)) == 200
+
+
+QUESTION = {"role": "user", "content": "what is it?"}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"content": "42", "reasoning_content": "", "annotations": [], "name": "bot"},  # CASES F2
+        {"content": "42", "reasoning_content": "secret"},
+        {"content": "42", "reasoning": "secret", "reasoning_details": [{"text": "secret"}]},
+        {"content": "42", "thinking": "secret", "thinking_blocks": [{"thinking": "secret"}]},
+        {"content": "42", "refusal": None, "tool_calls": [], "audio": None, "function_call": None, "parsed": None},
+        {"content": "42", "refusal": "no", "annotations": [{"type": "url_citation"}], "provider_specific_fields": {}},
+        {"content": [{"type": "text", "text": "4"}, {"type": "output_text", "text": "2", "annotations": []}]},
+        {"content": [{"type": "reasoning", "text": "secret"}, {"type": "text", "text": "42", "cache_control": {}}]},
+        {"content": [{"type": "refusal", "refusal": "secret"}, {"type": "text", "text": "42"}], "id": "x"},
+    ],
+)
+def test_stored_replies_are_taken_back_as_their_text(in_front: InFront, upstream: FakeUpstream, reply: Any) -> None:
+    response = in_front().ask(messages=[QUESTION, {"role": "assistant", **reply}, QUESTION])
+    assert status(response) == 200
+    [(_, sent)] = upstream.requests
+    assert sent["messages"][1:] == [QUESTION, {"role": "assistant", "content": "42"}, QUESTION]
+
+
+@pytest.mark.parametrize(
+    "reply", [{"content": None}, {"content": ""}, {"content": []}, {}, {"content": " \u3000"}, None]
+)
+def test_history_after_a_failed_request_is_taken(in_front: InFront, upstream: FakeUpstream, reply: Any) -> None:
+    failed = [] if reply is None else [{"role": "assistant", **reply}]
+    again = {"role": "user", "content": [{"type": "text", "text": "once more"}]}
+    assert status(in_front().ask(messages=[QUESTION, *failed, again])) == 200
+    [(_, sent)] = upstream.requests
+    assert sent["messages"][1:] == [{"role": "user", "content": "what is it?\n\nonce more"}]
+
+
+def test_system_messages_come_first_and_become_one(in_front: InFront, upstream: FakeUpstream) -> None:
+    both = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": None}]
+    also = {"role": "developer", "content": [{"type": "input_text", "text": "Be kind."}], "name": "x"}
+    assert status(in_front().ask(messages=[*both, also, QUESTION])) == 200
+    [(_, sent)] = upstream.requests
+    assert sent["messages"][0] == {"role": "system", "content": f"{SYSTEM_MESSAGE}\n\nBe brief.\n\nBe kind."}
+
+
+TURNS = [QUESTION, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([*TURNS, {"role": "user", "content": None}], "messages.2.content"),
+        ([*TURNS, {"role": "user"}], "messages.2.content"),
+        ([*TURNS, {"role": "user", "content": 3}], "messages.2.content"),
+        ([*TURNS, {"role": "user", "content": {}}], "messages.2.content"),
+        ([*TURNS, {"role": "user", "content": ["x"]}], "messages.2.content.0"),
+        ([*TURNS, {"role": "user", "content": [{"type": "text"}]}], "messages.2.content.0"),
+        (
+            [*TURNS, {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}],
+            "messages.2.content.1",
+        ),
+        ([*TURNS, {"role": "user", "content": [{"type": "reasoning", "text": "x"}]}], "messages.2.content.0"),
+        ([*TURNS, {"role": "user", "content": "x", "reasoning_content": "y"}], "messages.2.reasoning_content"),
+        ([*TURNS, {"role": "tool", "content": "x", "tool_call_id": "y"}], "messages.2.role"),
+        ([*TURNS, {"content": "x"}], "messages.2.role"),
+        ([*TURNS, {"role": ["user"], "content": "x"}], "messages.2.role"),
+        ([*TURNS, {"role": "system", "content": "x"}, QUESTION], "messages.2.role"),
+        ([QUESTION, {"role": "assistant", "content": None, "tool_calls": [{}]}, QUESTION], "messages.1.tool_calls"),
+        ([QUESTION, {"role": "assistant", "content": "a", "audio": {"id": "x"}}, QUESTION], "messages.1.audio"),
+        ([QUESTION, {"role": "assistant", "content": "a", "prefix": True}, QUESTION], "messages.1.prefix"),
+        ([QUESTION, {"role": "assistant", "content": "a", "function_call": {}}, QUESTION], "messages.1.function_call"),
+        ([QUESTION, "x"], "messages.1"),
+    ],
+)
+def test_what_cannot_be_taken_is_named_with_its_index(
+    in_front: InFront, upstream: FakeUpstream, messages: Any, param: str
+) -> None:
+    response = in_front().ask(messages=messages)
+    assert (status(response), error(response)["param"]) == (422, param)
     assert upstream.requests == []
 
 
@@ -230,10 +371,16 @@ def test_addresses_methods_types_and_hosts_get_openais_error_form(in_front: InFr
         ("DELETE /v1/models", 405),
         ("POST /v1/completions", 404),
         ("POST /v1/responses", 404),
+        ("POST /v1/embeddings", 404),
+        ("POST /metrics", 405),
+        ("POST /", 405),
     ):
         response = get(line)
         assert status(response) == expected
         error(response)
+    for address in ("completions", "responses", "embeddings"):
+        found = error(get(f"POST /v1/{address}"))
+        assert (found["code"], "/v1/chat/completions" in found["message"]) == ("unsupported_endpoint", True)
     assert status(server.ask(model="gpt-4")) == 404
     assert error(server.ask(model="gpt-4"))["param"] == "model"
     assert status(server.raw(request({}).replace(b"application/json", b"text/plain"))) == 415

@@ -56,9 +56,12 @@ async def ask(port: int, data: bytes, *, leave_after: float | None = None) -> by
 
 
 async def load(
-    ports: list[int], seconds: float, pause: float, one: Callable[[int, random.Random], tuple[bytes, float | None]],
+    ports: list[int],
+    seconds: float,
+    pause: float,
+    one: Callable[[int, random.Random], tuple[bytes, float | None]],
     seen: Callable[[int, bytes, float], None],
-) -> None:  # fmt: skip
+) -> None:
     """CLIENTS clients, each in turn on every port, `pause` seconds between two requests."""
     end = time.monotonic() + seconds
 
@@ -97,9 +100,11 @@ def test_sixty_four_clients_see_no_error_and_memory_stays_flat(tmp_path: Path, u
     reply = generation(text(), size=3)
     upstream.script = lambda _: [b"".join(reply)]
     bare = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "bare_proxy.py"), upstream.url], env=ENVIRONMENT,
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, str(Path(__file__).parent / "bare_proxy.py"), upstream.url],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert bare.stdout is not None
         bare_port = urlsplit(bare.stdout.readline().split(" at ")[1].split(",")[0]).port
@@ -143,10 +148,16 @@ def test_hostile_clients_and_upstreams_leave_the_server_up_and_flat(tmp_path: Pa
     dice = random.Random(0)
     upstream.script = lambda _: dice.choice(replies)
     bodies = [
-        ASKED, ASKED, request({"messages": [{"role": "user", "content": "q"}], "stream": True}),
-        request(b"{"), request({"logprobs": True}), request(b"x" * 300_000), ASKED[:80], b"\x00" * 50,
+        ASKED,
+        ASKED,
+        request({"messages": [{"role": "user", "content": "q"}], "stream": True}),
+        request(b"{"),
+        request({"logprobs": True}),
+        request(b"x" * 300_000),
+        ASKED[:80],
+        b"\x00" * 50,
         request({"messages": [{"role": "user", "content": "x" * 200_000}]}),
-    ]  # fmt: skip
+    ]
 
     def one(_: int, rng: random.Random) -> tuple[bytes, float | None]:
         data = rng.choice(bodies)

@@ -45,6 +45,9 @@ KEY = "0123456789abcdef" * 4
         ({"upstream": "http://127.0.0.1:1", "audit_log": "no/such/dir/a.jsonl"}, ["cannot open the audit log"]),
         ({"upstream": "http://127.0.0.1:1", "audit_key_file": "short"}, ["5 bytes", "32"]),
         ({"model": "a.gguf", "tokenizer": "b.gguf"}, ["--tokenizer goes with --upstream"]),
+        ({"upstream": "http://127.0.0.1:1", "think_form": "tink"}, ["'tink'", "think", "harmony", "<plan>...</plan>"]),
+        ({"upstream": "http://127.0.0.1:1", "think_form": "---...***"}, ["letter"]),
+        ({"model": "a.gguf", "think_form": "separated"}, ["goes with --upstream"]),
     ],
 )
 def test_what_cannot_be_served_safely_does_not_start(
@@ -73,9 +76,20 @@ def test_no_deployment_key_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("host", "found"),
-    [("localhost", True), ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("[::1]", True), ("0.0.0.0", False),
-     ("::", False), ("localhost.example", False), ("10.0.0.1", False), ("::ffff:10.0.0.1", False), ("", False)],
-)  # fmt: skip
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("localhost.example", False),
+        ("10.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("", False),
+    ],
+)
 def test_loopback_is_recognised(host: str, found: bool) -> None:
     assert is_loopback(host) is found
 
@@ -94,17 +108,22 @@ def so8t(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def started(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def started(folder: Path, *options: str, shown: str = "thinking as ") -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The command in a process of its own; (base URL, process)."""
     with open(folder / "stderr", "w") as errors:  # not a pipe: a full one would stop the server
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli.main", "serve", "--port", "0", *options], cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=errors, env=ENVIRONMENT,
-        )  # fmt: skip
+            [sys.executable, "-m", "pipeline.cli.main", "serve", "--port", "0", *options],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=ENVIRONMENT,
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert " at http://" in line, (folder / "stderr").read_text()
+        assert shown in line
         yield line.split(" at ")[1].split(",")[0], process
     finally:
         if process.poll() is None:
@@ -158,6 +177,35 @@ def test_the_real_openai_client_works_with_the_command(tmp_path: Path, upstream:
     assert bad.returncode == 1
     assert "was edited" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "shown", "said"),
+    [
+        ([], "thinking as so8t (# 思考ステップ ... # 最終回答)", text()),
+        (["--think-form", "think"], "thinking as think (<think> ... </think>)", f"<think>{CANARY}</think>{ANSWER}"),
+        (["--think-form", "[P]...[/P]"], "thinking as [P]...[/P] ([P] ... [/P])", f"[P]{CANARY}[/P]{ANSWER}"),
+    ],
+)
+def test_the_form_is_shown_at_the_start_and_can_be_forced(
+    tmp_path: Path, upstream: FakeUpstream, options: list[str], shown: str, said: str
+) -> None:
+    upstream.script = lambda _: generation(said)
+    with started(tmp_path, "--upstream", upstream.url, "--name", "m", *options, shown=shown) as (url, _):
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        reply = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "q"}])
+        assert reply.choices[0].message.content == ANSWER
+
+
+def test_an_operators_key_opens_the_metrics(tmp_path: Path, upstream: FakeUpstream) -> None:
+    import httpx
+
+    boss = so8t(tmp_path, "serve", "--new-key", "boss", "--operator", "--keys", "keys.json").stdout.strip()
+    user = so8t(tmp_path, "serve", "--new-key", "user", "--keys", "keys.json").stdout.strip()
+    with started(tmp_path, "--upstream", upstream.url, "--name", "m", "--keys", "keys.json") as (url, _):
+        for key, status in ((boss, 200), (user, 403)):
+            found = httpx.get(url.removesuffix("/v1") + "/metrics", headers={"authorization": f"Bearer {key}"})
+            assert found.status_code == status
 
 
 def test_a_killed_server_starts_again_with_its_log(tmp_path: Path, upstream: FakeUpstream) -> None:

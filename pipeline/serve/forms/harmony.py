@@ -1,0 +1,43 @@
+"""The harmony form of gpt-oss: messages on channels, of which the last one must be `final`.
+
+    <|channel|>analysis<|message|>steps<|end|><|start|>assistant<|channel|>final<|message|>answer
+
+Every other channel is thinking (`analysis`, `commentary`); a recipient, a constraint, a tool call, text between the
+messages or a token in another dress is odd. So is a text whose tokens somebody upstream has taken out
+(`assistantfinal`), for nothing tells its parts from each other.
+Source: OpenAI's harmony response format, openai/harmony, docs/format.md.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.data.think_form import strip_message
+from pipeline.serve.folding import TAGS, fold, skeleton
+from pipeline.serve.forms.form import Odd, Parts
+
+_BEGIN, _NEXT, _ENDS = "<|start|>assistant", "<|end|><|start|>assistant", ("<|return|>", "<|end|>")
+_THOUGHT = re.compile(r"(?s)<\|channel\|>(?:analysis|commentary)<\|message\|>(.*)")
+_FINAL = re.compile(r"(?s)<\|channel\|>final<\|message\|>(.*)")
+_MARKS = re.compile(rf"{TAGS}|<\|(?:start|end|message|return|call|constrain)")
+_STRIPPED = re.compile("assistant(?:analysis|commentary|final)")
+
+
+class Harmony:
+    """See `pipeline.serve.forms.form.Form`."""
+
+    name, instructs, may_skip = "harmony", False, True
+    markers = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
+
+    def split(self, content: str, reasoning: str, *, mixed: bool) -> Parts:
+        """The messages before the last one together, and the last one, which must be on the channel `final`."""
+        bare = content.removeprefix(_BEGIN)
+        ended = next((bare.removesuffix(end) for end in _ENDS if bare.endswith(end)), bare)
+        *thoughts, last = ended.split(_NEXT)
+        steps, answer = [_THOUGHT.fullmatch(message) for message in thoughts], _FINAL.fullmatch(last)
+        if answer is None or None in steps:
+            raise Odd("no final channel at the end")
+        marks = 4 * len(thoughts) + 2 + (bare != content) + (ended != bare)
+        if len(_MARKS.findall(skeleton(content))) != marks or _STRIPPED.search(fold(content)):
+            raise Odd("odd marker")
+        return Parts(strip_message("\n".join(step[1] for step in steps if step)), strip_message(answer[1]))

@@ -1,0 +1,27 @@
+"""An upstream that separates the thinking itself: `reasoning_content`, `reasoning` or `thinking` beside `content`.
+
+llama-server, vLLM and Ollama do this for the models that they know. A reply without any reasoning is odd: nothing tells
+an upstream that separates from one that leaves the thinking in the content. So is reasoning after the content began.
+"""
+
+from __future__ import annotations
+
+from pipeline.serve.folding import has_tags
+from pipeline.serve.forms.form import Odd, Parts
+
+
+class Separated:
+    """See `pipeline.serve.forms.form.Form`."""
+
+    name, instructs, may_skip = "separated", False, False
+    markers: tuple[str, ...] = ()
+
+    def split(self, content: str, reasoning: str, *, mixed: bool) -> Parts:
+        """The reasoning and the content."""
+        if not reasoning:
+            raise Odd("upstream separated no thinking")
+        if mixed:
+            raise Odd("thinking after the answer began")
+        if has_tags(content) or has_tags(reasoning):
+            raise Odd("odd marker")
+        return Parts(reasoning, content)

@@ -1,0 +1,121 @@
+"""The messages of a request: what clients send back is read generously, and what would be lost is refused by its index.
+
+A reply that a client stored, here or from another provider, comes back with fields that say nothing to a model: those
+of an assistant's message are dropped and never forwarded. An assistant's message without a text, as a failed request
+leaves it, is dropped as well, and two messages of one role in a row become one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.think_form import Message, strip_message, system_text
+from pipeline.serve.refusal import invalid
+
+MAX_MESSAGES = 256
+ROLES = ("system", "developer", "user", "assistant")
+_TEXTS = ("text", "input_text", "output_text")
+_INERT = frozenset({"name", "id", "cache_control"})  # in every message
+_INERT_IN_REPLIES = _INERT | {
+    "annotations",
+    "finish_reason",
+    "object",
+    "parsed",
+    "phase",
+    "provider_specific_fields",
+    "reasoning",
+    "reasoning_content",
+    "reasoning_details",
+    "refusal",
+    "status",
+    "thinking",
+    "thinking_blocks",
+    "type",
+}
+_INERT_PARTS = ("refusal", "reasoning", "thinking", "redacted_thinking")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of the client's: its place in the request, its role and its text, stripped."""
+
+    index: int
+    role: str
+    text: str
+
+
+def read_turns(raw: Any) -> list[Turn]:
+    """The client's messages.
+
+    Raises:
+        Refusal: 422 with the name and the index of what cannot be taken.
+    """
+    if not isinstance(raw, list) or not 1 <= len(raw) <= MAX_MESSAGES:
+        raise invalid(f"`messages` must be a list of 1 to {MAX_MESSAGES} messages", param="messages")
+    return [_turn(index, message) for index, message in enumerate(raw)]
+
+
+def _turn(index: int, raw: Any) -> Turn:
+    where = f"messages.{index}"
+    if not isinstance(raw, dict):
+        raise invalid(f"`{where}` must be an object with role and content", param=where)
+    role = raw.get("role")
+    if role not in ROLES:
+        raise invalid(f"`{where}.role` must be one of {', '.join(ROLES)}", param=f"{where}.role")
+    inert = _INERT_IN_REPLIES if role == "assistant" else _INERT
+    for key, value in raw.items():
+        known = key in ("role", "content") or key in inert or value is None or (key == "tool_calls" and value == [])
+        if not known:
+            name = f"{where}.{key}"[:80]
+            raise invalid(f"`{name}` is not supported here; leave it out", param=name, code="unsupported_parameter")
+    return Turn(index, role, strip_message(_text(raw.get("content"), f"{where}.content", role)))
+
+
+def _text(content: Any, where: str, role: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise invalid(f"`{where}` must be a text or a list of parts", param=where)
+    texts = []
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in _TEXTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif not (role == "assistant" and kind in _INERT_PARTS):
+            name = f"{where}.{number}"
+            raise invalid(f"`{name}` is no part with a text; only texts can be taken", param=name)
+    return "".join(texts)
+
+
+def conversation(turns: list[Turn], *, instructs: bool) -> list[Message]:
+    """Messages for the engine; where the form asks for it, the shared system message first, the client's after it.
+
+    Raises:
+        Refusal: a system message behind another message, an empty text, or a last message that is not the user's.
+    """
+    system: list[str] = []
+    found: list[Message] = []
+    for turn in turns:
+        if turn.role in ("system", "developer"):
+            if found:
+                name = f"messages.{turn.index}.role"
+                raise invalid(f"`{name}`: a system message must come first", param=name)
+            system.append(turn.text)
+        elif turn.text and found and found[-1]["role"] == turn.role:
+            found[-1] = {"role": turn.role, "content": f"{found[-1]['content']}\n\n{turn.text}"}
+        elif turn.text:
+            found.append({"role": turn.role, "content": turn.text})
+        elif turn.role == "user":
+            raise invalid(f"message {turn.index} is empty", param=f"messages.{turn.index}.content")
+    if not found or found[-1]["role"] != "user":
+        raise invalid(
+            "the last message must be the user's: a reply cannot be begun for the model",
+            param="messages",
+            code="unsupported_parameter",
+        )
+    own = "\n\n".join(filter(None, system))
+    text = system_text(own) if instructs else own
+    return [{"role": "system", "content": text}, *found] if text else found

@@ -1,0 +1,82 @@
+"""Parameters that clients always send although they ask for nothing: accepted at their neutral value only.
+
+Any other value of these is refused by its name, and so is every parameter that stands nowhere: logprobs, n > 1, echo,
+grammar, logit_bias and the like would be oracles on the thinking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.serve.refusal import invalid
+
+Neutral = Callable[[Any], bool]
+
+
+def _one_of(*values: Any) -> Neutral:
+    """Equal to one of these; 0 and 0.0 are one number, and False is none."""
+
+    def neutral(value: Any) -> bool:
+        return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+
+    return neutral
+
+
+def _label(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _labels(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+# A hint on how long to think; how long it is stays the model's, and nothing of it is shown.
+_EFFORTS = _one_of("none", "minimal", "low", "medium", "high", "xhigh")
+NEUTRAL: dict[str, tuple[Neutral, str]] = {
+    "best_of": (_one_of(1), "1"),
+    "echo": (_one_of(False), "false"),
+    "frequency_penalty": (_one_of(0), "0"),
+    "function_call": (_one_of("none", "auto"), '"none" or "auto"'),
+    "functions": (_one_of([]), "[]"),
+    "logit_bias": (_one_of({}), "{}"),
+    "logprobs": (_one_of(False), "false"),
+    "metadata": (_labels, "an object of texts"),
+    "min_p": (_one_of(0), "0"),
+    "modalities": (_one_of(["text"]), '["text"]'),
+    "n": (_one_of(1), "1"),
+    "parallel_tool_calls": (_one_of(True, False), "true or false"),
+    "presence_penalty": (_one_of(0), "0"),
+    "prompt_cache_key": (_label, "a text"),
+    "prompt_cache_retention": (_label, "a text"),
+    "reasoning_effort": (_EFFORTS, "low, medium, high and the like"),
+    "repetition_penalty": (_one_of(1), "1"),
+    "response_format": (_one_of({"type": "text"}), '{"type": "text"}'),
+    "safety_identifier": (_label, "a text"),
+    "service_tier": (_one_of("auto", "default"), '"auto" or "default"'),
+    "store": (_one_of(False), "false"),
+    "tool_choice": (_one_of("none", "auto"), '"none" or "auto"'),
+    "tools": (_one_of([]), "[]"),
+    "top_k": (_one_of(0, -1), "0 or -1"),
+    "top_logprobs": (_one_of(0), "0"),
+    "user": (_label, "a text"),
+    "verbosity": (_one_of("medium"), '"medium"'),
+}
+
+
+def without_neutral(raw: dict[str, Any]) -> dict[str, Any]:
+    """A request's parameters without those that ask for nothing: nulls and neutral values.
+
+    Raises:
+        Refusal: 422, a parameter of the list with another value.
+    """
+    kept = {}
+    for name, value in raw.items():
+        if value is None:
+            continue
+        if name not in NEUTRAL:
+            kept[name] = value
+        elif not NEUTRAL[name][0](value):
+            message = f"`{name}` is not supported here: leave it out, or give {NEUTRAL[name][1]}"
+            raise invalid(message, param=name, code="unsupported_parameter")
+    return kept
