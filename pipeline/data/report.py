@@ -35,28 +35,34 @@ class SourceCount:
     kept: int = 0
     duplicates: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)  # what was done to kept rows, or found in them
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
-    def reject(self, reason: str, where: str, row: dict[str, Any] | None) -> None:
-        """Count a row that is left out; the first ones of each reason are kept as samples."""
+    def reject(self, reason: str, where: str, row: dict[str, Any] | None, *, shown: str = "") -> None:
+        """Count a row that is left out; the first ones of each reason are kept as samples.
+
+        Args:
+            shown: particulars that hold nothing of the row, such as the special token that it spells.
+        """
         self.rejected[reason] += 1
-        self._show(reason, where, row)
+        self._show(reason, where, row, shown)
 
     def duplicate(self, where: str, row: dict[str, Any]) -> None:
         """Count an exact duplicate."""
         self.duplicates += 1
         self._show("exact duplicate", where, row)
 
-    def _show(self, reason: str, where: str, row: dict[str, Any] | None) -> None:
+    def _show(self, reason: str, where: str, row: dict[str, Any] | None, said: str = "") -> None:
         shown = self.samples.setdefault(reason, [])
         if len(shown) < SAMPLES:
-            shown.append({"row": where, "shape": _shape(row)})
+            shown.append({"row": where, "shape": _shape(row), **({"because": said} if said else {})})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for report.json; reasons in alphabetical order."""
         rejected = dict(sorted(self.rejected.items()))
         counts = {"read": self.read, "kept": self.kept, "duplicates": self.duplicates, "rejected": rejected}
-        return {**self.facts, "excluded_because": self.objection, **counts}
+        notes = {"notes": dict(sorted(self.notes.items()))} if self.notes else {}
+        return {**self.facts, "excluded_because": self.objection, **counts, **notes}
 
 
 def _shape(row: dict[str, Any] | None) -> str:
@@ -131,6 +137,11 @@ class DataReport:
         return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
     @property
+    def notes(self) -> dict[str, int]:
+        """What was done to kept rows, or found in them, all sources together."""
+        return dict(sorted(sum((source.notes for source in self.sources.values()), Counter[str]()).items()))
+
+    @property
     def duplicates(self) -> int:
         """Exact duplicates removed, all sources together."""
         return sum(source.duplicates for source in self.sources.values())
@@ -161,6 +172,7 @@ class DataReport:
             **splits,
             "duplicates": self.duplicates,
             "rejected": self.rejected,
+            "notes": self.notes,
             "samples": self.samples,
             **self.policy,
             "sources": {name: count.to_json() for name, count in self.sources.items()},
