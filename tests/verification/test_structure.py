@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from made_elsewhere import gptq, q4_grid
 
+from benchmarks.elsewhere import FAULTS, KNOWN_DIRECTION, causes, table
 from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.judge import CHOSEN, judge
@@ -13,6 +18,7 @@ from verification.weight_parity.structure.direction import Direction, direction,
 from verification.weight_parity.structure.low_rank import low_rank
 from verification.weight_parity.structure.scale import group_scale, scale
 from verification.weight_parity.structure.shift import shift
+from verification.weight_parity.values import Start, Wanted, compared
 
 RNG = np.random.default_rng(0)
 W = (0.05 * RNG.standard_t(5, (384, 512))).astype(np.float32)
@@ -139,3 +145,34 @@ def test_what_snaps_back_to_a_grid_is_not_called_missing() -> None:
     assert alone is not None
     assert alone.value < -0.5  # the merge is gone
     assert judge(plain, plain.values(), reference, base=grid).findings == ()
+
+
+def test_the_published_strengths_are_the_measured_ones() -> None:
+    """docs/detection.md holds the table of docs/elsewhere.json, which `benchmarks.elsewhere` wrote."""
+    docs = Path(__file__).parents[2] / "docs"
+    result = json.loads((docs / "elsewhere.json").read_text(encoding="utf-8"))
+    assert table(result) in (docs / "detection.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("fault", "strength"), [(f[0], f[2][-1]) for f in FAULTS])
+def test_the_strongest_published_fault_is_seen_in_eight_bits(fault: str, strength: float) -> None:
+    plant = next(f[1] for f in FAULTS if f[0] == fault)
+    faulty = plant(W, strength, 3)
+    base = faulty if fault == KNOWN_DIRECTION else None
+    assert causes(W, tensor(faulty, "Q8_0", None).values(), "Q8_0", base=base)
+
+
+def test_experts_are_proven_each_with_its_own_importance() -> None:
+    """llama.cpp quantises expert by expert with its own part of the matrix; experts exchanged are no proof."""
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal((3, 80, 256)).astype(np.float32)
+    importance = np.exp(rng.standard_normal(3 * 256)).astype(np.float32)
+    parts = [quantised_bytes(w, "Q4_K", m) for w, m in zip(values, importance.reshape(3, 256), strict=True)]
+    raw = np.concatenate([part for part in parts if part is not None])
+    wanted = Wanted(values, lambda: iter([Start("F16", values)]), importance=importance)
+    assert compared(GGUFTensor("x", values.shape, "Q4_K", raw), wanted).result.proof == "from F16 with the imatrix"
+    swapped = np.concatenate([raw.reshape(3, -1)[i] for i in (0, 2, 1)])
+    found = compared(GGUFTensor("x", values.shape, "Q4_K", swapped), wanted).result
+    assert not found.proof
+    alone = compared(GGUFTensor("x", values.shape, "Q4_K", raw), replace(wanted, importance=None)).result
+    assert not alone.proof

@@ -22,12 +22,13 @@ from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
 from verification.weight_parity import expected
 from verification.weight_parity.block_bounds import LAST_BIT, hold
-from verification.weight_parity.neighbours import AGAIN, DAMAGED
+from verification.weight_parity.neighbours import AGAIN, DAMAGED, ROUNDED
 from verification.weight_parity.result import TensorResult
 
 Array = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
 OF_BLOCK = {True: 0.5, False: 1.0}  # largest error in a block, in its largest weight; key: at least 4 bits a weight
+DAMAGED_BLOCK = "damaged block"
 SAMPLE = 16  # rows that are quantised first: where their bytes differ, the whole tensor's do
 MIXED_UP = 1e-3  # share of weights whose rounding may fall the other way, where dequantisers differ in the last bit
 
@@ -60,6 +61,7 @@ class Measured:
     own: Array | None = None  # what the own quantiser's bytes mean
     own_raw: Raw | None = None
     start: Start | None = None  # from which the own was quantised
+    worst_block: float = 0.0  # largest |value - wanted| of a block, in what the type allows
 
 
 def compared(tensor: GGUFTensor, wanted: Wanted) -> Measured:
@@ -103,7 +105,7 @@ def _float(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     result = TensorResult(
         tensor.name, tensor.type, compared=True, rel_error=error_size, max_abs_error=float(difference.max(initial=0.0)),
         roundings=worst, size=target.size, clipped=overflow, flushed=flushed, non_finite=bad,
-        explanation="" if findings else "within one rounding of its type", findings=tuple(findings),
+        proof="" if findings else ROUNDED, findings=tuple(findings),
     )  # fmt: skip
     return Measured(result, values)
 
@@ -161,12 +163,13 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         at = int(np.argmax(within / np.maximum(most, 1e-30)))
         findings.append(
             Finding(tensor.name, f"weights within {share_allowed * most[at]:.3g} of the reference in block {at}",
-                    f"{within[at]:.3g} off", AGAIN, "damaged block")
+                    f"{within[at]:.3g} off", AGAIN, DAMAGED_BLOCK)
         )  # fmt: skip
     result = dataclasses.replace(
         bare, own_error=own_error, blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings)
     )
-    return Measured(result, values, own_values, own_raw, nearest)
+    worst = float((within / np.maximum(share_allowed * most, 1e-30)).max(initial=0.0))
+    return Measured(result, values, own_values, own_raw, nearest, worst)
 
 
 def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
@@ -177,6 +180,11 @@ def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
 
 def _sample_differs(tensor: GGUFTensor, start: Start, importance: Array | None) -> float | None:
     """Share of a few rows' bytes that the quantiser does not give; None where it cannot make the type."""
+    experts = len(start.values) if start.values.ndim == 3 else 1
+    if experts > 1:  # the first expert stands for all
+        first = GGUFTensor(tensor.name, tensor.shape[1:], tensor.type, tensor.raw.reshape(experts, -1)[0])
+        matrix = None if importance is None else importance[: start.values.shape[-1]]
+        return _sample_differs(first, Start(start.name, start.values[0]), matrix)
     rows = len(start.values) if start.values.ndim == 2 else 0
     at = np.unique(np.linspace(0, rows - 1, SAMPLE).astype(np.int64)) if rows > 4 * SAMPLE else None
     if at is None:
@@ -215,6 +223,14 @@ def _dequantised(values: Array, wanted: Wanted) -> bool:
         return False
     worst = expected.roundings(np.abs(rounded - wanted.values)[other], wanted.values[other], wanted.saved_in)
     return worst is not None and worst <= 2.0  # the neighbouring number
+
+
+def with_error(result: TensorResult, tensor: GGUFTensor, wanted: Array) -> TensorResult:
+    """A proven tensor's result with its distance from the reference, which the proof had no need of."""
+    if not result.proof or result.rel_error is not None:
+        return result
+    relative, largest, _ = _error(tensor.values(), wanted.reshape(tensor.shape))
+    return dataclasses.replace(result, rel_error=relative, max_abs_error=largest)
 
 
 def _error(values: Array, wanted: Array) -> tuple[float, float, Array]:
