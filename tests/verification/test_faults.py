@@ -18,12 +18,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from verification.commands.lint_result import LintFinding
 from verification.contract.file_structure import counts, layout, promised_types, vocabulary
-from verification.contract.finding import Cause
+from verification.contract.finding import Cause, Finding, as_check
 from verification.contract.metadata import HARMLESS, against_oracle, is_harmless
 from verification.engines.quantise import quantise
 from verification.fault_catalogue import run as runner
 from verification.fault_catalogue.catalogue import catalogue
+from verification.fault_catalogue.diagnosis import kind_of
 from verification.fault_catalogue.edit import set_metadata
 from verification.fault_catalogue.fault import Fault
 from verification.fault_catalogue.file_gate import judge
@@ -32,6 +34,7 @@ from verification.fault_catalogue.page import html_page, markdown
 from verification.fault_catalogue.peer_checks import Others
 from verification.fault_catalogue.plant import Bench, as_quant
 from verification.fault_catalogue.result import HealthyRow, SelfTest
+from verification.gate.report import Check
 from verification.gguf.cache import Memory
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
@@ -239,6 +242,33 @@ def test_a_spliced_quant_is_what_the_quantiser_writes(pair: Healthy, tmp_path: P
     assert spliced.metadata == whole.metadata
     for name, tensor in whole.tensors.items():
         assert np.array_equal(tensor.raw, spliced.tensors[name].raw), name
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "kind"),
+    [
+        ("blk.1.attn_q.weight", "head_rows", "attention layout"),
+        ("blk.1.attn_q.weight", "row_order", "attention layout"),
+        ("blk.1.ffn_up.weight", "row_order", "weights"),
+        ("blk.1.ffn_up.weight", "flipped_bit", "file"),
+        ("blk.1.ffn_up.weight", "f16_overflow", "number range"),
+        ("blk.1.ffn_up.weight", "merge", "adapter"),
+        ("blk.1.attn_v.weight", "rotation", "adapter"),
+        ("blk.1.ffn_up.weight", "", "weights"),
+    ],
+)
+def test_a_diagnosis_reads_codes_and_no_words(where: str, code: str, kind: str) -> None:
+    for words in ("", "one flipped bit", "rotated twice", "q/k rows permuted", "F16 overflow"):
+        finding = {"where": where, "expected": words, "found": words, "cause": words, "code": code}
+        assert kind_of("weights", LintFinding.model_validate(finding)) == kind
+
+
+def test_a_check_names_its_place_and_code_apart_from_its_sentence() -> None:
+    finding = Finding("blk.1.attn_q.weight", "a", "b", cause="one flipped bit", code="flipped_bit")
+    check = as_check("contract.hypotheses", "title", [finding, Finding("other", "a", "b")], subject="F16")
+    assert (check.where, check.code, check.value) == ("blk.1.attn_q.weight", "flipped_bit", 2)
+    old = check.model_dump(exclude={"code", "where"})  # a check before schema 1.3
+    assert (Check.model_validate(old).code, Check.model_validate(old).where) == ("", "")
 
 
 def test_causes_are_named_exactly() -> None:

@@ -121,6 +121,7 @@ def _with_parameters_of(request: Callable[P, VerifyRequest]) -> Callable[P, Repo
 
 
 verify = _with_parameters_of(VerifyRequest)
+"""Verify GGUF files against the checkpoint they were made from; the arguments are the fields of `VerifyRequest`."""
 
 
 def _inputs(request: VerifyRequest, candidates: Sequence[Candidate]) -> list[Artefact]:
