@@ -1,4 +1,4 @@
-"""Batches of encoded rows, padded on the right with the label IGNORED. Shapes: input_ids, labels, attention_mask (B, T)."""
+"""Batches of encoded rows, padded on the right with the label IGNORED; input_ids, labels, attention_mask are (B, T)."""
 
 from __future__ import annotations
 
