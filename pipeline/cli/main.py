@@ -28,6 +28,7 @@ from so8t_core.errors import InputError
 from verification.engines import distributed
 
 if TYPE_CHECKING:
+    from pipeline.config import RunConfig
     from verification.gate.report import Report
 
 
@@ -257,7 +258,25 @@ def _say(text: str) -> None:
 def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train, bake, convert, verify a 135M model."""
     text = (Path(__file__).parents[1] / "configs" / "demo.yaml").read_text(encoding="utf-8")
+    if not quiet and distributed.is_first():
+        from pipeline.config import parse_config
+
+        Console(highlight=False).print(_what_the_demo_shows(parse_config(text, overrides=overrides)), markup=False)
     _execute(text, overrides, quiet=quiet)
+
+
+def _what_the_demo_shows(config: RunConfig) -> str:
+    """The plan of the demo, in the words of its settings."""
+    rows, train, types = config.data.generator, config.train, ", ".join(config.convert.types)
+    alone = f", then the rotation alone for {train.so8t_only_steps}" if train.so8t_only_steps else ""
+    return f"""SO8T trains, converts and verifies {config.model.base}: minutes on two cores, no network, no GPU.
+  data     {rows.rows if rows else 0} reasoning problems to learn from, {rows.heldout_rows if rows else 0} held out
+  train    an SO(8) rotation and a LoRA for {train.steps} steps{alone}
+  bake     both folded into ordinary weights
+  convert  {types}
+  answers  {config.answers.prompts} held-out prompts before and after, through the {config.answers.type} file
+  verify   proof that these files are what was trained, and a wrong bake that must be refused
+Everything lies in {config.run_dir}; a run that was stopped goes on where it was."""
 
 
 @app.command(epilog="Example: so8t run configs/demo.yaml train.steps=80 --from train")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArgument
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
-from pipeline.train.collate import Collator, EncodedRows
+from pipeline.train.collate import IGNORED, Collator, EncodedRows
 from pipeline.train.sharding import shard_base, take_request
 from pipeline.train.trainer import SaveCurves, SO8TTrainer, Watch, last_complete_checkpoint, restore_curves, split_step
 from so8t_core import SO8TConfig, gates, plane_angles, save_adapter, trainable_counts
@@ -57,8 +57,8 @@ def train(
     distributed.from_first(lambda: _forget_other_runs(work_dir, config, base_dir, data_dir))
     started = time.monotonic()
 
-    def fit(settings: TrainConfig, name: str, title: str) -> _Fitted:
-        return _fit(config, settings, base_dir, rows, heldout, collator, work_dir / name, report, title, split)
+    def fit(settings: TrainConfig, name: str, title: str, before: float | None = None) -> _Fitted:
+        return _fit(config, settings, base_dir, rows, heldout, collator, work_dir / name, report, title, split, before)
 
     trained = work_dir / "adapter"  # kept until all is done: what interrupts the second fit does not cost the first
     if not distributed.from_first(lambda: (trained / RECORD_NAME).is_file()):
@@ -74,7 +74,8 @@ def train(
     record = TrainingRecord.model_validate_json(text)
     if settings.so8t_only_steps:
         alone = settings.model_copy(update={"lora": None, "steps": settings.so8t_only_steps})
-        only = fit(alone, "so8t_only", "rotation alone")
+        same_start = settings.init_scale == 0  # LoRA and rotation are then the identity: the base, evaluated before
+        only = fit(alone, "so8t_only", "rotation alone", record.heldout_loss_before if same_start else None)
         record.so8t_only = {
             "steps": alone.steps,
             "heldout_loss_before": only.record.heldout_loss_before,
@@ -147,6 +148,7 @@ def _fit(
     report: Reporter,
     title: str,
     split: bool,
+    before: float | None = None,
 ) -> _Fitted:
     from peft import get_peft_model
 
@@ -162,7 +164,8 @@ def _fit(
     peft = get_peft_model(model, adapter_config(settings))
     if split:
         shard_base(peft, settings.quantization)
-    before = heldout_loss(peft, heldout, collator, settings.batch_size)
+    if before is None:
+        before = heldout_loss(peft, heldout, collator, settings.batch_size)
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -258,7 +261,7 @@ def heldout_loss(model: nn.Module, rows: EncodedRows, collator: Collator, batch_
         batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         labels = batch.pop("labels")[:, 1:]  # (B, T-1)
         logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]  # (B, T-1, V)
-        kept = labels != -100
+        kept = labels != IGNORED
         total += F.cross_entropy(logits[kept.to(device)].float(), labels[kept].to(device), reduction="sum").item()
         count += int(kept.sum())
     model.train(was_training)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.config import TrainConfig
+from pipeline.train.collate import labelled_only
 from pipeline.train.pet import HiddenStates, penalty, triples
 from so8t_core import (
     PETSchedule,
@@ -85,6 +87,8 @@ class SO8TTrainer(Trainer):
         self._states = HiddenStates(self.model, pet.layers) if pet else None
         self._schedule = PETSchedule(pet.warmup, pet.main, pet.anneal) if pet else None
         self._triples = 0.0  # of the step's micro-batches in all processes
+        inner = getattr(self.model, "get_base_model", lambda: self.model)()  # PEFT's own forward takes anything
+        self._keeps_logits = "logits_to_keep" in signature(inner.forward).parameters
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         rows = self.settings.steps * self.settings.batch_size * self.settings.gradient_accumulation
@@ -124,6 +128,8 @@ class SO8TTrainer(Trainer):
         Raises:
             InputError: the loss is NaN or Inf.
         """
+        if self._keeps_logits:
+            inputs = labelled_only(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         steps = self.current_gradient_accumulation_steps
         divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
