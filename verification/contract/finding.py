@@ -59,10 +59,15 @@ def as_check(name: str, title: str, findings: Sequence[Finding], *, subject: str
         title,
         len(findings),
         subject=subject,
-        detail="; ".join(finding.sentence for finding in findings[:3]),
+        detail=writable("; ".join(finding.sentence for finding in findings[:3])),
         code=findings[0].code if findings else "",
-        where=findings[0].where if findings else "",
+        where=writable(findings[0].where) if findings else "",
     )
+
+
+def writable(text: str) -> str:
+    """A text with bytes that are not UTF-8 (of a file's name, of a token) spelled out, so that JSON can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def show(value: Any, limit: int = 60) -> str:
