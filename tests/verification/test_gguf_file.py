@@ -135,7 +135,7 @@ def test_an_admission_names_the_fault_and_its_bound(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             read_gguf(path)
     path.write_bytes(header(tensors=text("t") + struct.pack("<IQQIQ", 2, 0, 1 << 63, 1, 0), n_tensors=1))
-    with pytest.raises(InputError, match="beside a zero"):
+    with pytest.raises(InputError, match="so no element"):
         read_gguf(path)
     path.write_bytes(header(text("llama.attention.head_count") + array + struct.pack("<IQI", 4, 1, 7)))
     assert read_gguf(path).metadata["llama.attention.head_count"] == [7]
@@ -143,7 +143,7 @@ def test_an_admission_names_the_fault_and_its_bound(tmp_path: Path) -> None:
     assert read_gguf(path).tensors["t"].values().tolist() == [0, 0]  # I32
 
 
-@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("count", [3])
 def test_an_importance_matrix_whose_counts_do_not_divide_its_sums_is_refused(tmp_path: Path, count: int) -> None:
     path = tmp_path / "x.gguf"
     sums = text("a.in_sum2") + struct.pack("<IQIQ", 1, 4, 0, 0)

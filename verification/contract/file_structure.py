@@ -23,8 +23,11 @@ from verification.gguf.reader import FLOAT_TYPES, GGUFFile
 
 F16_MAX = 65504.0
 _MARKERS = ("bos_token_id", "eos_token_id", "eot_token_id")
+_LAST_TYPE = 6  # token types: 0 undefined, 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
+_SHOWN = 20  # tokens that stand twice; one is enough to refuse the file
 _NEVER_TEXT = (2, 3, 4)  # token types unknown, control, user-defined
 _AGAIN = "convert or copy the file again"
+_BY_BLOCK = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # lists hold an item a block
 
 
 def layout(file: GGUFFile) -> list[Finding]:
@@ -90,6 +93,10 @@ def counts(file: GGUFFile) -> list[Finding]:
     no_gate = "blk.0.ffn_gate.weight" not in file.tensors
     if isinstance(wide, int) and not (no_gate and up == 2 * wide):  # a list for each layer; Phi-3's gate stands in up
         equal("blk.0.ffn_up.weight", wide, up, "feed_forward_length")
+    blocks_stated = file.get("block_count") or 0
+    for name, value in file.metadata.items():
+        if name.startswith(f"{arch}.") and name.removeprefix(f"{arch}.") in _BY_BLOCK and isinstance(value, list):
+            equal(name, blocks_stated, len(value), "one item a block")
     eps, theta = file.get("attention.layer_norm_rms_epsilon"), file.get("rope.freq_base")
     if eps is not None and not 0 < eps <= 1e-3:
         found.append(Finding(f"{arch}.attention.layer_norm_rms_epsilon", "above 0, at most 1e-3", show(eps), _AGAIN))
@@ -109,8 +116,9 @@ def vocabulary(file: GGUFFile) -> list[Finding]:
         if values is not None and len(values) != len(tokens):
             found.append(Finding(f"tokenizer.ggml.{name}", f"{len(tokens)} items", f"{len(values)}", _AGAIN))
     types = file.metadata.get("tokenizer.ggml.token_type") or []
+    found += _token_lists(file, tokens)
     for key, value in file.metadata.items():
-        if not (key.startswith("tokenizer.ggml.") and key.endswith("_token_id")) or not isinstance(value, int):
+        if not (key.startswith("tokenizer.ggml.") and key.endswith("_token_id")):
             continue
         if not 0 <= value < len(tokens):
             found.append(Finding(key, f"an id below {len(tokens)}", str(value), "set the key to a token's id"))
@@ -130,6 +138,29 @@ def vocabulary(file: GGUFFile) -> list[Finding]:
     return found
 
 
+def _token_lists(file: GGUFFile, tokens: list[str]) -> list[Finding]:
+    """Tokens that stand twice, at which llama.cpp ends the process, and scores and types that are none."""
+    found: list[Finding] = []
+    first: dict[str, int] = {}
+    twice = [(number, first[token]) for number, token in enumerate(tokens) if first.setdefault(token, number) != number]
+    twice = [pair for pair in twice if tokens[pair[0]]]  # llama.cpp names empty tokens itself, each by its number
+    for number, other in twice[:_SHOWN]:
+        action = "give each id a text of its own in the tokenizer and convert again"
+        more = f"{len(twice)} such tokens" if len(twice) > _SHOWN else ""
+        where, text = f"token {number}", f"{show(tokens[number])}, as token {other}"
+        found.append(Finding(where, "a text of its own", text, action, more))
+    scores = file.metadata.get("tokenizer.ggml.scores") or []
+    odd = next((i for i, score in enumerate(scores) if score != score), None)
+    if odd is not None:
+        found.append(Finding(f"tokenizer.ggml.scores[{odd}]", "a number", "NaN", _AGAIN))
+    kinds = file.metadata.get("tokenizer.ggml.token_type") or []
+    odd = next((i for i, kind in enumerate(kinds) if not 0 <= kind <= _LAST_TYPE), None)
+    if odd is not None:
+        where = f"tokenizer.ggml.token_type[{odd}]"
+        found.append(Finding(where, f"0 to {_LAST_TYPE}", str(kinds[odd]), _AGAIN))
+    return found
+
+
 def weights(file: GGUFFile, *, known_good: Collection[str] = ()) -> tuple[list[Finding], list[Finding]]:
     """(weights that are NaN or Inf, weights that sit at F16's largest value), by tensor.
 
@@ -140,13 +171,17 @@ def weights(file: GGUFFile, *, known_good: Collection[str] = ()) -> tuple[list[F
     for tensor in file.tensors.values():
         if tensor.name in known_good:
             continue
-        values = tensor.raw.view(np.float16) if tensor.type == "F16" else tensor.values()
-        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+        bad = clipped = 0
+        for piece in tensor.pieces():
+            values = piece.raw.view(np.float16) if tensor.type == "F16" else piece.values()
+            bad += int(values.size - np.count_nonzero(np.isfinite(values)))
+            if tensor.type == "F16":
+                clipped += int(np.count_nonzero(np.abs(values) == np.float16(F16_MAX)))
         if bad:
             broken.append(
                 Finding(tensor.name, "finite weights", f"{bad} NaN or Inf", "convert from the original weights")
             )
-        if tensor.type == "F16" and (clipped := int(np.count_nonzero(np.abs(values) == np.float16(F16_MAX)))):
+        if clipped:
             where = f"{clipped} weights at {F16_MAX:.0f}"
             saturated.append(
                 Finding(tensor.name, "weights below F16's end", where, "convert to BF16 or F32", "F16 overflow clipped")

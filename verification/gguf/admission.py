@@ -8,37 +8,32 @@ Token strings may hold any bytes. Source: llama.cpp, ggml/src/gguf.cpp and src/l
 
 from __future__ import annotations
 
+import functools
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
 from so8t_core.errors import InputError
+from verification.gguf.key_types import NAMES, wanted
 
 MAX_ENTRIES, MAX_TENSORS, MAX_ITEMS, MAX_STRING = 65_536, 100_000, 1 << 22, 1 << 24
+MAX_HEADER = 1 << 26  # bytes; Gemma-3's vocabulary of 262,144 tokens takes 12 MB
 MAX_DIMS, MAX_NAME, MAX_KEY, MAX_BLOCKS, MAX_ALIGNMENT = 4, 64, 1 << 16, 10_000, 1 << 16
+_LARGEST = {"integer": (1 << 32) - 1, "float": float(np.finfo(np.float32).max)}  # llama.cpp reads 32 bits of each
 
-_WORDS = {
-    0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7: "bool", 8: "string", 10: "u64", 11: "i64",
-    12: "f64",
-}  # fmt: skip
-_KINDS = {"integer": {0, 1, 2, 3, 4, 5, 10, 11}, "float": {6, 12}, "bool": {7}, "string": {8}}
-_TYPES = (
-    (r"general\.(architecture|name|type)|tokenizer\.(chat_template|ggml\.(model|pre))", "string"),
-    (r"general\.(alignment|file_type|quantization_version)|split\.(no|count)", "integer"),
-    (r"tokenizer\.ggml\.(tokens|merges)", "array of string"),
-    (r"tokenizer\.ggml\.scores", "array of float"),
-    (r"tokenizer\.ggml\.token_type", "array of integer"),
-    (r"tokenizer\.ggml\.\w+_token_id", "integer"),
-    (r"tokenizer\.ggml\.add_\w+", "bool"),
-    (r"[\w-]+\.(block_count|context_length|embedding_length|vocab_size)", "integer"),
-    (r"[\w-]+\.(feed_forward_length|attention\.head_count(_kv)?)", "integer or array of integer"),
-    (r"[\w-]+\.attention\.((key|value)_length|kv_lora_rank|sliding_window)", "integer"),
-    (r"[\w-]+\.attention\.layer_norm(_rms)?_epsilon", "float"),
-    (r"[\w-]+\.rope\.(dimension_count|scaling\.original_context_length)", "integer"),
-    (r"[\w-]+\.rope\.(freq_base(_swa)?|scaling\.(factor|attn_factor))", "float"),
-    (r"[\w-]+\.rope\.scaling\.type", "string"),
-)
-_TABLE = tuple((re.compile(pattern, re.ASCII), wanted.split(" or ")) for pattern, wanted in _TYPES)
+_STRAY = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as `surrogateescape` keeps them
 _BLOCK = re.compile(r"blk\.([0-9]{1,5})\.")
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_-]{1,63}", re.ASCII)
+# tensors whose rank is the same in every architecture; a Hugging Face order of (out, in) for the matrices
+_MATRIX = re.compile(r"(token_embd|output|blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)))\.weight")
+_VECTOR = re.compile(r"(output_norm|blk\.\d+\.(attn_norm|ffn_norm))\.weight")
+_NOT_WEIGHTS = {"I8", "I16", "I32", "I64", "F64"}
 
 
 def counts(path: Path, n_tensors: int, n_kv: int) -> None:
@@ -54,19 +49,47 @@ def text(path: Path, where: str, value: str, *, bound: int = MAX_STRING) -> None
         raise InputError(f"{path}: {where} has {len(value)} characters, at most {bound} are read")
     if "\0" in value:
         raise InputError(f"{path}: {where} holds a NUL at character {value.index(chr(0))}, where C readers stop")
-    if any("\udc80" <= c <= "\udcff" for c in value):
+    if not value.isascii() and _STRAY.search(value):
         raise InputError(f"{path}: {where} is not UTF-8; write the file again with a text in UTF-8")
+
+
+def header(path: Path, size: int) -> None:
+    """Refuse keys and descriptions that take more bytes than those of any model."""
+    if size > MAX_HEADER:
+        raise InputError(f"{path}: the header goes beyond {MAX_HEADER} bytes, more than any model has; it is damaged")
 
 
 def key_type(path: Path, key: str, kind: int, inner: int | None) -> None:
     """Refuse a known key of another type than llama.cpp asks for; `inner` is an array's item type."""
-    for pattern, wanted in _TABLE:
-        if pattern.fullmatch(key):
-            array = "array of " if inner is not None else ""
-            found = kind if inner is None else inner
-            if not any(w.startswith("array of ") == bool(array) and found in _KINDS[w.split()[-1]] for w in wanted):
-                word = array + _WORDS.get(found, f"type {found}")
-                raise InputError(f"{path}: metadata key {key} is {word}, wanted {' or '.join(wanted)}; convert again")
+    rule = wanted(key)
+    if rule is not None and not rule.allows(kind, inner):
+        item = kind if inner is None else inner
+        word = ("array of " if inner is not None else "") + NAMES.get(item, f"type {item}")
+        raise InputError(f"{path}: metadata key {key} is {word}, wanted {rule}; convert again")
+
+
+def key_value(path: Path, key: str, value: Any) -> None:
+    """Refuse a known key's number that is negative, not finite or too large for 32 bits, and an odd architecture."""
+    rule = wanted(key)
+    if rule is None:
+        return
+    if key == "general.architecture" and value and not _ARCHITECTURE.fullmatch(value):
+        raise InputError(
+            f"{path}: general.architecture is {value[:40]!r}, wanted at most 63 of A-Z a-z 0-9 _ -; the file is damaged"
+        )
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or isinstance(numbers[0], str):
+        return
+    kind = "float" if isinstance(numbers[0], float) else "integer"
+    if kind == "float" and isinstance(value, list):
+        return  # scores of tokens: a check of the vocabulary
+    low = 0 if rule.is_unsigned else -math.inf
+    bad = next((n for n in numbers if not math.isfinite(n) or n < low or abs(n) > _LARGEST[kind]), None)
+    if bad is not None:
+        bound = "0 or more, within 32 bits" if rule.is_unsigned else "a finite number within 32 bits"
+        raise InputError(f"{path}: metadata key {key} is {bad}, wanted {bound}; convert again")
+    if key.endswith(".block_count") and bad is None and numbers[0] > MAX_BLOCKS:
+        raise InputError(f"{path}: metadata key {key} is {value}, at most {MAX_BLOCKS} blocks are read; convert again")
 
 
 def alignment(path: Path, value: int) -> None:
@@ -91,3 +114,39 @@ def tensor(path: Path, name: str, n_dims: int) -> None:
         block = _BLOCK.match(name)
         if block is None or int(block[1]) >= MAX_BLOCKS:
             raise InputError(f"{path}: {where} needs a block number from 0 to {MAX_BLOCKS - 1} behind 'blk.'")
+
+
+def shape(path: Path, name: str, dims: Sequence[int], kind: GGMLQuantizationType) -> tuple[int, ...]:
+    """A tensor's shape in Hugging Face order, with the rank of its role; refuse one that no weights can have.
+
+    Dimensions of 1 that only pad the rank mean nothing to llama.cpp: (1, 1, 64, 32) of an attn_q is (64, 32).
+
+    Raises:
+        InputError: no element, another rank, or a type in which no weights can be.
+    """
+    found = tuple(reversed(dims)) or (1,)
+    if not math.prod(found):
+        raise InputError(f"{path}: tensor {name} has dimensions {list(dims)}, so no element; convert again")
+    rank = 2 if _MATRIX.fullmatch(name) else 1 if _VECTOR.fullmatch(name) else None
+    if not readable(kind) or (rank and kind.name in _NOT_WEIGHTS):
+        raise InputError(f"{path}: tensor {name} is {kind.name}, a type in which no weights are stored; convert again")
+    if rank is None:
+        return found
+    while len(found) > rank and found[0] == 1:
+        found = found[1:]
+    found = (1,) * (rank - len(found)) + found
+    if len(found) != rank:
+        raise InputError(f"{path}: tensor {name} has dimensions {list(dims)}, {rank} are wanted here; convert again")
+    return found
+
+
+@functools.cache
+def readable(kind: GGMLQuantizationType) -> bool:
+    """Whether the values of a type can be computed here: not so for those that only live in memory, as Q8_K."""
+    if kind.name in _NOT_WEIGHTS or kind.name in ("F32", "F16"):
+        return True
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except (NotImplementedError, KeyError):
+        return False
+    return True

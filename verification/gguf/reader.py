@@ -48,6 +48,16 @@ class GGUFTensor:
     raw: npt.NDArray[np.uint8]
     offset: int = 0  # of its first byte in the file
 
+    def pieces(self, weights: int = 1 << 22) -> Iterator[GGUFTensor]:
+        """The tensor in pieces of whole rows, each of about `weights` weights: bounded memory for any size."""
+        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
+        step, bytes_row = max(weights // self.shape[-1], 1), self.raw.size // rows
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            begin = row * bytes_row
+            raw = self.raw[begin : begin + count * bytes_row]
+            yield GGUFTensor(self.name, (count, self.shape[-1]), self.type, raw, self.offset + begin)
+
     def values(self) -> npt.NDArray[np.float32]:
         """Dequantised to float32, in `shape`."""
         kind = GGMLQuantizationType[self.type]
@@ -58,7 +68,8 @@ class GGUFTensor:
         if self.type in _PLAIN:
             return self.raw.view(_PLAIN[self.type]).reshape(self.shape).astype(np.float32)
         rows = int(np.prod(self.shape[:-1], dtype=np.int64))
-        values: npt.NDArray[np.float32] = dequantize(self.raw.reshape(rows, -1), kind)
+        with np.errstate(all="ignore"):  # a damaged scale is seen in the values
+            values: npt.NDArray[np.float32] = dequantize(self.raw.reshape(rows, -1), kind)
         return values.reshape(self.shape)
 
 
@@ -79,8 +90,7 @@ class GGUFFile:
     @property
     def file_type(self) -> str:
         """Name of the file's type, e.g. "Q4_K_M"; "unknown" when the key is missing or new."""
-        number = self.metadata.get("general.file_type")
-        return FILE_TYPES.get(number, "unknown") if isinstance(number, int) else "unknown"
+        return FILE_TYPES.get(self.metadata.get("general.file_type", -1), "unknown")
 
     @property
     def is_float(self) -> bool:
@@ -109,6 +119,7 @@ class Cursor:
                 f"{self.path} is truncated: {self.inside} needs bytes up to {self.at + size}, "
                 f"the file has {len(self.data)}. Copy or convert it again."
             )
+        admission.header(self.path, self.at + size)
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -128,7 +139,8 @@ class Cursor:
 
     def strings(self, count: int) -> list[str]:
         """`count` strings; vocabularies have 100,000, so this is written for speed."""
-        data, at, end, size_at = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        data, at, size_at = self.data, self.at, struct.Struct("<Q").unpack_from
+        end = min(len(data), admission.MAX_HEADER)
         found = []
         for _ in range(count):
             if at + 8 > end:
@@ -212,6 +224,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
         value = cursor.value(kind)
         if isinstance(value, str):
             admission.text(path, cursor.inside, value)
+        admission.key_value(path, key, value)
         metadata[key] = value
     keys_end = cursor.at
     infos = list(_tensor_infos(cursor, n_tensors))
@@ -222,13 +235,14 @@ def read_gguf(path: str | Path) -> GGUFFile:
             f"{path} is one part of a file split into {metadata['split.count']}; join them first: "
             "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
         )
-    start = -(-cursor.at // alignment) * alignment
+    start, claimed = -(-cursor.at // alignment) * alignment, 0
     tensors: dict[str, GGUFTensor] = {}
     for name, dims, kind, offset in infos:
+        shape = admission.shape(path, name, dims, kind)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         count = math.prod(dims)  # Python's integers: a damaged size must not wrap around
-        if dims and dims[0] % block:
-            raise InputError(f"{path}: tensor {name} has rows of {dims[0]}, not a multiple of {kind.name}'s {block}")
+        if shape[-1] % block:
+            raise InputError(f"{path}: tensor {name} has rows of {shape[-1]}, not a multiple of {kind.name}'s {block}")
         begin, length = start + offset, count // block * block_bytes
         if begin + length > size:
             aligned = "" if alignment == 32 else f", by its general.alignment of {alignment}"
@@ -236,11 +250,14 @@ def read_gguf(path: str | Path) -> GGUFFile:
                 f"{path} is truncated: tensor {name} ({kind.name}, {list(reversed(dims))}) ends at byte "
                 f"{begin + length}{aligned}, the file has {size}. Copy or convert it again."
             )
-        if not count and math.prod(max(d, 1) for d in dims) > 1 << 40:  # a zero must not hide a size numpy cannot hold
-            raise InputError(f"{path}: tensor {name} has dimensions {dims}, over 2^40 elements beside a zero")
+        claimed += length
+        if claimed > size:
+            raise InputError(
+                f"{path}: up to {name} the tensors take {claimed} bytes, the file has {size}; they overlap"
+            )
         if name in tensors:
             raise InputError(f"{path}: tensor {name} occurs twice; the file is damaged")
-        tensors[name] = GGUFTensor(name, tuple(reversed(dims)), kind.name, data[begin : begin + length], begin)
+        tensors[name] = GGUFTensor(name, shape, kind.name, data[begin : begin + length], begin)
     return GGUFFile(path, metadata, tensors, cursor.at, keys_end)
 
 
