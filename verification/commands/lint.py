@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from so8t_core.errors import InputError
@@ -28,12 +28,13 @@ from verification.commands.lint_result import (
     hypothesis_rows,
     tensor_row,
 )
-from verification.contract import chat, file_structure, metadata
-from verification.contract.checks import TITLES, vocabulary_findings
+from verification.contract import chat, file_structure, metadata, tokens
+from verification.contract.checks import TITLES, aborts, vocabulary_findings
 from verification.contract.finding import Finding
+from verification.contract.local_paths import local_paths
+from verification.engines.child import ChildDied
 from verification.engines.convert import convert_metadata
-from verification.engines.llama_model import LlamaModel
-from verification.engines.sandbox import Probe, probe
+from verification.engines.sandbox import Vocabulary
 from verification.gguf.cache import Memory
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.reference.checkpoint import Checkpoint
@@ -44,6 +45,9 @@ from verification.weight_parity.neighbours import Examined
 _FLUSHED = 1e-3  # share of a tensor's weights that is worth a note: single ones become zero in every F16 file
 _TITLES = TITLES | {
     "loads": "llama.cpp loads the file",
+    "tokenises": "llama.cpp tokenises texts with the file",
+    "template_powers": "What the chat template can do beside laying out a chat",
+    "local_paths": "Paths of a computer that the file publishes",
     "finite_weights": "Weights that are NaN or Inf",
     "saturated_weights": "Weights at F16's end",
     "fallback_types": "Tensors in a fallback type",
@@ -89,14 +93,16 @@ def lint(
         sources = Sources(checkpoint, Checkpoint(base) if base else None, rotations(Path(adapter)) if adapter else {})
     with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory(prefix="so8t-lint-") as scratch:
         # llama.cpp's loader and the converter are other processes: they work while this one reads tensors
-        loaded = pool.submit(probe, opened.path)
+        loaded = pool.submit(_loaded, opened.path)
         if sources is not None:
             target = Path(scratch) / "metadata.gguf"
             converted = pool.submit(_oracle, oracle, sources.reference.directory, target, converter)
             run.timed("weights", lambda: run.against_weights(sources))
-        run.timed("file", lambda: run.itself(loaded))
+        with loaded.result() as model:
+            run.timed("file", lambda: run.itself(model, alone=sources is None))
+            if sources is not None:
+                run.timed("tokens", lambda: run.against_tokens(sources.reference, model))
         if sources is not None:
-            run.timed("tokens", lambda: run.against_tokens(sources.reference))
             run.timed("metadata", lambda: run.against_metadata(sources.reference, converted))
     digest = sha256_file(opened.path)
     run.seconds["total"] = round(time.monotonic() - start, 2)
@@ -114,6 +120,29 @@ def lint(
         hypotheses=run.hypotheses,
         seconds=run.seconds,
     )
+
+
+@dataclass
+class _Loaded:
+    """A file in llama.cpp, in a child: why it refuses the whole file, and a vocabulary that can be asked."""
+
+    model_refused: str
+    vocabulary: Vocabulary
+
+    def __enter__(self) -> _Loaded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.vocabulary.close()
+
+
+def _loaded(path: Path) -> _Loaded:
+    vocabulary = Vocabulary(path)
+    refused = vocabulary.model_refused()
+    if refused and not vocabulary.refused:  # it may have ended while it loaded the whole file
+        vocabulary.close()
+        vocabulary = Vocabulary(path)
+    return _Loaded(refused, vocabulary)
 
 
 def _oracle(given: str | Path | None, reference: Path, target: Path, converter: str | Path | None) -> Path:
@@ -134,7 +163,6 @@ class _Run:
         self.tensors: list[LintTensor] = []
         self.hypotheses: list[LintHypothesis] = []
         self.seconds: dict[str, float] = {}
-        self.vocabulary_refused = ""
         self.known_good: set[str] = set()
 
     def timed(self, stage: str, work: Callable[[], None]) -> None:
@@ -151,11 +179,10 @@ class _Run:
     def skip(self, name: str, why: str) -> None:
         self.checks.append(LintCheck(name=name, title=_TITLES[name], status="not evaluated", detail=why))
 
-    def itself(self, loaded: Future[Probe]) -> None:
-        """Without any reference."""
-        file, answer = self.file, loaded.result()
-        self.vocabulary_refused = answer.vocabulary
-        self.add("loads", file_structure.accepted(file, answer))
+    def itself(self, model: _Loaded, *, alone: bool) -> None:
+        """Without any reference; `alone` where there is none."""
+        file = self.file
+        self.add("loads", file_structure.accepted(file, model.model_refused))
         self.add("layout", file_structure.layout(file))
         self.add("counts", file_structure.counts(file))
         self.add("vocabulary", file_structure.vocabulary(file))
@@ -164,11 +191,33 @@ class _Run:
         self.add("saturated_weights", saturated)
         self.add("file_type", file_structure.promised_types(file))
         self.add("fallback_types", file_structure.fallbacks(file), note=True)
-        if answer.vocabulary:
-            self.skip("end_of_turn", f"llama.cpp cannot load the vocabulary: {answer.vocabulary}")
+        self.add("local_paths", local_paths(file), note=True)
+        vocabulary = model.vocabulary
+        if vocabulary.refused:
+            for name in ("tokenises", "end_of_turn"):
+                self.skip(name, f"llama.cpp cannot load the vocabulary: {vocabulary.refused}")
             return
-        with LlamaModel(file.path, vocab_only=True) as model:
-            self.add("end_of_turn", chat.end_of_turn(model))
+        try:
+            tokens.use(vocabulary, file)
+            self.add("tokenises", [])
+        except ChildDied as error:
+            self.add("tokenises", [aborts(str(error))])
+            self.skip("end_of_turn", "llama.cpp ends while it tokenises")
+            return
+        stored = vocabulary.chat_template()
+        if stored is None:
+            self.add("end_of_turn", [])
+            return
+        with chat.FileTemplate(stored, vocabulary) as template:
+            if alone:  # with a reference it stands among the tokens' checks
+                self._end_of_turn(vocabulary, template)
+            self.add("template_powers", template.powers(), note=True)
+
+    def _end_of_turn(self, vocabulary: Vocabulary, template: chat.FileTemplate) -> None:
+        try:
+            self.add("end_of_turn", chat.end_of_turn(vocabulary, template))
+        except ChildDied as error:
+            self.add("end_of_turn", [aborts(str(error))])
 
     def against_weights(self, sources: Sources) -> None:
         """Inventory and every tensor's values."""
@@ -214,21 +263,23 @@ class _Run:
             return
         self.add("oracle_metadata", metadata.against_oracle(file, wanted, reference.config))
 
-    def against_tokens(self, reference: Checkpoint) -> None:
+    def against_tokens(self, reference: Checkpoint, model: _Loaded) -> None:
         """Token ids, special ids, chats, stop set."""
         from verification.reference.tokenizer import load_tokenizer
 
-        if self.vocabulary_refused:
-            self.skip("token_ids", f"llama.cpp cannot load the vocabulary: {self.vocabulary_refused}")
+        if model.vocabulary.refused:
+            self.skip("token_ids", f"llama.cpp cannot load the vocabulary: {model.vocabulary.refused}")
+            return
+        if any(check.name == "tokenises" and check.status == "fail" for check in self.checks):
+            self.skip("token_ids", "llama.cpp ends while it tokenises")
             return
         directory, known = reference.directory, self.memory
         tokenizer = (
             load_tokenizer(directory) if known is None else known.recall(lambda: load_tokenizer(directory), "tokenizer")
         )
-        found = vocabulary_findings(tokenizer, self.file, reference.directory, self.memory)
+        found = vocabulary_findings(tokenizer, self.file, directory, known, model.vocabulary)
         for name, findings in found.items():
-            if name != "end_of_turn":  # the file's own, made already
-                self.add(name, findings)
+            self.add(name, findings)
 
 
 def _other_maker(results: Sequence[Examined]) -> list[Finding]:

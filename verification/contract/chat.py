@@ -1,22 +1,21 @@
-"""Chats rendered on both sides: transformers with the reference's template, llama-cpp-python with the GGUF's.
+"""Chats rendered on both sides: the reference's template as transformers does it, the GGUF's as llama-cpp-python.
 
-llama-cpp-python renders the template stored in the file with Jinja (`Jinja2ChatFormatter`), which is what its users
-get; llama.cpp's C function `llama_chat_apply_template` knows a fixed list of templates only and is not compared, and
-neither is llama-server's own Jinja engine, which is no part of the library. A template that refuses a chat (no system
-role) must be refused by both. Ids of the rendered text are compared too.
+Both are rendered by `ChatTemplate`, in a child process and with one frozen clock: neither template is trusted. What
+differs between the two is the variables that they get. llama.cpp's C function `llama_chat_apply_template` knows a fixed
+list of templates only and is not compared, and neither is llama-server's own Jinja engine, which is no part of the
+library. A template that refuses a chat (no system role) must be refused by both. Ids of the rendered text are compared
+too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp
-
+from so8t_core.errors import InputError
 from verification.contract.finding import Finding, show
-from verification.contract.tokens import first_difference
-from verification.engines.llama_model import LlamaModel
+from verification.contract.tokens import Tokens, first_difference
+from verification.engines.chat_template import ChatTemplate, Outcome, llama_cpp_variables
 
 Chat = list[dict[str, str]]
 IDEOGRAPHIC_SPACE = "\u3000"
@@ -34,7 +33,7 @@ CHATS: dict[str, Chat] = {
     "a marker inside": [{"role": "user", "content": "say <|im_end|> or </s> or <|end|>"}],
 }
 _MEND = "copy the reference's template into tokenizer.chat_template, or convert again"
-REFUSED = "(refused by the template)"
+REFUSED, _FAILED = "(refused by the template)", "(the template fails: "
 
 
 @dataclass(frozen=True)
@@ -50,56 +49,79 @@ class Rendered:
         return self.name.startswith("leading U+3000")
 
 
-def render_reference(tokenizer: Any, chat: Chat, *, prompt: bool) -> str:
-    """A chat through transformers."""
-    from jinja2.exceptions import TemplateError
+class ReferenceTemplate:
+    """The template of a Hugging Face tokenizer, rendered with the variables that `apply_chat_template` passes.
 
-    try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError:
-        return REFUSED
+    Raises:
+        InputError: it has several templates and no default one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError as error:  # several named templates, none of them the default
+            raise InputError(f"the reference's chat template cannot be chosen: {error}") from None
+        self._template = ChatTemplate(source)
+
+    def render(self, *chats: tuple[Chat, bool]) -> list[str]:
+        """Each chat, with or without the generation prompt, as text; a refusal or a failure as a text in brackets."""
+        plain = {**self._names, "tools": None, "documents": None}
+        variables = [{**plain, "messages": chat, "add_generation_prompt": prompt} for chat, prompt in chats]
+        return [_text(outcome) for outcome in self._template.render(*variables)]
+
+    def close(self) -> None:
+        """End its child."""
+        self._template.close()
 
 
 class FileTemplate:
-    """The template of a GGUF file, rendered by llama-cpp-python.
+    """The template of a GGUF file, rendered with the variables that llama-cpp-python passes."""
 
-    Raises:
-        ValueError: the template is no Jinja; the message says where.
-    """
+    def __init__(self, template: str, model: Tokens) -> None:
+        self._bos, self._eos = model.token_text(model.bos), model.token_text(model.eos)
+        self._template = ChatTemplate(template)
 
-    def __init__(self, template: str, model: LlamaModel) -> None:
-        from jinja2.exceptions import TemplateError
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+    def error(self) -> str:
+        """Why it is no Jinja template, with the line; empty for one that is."""
+        return self._template.error()
 
-        try:
-            self._make = {
-                prompt: Jinja2ChatFormatter(
-                    template, token_text(model, model.eos), token_text(model, model.bos), add_generation_prompt=prompt
-                )
-                for prompt in (False, True)
-            }
-        except TemplateError as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from None
+    def render(self, *chats: tuple[Chat, bool]) -> list[str]:
+        """Each chat, with or without the generation prompt, as text; a refusal or a failure as a text in brackets."""
+        made = [llama_cpp_variables(chat, bos=self._bos, eos=self._eos, prompt=prompt) for chat, prompt in chats]
+        return [_text(outcome) for outcome in self._template.render(*made)]
 
-    def render(self, chat: Chat, *, prompt: bool) -> str:
-        """A chat as text; `REFUSED` where the template raises."""
-        from jinja2.exceptions import TemplateError
+    def __enter__(self) -> FileTemplate:
+        return self
 
-        try:
-            return str(self._make[prompt](messages=chat).prompt)
-        except (TemplateError, ValueError, TypeError):
-            return REFUSED
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
+    def powers(self) -> list[Finding]:
+        """What the template's text can do beside laying out a chat: facts for a person, no faults."""
+        action = "read the template there; with --reference HF_DIR it is held against the base's own"
+        wanted = "a layout of roles and texts"
+        return [
+            Finding(f"tokenizer.chat_template, line {fact['line']}", wanted, fact["text"], action, fact["what"])
+            for fact in self._template.powers()
+        ]
 
-def token_text(model: LlamaModel, token: int) -> str:
-    """A token's text; empty for none."""
-    if not 0 <= token < model.vocab_size:
-        return ""
-    text: bytes = llama_cpp.llama_vocab_get_text(model.vocab, token)
-    return text.decode("utf-8", errors="replace")
+    def close(self) -> None:
+        """End its child."""
+        self._template.close()
 
 
-def template_text(tokenizer: Any, model: LlamaModel) -> list[Finding]:
+def _text(outcome: Outcome) -> str:
+    """A rendering's text; what a comparison shows in place of one."""
+    return {"text": outcome.text, "refused": REFUSED}.get(outcome.kind, f"{_FAILED}{outcome.text})")
+
+
+def is_text(rendered: str) -> bool:
+    """Whether a rendering is one, neither refused nor failed."""
+    return rendered != REFUSED and not rendered.startswith(_FAILED)
+
+
+def template_text(tokenizer: Any, model: Tokens) -> list[Finding]:
     """The stored template against the reference's, byte for byte."""
     wanted, actual = tokenizer.chat_template or None, model.chat_template()
     if wanted == actual:
@@ -120,26 +142,33 @@ def fixtures(tokenizer: Any) -> list[str]:
     """Every fixture that the tokenizer's template accepts, with its generation prompt; none without a template."""
     if not tokenizer.chat_template:
         return []
-    found = [render_reference(tokenizer, chat, prompt=True) for chat in CHATS.values()]
-    return [text for text in found if text != REFUSED]
+    reference = ReferenceTemplate(tokenizer)
+    try:
+        found = reference.render(*((chat, True) for chat in CHATS.values()))
+    finally:
+        reference.close()
+    return [text for text in found if is_text(text)]
 
 
-def render_both(tokenizer: Any, model: LlamaModel) -> Iterator[Rendered]:
-    """Every fixture with and without the generation prompt, through the template each side has.
+def render_both(tokenizer: Any, model: Tokens, template: FileTemplate | None = None) -> list[Rendered]:
+    """Every fixture with and without the generation prompt, through the template each side has; none without both.
 
-    Raises:
-        ValueError: the file's template is no Jinja.
+    Args:
+        template: the file's, where it was opened already.
     """
     stored = model.chat_template()
     if not tokenizer.chat_template or stored is None:
-        return
-    template = FileTemplate(stored, model)
-    for name, chat in CHATS.items():
-        for prompt in (True, False):
-            label = name if prompt else f"{name}, without generation prompt"
-            yield Rendered(
-                label, render_reference(tokenizer, chat, prompt=prompt), template.render(chat, prompt=prompt)
-            )
+        return []
+    asked = [(name, chat, prompt) for name, chat in CHATS.items() for prompt in (True, False)]
+    reference, theirs = ReferenceTemplate(tokenizer), template or FileTemplate(stored, model)
+    try:
+        sides = [side.render(*((chat, prompt) for _, chat, prompt in asked)) for side in (reference, theirs)]
+    finally:
+        reference.close()
+        if template is None:
+            theirs.close()
+    names = [name if prompt else f"{name}, without generation prompt" for name, _, prompt in asked]
+    return [Rendered(*row) for row in zip(names, *sides, strict=True)]
 
 
 def rendered_text(chats: list[Rendered]) -> list[Finding]:
@@ -155,11 +184,11 @@ def rendered_text(chats: list[Rendered]) -> list[Finding]:
     return found
 
 
-def rendered_ids(tokenizer: Any, model: LlamaModel, chats: list[Rendered]) -> list[Finding]:
+def rendered_ids(tokenizer: Any, model: Tokens, chats: list[Rendered]) -> list[Finding]:
     """Chats whose token ids differ, each side with its own text and its own tokenizer."""
     found = []
     for chat in chats:
-        if REFUSED in (chat.reference, chat.file):
+        if not (is_text(chat.reference) and is_text(chat.file)):
             continue
         wanted = list(tokenizer(chat.reference, add_special_tokens=False, verbose=False)["input_ids"])
         actual = model.tokenize(chat.file, add_special=False)
@@ -173,26 +202,31 @@ def strips_unicode_space(tokenizer: Any) -> bool:
     return any(token.rstrip for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
 
 
-def end_of_turn(model: LlamaModel) -> list[Finding]:
-    """The token by which the file's own template ends an answer must be one at which llama.cpp stops."""
+def end_of_turn(model: Tokens, template: FileTemplate | None = None) -> list[Finding]:
+    """The token by which the file's own template ends an answer must be one at which llama.cpp stops.
+
+    Args:
+        template: the file's, where it was opened already.
+    """
     stored = model.chat_template()
     if stored is None:
         return []
-    try:
-        template = FileTemplate(stored, model)
-    except ValueError as error:
-        return [Finding("tokenizer.chat_template", "a Jinja template", str(error), _MEND)]
-    answer = "answer seven"
-    text = template.render([_HELLO, {"role": "assistant", "content": answer}], prompt=False)
-    if text == REFUSED:
-        return [Finding("tokenizer.chat_template", "a question and an answer rendered", REFUSED, _MEND)]
+    if template is None:
+        with FileTemplate(stored, model) as opened:
+            return end_of_turn(model, opened)
+    key, answer = "tokenizer.chat_template", "answer seven"
+    if error := template.error():
+        return [Finding(key, "a Jinja template", error, _MEND)]
+    (text,) = template.render(([_HELLO, {"role": "assistant", "content": answer}], False))
+    if not is_text(text):
+        return [Finding(key, "a question and an answer rendered", text, _MEND)]
     if answer not in text:
-        return [Finding("tokenizer.chat_template", "the answer's text", "a rendering without it", _MEND)]
+        return [Finding(key, "the answer's text", "a rendering without it", _MEND)]
     tail = model.tokenize(text.rsplit(answer, 1)[1], add_special=False)
-    ends = [t for t in tail if llama_cpp.llama_vocab_is_control(model.vocab, t) or model.is_end(t)]
+    ends = [t for t in tail if model.is_control(t) or model.is_end(t)]
     if not ends or model.is_end(ends[0]):
         return []
-    name = token_text(model, ends[0])
+    where = f"token {ends[0]} {model.token_text(ends[0])!r}"
+    wanted = "an end of generation, as the template ends answers with it"
     action = f"set tokenizer.ggml.eot_token_id to {ends[0]}"
-    return [Finding(f"token {ends[0]} {name!r}", "an end of generation, as the template ends answers with it",
-                    "llama.cpp goes on", action, "never stops")]  # fmt: skip
+    return [Finding(where, wanted, "llama.cpp goes on", action, "never stops")]

@@ -11,8 +11,9 @@ from typing import Any
 
 from verification.contract import chat, file_structure, metadata, tokens
 from verification.contract.finding import Finding, as_check
-from verification.engines.llama_model import LlamaModel
+from verification.engines.child import ChildDied
 from verification.engines.quantise import nominal_types
+from verification.engines.sandbox import Vocabulary
 from verification.gate.check import zero_check
 from verification.gate.report import Check
 from verification.gguf.cache import Memory, key_digest
@@ -62,40 +63,68 @@ TITLES = {
 
 
 def vocabulary_findings(
-    tokenizer: Any, file: GGUFFile, directory: Path, memory: Memory | None = None
+    tokenizer: Any, file: GGUFFile, directory: Path, memory: Memory | None = None, model: Vocabulary | None = None
 ) -> dict[str, list[Finding]]:
-    """`token_findings` of a file; they depend on its keys alone."""
+    """`token_findings` of a file; they depend on its keys alone.
+
+    Args:
+        model: the file's vocabulary in llama.cpp, where it is open already.
+    """
 
     def make() -> dict[str, list[Finding]]:
-        with LlamaModel(file.path, vocab_only=True) as model:
+        if model is not None:
             return token_findings(tokenizer, model, file, directory)
+        with Vocabulary(file.path) as opened:
+            return token_findings(tokenizer, opened, file, directory)
 
     return make() if memory is None else memory.recall(make, "tokens", key_digest(file))
 
 
-def token_findings(tokenizer: Any, model: LlamaModel, file: GGUFFile, directory: Path) -> dict[str, list[Finding]]:
+def token_findings(tokenizer: Any, model: tokens.Tokens, file: GGUFFile, directory: Path) -> dict[str, list[Finding]]:
     """Everything about the tokenizer and the chat template, by check; see `TITLES`.
 
     A leading Unicode space is left out of the chats' ids where the reference drops it and llama.cpp keeps it: a
-    difference of the engine that no file can mend (the data is stripped instead).
+    difference of the engine that no file can mend (the data is stripped instead). Where llama.cpp ends while it
+    tokenises, that is a finding, and what came after it is missing.
     """
-    found = {"token_ids": tokens.token_ids(tokenizer, model, tokens.corpus(tokenizer))}
+    found: dict[str, list[Finding]] = {}
+    stored = model.chat_template()
+    template = None if stored is None else chat.FileTemplate(stored, model)
     try:
-        chats = list(chat.render_both(tokenizer, model))
-        found["chat_render"] = chat.rendered_text(chats)
-        if chat.strips_unicode_space(tokenizer):
-            chats = [chat for chat in chats if not chat.starts_with_unicode_space]
-        if chats:
-            found["chat_token_ids"] = chat.rendered_ids(tokenizer, model, chats)
-    except ValueError as error:
-        found["chat_render"] = [Finding("tokenizer.chat_template", "a Jinja template", str(error))]
-    return found | {
-        "added_specials": tokens.added_specials(tokenizer, model),
-        "chat_template": chat.template_text(tokenizer, model),
-        "end_of_turn": chat.end_of_turn(model),
-        "stop_set": tokens.stop_set(directory, tokenizer, model),
-        "special_ids": tokens.special_ids(tokenizer, file),
-    }
+        found["token_ids"] = tokens.token_ids(tokenizer, model, tokens.corpus(tokenizer))
+        found |= _chats(tokenizer, model, template)
+        found |= {
+            "added_specials": tokens.added_specials(tokenizer, model),
+            "chat_template": chat.template_text(tokenizer, model),
+            "end_of_turn": [] if template is None else chat.end_of_turn(model, template),
+            "stop_set": tokens.stop_set(directory, tokenizer, model),
+            "special_ids": tokens.special_ids(tokenizer, file),
+        }
+    except ChildDied as error:
+        found["token_ids"] = [*found.get("token_ids", []), aborts(str(error))]
+    finally:
+        if template is not None:
+            template.close()
+    return found
+
+
+def aborts(reason: str) -> Finding:
+    """llama.cpp ended while it tokenised."""
+    action = "convert again; a server that opens this file can be ended by a request"
+    return Finding("llama.cpp", "texts tokenised", reason, action, "llama.cpp ends while it tokenises")
+
+
+def _chats(tokenizer: Any, model: tokens.Tokens, template: chat.FileTemplate | None) -> dict[str, list[Finding]]:
+    """Rendered chats and their ids; none compared where the file's template is no Jinja."""
+    if template is not None and (error := template.error()):
+        return {"chat_render": [Finding("tokenizer.chat_template", "a Jinja template", error)]}
+    chats = chat.render_both(tokenizer, model, template)
+    found = {"chat_render": chat.rendered_text(chats)}
+    if chat.strips_unicode_space(tokenizer):
+        chats = [one for one in chats if not one.starts_with_unicode_space]
+    if chats:
+        found["chat_token_ids"] = chat.rendered_ids(tokenizer, model, chats)
+    return found
 
 
 def _fallbacks(candidate: Candidate) -> Check:

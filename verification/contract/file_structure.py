@@ -18,7 +18,6 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from verification.contract.finding import Finding, show
 from verification.engines.quantise import main_type, nominal_types
-from verification.engines.sandbox import Probe
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile
 
 F16_MAX = 65504.0
@@ -54,9 +53,9 @@ def layout(file: GGUFFile) -> list[Finding]:
     return found
 
 
-def accepted(file: GGUFFile, answer: Probe) -> list[Finding]:
+def accepted(file: GGUFFile, refused: str) -> list[Finding]:
     """llama.cpp's own refusal to load the file: a tensor missing or of another shape, a key missing or out of range."""
-    return [Finding(file.path.name, "a file that llama.cpp loads", answer.model, _AGAIN)] if answer.model else []
+    return [Finding(file.path.name, "a file that llama.cpp loads", refused, _AGAIN)] if refused else []
 
 
 def counts(file: GGUFFile) -> list[Finding]:

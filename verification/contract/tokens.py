@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from so8t_core.files import read_json
 from verification.contract.finding import Finding
-from verification.engines.llama_model import LlamaModel
 from verification.gguf.reader import GGUFFile
 
 PLAIN = (
@@ -38,7 +37,43 @@ PLAIN = (
     "",
 )
 _SPECIALS = 12  # of a tokenizer's special tokens that are placed inside text: enough for every role and end marker
+_CONTROL = 3  # llama.cpp's token type
+_EVERY_BYTE = "".join(map(chr, range(1, 0x180))) + "\U000e0001\ue000\uffff"  # every first byte of UTF-8's short forms
 _CONVERT = "convert again with a converter that knows this tokenizer's pre-tokenizer"
+
+
+class Tokens(Protocol):
+    """llama.cpp's vocabulary: of a child process (`sandbox.Vocabulary`), or of a model that is trusted and open."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def add_bos(self) -> bool: ...
+    @property
+    def add_eos(self) -> bool: ...
+    @property
+    def bos(self) -> int: ...
+    @property
+    def eos(self) -> int: ...
+    def chat_template(self) -> str | None: ...
+    def token_text(self, token: int) -> str: ...
+    def is_end(self, token: int) -> bool: ...
+    def is_control(self, token: int) -> bool: ...
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]: ...
+
+
+def use(model: Tokens, file: GGUFFile) -> None:
+    """Tokenise the adversarial texts, and the file's own control tokens inside text: whether it can be done at all.
+
+    Raises:
+        ChildDied: llama.cpp ended meanwhile.
+    """
+    tokens = file.metadata.get("tokenizer.ggml.tokens") or []
+    kinds = file.metadata.get("tokenizer.ggml.token_type") or []
+    names = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL][:_SPECIALS]
+    for text in (*PLAIN, *(f"a{name}b {name} c\n{name}\nd" for name in names), _EVERY_BYTE):
+        for special in (False, True):
+            model.tokenize(text, add_special=special, parse_special=special)
 
 
 def corpus(tokenizer: Any) -> tuple[str, ...]:
@@ -48,7 +83,7 @@ def corpus(tokenizer: Any) -> tuple[str, ...]:
     return (*PLAIN, *(f"a{name}b {name} c\n{name}\nd" for name in names))
 
 
-def token_ids(tokenizer: Any, model: LlamaModel, texts: Sequence[str]) -> list[Finding]:
+def token_ids(tokenizer: Any, model: Tokens, texts: Sequence[str]) -> list[Finding]:
     """Texts whose ids differ between the reference's tokenizer and llama.cpp's."""
     found = []
     for text in texts:
@@ -86,7 +121,7 @@ def special_ids(tokenizer: Any, file: GGUFFile) -> list[Finding]:
     return found
 
 
-def added_specials(tokenizer: Any, model: LlamaModel) -> list[Finding]:
+def added_specials(tokenizer: Any, model: Tokens) -> list[Finding]:
     """Whether BOS and EOS are added to a plain text by one side only."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
@@ -118,7 +153,7 @@ def wanted_stops(directory: Path, tokenizer: Any) -> set[int]:
     return wanted
 
 
-def stop_set(directory: Path, tokenizer: Any, model: LlamaModel) -> list[Finding]:
+def stop_set(directory: Path, tokenizer: Any, model: Tokens) -> list[Finding]:
     """Tokens at which the reference stops and llama.cpp does not."""
     found = []
     for token in sorted(wanted_stops(directory, tokenizer)):

@@ -103,6 +103,17 @@ class LlamaModel:
     def eos(self) -> int:
         return int(llama_cpp.llama_vocab_eos(self.vocab))
 
+    def token_text(self, token: int) -> str:
+        """A token's text; empty for none."""
+        if not 0 <= token < self.vocab_size:
+            return ""
+        text: bytes = llama_cpp.llama_vocab_get_text(self.vocab, token)
+        return text.decode("utf-8", errors="replace")
+
+    def is_control(self, token: int) -> bool:
+        """Whether this token is no text."""
+        return bool(llama_cpp.llama_vocab_is_control(self.vocab, token))
+
     def is_end(self, token: int) -> bool:
         """Whether generation stops at this token (llama.cpp's end-of-generation set)."""
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))

@@ -1,18 +1,27 @@
-"""Does llama.cpp load this file? Asked in a process of its own, because a damaged file can make llama.cpp abort.
+"""llama.cpp's view of a file, asked in a process of its own, because a damaged file can make llama.cpp abort.
 
-Run as a script it loads the vocabulary, then the whole file (mapped, no weight is read), and prints one JSON object
-{"vocabulary": "" or the reason, "model": "" or the reason}. llama.cpp checks every tensor's name and shape against the
-architecture while it loads, and says which one it misses.
+The child loads the vocabulary, and the whole file where that is asked for (mapped, no weight is read): llama.cpp checks
+every tensor's name and shape against the architecture while it loads, and says which one it misses. Then it answers
+about tokens. #24885 is a file that loads and aborts while it tokenises: that too ends the child alone.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+if __name__ == "__main__":  # run as the child: import from the package's root, not from beside this file
+    sys.path[0] = sys.argv[2]
+
+from verification.engines.child import Child, ChildDied, Limits, Message, serve
+
+# bytes of data. Measured: 60 MB for Python and llama.cpp, 28 MB more for 49,152 tokens in a header of 1.6 MB
+_MEMORY, _A_BYTE, _HEADER = 1 << 28, 8, 1 << 25
+_SECONDS, _SECONDS_A_GIB = 10.0, 10.0  # processor time: mapping a file costs by its pages
 
 
 @dataclass(frozen=True)
@@ -23,25 +32,117 @@ class Probe:
     model: str
 
 
-def probe(path: Path, *, timeout: float = 600.0) -> Probe:
+@dataclass(frozen=True)
+class Token:
+    """What llama.cpp knows of one token."""
+
+    text: str
+    is_control: bool
+    is_end: bool
+
+
+class Vocabulary:
+    """A file's vocabulary in a llama.cpp that runs in a child; a context manager.
+
+    `refused` is llama.cpp's reason not to load the vocabulary, empty where it does; then nothing else may be asked.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        gib = self.path.stat().st_size / (1 << 30)
+        seconds = _SECONDS + gib * _SECONDS_A_GIB
+        memory = _MEMORY + _A_BYTE * min(self.path.stat().st_size, _HEADER)
+        self._child = Child(Path(__file__), Limits(memory, seconds, 6 * seconds), name="llama.cpp")
+        self.refused, self._facts = "", dict[str, Any](template=None)
+        self._tokens: dict[int, Token] = {}
+        try:
+            self._facts = self._child.ask({"do": "vocabulary", "path": os.fspath(self.path)})
+            self.refused = self._facts["reason"]
+        except ChildDied as error:
+            self.refused = str(error)
+
+    def model_refused(self) -> str:
+        """llama.cpp's reason not to load the whole file; empty where it does. Its death is a reason."""
+        if self.refused:
+            return self.refused
+        try:
+            return str(self._child.ask({"do": "model", "path": os.fspath(self.path)})["reason"])
+        except ChildDied as error:
+            return str(error)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._facts["n_tokens"])
+
+    @property
+    def add_bos(self) -> bool:
+        return bool(self._facts["add_bos"])
+
+    @property
+    def add_eos(self) -> bool:
+        return bool(self._facts["add_eos"])
+
+    @property
+    def bos(self) -> int:
+        return int(self._facts["bos"])
+
+    @property
+    def eos(self) -> int:
+        return int(self._facts["eos"])
+
+    def chat_template(self) -> str | None:
+        """The template stored in the file, as llama.cpp reads it."""
+        found: str | None = self._facts["template"]
+        return found
+
+    def token(self, token: int) -> Token:
+        """One token.
+
+        Raises:
+            ChildDied: llama.cpp ended.
+        """
+        if token not in self._tokens:
+            self._tokens[token] = Token(**self._child.ask({"do": "token", "token": token}))
+        return self._tokens[token]
+
+    def token_text(self, token: int) -> str:
+        """A token's text; empty for none."""
+        return self.token(token).text if 0 <= token < self.vocab_size else ""
+
+    def is_end(self, token: int) -> bool:
+        """Whether generation stops at this token (llama.cpp's end-of-generation set)."""
+        return 0 <= token < self.vocab_size and self.token(token).is_end
+
+    def is_control(self, token: int) -> bool:
+        """Whether this token is no text."""
+        return 0 <= token < self.vocab_size and self.token(token).is_control
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of a text, as llama.cpp's own tools tokenise it.
+
+        Raises:
+            ChildDied: llama.cpp ended while it tokenised.
+        """
+        question = {"do": "tokenise", "text": text, "add_special": add_special, "parse_special": parse_special}
+        return list(self._child.ask(question)["ids"])
+
+    def close(self) -> None:
+        """End the child; safe to call twice."""
+        self._child.close()
+
+    def __enter__(self) -> Vocabulary:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def probe(path: Path) -> Probe:
     """Load `path` in a child process; a crash or a hang is a refusal like any other."""
-    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, str(path)],
-            capture_output=True, text=True, errors="replace", timeout=timeout, env=environment,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return Probe("", f"no answer within {timeout:g} s")
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        answer = json.loads(lines[-1])
-        return Probe(answer["vocabulary"], answer["model"])
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    words = next((line for line in said if "ASSERT" in line), said[-1] if said else "it said nothing")
-    reason = f"llama.cpp crashed ({done.returncode}): {words}"
-    # what was printed before the crash says which of the two loads it was
-    return Probe("", reason) if lines else Probe(reason, reason)
+    with Vocabulary(path) as vocabulary:
+        return Probe(vocabulary.refused, vocabulary.model_refused())
 
 
 def require_loadable(path: Path) -> None:
@@ -57,30 +158,79 @@ def require_loadable(path: Path) -> None:
         raise InputError(f"llama.cpp does not load {path}: {answer.vocabulary or answer.model}")
 
 
-def _main() -> None:
-    import llama_cpp
+class _Engine:
+    """The child's side: one file in llama.cpp."""
 
-    log: list[str] = []
+    def __init__(self) -> None:
+        import llama_cpp
 
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def remember(level: int, text: bytes, _user: object) -> None:
-        if level >= 3:
-            log.append(text.decode("utf-8", errors="replace"))
+        self.cpp: Any = llama_cpp
+        self.log: list[str] = []
+        self.vocab: Any = None
 
-    llama_cpp.llama_log_set(remember, None)
-    llama_cpp.llama_backend_init()
-    reasons = {}
-    for name in ("vocabulary", "model"):
-        log.clear()
-        params = llama_cpp.llama_model_default_params()
+        @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+        def remember(level: int, text: bytes, _user: object) -> None:
+            if level >= 3 and len(self.log) < 10_000:
+                self.log.append(text.decode("utf-8", errors="replace"))
+
+        self.remember = remember  # C holds only a pointer
+        llama_cpp.llama_log_set(remember, None)
+        llama_cpp.llama_backend_init()
+
+    def answer(self, question: Message) -> Message:
+        """One question of `Vocabulary`."""
+        answers = {"vocabulary": self.load, "model": self.load, "tokenise": self.tokenise, "token": self.token}
+        return answers[question["do"]](question)
+
+    def load(self, question: Message) -> Message:
+        """Load the vocabulary, which is kept, or the whole file, which is not."""
+        self.log.clear()
+        params = self.cpp.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_extra_bufts = False  # no repacking: only whether it loads
-        params.vocab_only = name == "vocabulary"
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(sys.argv[1]), params)
-        words = [line.strip() for line in "".join(log).splitlines() if line.strip(" .")]
-        reasons[name] = "" if model else " | ".join(words[-2:]) or "no reason given"
-        print(json.dumps({"vocabulary": "", "model": "", **reasons}), flush=True)
+        params.vocab_only = question["do"] == "vocabulary"
+        model = self.cpp.llama_model_load_from_file(os.fsencode(question["path"]), params)
+        if not model:
+            words = [line.strip() for line in "".join(self.log).splitlines() if line.strip(" .")]
+            return {"reason": " | ".join(words[-2:])[:600] or "no reason given"}
+        if question["do"] == "model":
+            self.cpp.llama_model_free(model)
+            return {"reason": ""}
+        self.vocab = self.cpp.llama_model_get_vocab(model)
+        template = self.cpp.llama_model_chat_template(model, None)
+        return {
+            "reason": "",
+            "n_tokens": self.cpp.llama_vocab_n_tokens(self.vocab),
+            "add_bos": self.cpp.llama_vocab_get_add_bos(self.vocab),
+            "add_eos": self.cpp.llama_vocab_get_add_eos(self.vocab),
+            "bos": self.cpp.llama_vocab_bos(self.vocab),
+            "eos": self.cpp.llama_vocab_eos(self.vocab),
+            "template": template.decode("utf-8", errors="replace") if template else None,
+        }
+
+    def tokenise(self, question: Message) -> Message:
+        """Ids of a text."""
+        data = question["text"].encode("utf-8", errors="replace")
+        room = len(data) + 16
+        buffer = (self.cpp.llama_token * room)()
+        flags = question["add_special"], question["parse_special"]
+        count = self.cpp.llama_tokenize(self.vocab, data, len(data), buffer, room, *flags)
+        if count < 0:  # more tokens than bytes
+            room = min(-count, 64 * room)
+            buffer = (self.cpp.llama_token * room)()
+            count = self.cpp.llama_tokenize(self.vocab, data, len(data), buffer, room, *flags)
+        return {"ids": list(buffer[: max(count, 0)])}
+
+    def token(self, question: Message) -> Message:
+        """Text and kinds of one token."""
+        token = question["token"]
+        text: bytes = self.cpp.llama_vocab_get_text(self.vocab, token)
+        return {
+            "text": text.decode("utf-8", errors="replace"),
+            "is_control": bool(self.cpp.llama_vocab_is_control(self.vocab, token)),
+            "is_end": bool(self.cpp.llama_vocab_is_eog(self.vocab, token)),
+        }
 
 
 if __name__ == "__main__":
-    _main()
+    serve(lambda: _Engine().answer)

@@ -1,0 +1,164 @@
+"""A child process for work that a stranger's file steers: limits on time, memory and output, and a name for its death.
+
+Questions and answers are JSON, one a line, over the child's stdin and stdout. Memory is RLIMIT_DATA, set by the child
+before it imports anything large (a mapped model file does not count); time is RLIMIT_CPU, counted anew for every
+question, and a longer wall clock time beside it, so that a busy machine kills nobody. The child is a program of its
+own (`exec`), never a fork: torch and OpenMP may run threads in this process. Only the standard library is used here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Message = dict[str, Any]
+_ROOT = Path(__file__).resolve().parents[2]  # what the child may import this package from
+_SAID = 1 << 20  # bytes of the child's stderr that are kept on disk
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one child may use."""
+
+    memory: int  # bytes of data (RLIMIT_DATA)
+    cpu: float  # seconds of processor time a question
+    wall: float  # seconds on the clock a question
+    answer: int = 1 << 26  # bytes of one answer
+
+
+class ChildDied(Exception):
+    """The child ended or was ended; the text says by what, in its own last words where it had some."""
+
+
+class Child:
+    """A running child; a context manager.
+
+    Args:
+        script: a Python file that calls `serve`.
+        name: what the child is, for the reason of its death: "llama.cpp".
+    """
+
+    def __init__(self, script: Path, limits: Limits, *, name: str) -> None:
+        self.limits, self.name = limits, name
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1",
+                       "PYTHONHASHSEED": "0"}  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), json.dumps(asdict(limits)), str(_ROOT)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=environment, bufsize=0,
+        )  # fmt: skip
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
+        os.set_blocking(self._in.fileno(), False)
+
+    def ask(self, question: Message) -> Message:
+        """The child's answer.
+
+        Raises:
+            ChildDied: it ended by itself or by a signal, took too long, or answered too much.
+        """
+        deadline = time.monotonic() + self.limits.wall
+        left = memoryview(json.dumps(question).encode() + b"\n")
+        answer = bytearray()
+        while not answer.endswith(b"\n"):
+            waiting = select.poll()  # `select` cannot watch a file number above 1023
+            waiting.register(self._out, select.POLLIN)
+            if left:
+                waiting.register(self._in, select.POLLOUT)
+            ready = {number for number, _ in waiting.poll(1000 * max(deadline - time.monotonic(), 0))}
+            readable, writable = self._out.fileno() in ready, self._in.fileno() in ready
+            if not ready:
+                raise self._died(f"no answer within {self.limits.wall:g} s")
+            if writable:
+                try:
+                    left = left[os.write(self._in.fileno(), left[: 1 << 16]) :]
+                except BrokenPipeError:
+                    left = left[:0]  # it has gone; its stdout says when
+            if readable:
+                piece = os.read(self._out.fileno(), 1 << 16)
+                if not piece:
+                    raise self._died("")
+                answer += piece
+                if len(answer) > self.limits.answer:
+                    raise self._died(f"an answer of more than {self.limits.answer} bytes")
+        found: Message = json.loads(answer)
+        return found
+
+    def _died(self, why: str) -> ChildDied:
+        """End the child where it still runs, and say how it ended."""
+        if not why:
+            try:
+                code = self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                why = "it closed its output"
+            else:
+                why = _reason(code, self.limits)
+        said = self._last_words()
+        self.close()
+        return ChildDied(f"{self.name} ended: {why}" + (f": {said}" if said else ""))
+
+    def _last_words(self) -> str:
+        self._said.seek(0)
+        lines = [line.strip() for line in self._said.read(_SAID).decode("utf-8", "replace").splitlines()]
+        lines = [line for line in lines if line]
+        return next((line for line in lines if "ASSERT" in line), lines[-1] if lines else "")[:400]
+
+    def close(self) -> None:
+        """End the child; safe to call twice."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._in, self._out, self._said):
+            stream.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _reason(code: int, limits: Limits) -> str:
+    """How a process ended, from its exit status."""
+    if code >= 0:
+        return f"exit status {code}"
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+    return f"{name}, over {limits.cpu:g} s of processor time" if name == "SIGXCPU" else name
+
+
+def serve(prepare: Callable[[], Callable[[Message], Message]]) -> None:
+    """The child's side: set the limits, prepare, answer questions until stdin ends.
+
+    Args:
+        prepare: imports what it needs, and returns the function that answers.
+    """
+    limits = Limits(**json.loads(sys.argv[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_SAID, _SAID))  # stderr is a file; nothing else is written
+    resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    answer = prepare()
+    for line in sys.stdin.buffer:
+        until = math.ceil(time.process_time() + limits.cpu)
+        resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
+        reply = json.dumps(answer(json.loads(line))).encode() + b"\n"
+        resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        answers.write(reply)
+        answers.flush()
