@@ -201,4 +201,4 @@ def _walk(node: nodes.Node) -> Iterator[nodes.Node]:
     while waiting:
         node = waiting.pop()
         yield node
-        waiting.extend(node.iter_child_nodes())
+        waiting.extend(reversed(list(node.iter_child_nodes())))
