@@ -82,7 +82,7 @@ HOSTILE = {
 def test_a_template_that_does_not_end_well_is_an_outcome(name: str) -> None:
     source, words = HOSTILE[name]
     before = os.times()
-    with ChatTemplate(source, limits=Limits(memory=1 << 28, cpu=1.0, wall=30.0)) as template:
+    with ChatTemplate(source, limits=Limits(memory=1 << 28, cpu=1.0, wall=120.0)) as template:
         (outcome,) = template.render({"messages": [{"role": "user", "content": "x"}]})
         assert outcome.kind == "failed"
         assert words in outcome.text
@@ -100,7 +100,7 @@ def test_a_role_that_a_template_refuses_is_no_failure() -> None:
 def test_a_child_that_died_is_started_again() -> None:
     source = """{{ 'x' * messages[0].content|length * n }}
 {%- for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}"""
-    with ChatTemplate(source, limits=Limits(memory=1 << 28, cpu=1.0, wall=30.0)) as template:
+    with ChatTemplate(source, limits=Limits(memory=1 << 28, cpu=1.0, wall=120.0)) as template:
         messages = [{"role": "user", "content": "abc"}]
         assert "SIGXCPU" in template.render({"messages": messages, "n": 90_000})[0].text
         assert template.render({"messages": messages, "n": 1})[0].text == "xxx"
@@ -227,7 +227,8 @@ def test_a_plain_layout_has_no_powers(name: str) -> None:
 def test_structure_is_no_content() -> None:
     source = """{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] %}
 {% set rest = messages[1:] %}{% endif %}{% for m in rest | selectattr('role', 'equalto', 'user') %}
-{% if m.tool_calls is defined and m.content is string and m.content | length > 0 and m.content != '' and m.content is not none %}{{ m.content | trim }}{% endif %}
+{% if m.tool_calls is defined and m.content is string
+and m.content | length > 0 and m.content != '' and m.content is not none %}{{ m.content | trim }}{% endif %}
 {% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}{% endfor %}"""
     with ChatTemplate(source) as template:
         assert template.powers() == []

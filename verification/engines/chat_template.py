@@ -26,7 +26,7 @@ from verification.engines.child import Child, ChildDied, Limits, Message, serve
 CLOCK = datetime.datetime(2026, 1, 1, 12, 0, 0)
 MAX_TEMPLATE, MAX_TEXT = 1 << 20, 1 << 20  # characters; the longest published templates have 25,000
 # bytes of data (Python with Jinja takes 25 MB), seconds of processor time a question, seconds on the clock
-_LIMITS = Limits(memory=1 << 28, cpu=2.0, wall=30.0)
+_LIMITS = Limits(memory=1 << 28, cpu=2.0, wall=60.0)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from so8t_core.errors import InputError
+from verification.gguf import admission
 from verification.gguf.reader import read_gguf
 
 Array = npt.NDArray[np.float32]
@@ -25,7 +26,8 @@ def read_imatrix(path: str | Path) -> dict[str, Array]:
     """Tensor name -> importance of each input channel, shape (channels,).
 
     Raises:
-        InputError: missing, truncated, sums without counts, no entry, or a value that is NaN or infinite.
+        InputError: missing, truncated, sums without counts, no entry, an entry twice, or a value that is NaN, infinite
+            or negative.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,6 +40,11 @@ def read_imatrix(path: str | Path) -> dict[str, Array]:
     for name, values in entries.items():
         if not np.isfinite(values).all():
             raise InputError(f"importance matrix {path}: the entry {name} holds NaN or infinite values")
+        if values.min(initial=0.0) < 0:
+            raise InputError(
+                f"importance matrix {path}: the entry {name} holds {values.min():g}, a mean of squares is 0 or more; "
+                "make it again"
+            )
     return entries
 
 
@@ -51,36 +58,61 @@ def _from_gguf(path: Path) -> dict[str, Array]:
         counted = tensors.get(f"{stem}.counts")
         if counted is None or {tensor.type, counted.type} != {"F32"}:
             raise InputError(f"importance matrix {path}: {stem} lacks its counts or is not F32; make it again")
-        counts = np.rint(counted.values().reshape(-1, 1)).astype(np.float32)  # (experts, 1)
-        if not counts.size or tensor.raw.size % counted.raw.size:
+        found = counted.values().reshape(-1, 1)  # (experts, 1)
+        if tensor.raw.size % counted.raw.size:
             raise InputError(
-                f"importance matrix {path}: {stem} has {counts.size} counts for {tensor.raw.size // 4} sums, "
+                f"importance matrix {path}: {stem} has {found.size} counts for {tensor.raw.size // 4} sums, "
                 "not a divisor; make it again"
             )
+        odd = found[~(np.isfinite(found) & (found >= 0))]
+        if odd.size:
+            raise InputError(
+                f"importance matrix {path}: {stem} has a count of {odd[0]:g}, not 0 or more; make it again"
+            )
+        counts = np.rint(found).astype(np.float32)
         sums = tensor.values().reshape(len(counts), -1)  # (experts, channels)
         safe = np.where(counts > 0, counts, np.float32(1))
-        entries[stem] = np.where(counts > 0, sums / safe, np.float32(1)).astype(np.float32).ravel()
+        with np.errstate(over="ignore", invalid="ignore"):  # seen in the values
+            entries[stem] = np.where(counts > 0, sums / safe, np.float32(1)).astype(np.float32).ravel()
     return entries
 
 
 def _from_legacy(path: Path) -> dict[str, Array]:
-    data = memoryview(path.read_bytes())
+    size, data = path.stat().st_size, memoryview(b"")
+    if size:
+        data = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
     at = 0
 
-    def take(size: int) -> memoryview:
+    def take(count: int, what: str) -> memoryview:
         nonlocal at
-        if size < 0 or at + size > len(data):
-            raise InputError(f"importance matrix {path} is truncated or no importance matrix: {len(data)} bytes")
-        at += size
-        return data[at - size : at]
+        if count < 0 or at + count > size:
+            raise InputError(
+                f"importance matrix {path} is truncated or no importance matrix: {what} needs {count} bytes at {at}, "
+                f"the file has {size}"
+            )
+        at += count
+        return data[at - count : at]
 
-    def number() -> int:
-        return int(struct.unpack("<i", take(4))[0])
+    def number(what: str) -> int:
+        return int(struct.unpack("<i", take(4, what))[0])
 
-    entries = {}
-    for _ in range(number()):
-        name = bytes(take(number())).decode("utf-8", errors="replace")
-        calls = number()
-        values = np.frombuffer(take(4 * number()), dtype="<f4")
-        entries[name] = (values / np.float32(calls) if calls > 0 else values).astype(np.float32)
+    entries: dict[str, Array] = {}
+    stated = number("the number of entries")
+    if not 0 < stated <= admission.MAX_TENSORS:
+        raise InputError(
+            f"importance matrix {path} states {stated} entries, 1 to {admission.MAX_TENSORS} are read; it is damaged "
+            "or no importance matrix"
+        )
+    for index in range(stated):
+        where = f"entry {index + 1} of {stated}"
+        name = bytes(take(number(where), f"the name of {where}")).decode("utf-8", errors="surrogateescape")
+        admission.tensor(path, name, 0)
+        if name in entries:
+            raise InputError(f"importance matrix {path}: the entry {name} occurs twice; make it again")
+        calls, count = number(where), number(where)
+        if count <= 0:
+            raise InputError(f"importance matrix {path}: the entry {name} has {count} values; make it again")
+        values = np.frombuffer(take(4 * count, f"{name} with {count} values"), dtype="<f4")
+        with np.errstate(over="ignore", invalid="ignore"):
+            entries[name] = (values / np.float32(calls) if calls > 0 else values).astype(np.float32)
     return entries
