@@ -9,6 +9,7 @@ The turn ends at any token of the file's end-of-generation set; a control token 
 from __future__ import annotations
 
 import asyncio
+import datetime
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.config import ConvertConfig
 from pipeline.data.think_form import Message
@@ -27,7 +26,9 @@ from pipeline.serve.protocol import invalid
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
+from verification.engines import chat_template
 from verification.engines.llama_model import LlamaModel, last_words, usable_cores
+from verification.engines.sandbox import require_loadable
 from verification.gguf.reader import read_gguf
 from verification.reference.rope import limit_of_file
 
@@ -43,24 +44,16 @@ def shipped_n_ctx(gguf: Path) -> int:
 
 
 class ChatTemplate:
-    """A model's own chat template, rendered in a sandbox the way transformers renders it.
+    """A model's own chat template, rendered as `so8t verify` renders it: in a child process with limits.
 
     Raises:
         InputError: it is no Jinja template.
     """
 
     def __init__(self, source: str, *, bos: str, eos: str) -> None:
-        world = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        world.globals["raise_exception"] = _refuse
-        try:
-            self._template = world.from_string(source)
-        except TemplateError:
-            raise InputError(
-                "the GGUF's chat template is not valid Jinja; `so8t convert` writes the base's own"
-            ) from None
-        self._names = {"bos_token": bos, "eos_token": eos}
+        self._template, self._bos, self._eos = chat_template.ChatTemplate(source), bos, eos
+        if self._template.error():
+            raise InputError("the GGUF's chat template is not valid Jinja; `so8t convert` writes the base's own")
 
     def render(self, messages: list[Message]) -> str:
         """The prompt up to the model's turn.
@@ -68,14 +61,15 @@ class ChatTemplate:
         Raises:
             Refusal: the template refuses these roles.
         """
-        try:
-            return str(self._template.render(messages=messages, add_generation_prompt=True, **self._names))
-        except TemplateError:
-            raise invalid("the model's chat template refuses this order of roles", param="messages") from None
+        variables = chat_template.llama_cpp_variables(messages, bos=self._bos, eos=self._eos, prompt=True)
+        (outcome,) = self._template.render(variables, now=datetime.datetime.now())
+        if outcome.kind != "text":
+            raise invalid("the model's chat template refuses this order of roles", param="messages")
+        return outcome.text
 
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+    def close(self) -> None:
+        """End the child."""
+        self._template.close()
 
 
 class LlamaEngine:
@@ -98,10 +92,12 @@ class LlamaEngine:
             raise InputError(f"{gguf} does not exist; `so8t convert` makes GGUF files")
         self.model_id, self.digest = gguf.stem, f"sha256:{sha256_file(gguf)}"
         self.max_new_tokens = max_new_tokens
+        file = read_gguf(gguf)
+        require_loadable(gguf)  # a damaged file can end the process that opens it
         self.model = LlamaModel(gguf)
         self.tokens = Tokens(self.model)
         trained = int(llama_cpp.llama_model_n_ctx_train(self.model.model))
-        limit = limit_of_file(read_gguf(gguf)) or trained
+        limit = limit_of_file(file) or trained
         if n_ctx is not None and limit < min(n_ctx, trained):
             raise InputError(
                 f"--n-ctx {n_ctx} is above {limit}, the original length of this model's LongRoPE: llama.cpp would take "
@@ -113,7 +109,9 @@ class LlamaEngine:
             raise InputError(f"{gguf} has no chat template, so it cannot hold a conversation; convert it again")
         if max_new_tokens >= self.n_ctx:
             raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {self.n_ctx} tokens")
-        spelled = [self.tokens.piece(t).decode() if t >= 0 else "" for t in (self.model.bos, self.model.eos)]
+        spelled = [
+            self.tokens.piece(t).decode(errors="replace") if t >= 0 else "" for t in (self.model.bos, self.model.eos)
+        ]
         self.template = ChatTemplate(source, bos=spelled[0], eos=spelled[1])
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = self.n_ctx, 1
@@ -197,6 +195,7 @@ class LlamaEngine:
             self._thread.shutdown()
             llama_cpp.llama_free(self.context)
             self.model.close()
+            self.template.close()
 
 
 def _sampler(job: Job) -> Any:

@@ -60,7 +60,7 @@ class ChatTemplate:
         return [Outcome(**outcome) for outcome in found["outcomes"]]
 
     def powers(self) -> list[dict[str, str]]:
-        """What the template's text can do beside laying out a chat, see `verification.contract.template_powers`."""
+        """What the template's text can do beside laying out a chat, see `verification.engines.template_powers`."""
         found: list[dict[str, str]] = self._ask({"do": "powers"}).get("powers", [])
         return found
 
@@ -100,7 +100,7 @@ class _Renderer:
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        from verification.contract import template_powers
+        from verification.engines import template_powers
 
         class Refusal(TemplateError):
             pass

@@ -19,7 +19,7 @@ from typing import Any
 
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, atomic_file
-from verification.engines.llama_model import LlamaModel
+from verification.engines.sandbox import require_loadable
 from verification.engines.stop_tokens import add_stop_keys
 from verification.gguf.reader import read_gguf
 
@@ -103,7 +103,7 @@ def convert(
         if found != name:
             raise InputError(f"the converter wrote general.name {found!r} where {name!r} was asked for; update it")
         add_stop_keys(temporary, hf_dir)
-        LlamaModel(temporary).close()
+        require_loadable(temporary)
     return out_file
 
 

@@ -14,8 +14,9 @@ import shutil
 import struct
 from pathlib import Path
 
+from so8t_core.errors import InputError
 from so8t_core.files import atomic_file, read_json
-from verification.engines.llama_model import LlamaModel
+from verification.engines.sandbox import Vocabulary
 from verification.gguf.reader import read_gguf
 
 KEYS = ("tokenizer.ggml.eom_token_id", "tokenizer.ggml.eot_token_id")
@@ -46,7 +47,9 @@ def add_stop_keys(gguf: Path, directory: Path) -> dict[str, int]:
     wanted = listed_stops(directory) - {file.metadata.get("tokenizer.ggml.eos_token_id")}
     if not wanted:
         return {}
-    with LlamaModel(gguf, vocab_only=True) as model:
+    with Vocabulary(gguf) as model:  # of a stranger's tokenizer: what ends llama.cpp must not end this process
+        if model.refused:
+            raise InputError(f"llama.cpp does not load the vocabulary of {gguf}: {model.refused}")
         missing = sorted(t for t in wanted if 0 <= t < model.vocab_size and not model.is_end(t))
     free = [key for key in KEYS if key not in file.metadata]
     added = dict(zip(free, missing, strict=False))

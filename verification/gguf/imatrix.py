@@ -80,7 +80,7 @@ def _from_gguf(path: Path) -> dict[str, Array]:
 def _from_legacy(path: Path) -> dict[str, Array]:
     size, data = path.stat().st_size, memoryview(b"")
     if size:
-        data = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
+        data = np.memmap(path, dtype=np.uint8, mode="r").data
     at = 0
 
     def take(count: int, what: str) -> memoryview:
