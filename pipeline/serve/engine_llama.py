@@ -109,10 +109,8 @@ class LlamaEngine:
             raise InputError(f"{gguf} has no chat template, so it cannot hold a conversation; convert it again")
         if max_new_tokens >= self.n_ctx:
             raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {self.n_ctx} tokens")
-        spelled = [
-            self.tokens.piece(t).decode(errors="replace") if t >= 0 else "" for t in (self.model.bos, self.model.eos)
-        ]
-        self.template = ChatTemplate(source, bos=spelled[0], eos=spelled[1])
+        names = {"bos": self.model.token_text(self.model.bos), "eos": self.model.token_text(self.model.eos)}
+        self.template = ChatTemplate(source, **names)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = self.n_ctx, 1
         params.n_batch = params.n_ubatch = PIECE
