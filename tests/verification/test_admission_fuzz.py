@@ -1,24 +1,34 @@
-"""Damaged headers of small GGUF files: each is read whole or refused in at most two lines, and nothing else happens."""
+"""Damaged files of every kind: each is read whole or refused in at most two lines, and nothing else happens.
+
+500 inputs of each kind here, many more in `tox -e soak`. What runs in this process is what no sandbox protects: the
+admission, the checks of `lint` on keys and tensors, the importance matrix.
+"""
 
 from __future__ import annotations
 
 import random
 import struct
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_gguf import write_tiny, write_wide
+from gguf_mutations import legacy_imatrix, mutate, seeds
 
 from so8t_core.errors import InputError
+from verification.contract import file_structure
+from verification.contract.local_paths import local_paths
+from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import read_gguf
 
 _NUMBERS = (0, 1, 2, 5, 9, 48, 255, 1 << 16, 1 << 30, (1 << 31) - 1, (1 << 32) - 1, 1 << 33, (1 << 63), (1 << 64) - 1)
+Make = Callable[[random.Random], bytes]
 _TEXTS = (b"\0", b"\xff", b"blk.4", "²".encode(), b"\n", b"general.alignment", b"", b"tokenizer.ggml.tokens")
 
 
-def mutate(data: bytes, header: int, rng: random.Random) -> bytes:
-    """One to four changes in the header: a bit, a number, a text, a cut, or one stretch copied over another."""
+def damage(data: bytes, header: int, rng: random.Random) -> bytes:
+    """One to four changes in the first `header` bytes: a bit, a number, a text, a cut, or one stretch over another."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(min(header, len(changed)) or 1)
@@ -39,38 +49,76 @@ def mutate(data: bytes, header: int, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def fuzz(folder: Path, count: int) -> tuple[int, int]:
-    """(files read whole, files refused); anything else is raised."""
-    seeds = []
-    for path in (write_tiny(folder / "a.gguf"), write_wide(folder / "b.gguf")):
-        seeds.append((path.read_bytes(), read_gguf(path).header))
-    rng, read, refused, target = random.Random(21), 0, 0, folder / "x.gguf"
-    for _ in range(count):
-        data = mutate(*rng.choice(seeds), rng)
+def admit(path: Path) -> None:
+    """Everything that `lint` does with a file in its own process."""
+    file = read_gguf(path)
+    file_structure.layout(file)
+    file_structure.counts(file)
+    file_structure.vocabulary(file)
+    file_structure.weights(file)
+    file_structure.promised_types(file)
+    file_structure.fallbacks(file)
+    local_paths(file)
+
+
+def fuzz(
+    target: Path, count: int, make: Callable[[random.Random], bytes], use: Callable[[Path], object]
+) -> Counter[str]:
+    """How many files were "read" and "refused"; anything else is raised."""
+    ended: Counter[str] = Counter()
+    for number in range(count):
         target.unlink(missing_ok=True)
-        target.write_bytes(data)
-        begin = time.perf_counter()
+        target.write_bytes(make(random.Random(number)))
+        begin, words = time.process_time(), ""
         try:
-            file = read_gguf(target)
-            for tensor in file.tensors.values():
-                tensor.values()
-            read += 1
+            use(target)
         except InputError as error:
-            lines = len(str(error).splitlines())
-            refused += 1
-        else:
-            lines = 0
-        assert lines <= 2
-        assert time.perf_counter() - begin < 5
-    return read, refused
+            words = str(error)
+        except Exception as error:
+            raise AssertionError(f"input {number} ended in {type(error).__name__}: {error}") from error
+        ended["refused" if words else "read"] += 1
+        assert len(words.splitlines()) <= 2, number
+        assert time.process_time() - begin < 5, number
+    return ended
 
 
-def test_a_damaged_header_is_read_or_refused(tmp_path: Path) -> None:
-    read, refused = fuzz(tmp_path, 500)
-    assert read > 20
-    assert refused > 200
+def structures(folder: Path) -> Make:
+    made = list(seeds(folder).values())
+    return lambda rng: mutate(rng.choice(made), rng)
+
+
+def headers(folder: Path) -> Make:
+    made = [(whole.data(), read_gguf(whole.write(folder / f"{name}.gguf")).header)
+            for name, whole in seeds(folder).items() if name != "part"]  # fmt: skip
+    return lambda rng: damage(*rng.choice(made), rng)
+
+
+def matrices(folder: Path) -> Make:
+    """Importance matrices in both forms, damaged in their structure or anywhere."""
+    made, old = seeds(folder)["imatrix"], legacy_imatrix()
+
+    def one(rng: random.Random) -> bytes:
+        if rng.random() < 0.4:
+            return mutate(made, rng)
+        data = rng.choice((old, made.data()))
+        return damage(data, len(data), rng)
+
+    return one
+
+
+KINDS = {"structures": (structures, admit), "headers": (headers, admit), "imatrix": (matrices, read_imatrix)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_read_or_refused(kind: str, tmp_path: Path) -> None:
+    make, use = KINDS[kind]
+    ended = fuzz(tmp_path / "x.gguf", 500, make(tmp_path), use)
+    assert ended["read"] > 20
+    assert ended["refused"] > 100
 
 
 @pytest.mark.soak
-def test_many_damaged_headers_are_read_or_refused(tmp_path: Path) -> None:
-    fuzz(tmp_path, 200_000)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_damaged_files_are_read_or_refused(kind: str, tmp_path: Path) -> None:
+    make, use = KINDS[kind]
+    fuzz(tmp_path / "x.gguf", 100_000 if kind == "structures" else 50_000, make(tmp_path), use)
