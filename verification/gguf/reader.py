@@ -66,7 +66,8 @@ class GGUFTensor:
         if self.type == "F16":
             return self.raw.view(np.float16).reshape(self.shape).astype(np.float32)
         if self.type in _PLAIN:
-            return self.raw.view(_PLAIN[self.type]).reshape(self.shape).astype(np.float32)
+            with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
+                return self.raw.view(_PLAIN[self.type]).reshape(self.shape).astype(np.float32)
         rows = int(np.prod(self.shape[:-1], dtype=np.int64))
         with np.errstate(all="ignore"):  # a damaged scale is seen in the values
             values: npt.NDArray[np.float32] = dequantize(self.raw.reshape(rows, -1), kind)
