@@ -14,13 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gguf_mutations import legacy_imatrix, mutate, seeds
+from gguf_mutations import BLOCKS, FFN, HEADS, WIDTH, legacy_imatrix, mutate, seeds
 
 from so8t_core.errors import InputError
-from verification.contract import file_structure
+from verification.contract import file_structure, metadata
 from verification.contract.local_paths import local_paths
 from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import read_gguf
+from verification.reference.checkpoint import Checkpoint
+from verification.weight_parity.compare import Examination, Sources
+from verification.weight_parity.expected import inventory, is_known
 
 _NUMBERS = (0, 1, 2, 5, 9, 48, 255, 1 << 16, 1 << 30, (1 << 31) - 1, (1 << 32) - 1, 1 << 33, (1 << 63), (1 << 64) - 1)
 Make = Callable[[random.Random], bytes]
@@ -106,7 +109,44 @@ def matrices(folder: Path) -> Make:
     return one
 
 
+def against_a_reference(folder: Path) -> Callable[[Path], None]:
+    """What `lint --reference` does here: keys against config.json and the oracle, tensors against weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    healthy = seeds(folder)["F16"]
+    rows = len(healthy.keys["tokenizer.ggml.tokens"].value)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=rows, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=BLOCKS, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2, max_position_embeddings=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "reference")
+    checkpoint, oracle = Checkpoint(folder / "reference"), read_gguf(healthy.write(folder / "oracle.gguf"))
+
+    def use(path: Path) -> None:
+        file = read_gguf(path)
+        found = inventory(checkpoint, file)
+        if is_known(file):
+            Examination(file, Sources(checkpoint), found).run()
+        metadata.against_config(checkpoint.config, file)
+        metadata.against_oracle(file, oracle, checkpoint.config)
+        metadata.unused_window(checkpoint.config, file)
+
+    return use
+
+
 KINDS = {"structures": (structures, admit), "headers": (headers, admit), "imatrix": (matrices, read_imatrix)}
+
+
+def test_a_damaged_file_is_held_against_a_reference_or_refused(tmp_path: Path) -> None:
+    ended = fuzz(tmp_path / "x.gguf", 100, structures(tmp_path), against_a_reference(tmp_path))
+    assert ended["read"] > 20
+
+
+@pytest.mark.soak
+def test_many_damaged_files_are_held_against_a_reference_or_refused(tmp_path: Path) -> None:
+    fuzz(tmp_path / "x.gguf", 20_000, structures(tmp_path), against_a_reference(tmp_path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
