@@ -300,7 +300,7 @@ def _tensor(whole: Parts, rng: random.Random) -> None:
         elif change == 3:
             dims = dims[:-1]
         else:
-            dims = [math.prod(dims)]
+            dims = [math.prod(dims) % (1 << 64)]
         tensor.dims = dims
         _fit(tensor)
     elif kind < 0.85:

@@ -21,7 +21,8 @@ from verification.engines.child import Child, ChildDied, Limits, Message, serve
 
 # bytes of data. Measured: 60 MB for Python and llama.cpp, 28 MB more for 49,152 tokens in a header of 1.6 MB
 _MEMORY, _A_BYTE, _HEADER = 1 << 28, 8, 1 << 25
-_SECONDS, _SECONDS_A_GIB = 10.0, 10.0  # processor time: mapping a file costs by its pages
+# processor time a question: mapping a file costs by its pages; 262,144 tokens take a second
+_SECONDS, _SECONDS_A_GIB, _WALL = 4.0, 10.0, 15.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Vocabulary:
         gib = self.path.stat().st_size / (1 << 30)
         seconds = _SECONDS + gib * _SECONDS_A_GIB
         memory = _MEMORY + _A_BYTE * min(self.path.stat().st_size, _HEADER)
-        self._child = Child(Path(__file__), Limits(memory, seconds, 6 * seconds), name="llama.cpp")
+        self._child = Child(Path(__file__), Limits(memory, seconds, _WALL * seconds), name="llama.cpp")
         self.refused, self._facts = "", dict[str, Any](template=None)
         self._tokens: dict[int, Token] = {}
         try:

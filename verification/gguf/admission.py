@@ -22,7 +22,7 @@ from gguf.quants import dequantize
 from so8t_core.errors import InputError
 from verification.gguf.key_types import NAMES, wanted
 
-MAX_ENTRIES, MAX_TENSORS, MAX_ITEMS, MAX_STRING = 65_536, 100_000, 1 << 22, 1 << 24
+MAX_ENTRIES, MAX_TENSORS, MAX_ITEMS, MAX_STRING = 65_536, 20_000, 1 << 22, 1 << 24
 MAX_HEADER = 1 << 26  # bytes; Gemma-3's vocabulary of 262,144 tokens takes 12 MB
 MAX_DIMS, MAX_NAME, MAX_KEY, MAX_BLOCKS, MAX_ALIGNMENT = 4, 64, 1 << 16, 10_000, 1 << 16
 _LARGEST = {"integer": (1 << 32) - 1, "float": float(np.finfo(np.float32).max)}  # llama.cpp reads 32 bits of each
