@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
 from verification.commands.lint_result import (
@@ -91,7 +93,8 @@ def lint(
     if reference is not None:
         checkpoint = Checkpoint(reference)
         sources = Sources(checkpoint, Checkpoint(base) if base else None, rotations(Path(adapter)) if adapter else {})
-    with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory(prefix="so8t-lint-") as scratch:
+    quietly = np.errstate(all="ignore")  # damaged weights are seen in the values: numpy need not warn of them
+    with quietly, ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory(prefix="so8t-lint-") as scratch:
         # llama.cpp's loader and the converter are other processes: they work while this one reads tensors
         loaded = pool.submit(_loaded, opened.path)
         if sources is not None:
