@@ -15,7 +15,9 @@ from tiny_gguf import write_tiny
 from so8t_core.errors import InputError
 from verification.contract import file_structure
 from verification.gguf import admission
+from verification.gguf.header import drop_keys
 from verification.gguf.key_types import wanted
+from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import ARRAY, STRING, read_gguf
 
 Change = Callable[[Parts], None]
@@ -142,6 +144,15 @@ def test_the_table_of_keys_is_upstreams(tiny: Path) -> None:
                  "gemma3.attention.sliding_window_pattern", "llama.expert_gating_func"):  # fmt: skip
         assert wanted(name) is not None, name
     assert wanted("general.author") is None  # nothing computes with it
+
+
+def test_dropped_keys_leave_everything_else(tiny: Path, tmp_path: Path) -> None:
+    whole = parts(tiny)
+    whole.keys["general.license.link"] = Value(STRING, "/home/anna/LICENSE")
+    path = whole.write(tmp_path / "x.gguf")
+    assert local_paths(read_gguf(path)) == {"general.license.link": "/home/anna/LICENSE"}
+    drop_keys(path, local_paths(read_gguf(path)))
+    assert path.read_bytes() == parts(tiny).write(tmp_path / "y.gguf").read_bytes()
 
 
 def test_pieces_are_the_whole(tiny: Path) -> None:

@@ -18,7 +18,6 @@ from gguf_mutations import BLOCKS, FFN, HEADS, WIDTH, legacy_imatrix, mutate, se
 
 from so8t_core.errors import InputError
 from verification.contract import file_structure, metadata
-from verification.contract.local_paths import local_paths
 from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import read_gguf
 from verification.reference.checkpoint import Checkpoint
@@ -61,7 +60,7 @@ def admit(path: Path) -> None:
     file_structure.weights(file)
     file_structure.promised_types(file)
     file_structure.fallbacks(file)
-    local_paths(file)
+    file_structure.published_paths(file)
 
 
 def fuzz(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from verification_models import Family
 
 from so8t_core.errors import InputError
 from verification.engines.convert import SCRIPT, convert, default_name, find_converter
+from verification.gguf.local_paths import local_paths
+from verification.gguf.reader import read_gguf
 
 
 def test_the_explicit_path_comes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +60,16 @@ def test_phi3_keeps_its_family_when_its_tokens_strip(
     added = {"added_tokens": [{"content": "<|end|>", "rstrip": rstrip}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(added), encoding="utf-8")
     assert default_name(tmp_path) == expected
+
+
+def test_a_conversion_publishes_no_local_path(small_checkpoint: Path, tmp_path: Path) -> None:
+    """Names of folders stand in config.json and the model card of most local fine-tunes."""
+    directory = shutil.copytree(small_checkpoint, tmp_path / "home" / "anna" / "tuned")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config["_name_or_path"] = "/home/anna/models/base"
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    card = "base_model:\n- /home/anna/models/base\ndatasets:\n- /home/anna/rows\nlicense_link: /home/anna/L"
+    (directory / "README.md").write_text(f"---\n{card}\nmodel_name: /home/anna/x\n---\n# x\n", encoding="utf-8")
+    file = read_gguf(convert(directory, tmp_path / "m.gguf"))
+    assert local_paths(file) == {}
+    assert file.metadata["general.name"] == "base"

@@ -33,7 +33,6 @@ from verification.commands.lint_result import (
 from verification.contract import chat, file_structure, metadata, tokens
 from verification.contract.checks import TITLES, aborts, vocabulary_findings
 from verification.contract.finding import Finding
-from verification.contract.local_paths import local_paths
 from verification.engines.child import ChildDied
 from verification.engines.convert import convert_metadata
 from verification.engines.sandbox import Vocabulary
@@ -194,7 +193,7 @@ class _Run:
         self.add("saturated_weights", saturated)
         self.add("file_type", file_structure.promised_types(file))
         self.add("fallback_types", file_structure.fallbacks(file), note=True)
-        self.add("local_paths", local_paths(file), note=True)
+        self.add("local_paths", file_structure.published_paths(file), note=True)
         vocabulary = model.vocabulary
         if vocabulary.refused:
             for name in ("tokenises", "end_of_turn"):

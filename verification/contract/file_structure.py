@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from verification.contract.finding import Finding, show
 from verification.engines.quantise import main_type, nominal_types
+from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile
 
 F16_MAX = 65504.0
@@ -56,6 +57,15 @@ def layout(file: GGUFFile) -> list[Finding]:
 def accepted(file: GGUFFile, refused: str) -> list[Finding]:
     """llama.cpp's own refusal to load the file: a tensor missing or of another shape, a key missing or out of range."""
     return [Finding(file.path.name, "a file that llama.cpp loads", refused, _AGAIN)] if refused else []
+
+
+def published_paths(file: GGUFFile) -> list[Finding]:
+    """Keys whose value names a place on the maker's computer."""
+    action = "write the key again without the folder (gguf's gguf-new-metadata), before publishing"
+    cause = "a local path is published"
+    return [
+        Finding(key, "a name without a folder", show(path), action, cause) for key, path in local_paths(file).items()
+    ]
 
 
 def counts(file: GGUFFile) -> list[Finding]:

@@ -21,6 +21,8 @@ from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, atomic_file
 from verification.engines.sandbox import require_loadable
 from verification.engines.stop_tokens import add_stop_keys
+from verification.gguf.header import drop_keys
+from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import read_gguf
 
 CONVERTER_VERSION = "0.1.1"
@@ -102,6 +104,7 @@ def convert(
         found = read_gguf(temporary).metadata.get("general.name")
         if found != name:
             raise InputError(f"the converter wrote general.name {found!r} where {name!r} was asked for; update it")
+        drop_keys(temporary, local_paths(read_gguf(temporary)))  # the model card's own, as a rule
         add_stop_keys(temporary, hf_dir)
         require_loadable(temporary)
     return out_file

@@ -11,22 +11,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from verification.contract.finding import Finding, show
 from verification.gguf.reader import GGUFFile
 
 _WHOLE = re.compile(r"\s*(?:/(?!/)[^\s/]+(?:/|$)|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\[^\\]+\\|file:/)", re.IGNORECASE)
 _INSIDE = re.compile(r"(?<![\w./-])(?:/(?:home|Users|root|mnt|media|tmp|private)/\S+|[A-Za-z]:\\\S+|file:/\S+)")
-_ACTION = "write the key again without the folder (gguf's gguf-new-metadata), before publishing"
 
 
-def local_paths(file: GGUFFile) -> list[Finding]:
-    """Keys whose value names a place on a computer."""
-    found = []
-    for key, value in file.metadata.items():
-        path = next((text for text in _texts(key, value)), None)
-        if path is not None:
-            found.append(Finding(key, "a name without a folder", show(path), _ACTION, "a local path is published"))
-    return found
+def local_paths(file: GGUFFile) -> dict[str, str]:
+    """Key -> the first place on a computer that its value names."""
+    found = ((key, next(_texts(key, value), None)) for key, value in file.metadata.items())
+    return {key: path for key, path in found if path is not None}
 
 
 def _texts(key: str, value: Any) -> Iterator[str]:
