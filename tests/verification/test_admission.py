@@ -120,7 +120,7 @@ def test_ones_that_pad_a_rank_are_no_rank(tiny: Path, tmp_path: Path) -> None:
 def test_overlapping_tensors_cannot_ask_for_more_than_the_file(tiny: Path, tmp_path: Path) -> None:
     whole = parts(tiny)
     whole.tensors |= {f"x{i}": Tensor([65 * 32], 0, b"", offset=0) for i in range(100)}
-    with pytest.raises(InputError, match=r"the tensors take \d+ bytes of \d+; they overlap"):
+    with pytest.raises(InputError, match=r"the tensors take \d+ bytes, the file has \d+; they overlap"):
         read_gguf(whole.write(tmp_path / "x.gguf"))
 
 
@@ -128,10 +128,10 @@ def test_a_header_beyond_any_models_is_refused_before_it_is_read(tmp_path: Path)
     """16 strings of 16 MB each are within every other bound."""
     path = tmp_path / "x.gguf"
     whole = Parts({f"k{i}": Value(STRING, "x" * admission.MAX_STRING) for i in range(5)})
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(InputError, match="beyond 67108864 bytes"):
         read_gguf(whole.write(path))
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_the_table_of_keys_is_upstreams(tiny: Path) -> None:

@@ -1,4 +1,4 @@
-"""A GGUF file's header written anew in place of the file, its data copied: for keys that a converter should not write."""
+"""The header of a GGUF file written anew in place, its data copied: keys that nobody should publish are dropped."""
 
 from __future__ import annotations
 
