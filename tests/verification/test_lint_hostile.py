@@ -18,6 +18,7 @@ from gguf_mutations import TEMPLATE, bpe, llama, mutate, seeds, spm
 
 from verification.commands.lint import lint
 from verification.commands.lint_result import LintReport
+from verification.commands.lint_terminal import write_lint
 from verification.engines.sandbox import Vocabulary, probe
 from verification.gguf.reader import ARRAY, STRING
 
@@ -84,6 +85,20 @@ def test_generation_markers_are_rendered(tmp_path: Path) -> None:
     marked = TEMPLATE.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
     whole.keys["tokenizer.chat_template"] = Value(STRING, marked)
     assert looked_at(whole, tmp_path / "x.gguf").verdict == "pass"
+
+
+def test_what_no_json_can_hold_is_spelled_out(tmp_path: Path) -> None:
+    """A file name, tokens and template texts that are not UTF-8."""
+    whole = llama(bpe())
+    whole.keys["tokenizer.chat_template"] = Value(STRING, "{{ '\\ud800' ~ ('\\udfff' in messages[0].content) }}")
+    whole.keys["tokenizer.ggml.tokens"].value[200:202] = ["\udcff\udcfe", "\udcff\udcfe"]
+    whole.keys["general.tags"] = Value(ARRAY, ["\udcff", "/tmp/\udcff"], STRING)
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.gguf"))
+    report = looked_at(whole, path)
+    stored = write_lint(report, tmp_path / "out").read_text(encoding="utf-8")
+    assert LintReport.model_validate_json(stored) == report
+    assert report.file.endswith("\\udcff\n.gguf")
+    assert "\\udcff\\udcfe" in found(report)["vocabulary"]
 
 
 def test_local_paths_are_noted(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from verification.commands.lint_result import (
 )
 from verification.contract import chat, file_structure, metadata, tokens
 from verification.contract.checks import TITLES, aborts, vocabulary_findings
-from verification.contract.finding import Finding
+from verification.contract.finding import Finding, writable
 from verification.engines.child import ChildDied
 from verification.engines.convert import convert_metadata
 from verification.engines.sandbox import Vocabulary
@@ -110,13 +110,13 @@ def lint(
     run.seconds["total"] = round(time.monotonic() - start, 2)
     return LintReport(
         verdict=_verdict(run.checks),
-        file=str(opened.path),
+        file=writable(str(opened.path)),
         sha256=digest,
         bytes=opened.path.stat().st_size,
         architecture=opened.architecture,
         file_type=opened.file_type,
         tensors_total=len(opened.tensors),
-        reference=None if reference is None else str(reference),
+        reference=None if reference is None else writable(str(reference)),
         checks=run.checks,
         tensors=run.tensors,
         hypotheses=run.hypotheses,
@@ -175,7 +175,7 @@ class _Run:
     def add(self, name: str, findings: Sequence[Finding], *, note: bool = False, detail: str = "") -> None:
         """A check that fails, or only notes, when it found something."""
         status: Status = "pass" if not findings else "note" if note else "fail"
-        rows = [LintFinding(**asdict(finding)) for finding in findings]
+        rows = [LintFinding(**{key: writable(text) for key, text in asdict(f).items()}) for f in findings]
         self.checks.append(LintCheck(name=name, title=_TITLES[name], status=status, findings=rows, detail=detail))
 
     def skip(self, name: str, why: str) -> None:

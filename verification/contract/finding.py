@@ -34,8 +34,17 @@ class Finding:
 def as_check(name: str, title: str, findings: Sequence[Finding], *, subject: str) -> Check:
     """The number of findings, which must be zero, with the first three in words."""
     return zero_check(
-        name, title, len(findings), subject=subject, detail="; ".join(finding.sentence for finding in findings[:3])
+        name,
+        title,
+        len(findings),
+        subject=subject,
+        detail=writable("; ".join(finding.sentence for finding in findings[:3])),
     )
+
+
+def writable(text: str) -> str:
+    """A text with bytes that are not UTF-8 (of a file's name, of a token) spelled out, so that JSON can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def show(value: Any, limit: int = 60) -> str:

@@ -138,7 +138,8 @@ class _Renderer:
             return {}
         if question["do"] == "powers":
             try:
-                return {"error": "", "powers": self.template_powers.powers(self.world.parse(self.source))}
+                facts = self.template_powers.powers(self.world.parse(self.source))
+                return {"error": "", "powers": [{**fact, "text": _writable(fact["text"])} for fact in facts]}
             except Exception as error:
                 return {"error": _words(error)}
         if self.template is None and not self.broken:
@@ -172,7 +173,12 @@ def _words(error: Exception) -> str:
     """ "TemplateSyntaxError: unexpected '}', line 3"."""
     line = getattr(error, "lineno", None)
     place = f", line {line}" if line else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+    return _writable(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}")
+
+
+def _writable(text: str) -> str:
+    """A text with lone surrogates spelled out: a template can make them, no report can hold them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def llama_cpp_variables(messages: Sequence[Mapping[str, Any]], *, bos: str, eos: str, prompt: bool) -> dict[str, Any]:

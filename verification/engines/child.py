@@ -115,7 +115,8 @@ class Child:
         self._said.seek(0)
         lines = [line.strip() for line in self._said.read(_SAID).decode("utf-8", "replace").splitlines()]
         lines = [line for line in lines if line]
-        return next((line for line in lines if "ASSERT" in line), lines[-1] if lines else "")[:400]
+        found = next((line for line in lines if "ASSERT" in line), lines[-1] if lines else "")
+        return found[max(found.find("GGML_ASSERT"), 0) :][:400]  # without the path of the build
 
     def close(self) -> None:
         """End the child; safe to call twice."""
