@@ -35,7 +35,7 @@ from verification.gguf.cache import Memory
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
 from verification.gguf.writer import Raw
-from verification.weight_parity.checks import quantise_checks, weight_checks
+from verification.weight_parity.checks import weight_checks
 from verification.weight_parity.compare import Examination
 from verification.weight_parity.expected import inventory
 from verification.weight_parity.explain import damage_cause, merge_cause
@@ -209,9 +209,8 @@ def test_no_byte_of_a_tensor_can_change_unnoticed(
 
 def _legs(pair: Healthy, faulty: Any, kind: str) -> list[Any]:
     """The legs of verify that hold a file's bytes against the oracle's."""
-    candidate, twin = Candidate(kind, faulty), pair.twin(kind)
-    weights = weight_checks(candidate, twin.file, pair.checkpoint, sources=pair.sources, memory=pair.memory)
-    return [*weights.contract, *quantise_checks(candidate, twin)]
+    weights = weight_checks(Candidate(kind, faulty), pair.conversions, pair.sources, memory=pair.memory)
+    return [*weights.contract, *weights.quantise]
 
 
 def _next(file: Any, name: str) -> list[str]:

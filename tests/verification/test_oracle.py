@@ -17,14 +17,19 @@ from tiny_gguf import importance, write_wide
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
-from verification.engines.quantise import quantise
-from verification.engines.reconversion import Oracle, Twin
+from verification.engines.quantise import quantise, quantised_bytes
+from verification.engines.reconversion import FloatFiles, Oracle
 from verification.gate.report import Check
 from verification.gguf.candidate import Candidate
 from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor, read_gguf
+from verification.gguf.writer import Raw
+from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity.block_bounds import hold
-from verification.weight_parity.checks import quantise_checks
+from verification.weight_parity.checks import quantise_checks, weight_checks
+from verification.weight_parity.compare import Examination, Sources
+from verification.weight_parity.expected import Inventory, inventory
+from verification.weight_parity.recipe import recipe_differences
 
 RECORDED = Path(__file__).parent / "data" / "contracted_build.npz"
 WITHOUT = (
@@ -66,8 +71,19 @@ class Made:
     imatrix: bool
 
     def check(self, path: Path) -> Check:
-        twin = Twin(read_gguf(self.healthy), read_gguf(self.source), imatrix=self.imatrix)
-        return quantise_checks(Candidate("X", read_gguf(path)), twin)[0]
+        """The check that must be zero."""
+        return self.leg(path)[1]
+
+    def leg(self, path: Path) -> list[Check]:
+        return leg(path, self.source, importance() if self.imatrix else None)
+
+
+def leg(path: Path, source: Path, matrix: dict[str, np.ndarray] | None = None) -> list[Check]:
+    """The leg `quantise` of a file whose reference is known only as a float file."""
+    file = read_gguf(path)
+    floats = FloatFiles(lambda kind: read_gguf(source) if kind == "F16" else None)
+    results = Examination(file, None, Inventory({}, [], [], []), conversions=floats, importance=matrix).run()
+    return quantise_checks(Candidate("X", file), results, with_matrix=matrix is not None)
 
 
 @pytest.fixture(scope="session")
@@ -113,15 +129,15 @@ def scaled(tensor: GGUFTensor, block: int, steps: int) -> dict[int, bytes]:
 
 
 def test_the_same_weights_give_the_same_bytes(made: Made) -> None:
-    check = made.check(made.healthy)
-    assert check.value == 0
-    assert check.detail.startswith("21 of 21 tensors equal") or " of " in check.detail
+    differ, unexplained = made.leg(made.healthy)
+    assert (differ.value, unexplained.value) == (0, 0)
+    assert differ.detail.startswith("21 of 21 tensors are proven")
 
 
 def test_a_rotation_by_a_milliradian_in_one_layer_is_caught(made: Made) -> None:
     check = made.check(made.rotated)
     assert check.value == 1
-    assert f"worst {TURNED}" in check.detail
+    assert TURNED in check.detail
 
 
 def test_a_tensor_of_another_layer_is_caught(made: Made, tmp_path: Path) -> None:
@@ -130,13 +146,13 @@ def test_a_tensor_of_another_layer_is_caught(made: Made, tmp_path: Path) -> None
     assert here.type == there.type
     check = made.check(patched(made.healthy, tmp_path / "x.gguf", {here.offset: there.raw.tobytes()}))
     assert check.value == 1
-    assert f"worst {TURNED}" in check.detail
+    assert TURNED in check.detail
 
 
 def test_one_blocks_scale_twice_too_large_is_caught(made: Made, tmp_path: Path) -> None:
     tensor = read_gguf(made.healthy).tensors[TURNED]
     check = made.check(patched(made.healthy, tmp_path / "x.gguf", scaled(tensor, 17, 1024)))
-    assert (check.value, "1 beyond the type's bound" in check.detail) == (1, True)
+    assert (check.value, TURNED in check.detail) == (1, True)
 
 
 def test_the_scales_last_bit_is_explained_where_a_whole_build_shows_and_not_in_one_tensor(
@@ -144,10 +160,9 @@ def test_the_scales_last_bit_is_explained_where_a_whole_build_shows_and_not_in_o
 ) -> None:
     quantised = [t for t in read_gguf(made.healthy).tensors.values() if t.type not in FLOAT_TYPES]
     everywhere = {at: data for tensor in quantised for at, data in scaled(tensor, 17, 1).items()}
-    check = made.check(patched(made.healthy, tmp_path / "x.gguf", everywhere))
-    assert check.value == 0, check.detail
-    assert f"explained by another build or machine: {len(quantised)} tensors" in check.detail
-    assert f"{len(quantised)} of them in the scale's last bit only" in check.detail
+    differ, unexplained = made.leg(patched(made.healthy, tmp_path / "x.gguf", everywhere))
+    assert (differ.value, unexplained.value) == (len(quantised), 0), unexplained.detail
+    assert f"{len(quantised)} judged healthy: {len(quantised)} by another build or machine" in differ.detail
     alone = next(tensor for tensor in quantised if tensor.name == TURNED)
     check = made.check(patched(made.healthy, tmp_path / "x.gguf", scaled(alone, 17, 1)))
     assert check.value == 1
@@ -184,7 +199,7 @@ def test_what_a_contracting_build_really_wrote_is_explained(
     size = block_size(tensor)
     changes = {tensor.offset + int(row) * size: block.tobytes() for row, block in zip(rows, blocks, strict=True)}
     theirs = patched(healthy, tmp_path / "c.gguf", changes)
-    found = hold(read_gguf(theirs).tensors[name], tensor, read_gguf(floats[0]).tensors[name], imatrix=use)
+    found = hold(read_gguf(theirs).tensors[name], tensor.raw, read_gguf(floats[0]).tensors[name].values(), imatrix=use)
     assert found.within, str(found)
     assert (found.differ, found.blocks) == (len(rows), len(tensor.raw) // size)
     # Alone among tensors that equal the oracle it cannot come from another build, which would have changed them too.
@@ -193,12 +208,52 @@ def test_what_a_contracting_build_really_wrote_is_explained(
     assert name in check.detail
 
 
-def test_another_type_than_the_oracles_is_named(floats: tuple[Path, Path], tmp_path: Path) -> None:
-    healthy = quantise(floats[0], tmp_path / "h.gguf", "Q4_0")
-    other = quantise(floats[0], tmp_path / "o.gguf", "Q4_1")
-    check = Made(healthy, healthy, floats[0], False).check(other)
-    assert check.value == 14 + 1  # every matrix and the embedding; the head is Q6_K in both
-    assert "is Q4_1 [32, 256], the reference re-quantised here Q4_0" in check.detail
+@pytest.mark.parametrize(("name", "kind"), [("token_embd.weight", "Q8_0"), ("blk.1.ffn_down.weight", "Q5_K"),
+                                             ("output.weight", "F16"), ("blk.0.attn_q.weight", "IQ4_XS")])  # fmt: skip
+def test_a_mix_of_types_is_proven_tensor_by_tensor_and_the_recipe_noted(
+    floats: tuple[Path, Path], tmp_path: Path, name: str, kind: str
+) -> None:
+    """One tensor at another type than Q4_K_M's own recipe gives it, as `--tensor-type` writes it."""
+    raw, source = Raw.read(quantise(floats[0], tmp_path / "h.gguf", "Q4_K_M")), read_gguf(floats[0]).tensors[name]
+    (info,) = [info for info in raw.tensors if info.name == name]
+    recorded_type = GGMLQuantizationType(info.kind).name
+    data = quantised_bytes(source.values(), kind)
+    assert data is not None
+    info.kind, info.data = int(GGMLQuantizationType[kind]), data.tobytes()
+    mixed = raw.write(tmp_path / "x.gguf")
+    assert [check.value for check in leg(mixed, floats[0])] == [0, 0]
+    found = recipe_differences(read_gguf(mixed))
+    assert [(f.where, f.expected, f.found) for f in found] == [(name, recorded_type, kind)]
+    other = quantised_bytes(source.values()[::-1], kind)  # another tensor's bytes at that type are no mix
+    assert other is not None
+    info.data = other.tobytes()
+    assert [check.value for check in leg(raw.write(tmp_path / "y.gguf"), floats[0])] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q5_K_S", "IQ4_XS", "Q3_K_L", "Q2_K"])
+def test_a_file_by_llama_cpps_own_recipe_has_no_other_types(
+    floats: tuple[Path, Path], tmp_path: Path, kind: str
+) -> None:
+    assert recipe_differences(read_gguf(quantise(floats[0], tmp_path / "h.gguf", kind))) == []
+    with_matrix = quantise(floats[0], tmp_path / "m.gguf", kind, imatrix=importance())
+    assert recipe_differences(read_gguf(with_matrix)) == []
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "IQ4_XS", "Q2_K"])
+def test_a_partial_importance_matrix_is_used_as_llama_cpp_uses_it(
+    floats: tuple[Path, Path], tmp_path: Path, kind: str
+) -> None:
+    """Tensors without an entry are quantised without one; the whole matrix then names the tensors it contradicts."""
+    whole = importance()
+    partial = {name: values for name, values in whole.items() if not name.startswith("blk.1.")}
+    made = quantise(floats[0], tmp_path / "p.gguf", kind, imatrix=partial)
+    assert [check.value for check in leg(made, floats[0], partial)] == [0, 0]
+    differ, unexplained = leg(made, floats[0], whole)
+    assert differ.value == unexplained.value == len(whole) - len(partial)
+    assert "blk.1." in unexplained.detail
+    assert "the bytes without a matrix" in unexplained.detail
+    with pytest.raises(InputError, match=r"255 values for blk\.0\.attn_q\.weight, which has 256"):
+        leg(made, floats[0], {"blk.0.attn_q.weight": np.ones(255, dtype=np.float32)})
 
 
 def legacy_imatrix(path: Path, entries: dict[str, np.ndarray], calls: int = 3) -> Path:
@@ -268,10 +323,15 @@ def test_the_intermediate_type_is_found_by_its_bytes(small_checkpoint: Path, mid
     digest = sha256_path(small_checkpoint)
     for kind in ("F16", "BF16", "F32"):
         source = middle.converted(small_checkpoint, digest, kind)
-        candidate = read_gguf(quantise(source, tmp_path / f"{kind}.gguf", "Q8_0"))
-        check = quantise_checks(Candidate("Q8_0", candidate), middle.twin(candidate, small_checkpoint, digest))[0]
-        assert check.value == 0
-        assert f"re-quantised here from {kind}, byte for byte" in check.detail
+        candidate = Candidate("Q8_0", read_gguf(quantise(source, tmp_path / f"{kind}.gguf", "Q8_0")))
+        for mapped in (True, False):  # by principle, and by the conversions alone
+            sources = Sources(Checkpoint(small_checkpoint)) if mapped else None
+            found = inventory(sources.reference, candidate.file) if sources else Inventory({}, [], [], [])
+            floats = middle.conversions(small_checkpoint, digest)
+            results = Examination(candidate.file, sources, found, conversions=floats).run()
+            check = quantise_checks(candidate, results, with_matrix=False)[0]
+            assert check.value == 0
+            assert f"from {kind}" in check.detail
 
 
 def test_verify_takes_an_importance_matrix_and_binds_the_report_to_it(
@@ -287,10 +347,11 @@ def test_verify_takes_an_importance_matrix_and_binds_the_report_to_it(
     path = quantise(source, tmp_path / "q.gguf", "Q4_0", imatrix=read_imatrix(matrix))
     report = verify(small_checkpoint, [path], imatrix=matrix, chunks=2, n_ctx=64, work_dir=middle.directory)
     check = next(check for leg in report.legs for check in leg.checks if check.name == "quantise.tensors_differ")
-    assert (check.status, "from F32 with the imatrix" in check.detail) == ("pass", True)
+    assert (check.status, check.value, "from F32 with the imatrix" in check.detail) == ("pass", 0, True)
     assert [a.path for a in report.artefacts if a.role == "imatrix"] == [str(matrix)]
     candidate = read_gguf(path)
     candidate.metadata["quantize.imatrix.file"] = "mine.dat"  # llama-quantize writes this key
-    without = quantise_checks(Candidate("Q4_0", candidate), middle.twin(candidate, small_checkpoint, digest))[0]
-    assert without.value != 0
-    assert "importance matrix mine.dat: give it with --imatrix" in without.detail
+    floats = middle.conversions(small_checkpoint, digest)
+    differ = weight_checks(Candidate("Q4_0", candidate), floats, Sources(Checkpoint(small_checkpoint))).quantise[0]
+    assert differ.value == 1
+    assert "importance matrix mine.dat" in differ.detail

@@ -37,13 +37,12 @@ def test_healthy_values_pass() -> None:
         ("convert.mean_kld", "F16", 5.1e-5),
         ("convert.top1", "F16", 0.9949),
         ("convert.rounding", "F16", 1.01),
-        ("quantise.tensors_differ", "Q8_0", 1),
+        ("quantise.unexplained", "Q8_0", 1),
         ("quality.mean_kld", "Q8_0", 0.021),
         ("quality.mean_kld", "Q4_K_M (a.gguf)", 0.151),
         ("quality.top1", "Q4_K_M", 0.79),
         ("controls.differs_from_base", "", 0.0099),
         ("controls.transposed", "", 0.0099),
-        ("contract.fallback_types", "Q4_K_M", 1),
         ("convert.mean_kld", "F16", float("nan")),
     ],
 )
@@ -175,8 +174,28 @@ def test_a_waiver_without_a_reason_is_refused() -> None:
 
 def test_fallback_types_pass_only_when_allowed() -> None:
     check = plain_check("contract.fallback_types", "Fallback", 181, subject="Q4_K_M")
-    assert verdict(*healthy(), check) == "fail"
-    assert verdict(*healthy(), check, contract={"allow_fallback_types": True}) == "pass"
+    assert verdict(*healthy(), check) == "pass"
+    assert verdict(*healthy(), check, contract={"allow_fallback_types": False}) == "fail"
+
+
+def test_differing_tensors_pass_only_where_each_was_judged_and_the_policy_demands_no_proof() -> None:
+    """A report before schema 1.3 counts what nothing explained: it is held to zero, whatever its policy says."""
+    differ = plain_check("quantise.tensors_differ", "X", 3, subject="Q4_K_M")
+    judged = plain_check("quantise.unexplained", "X", 0, subject="Q4_K_M")
+    assert verdict(*healthy(), differ, judged) == "pass"
+    assert verdict(*healthy(), differ, judged, quantise={"tensors_differ": 0}) == "fail"
+    assert verdict(*healthy(), differ, judged, quantise={"tensors_differ": 3}) == "pass"
+    old = report(*healthy(), differ).model_copy(update={"schema_version": "1.2"})
+    assert decide(old, make_policy({})).verdict == "fail"
+    assert decide(old, make_policy({"quantise": {"tensors_differ": 3}})).verdict == "pass"
+
+
+def test_a_report_of_an_older_schema_needs_no_check_that_it_could_not_have() -> None:
+    given = Artefact(role="candidate", path="m.gguf", sha256="0", bytes=1, label="Q8_0")
+    for version, gap in (("1.2", False), ("1.3", True), ("1.10", True)):
+        bare = report(*healthy()).model_copy(update={"artefacts": [given], "schema_version": version})
+        details = [c.detail for leg in decide(bare, make_policy({})).legs for c in leg.checks if leg.name == "quantise"]
+        assert ("and 1 more" in details[0]) == gap
 
 
 def test_deciding_twice_changes_nothing_and_survives_json() -> None:
@@ -266,6 +285,7 @@ def test_a_report_that_lacks_a_check_of_its_candidate_is_incomplete() -> None:
         *[zero_check(f"contract.{name}", "X", 0, subject="Q8_0") for name in OF_A_FILE],
         plain_check("convert.mean_kld", "KLD", 5e-6, subject="F16 (oracle)"),
         plain_check("quantise.tensors_differ", "X", 0, subject="Q8_0"),
+        zero_check("quantise.unexplained", "X", 0, subject="Q8_0"),
         plain_check("quality.mean_kld", "KLD", 0.01, subject="Q8_0"),
         plain_check("quality.top1", "Top", 0.99, subject="Q8_0"),
         zero_check("quality.non_finite", "X", 0, subject="Q8_0"),

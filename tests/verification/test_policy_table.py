@@ -23,7 +23,7 @@ NUMBERED: dict[str, Any] = {
     "bake": {"max_abs_logit": 0.01, "top1_disagreements": 2},
     "dtype": {"float32": 0.03, "float16": 0.04, "bfloat16": 0.05, "rounding": 1.06},
     "convert": {"mean_kld": 0.07, "top1": 0.08, "rounding": 1.09, "BF16": {"mean_kld": 0.10, "top1": 0.11}},
-    "quantise": {"tensors_differ": 12},
+    "quantise": {"tensors_differ": 12, "unexplained": 28, "output_error": 1.29},
     "quality": {"Q8_0": {"mean_kld": 0.13, "top1": 0.14}, "Q4_K_M": {"mean_kld": 0.15, "top1": 0.16}},
     "controls": {"differs_from_base": 0.17, "transposed": 0.18},
     "evidence": {"positions": 19, "chunks": 20, "entropy": 0.21, "entropy_share": 0.22, "alignment": 23.0},
@@ -45,6 +45,8 @@ TABLE = [
     ("convert.rounding", "BF16", "<=", 1.09),
     ("convert.non_finite", "F16", "<=", 0),
     ("quantise.tensors_differ", "Q8_0", "<=", 12),
+    ("quantise.unexplained", "Q8_0", "<=", 28),
+    ("quantise.output_error", "Q8_0", "<=", 1.29),
     ("quality.mean_kld", "Q8_0", "<=", 0.13),
     ("quality.top1", "Q8_0", ">=", 0.14),
     ("quality.mean_kld", "Q4_K_M (a b.gguf)", "<=", 0.15),
@@ -107,7 +109,8 @@ def test_an_override_leaves_the_default_as_it_was() -> None:
         ("bake", "max_abs_logit", 0, None), ("bake", "top1_disagreements", -1, None), ("dtype", "float32", 0, None),
         ("dtype", "float16", 0, None), ("dtype", "bfloat16", 0, None), ("dtype", "rounding", 0, None),
         ("convert", "mean_kld", 0, None), ("convert", "top1", -1e-9, 1 + 1e-9), ("convert", "rounding", 0, None),
-        ("quantise", "tensors_differ", -1, None), ("controls", "differs_from_base", 0, None),
+        ("quantise", "tensors_differ", -1, None), ("quantise", "unexplained", -1, None), ("quantise", "output_error", 0, None),
+        ("controls", "differs_from_base", 0, None),
         ("controls", "transposed", 0, None), ("evidence", "positions", 0, None), ("evidence", "chunks", 1, None),
         ("evidence", "entropy", -1e-9, None), ("evidence", "entropy_share", 0, 1 + 1e-9),
         ("evidence", "alignment", 1 - 1e-9, None),
@@ -119,7 +122,8 @@ def test_bounds_outside_their_range_are_refused(section: str, key: str, least: f
         if value is not None:
             with pytest.raises(InputError, match=rf"^policy: `{section}\.{key}` = {value!r}: Input should be "):
                 make_policy({section: {key: value}})
-    inside = least + (1 if isinstance(load_policy().model_dump()[section][key], int) else 1e-6)
+    whole = key in ("tensors_differ", "unexplained", "top1_disagreements", "positions", "chunks")
+    inside = least + (1 if whole else 1e-6)
     assert make_policy({section: {key: inside}}).model_dump()[section][key] == inside
     if largest is not None:
         assert make_policy({section: {key: 1}}).model_dump()[section][key] == 1
@@ -208,7 +212,7 @@ FILE = [
     *CELLS,
 ]  # fmt: skip
 FLOATS = ["convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite"]
-QUANTS = ["quantise.tensors_differ", "quality.mean_kld", "quality.top1", "quality.non_finite"]
+QUANTS = ["quantise.tensors_differ", "quantise.unexplained", "quality.mean_kld", "quality.top1", "quality.non_finite"]
 ADAPTED = ["bake.max_abs_logit", "bake.top1_disagreements", "dtype.rounding", "dtype.non_finite",
            "controls.differs_from_base", "controls.transposed", "dtype.mean_kld.bfloat16"]  # fmt: skip
 
@@ -252,7 +256,7 @@ def test_several_gaps_of_a_leg_are_counted() -> None:
     decided = decide(empty, make_policy({"required": []}))
     assert [leg.name for leg in decided.legs] == ["quantise", "quality", "contract", "evidence", "cells"]
     details = {leg.name: leg.checks[0].detail for leg in decided.legs}
-    assert details["quantise"] == "the report has no quantise.tensors_differ of Q8_0"
+    assert details["quantise"] == "the report has no quantise.tensors_differ of Q8_0 and 1 more"
     assert details["quality"] == "the report has no quality.mean_kld of Q8_0 and 2 more"
     assert details["contract"] == "the report has no contract.token_ids of Q8_0 and 11 more"
     assert all(leg.status == "not evaluated" and leg.compared == "" for leg in decided.legs)
@@ -360,9 +364,9 @@ def decided_check(stored: Check, **overrides: Any) -> Check:
 
 def test_fallback_types_are_shown_as_allowed_or_held_to_zero() -> None:
     stored = plain_check("contract.fallback_types", "X", 5, subject="Q4_K_M")
-    strict = decided_check(stored)
+    strict = decided_check(stored, contract={"allow_fallback_types": False})
     assert (strict.relation, strict.bound, strict.status) == ("<=", 0, "fail")
-    loose = decided_check(stored, contract={"allow_fallback_types": True})
+    loose = decided_check(stored)
     assert (loose.relation, loose.bound, loose.status) == (None, "any, by policy", "pass")
 
 

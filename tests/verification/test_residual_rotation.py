@@ -9,7 +9,7 @@ import torch
 from so8t_core.folding import rotate_rows
 from so8t_core.rotation import exp_so8
 from verification.weight_parity.hypotheses import EXPECTED, Known, Other, nearest, rotated, sample_rows
-from verification.weight_parity.residual_rotation import residual_rotation
+from verification.weight_parity.structure.rotation import residual_rotation
 
 
 def weights(out: int = 512, width: int = 256, seed: int = 0) -> np.ndarray:

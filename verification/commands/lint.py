@@ -39,7 +39,8 @@ from verification.gguf.reader import GGUFFile, read_gguf
 from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity.compare import Examination, Sources, rotations
 from verification.weight_parity.expected import inventory, is_known
-from verification.weight_parity.neighbours import Examined
+from verification.weight_parity.recipe import recipe_differences
+from verification.weight_parity.result import TensorResult
 
 _FLUSHED = 1e-3  # share of a tensor's weights that is worth a note: single ones become zero in every F16 file
 _TITLES = TITLES | {
@@ -47,11 +48,13 @@ _TITLES = TITLES | {
     "finite_weights": "Weights that are NaN or Inf",
     "saturated_weights": "Weights at F16's end",
     "fallback_types": "Tensors in a fallback type",
+    "recipe": "Tensors of another type than the file type's own recipe gives",
     "inventory": "Tensors missing or unexplained",
     "weights": "Tensors against the reference's values",
     "hypotheses": "Attention tensors nearest to something else",
     "sliding_window": "Sliding window that llama.cpp does not apply",
     "flushed_weights": "Small weights that became zero",
+    "layer_outputs": "Tensors that only the error of their layer's output can judge",
     "other_maker": "Tensors of another quantiser, build or importance matrix",
 }
 
@@ -164,6 +167,7 @@ class _Run:
         self.add("saturated_weights", saturated)
         self.add("file_type", file_structure.promised_types(file))
         self.add("fallback_types", file_structure.fallbacks(file), note=True)
+        self.add("recipe", recipe_differences(file), note=True)
         if answer.vocabulary:
             self.skip("end_of_turn", f"llama.cpp cannot load the vocabulary: {answer.vocabulary}")
             return
@@ -193,6 +197,9 @@ class _Run:
         self.add("weights", values, detail=exact)
         self.add("hypotheses", [f for f in findings if f.where in hypothetical and f.cause != ""])
         self.add("other_maker", _other_maker(results), note=True)
+        if undecided := [r.name for r in results if r.open and not r.findings]:
+            more = f" and {len(undecided) - 1} more" if undecided[1:] else ""
+            self.skip("layer_outputs", f"{undecided[0]}{more}: not judged without activations; `so8t verify` has them")
         self.add("flushed_weights", _flushed(results), note=True)
         self.tensors = [tensor_row(result) for result in results]
         self.hypotheses = [row for result in results for row in hypothesis_rows(result)]
@@ -231,7 +238,7 @@ class _Run:
                 self.add(name, findings)
 
 
-def _other_maker(results: Sequence[Examined]) -> list[Finding]:
+def _other_maker(results: Sequence[TensorResult]) -> list[Finding]:
     """Quantised tensors whose bytes differ from the own quantiser's, within the bounds of their type."""
     found = []
     for result in results:
@@ -245,7 +252,7 @@ def _other_maker(results: Sequence[Examined]) -> list[Finding]:
     return found
 
 
-def _flushed(results: Sequence[Examined]) -> list[Finding]:
+def _flushed(results: Sequence[TensorResult]) -> list[Finding]:
     action = "nothing where the weights are as small as that; BF16 or F32 keep them"
     return [
         Finding(r.name, "no weight lost", f"{r.flushed} weights became zero", action, "below F16's smallest number")

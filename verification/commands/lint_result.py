@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from verification.weight_parity.neighbours import Examined
+from verification.weight_parity.result import Drawer, TensorResult
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"  # 1.1: `drawer`, `why` of a tensor
 Status = Literal["pass", "fail", "note", "not evaluated"]
 Verdict = Literal["pass", "fail", "incomplete"]
 
@@ -44,6 +44,8 @@ class LintTensor(_Model):
     name: str
     type: str
     how: Literal["bytes of the type's own rounding or quantiser", "within the type's bound", "refused", "not compared"]
+    drawer: Drawer = "not compared"
+    why: str = ""  # how it was proven, or why other bytes are healthy
     rel_error: float | None = None
     own_error: float | None = None
     roundings: float | None = None
@@ -85,7 +87,7 @@ class LintReport(_Model):
     seconds: dict[str, float] = Field(default_factory=dict)
 
 
-def tensor_row(result: Examined) -> LintTensor:
+def tensor_row(result: TensorResult) -> LintTensor:
     """A tensor's row of the answer."""
     row = {key: value for key, value in asdict(result).items() if key in LintTensor.model_fields}
     how = (
@@ -94,10 +96,10 @@ def tensor_row(result: Examined) -> LintTensor:
         else "bytes of the type's own rounding or quantiser" if result.equal
         else "within the type's bound"
     )  # fmt: skip
-    return LintTensor(**row, how=how)
+    return LintTensor(**row, how=how, drawer=result.drawer, why=result.proof or result.explanation)
 
 
-def hypothesis_rows(result: Examined) -> list[LintHypothesis]:
+def hypothesis_rows(result: TensorResult) -> list[LintHypothesis]:
     """The rows of what an attention tensor, or each part of a fused one, is nearest to."""
     rows = []
     left = result.residual

@@ -50,8 +50,9 @@ from verification.logit_parity.text import Corpus, read_corpus
 from verification.logit_parity.text_checks import alignment_check, evidence_checks
 from verification.reference.checkpoint import Checkpoint, read_config
 from verification.reference.tokenizer import load_tokenizer
-from verification.weight_parity.checks import quantise_checks, weight_checks
+from verification.weight_parity.checks import output_check, weight_checks
 from verification.weight_parity.compare import Sources, rotations
+from verification.weight_parity.output import OpenTensor, output_ratios
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -69,6 +70,7 @@ class Run:
     durations: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     planned: list[LegName] = field(default_factory=list)
+    open: dict[str, dict[str, OpenTensor]] = field(default_factory=dict)  # by candidate: its layers' outputs decide
     trained: TrainedFunction | None = None
     tokens_sha256: str = ""
 
@@ -145,6 +147,7 @@ def measure_all(s: Settings, files: list[Candidate], run: Run, tell: Progress) -
             _files(s, files, source, checkpoint, tokenizer, run, tell)
     text = read_corpus(s.corpus, tokenizer, n_ctx=s.n_ctx, chunks=s.chunks, bos=bos)
     run.tokens_sha256 = text.sha256
+    _outputs(s, text, run, tell)
     plan = _plan(s, text, checkpoint, tokenizer)
     chunks = passages_of(text.chunks)
     with run.timed("reference"):
@@ -203,16 +206,36 @@ def _files(
     """What needs no inference: legs `contract` and `quantise`, and the weights' part of `convert`."""
     turned = rotations(s.adapter) if s.adapter else {}
     sources = Sources(checkpoint, Checkpoint(s.base) if s.base else None, turned)
+    conversions = s.oracle.conversions(s.reference, s.digest)
     for number, candidate in enumerate(files):
         tell("files", number, len(files))
-        twin = s.oracle.twin(candidate.file, s.reference, s.digest)
-        run.add("contract", contract_checks(candidate, twin.file, checkpoint, tokenizer, s.reference))
-        weights = weight_checks(candidate, twin.file, checkpoint, sources=sources)
+        oracle = conversions.file(candidate.file.file_type if candidate.file.is_float else "F16")
+        assert oracle is not None  # every float type can be converted to
+        run.add("contract", contract_checks(candidate, oracle, checkpoint, tokenizer, s.reference))
+        weights = weight_checks(candidate, conversions, sources, importance=s.oracle.imatrix)
         run.add("contract", weights.contract)
         run.add("convert", weights.convert)
-        run.add("quantise", quantise_checks(candidate, twin))
+        run.add("quantise", weights.quantise)
         run.tensors += weights.rows
-    run.planned = [leg for leg in run.planned if leg not in ("contract", "quantise")]
+        run.notes += weights.notes
+        if weights.open:
+            run.open[candidate.label] = weights.open
+    done = ("contract",) if run.open else ("contract", "quantise")
+    run.planned = [leg for leg in run.planned if leg not in done]
+
+
+def _outputs(s: Settings, text: Corpus, run: Run, tell: Progress) -> None:
+    """The outputs of layers whose weights alone cannot be judged, on one passage; first process only, as `_files`."""
+    if not run.open:
+        return
+    with run.timed("layer outputs"):
+        tell("layer outputs", 0, 1)
+        model = load_hf(s.reference)
+        for label, tensors in run.open.items():
+            run.add("quantise", [output_check(label, tensors, output_ratios(model, text.chunks[0], tensors))])
+        del model
+        gc.collect()
+    run.planned = [leg for leg in run.planned if leg != "quantise"]
 
 
 def _plan(s: Settings, text: Corpus, checkpoint: Checkpoint, tokenizer: Any) -> Plan:

@@ -1,7 +1,6 @@
 """One candidate file without inference: the contract that it has to keep with its checkpoint.
 
-The oracle is the verifier's own conversion of the reference, quantised with this machine's build: a healthy file made
-the same way equals it byte for byte, so whatever differs is explained by name or refused.
+The oracle is the verifier's own conversion of the reference: whatever key differs from it is explained or refused.
 """
 
 from __future__ import annotations

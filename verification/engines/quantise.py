@@ -14,8 +14,10 @@ through fused multiply-add; Q8_0 does not). Source: llama.cpp, src/llama-quant.c
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 from llama_cpp._ggml import libggml
@@ -38,6 +41,12 @@ _quantize.restype = ctypes.c_size_t
 _quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
 _needs_imatrix = libggml.ggml_quantize_requires_imatrix
 _needs_imatrix.restype, _needs_imatrix.argtypes = ctypes.c_bool, [ctypes.c_int]
+# Types that `ggml_quantize_chunk` writes. It aborts the whole process on the others: activations' own (Q8_1, Q8_K) and
+# plain numbers (I8 to I64, F64), which a stranger's file may name.
+WRITTEN = frozenset({
+    "Q1_0", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "IQ1_M", "IQ1_S",
+    "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0",
+})  # fmt: skip
 
 # what llama.cpp writes instead when a row is not a multiple of the type's block; Q2_K and Q3_K in older builds: IQ4_NL
 FALLBACKS: dict[str, tuple[str, ...]] = {
@@ -139,8 +148,17 @@ def _run(source: Path, target: Path, number: int, threads: int | None, imatrix: 
         raise InputError(f"llama.cpp cannot quantise {source} to {FILE_TYPES[number]}: {words}")
 
 
-def quantised_bytes(values: Array, kind: str) -> npt.NDArray[np.uint8] | None:
-    """`values` (.., row) as raw bytes of a GGML type; None for a type that cannot be made without an imatrix."""
+def quantised_bytes(
+    values: Array, kind: str, importance: Array | None = None, *, name: str = "the tensor"
+) -> npt.NDArray[np.uint8] | None:
+    """`values` (.., row) as raw bytes of a GGML type; None for a type that cannot be made, or not without a matrix.
+
+    Args:
+        importance: of each input channel, (row,), or of each expert's, (experts * row,) for values (experts, .., row).
+
+    Raises:
+        InputError: an importance matrix of another size; llama-quantize refuses it as well.
+    """
     number = GGMLQuantizationType[kind]
     row = values.shape[-1] if values.ndim else 1
     if kind in ("F32", "F16", "BF16"):
@@ -148,11 +166,22 @@ def quantised_bytes(values: Array, kind: str) -> npt.NDArray[np.uint8] | None:
             raw: npt.NDArray[np.uint8] = np.ascontiguousarray(quantize(values, number)).view(np.uint8).reshape(-1)
         return raw
     block, block_bytes = GGML_QUANT_SIZES[number]
-    if _needs_imatrix(int(number)) or row % block:
+    if kind not in WRITTEN or row % block or (importance is None and _needs_imatrix(int(number))):
         return None
+    experts = len(values) if values.ndim == 3 else 1
+    matrix = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    if matrix is not None and matrix.size != experts * row:
+        raise InputError(
+            f"the importance matrix has {matrix.size} values for {name}, which has {experts * row} input channels; "
+            "give the matrix of this model"
+        )
     source = np.ascontiguousarray(values, dtype=np.float32)
     target = np.empty(source.size // block * block_bytes, dtype=np.uint8)
-    _quantize(int(number), source.ctypes.data, target.ctypes.data, 0, source.size // row, row, None)
+    rows = source.size // row // experts
+    for expert in range(experts):
+        weights = None if matrix is None else matrix[expert * row :].ctypes.data
+        first = expert * rows * row
+        _quantize(int(number), source.ctypes.data, target.ctypes.data, first, rows, row, weights)
     return target
 
 
@@ -174,6 +203,50 @@ def nominal_types(file: GGUFFile) -> list[NominalType]:
             nominal = options[0] if options else tensor.type
         rows.append(NominalType(tensor.name, row, nominal, tensor.type))
     return rows
+
+
+def preset_types(file: GGUFFile, *, imatrix: bool) -> dict[str, str]:
+    """The type that llama.cpp's recipe for the file's file type gives each tensor.
+
+    llama.cpp decides by names, row lengths and the model's sizes, so a file of the same tensors with two rows each is
+    quantised: milliseconds, whatever the model.
+
+    Args:
+        imatrix: as with an importance matrix for every tensor, which changes some recipes.
+
+    Raises:
+        InputError: llama.cpp has no such recipe, or not without a matrix.
+    """
+    with tempfile.TemporaryDirectory(prefix="so8t-recipe-") as scratch:
+        thin, made = Path(scratch) / "thin.gguf", Path(scratch) / "made.gguf"
+        writer = GGUFWriter(thin, file.architecture)
+        writer.add_file_type(1)
+        for key, value in file.metadata.items():
+            if not key.startswith(f"{file.architecture}."):
+                continue
+            if isinstance(value, list):
+                if value:
+                    writer.add_array(key, value)
+            elif isinstance(value, bool):
+                writer.add_bool(key, value)
+            elif isinstance(value, int):
+                writer.add_uint32(key, value)
+            elif isinstance(value, float):
+                writer.add_float32(key, value)
+            else:
+                writer.add_string(key, str(value))
+        importance = {}
+        for tensor in file.tensors.values():
+            shape = (*(min(2, size) for size in tensor.shape[:-1]), *tensor.shape[-1:])
+            kind: type = np.float16 if len(shape) > 1 else np.float32
+            writer.add_tensor(tensor.name, np.zeros(shape, dtype=kind))
+            importance[tensor.name] = np.ones(math.prod(shape[:-2]) * shape[-1], dtype=np.float32)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        _run(thin, made, type_number(file.file_type), 1, importance if imatrix else {})
+        return {name: tensor.type for name, tensor in read_gguf(made).tensors.items()}
 
 
 def main_type(file_type: str) -> str:

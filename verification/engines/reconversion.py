@@ -1,8 +1,7 @@
-"""The verifier's own conversion of a checkpoint, quantised with this machine's build: the exact oracle for a file.
+"""The verifier's own conversion of a checkpoint, and its quantisation with this machine's build.
 
-llama.cpp's quantiser is a function of the source's bytes, the type, the importance matrix and the build; so a candidate
-made the same way from the same weights has the same tensor bytes. Which float file it was quantised from (F16, BF16,
-F32) changes bytes, and is found by trying. Files are named by the checkpoint's digest and their makers' versions, and
+Which float file a candidate was quantised from (F16, BF16, F32) changes bytes, and is found by trying tensor by tensor
+(`weight_parity.values`). Files are named by the checkpoint's digest and their makers' versions, and
 reused when a work directory is kept.
 """
 
@@ -10,32 +9,42 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
 from verification.engines.convert import CONVERTER_VERSION, OUT_TYPES, convert
 from verification.engines.quantise import Importance, quantise
 from verification.gguf.imatrix import read_imatrix
-from verification.gguf.reader import GGUFFile, read_gguf
+from verification.gguf.reader import GGUFFile, GGUFTensor, read_gguf
 
 INTERMEDIATES = ("F16", "BF16", "F32")  # the float files a quant is usually made from, the most frequent first
 
 
-@dataclass(frozen=True)
-class Twin:
-    """The reference in a candidate's file type, and how it was made."""
+class FloatFiles:
+    """The reference's conversions to float types, each made when it is asked for and kept open."""
 
-    file: GGUFFile
-    source: GGUFFile  # the float file it was quantised from; itself for a float candidate
-    imatrix: bool
+    def __init__(self, make: Callable[[str], GGUFFile | None]) -> None:
+        """`make` gives the conversion to "F16", "BF16" or "F32"; None where there is none."""
+        self._make, self._known, self._lock = make, dict[str, GGUFFile | None](), threading.Lock()
 
-    @property
-    def made(self) -> str:
-        return f"from {self.source.file_type}" + (" with the imatrix" if self.imatrix else "")
+    def file(self, kind: str) -> GGUFFile | None:
+        """The conversion to one type.
+
+        Raises:
+            InputError: the converter refuses the reference.
+        """
+        with self._lock:  # tensors are examined by several threads
+            if kind not in self._known:
+                self._known[kind] = self._make(kind)
+            return self._known[kind]
+
+    def tensor(self, kind: str, name: str) -> GGUFTensor | None:
+        """One tensor of one conversion."""
+        file = self.file(kind)
+        return None if file is None else file.tensors.get(name)
 
 
 class Oracle:
@@ -79,34 +88,6 @@ class Oracle:
         read_gguf(path)
         return path
 
-    def twin(self, candidate: GGUFFile, checkpoint: Path, digest: str) -> Twin:
-        """The reference in the candidate's type, from the float type that gives the candidate's bytes.
-
-        Where none does, the one that gives most of its tensors.
-
-        Raises:
-            InputError: see `of_type`.
-        """
-        if candidate.is_float:
-            file = read_gguf(self.converted(checkpoint, digest, candidate.file_type))
-            return Twin(file, file, imatrix=False)
-        best: Twin | None = None
-        fewest = len(candidate.tensors) + 1
-        for middle in INTERMEDIATES:
-            source = self.converted(checkpoint, digest, middle)
-            file = read_gguf(self.of_type(source, candidate.file_type, checkpoint, digest))
-            differing = sum(not same_bytes(candidate, file, name) for name in candidate.tensors)
-            if best is None or differing < fewest:
-                best, fewest = Twin(file, read_gguf(source), imatrix=bool(self.imatrix)), differing
-            if fewest == 0:
-                break
-        assert best is not None  # INTERMEDIATES is not empty
-        return best
-
-
-def same_bytes(candidate: GGUFFile, oracle: GGUFFile, name: str) -> bool:
-    """Whether a tensor of the candidate is the oracle's in type, shape and bytes."""
-    mine, twin = candidate.tensors[name], oracle.tensors.get(name)
-    if twin is None or (twin.type, twin.shape) != (mine.type, mine.shape):
-        return False
-    return bool(np.array_equal(mine.raw, twin.raw))
+    def conversions(self, checkpoint: Path, digest: str) -> FloatFiles:
+        """The checkpoint in every float type that a quantiser may have started from."""
+        return FloatFiles(lambda kind: read_gguf(self.converted(checkpoint, digest, kind)))

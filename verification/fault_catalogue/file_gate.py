@@ -23,7 +23,7 @@ from verification.gate.policy import Policy
 from verification.gate.report import Check, Leg, LegName, Report
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile, read_gguf
-from verification.weight_parity.checks import quantise_checks, weight_checks
+from verification.weight_parity.checks import weight_checks
 
 
 @dataclass
@@ -83,15 +83,13 @@ def judge(pair: Healthy, path: Path, policy: Policy) -> Judgement:
 
 def _file_legs(pair: Healthy, file: GGUFFile) -> dict[LegName, list[Check]]:
     """As `stages` runs them; the oracle is the pair's own healthy file, made here by the same build."""
-    candidate, twin = Candidate(file.file_type, file), pair.twin(file.file_type)
-    contract = contract_checks(
-        candidate, twin.file, pair.checkpoint, pair.tokenizer, pair.reference, memory=pair.memory
-    )
-    weights = weight_checks(candidate, twin.file, pair.checkpoint, sources=pair.sources, memory=pair.memory)
+    candidate, oracle = Candidate(file.file_type, file), pair.opened["F16"]
+    contract = contract_checks(candidate, oracle, pair.checkpoint, pair.tokenizer, pair.reference, memory=pair.memory)
+    weights = weight_checks(candidate, pair.conversions, pair.sources, memory=pair.memory)
     legs: dict[LegName, list[Check]] = {
         "contract": [*contract, *weights.contract],
         "convert": weights.convert,
-        "quantise": quantise_checks(candidate, twin),
+        "quantise": weights.quantise,
     }
     return legs
 

@@ -21,11 +21,10 @@ import numpy as np
 import torch
 
 from so8t_core import SO8TConfig, attach, bake_checkpoint, save_adapter
-from so8t_core.errors import InputError
 from verification.engines.convert import convert
 from verification.engines.huggingface import load_hf
 from verification.engines.quantise import quantise
-from verification.engines.reconversion import Twin
+from verification.engines.reconversion import FloatFiles
 from verification.gguf.cache import Memory
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.reference.checkpoint import Checkpoint
@@ -68,15 +67,10 @@ class Healthy:
     def opened(self) -> dict[str, GGUFFile]:
         return {kind: read_gguf(path) for kind, path in self.files.items()}
 
-    def twin(self, kind: str) -> Twin:
-        """The reference in a file type, made here: what `verify` holds a candidate against.
-
-        Raises:
-            InputError: a type that the pair has no file of.
-        """
-        if kind not in self.files:
-            raise InputError(f"the candidate's general.file_type is {kind}, which this reference was not quantised to")
-        return Twin(self.opened[kind], self.opened["F16"], imatrix=False)
+    @property
+    def conversions(self) -> FloatFiles:
+        """The reference's F16 file; quantised ones were made from it."""
+        return FloatFiles(lambda kind: self.opened["F16"] if kind == "F16" else None)
 
     @property
     def layers(self) -> int:

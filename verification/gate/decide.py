@@ -32,6 +32,7 @@ _OF_EVERY_FILE = (
 )  # fmt: skip
 _OF_FLOAT_FILES = ("convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite")
 _OF_QUANTS = ("quantise.tensors_differ", "quality.mean_kld", "quality.top1", "quality.non_finite")
+_OF_JUDGED = ("quantise.unexplained",)  # since schema 1.3
 _OF_ADAPTERS = (
     "bake.max_abs_logit", "bake.top1_disagreements", "dtype.rounding", "dtype.non_finite",
     "controls.differs_from_base", "controls.transposed",
@@ -44,6 +45,7 @@ _OF_EVERY_RUN = (
 # the cells that apply to every model and at every level; a report without them was cut
 _CELLS = ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
 _OF_EVERY_CELL = tuple(f"cells.{cell}.{value}" for cell in _CELLS for value in ("mean_kld", "top1", "non_finite"))
+_LISTINGS = ("contract.fallback_types", "quantise.tensors_differ")  # counts that a policy may accept whatever they are
 # too little or the wrong text, or an engine noisier than the bound: nothing is wrong with the file, nothing is proved
 _OPEN = {
     "evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.noise_floor"
@@ -75,7 +77,7 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"this is not an SO8T report: `{where}`: {first['msg']}") from None
     policy = policy or make_policy(report.policy, source="the report's policy")
-    legs = [_decide_leg(leg, policy) for leg in _with_gaps(report)]
+    legs = [_decide_leg(leg, policy, judged=_judges(report)) for leg in _with_gaps(report)]
     present = {leg.name for leg in legs}
     legs += [_missing(name) for name in policy.required if name not in present]
     verdict = _verdict(legs)
@@ -127,7 +129,8 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
     for artefact in report.artefacts:
         if artefact.role == "candidate":
             is_float = artefact.label.split(" ")[0] in FLOAT_TYPES
-            names = (*_OF_EVERY_FILE, *(_OF_FLOAT_FILES if is_float else _OF_QUANTS), "evidence.alignment")
+            of_type = _OF_FLOAT_FILES if is_float else (*_OF_QUANTS, *(_OF_JUDGED if _judges(report) else ()))
+            names = (*_OF_EVERY_FILE, *of_type, "evidence.alignment")
             wanted += [(name, artefact.label) for name in (*names, *_OF_EVERY_CELL)]
         elif artefact.role == "adapter":
             wanted += [(name, "") for name in (*_OF_ADAPTERS, "dtype.mean_kld")]
@@ -159,6 +162,12 @@ def _is_of_type(kind: str, rows: list[TensorRow]) -> bool:
     return bool(rows) if bits is None else any((found := _BITS.search(n)) and found[0] == bits[0] for n in quantised)
 
 
+def _judges(report: Report) -> bool:
+    """Whether the report's version judges the tensors that differ; an older one only counts them."""
+    parts = report.schema_version.split(".")
+    return all(part.isdigit() for part in parts) and [int(part) for part in parts] >= [1, 3]
+
+
 def _leg_of(check: str) -> LegName:
     return next(name for name in LEG_TITLES if check.startswith(f"{name}."))
 
@@ -171,8 +180,8 @@ def _missing(name: LegName) -> Leg:
     return Leg(name=name, title=LEG_TITLES[name], compared="", status="not evaluated", checks=[check])
 
 
-def _decide_leg(leg: Leg, policy: Policy) -> Leg:
-    checks = [_decide_check(check, policy) for check in leg.checks]
+def _decide_leg(leg: Leg, policy: Policy, *, judged: bool) -> Leg:
+    checks = [_decide_check(check, policy, judged=judged) for check in leg.checks]
     return leg.model_copy(update={"checks": checks, "status": leg_status([check.status for check in checks])})
 
 
@@ -186,12 +195,16 @@ def leg_status(statuses: list[Status]) -> Status:
     return "waived" if set(statuses) == {"waived"} else "pass"
 
 
-def _decide_check(check: Check, policy: Policy) -> Check:
-    if check.name == "contract.fallback_types":
-        allowed = policy.contract.allow_fallback_types
-        check = check.model_copy(
-            update={"bound": "any, by policy" if allowed else 0, "relation": None if allowed else "<="}
-        )
+def _accepts(name: str, policy: Policy, *, judged: bool) -> bool:
+    """Whether the policy takes any count; of differing tensors only in a report that judged each of them."""
+    if name == "contract.fallback_types":
+        return policy.contract.allow_fallback_types
+    return judged and policy.quantise.tensors_differ is None
+
+
+def _decide_check(check: Check, policy: Policy, *, judged: bool) -> Check:
+    if check.name in _LISTINGS and _accepts(check.name, policy, judged=judged):
+        check = check.model_copy(update={"bound": "any, by policy", "relation": None})
     elif (known := policy.bound(check)) is not None:
         check = check.model_copy(update={"relation": known[0], "bound": known[1]})
     else:  # never the bound that a stored report says it had
@@ -223,8 +236,8 @@ def _evaluate(check: Check) -> Status:
     value, bound = check.value, check.bound
     if value is None or bound is None:
         return "not evaluated"
-    if check.relation is None:  # an accepted listing, see allow_fallback_types; nothing else may come without one
-        return "pass" if check.name == "contract.fallback_types" else "not evaluated"
+    if check.relation is None:  # an accepted listing, see `_accepts`; nothing else may come without one
+        return "pass" if check.name in _LISTINGS else "not evaluated"
     if not _holds(value, check.relation, bound) or not _is_possible(check.name, value):
         return "inconclusive" if check.name in _OPEN and _is_number(value) else "fail"
     if not _is_statistic(check):

@@ -73,9 +73,11 @@ class ConvertBounds(LogitBounds):
 
 
 class QuantiseBounds(_Section):
-    """Number of tensors."""
+    """Numbers of tensors."""
 
-    tensors_differ: int = Field(ge=0)
+    tensors_differ: int | None = Field(default=None, ge=0)  # None: any number that is judged healthy
+    unexplained: int = Field(ge=0)
+    output_error: float = Field(gt=0)  # in llama.cpp's own quantiser's
 
 
 class ContractBounds(_Section):
@@ -138,7 +140,9 @@ class Policy(_Section):
             "convert.mean_kld": ("<=", convert.mean_kld),
             "convert.top1": (">=", convert.top1),
             "convert.rounding": ("<=", self.convert.rounding),
-            "quantise.tensors_differ": ("<=", self.quantise.tensors_differ),
+            "quantise.tensors_differ": ("<=", self.quantise.tensors_differ or 0),
+            "quantise.unexplained": ("<=", self.quantise.unexplained),
+            "quantise.output_error": ("<=", self.quantise.output_error),
             "controls.differs_from_base": (">=", self.controls.differs_from_base),
             # never below the bake leg's own bound: a loosened bake leg must still refuse the wrong bake
             "controls.transposed": (">=", max(self.controls.transposed, 2 * self.bake.max_abs_logit)),

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-SCHEMA_VERSION = "1.2"  # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`
+# 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`; 1.3: check
+# `quantise.unexplained`, and each tensor's `drawer`, `why` and `own_error`
+SCHEMA_VERSION = "1.3"
 
 Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
 Verdict = Literal["pass", "fail", "inconclusive", "incomplete"]
@@ -135,6 +137,9 @@ class TensorRow(_Model):
     max_abs_error: float | None = None
     bytes_equal_oracle: bool | None = None
     layer: int | None = None
+    drawer: Literal["proven", "judged", "unexplained", "not compared"] | None = None  # None before schema 1.3
+    why: str = ""  # how it was proven, or why other bytes are healthy
+    own_error: float | None = None  # rel_error of llama.cpp's own quantiser at this type
 
 
 class TrainedFunction(_Model):

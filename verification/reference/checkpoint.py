@@ -47,6 +47,12 @@ class Checkpoint(Mapping[str, Array]):
             value: torch.Tensor = shard.get_tensor(name)
         return value
 
+    def saved_in(self, name: str | None) -> str:
+        """The float type that a tensor is saved in, F32 for any other; None: of the first tensor."""
+        with safe_open(str(self._file_of[name or next(iter(self))]), framework="pt") as shard:
+            kind = shard.get_slice(name or next(iter(self))).get_dtype()
+        return kind if kind in ("F16", "BF16") else "F32"
+
     def __iter__(self) -> Any:
         return iter(self._file_of)
 

@@ -1,10 +1,7 @@
-"""Tensors of a candidate as checks: against the checkpoint, and against the oracle's bytes.
+"""One candidate's weights against the reference: inventory, a float file's roundings, a quantised file's three drawers.
 
-The leg `quantise`: a quantised file against the reference re-quantised here, byte by byte, then block by block.
-
-Counted are the tensors that neither equal the oracle's bytes nor hold their type's block bounds (`block_bounds`), so a
-file from another build or machine passes with its differences explained, and one from other weights does not. Where
-nearly all other tensors are equal, the same build made the file and explains nothing: one flipped bit counts.
+The leg `quantise` counts the tensors that are not proven (`tensors_differ`, information unless the policy bounds it)
+and those that are neither proven nor judged healthy (`unexplained`, which must be none).
 """
 
 from __future__ import annotations
@@ -12,197 +9,227 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from verification.contract.finding import as_check
-from verification.engines.quantise import nominal_types
-from verification.engines.reconversion import Twin, same_bytes
+from verification.contract.finding import Finding, as_check
+from verification.engines.quantise import Importance, nominal_types
+from verification.engines.reconversion import FloatFiles
 from verification.gate.check import plain_check, zero_check
 from verification.gate.report import Check, TensorRow
 from verification.gguf.cache import Memory
 from verification.gguf.candidate import Candidate
-from verification.gguf.reader import FLOAT_TYPES, GGUFFile
-from verification.reference.checkpoint import Checkpoint
-from verification.weight_parity.block_bounds import Held, hold
+from verification.gguf.reader import GGUFFile
 from verification.weight_parity.compare import Examination, Sources
-from verification.weight_parity.expected import Comparison, compare, inventory, is_known, tensor_row
-from verification.weight_parity.neighbours import SAME_MAKER
+from verification.weight_parity.expected import Inventory, inventory, is_known
+from verification.weight_parity.output import OpenTensor
+from verification.weight_parity.recipe import recipe_differences
+from verification.weight_parity.result import TensorResult
 
 _IMATRIX_KEY = "quantize.imatrix.file"  # llama-quantize writes it, among others, when it was given a matrix
-
-
-def quantise_checks(candidate: Candidate, twin: Twin) -> list[Check]:
-    """The leg's checks for one candidate; none for a float file."""
-    if candidate.file.is_float:
-        return []
-    file = candidate.file
-    differing = [name for name in file.tensors if not same_bytes(file, twin.file, name)]
-    foreign = [name for name in differing if not _comparable(file, twin, name)]
-    held = [
-        hold(file.tensors[name], twin.file.tensors[name], twin.source.tensors[name], imatrix=twin.imatrix)
-        for name in differing
-        if name not in foreign
-    ]
-    beyond = [tensor for tensor in held if not tensor.within or _same_maker(file, tensor, set(differing))]
-    equal = len(file.tensors) - len(differing)
-    parts = [f"{equal} of {len(file.tensors)} tensors equal the reference re-quantised here {twin.made}, byte for byte"]
-    if foreign:
-        parts.append(f"{_other_form(file, twin, foreign[0])}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}")
-    if beyond:
-        worst = max(beyond, key=lambda t: (t.beyond, t.differ / t.blocks))
-        parts.append(f"worst {worst}")
-    if within := [tensor for tensor in held if tensor not in beyond]:
-        parts.append(f"explained by another build or machine: {_summary(within)}")
-    if foreign or beyond:
-        parts.append(_advice(file, twin))
-    return [
-        plain_check(
-            "quantise.tensors_differ",
-            "Tensors that the re-quantised reference does not explain",
-            len(foreign) + len(beyond),
-            subject=candidate.label,
-            detail=". ".join(parts),
-        )
-    ]
-
-
-def _same_maker(file: GGUFFile, tensor: Held, differing: set[str]) -> bool:
-    """Whether the tensor's neighbours say that the same quantiser made them: then another build explains nothing.
-
-    Another build differs in all larger tensors of a type. Neighbours are the tensors of the same type, or all quantised
-    ones where it has fewer than three.
-    """
-    quantised = [t for t in file.tensors.values() if t.name != tensor.name and t.type not in FLOAT_TYPES]
-    alike = [t for t in quantised if t.type == tensor.type]
-    alike = alike if len(alike) >= 3 else quantised
-    return len(alike) >= 3 and sum(t.name not in differing for t in alike) >= SAME_MAKER * len(alike)
-
-
-def _comparable(file: GGUFFile, twin: Twin, name: str) -> bool:
-    mine, other, source = file.tensors[name], twin.file.tensors.get(name), twin.source.tensors.get(name)
-    return (
-        other is not None
-        and source is not None
-        and (mine.type, mine.shape, mine.shape) == (other.type, other.shape, source.shape)
-    )
-
-
-def _other_form(file: GGUFFile, twin: Twin, name: str) -> str:
-    mine, other = file.tensors[name], twin.file.tensors.get(name)
-    if other is None:
-        return f"{name} is not in the reference"
-    return f"{name} is {mine.type} {list(mine.shape)}, the reference re-quantised here {other.type} {list(other.shape)}"
-
-
-def _summary(tensors: list[Held]) -> str:
-    differ, blocks = Counter[str](), Counter[str]()
-    for tensor in tensors:
-        differ[tensor.type] += tensor.differ
-        blocks[tensor.type] += tensor.blocks
-    kinds = ", ".join(f"{kind} {differ[kind]} of {blocks[kind]} blocks" for kind in sorted(differ))
-    bits = sum(tensor.last_bit for tensor in tensors)
-    return (
-        f"{len(tensors)} tensors ({kinds}; {bits} of them in the scale's last bit only), largest difference "
-        f"{max(t.largest for t in tensors):.2g} of a block's rms, error at most "
-        f"{max(t.worst_ratio for t in tensors):.3g} times the oracle's"
-    )
-
-
-def _advice(file: GGUFFile, twin: Twin) -> str:
-    named = file.metadata.get(_IMATRIX_KEY)
-    if named is not None and not twin.imatrix:
-        return f"The file says it was quantised with the importance matrix {named}: give it with --imatrix"
-    if twin.imatrix:
-        return "Other weights, another importance matrix, or options of llama-quantize made this file"
-    return "Other weights, an importance matrix (--imatrix), or options of llama-quantize made this file"
+ROTATED = "rotation off"
 
 
 @dataclass(frozen=True)
 class WeightResult:
-    """Checks by leg, and the rows of the report's tensor table."""
+    """Checks by leg, the rows of the report's tensor table, and what a reader should know."""
 
     contract: list[Check]
     convert: list[Check]
+    quantise: list[Check]
     rows: list[TensorRow]
+    results: list[TensorResult]
+    open: dict[str, OpenTensor] = field(default_factory=dict)  # what only the layer's output can decide
+    notes: list[str] = field(default_factory=list)
 
 
 def weight_checks(
     candidate: Candidate,
-    oracle: GGUFFile,
-    checkpoint: Checkpoint,
+    conversions: FloatFiles,
+    sources: Sources,
     *,
-    sources: Sources | None = None,
+    importance: Importance | None = None,
     memory: Memory | None = None,
 ) -> WeightResult:
-    """Inventory, a float file's roundings, and the nearest hypothesis of every attention tensor.
-
-    A quantised file's bytes are the leg `quantise`.
+    """Everything about one candidate's tensors.
 
     Args:
-        oracle: the reference converted and quantised here, in the candidate's own file type.
-        sources: the reference with its base and rotations, for the hypotheses that need them.
+        conversions: the reference as float GGUF files.
+        sources: the reference with its base and rotations.
+        importance: the importance matrix that the candidate is said to be made with, by tensor.
         memory: tensors that were examined before, against the same sources.
+
+    Raises:
+        InputError: an importance matrix of another model.
     """
     label, file = candidate.label, candidate.file
-    found = inventory(checkpoint, file)
-    results = compare(checkpoint, file, found, oracle, memory=memory)
+    oracle = conversions.file(file.file_type if file.is_float else "F16")
+    names = set() if oracle is None else set(oracle.tensors)
+    found = inventory(sources.reference, file)
+    examination = Examination(file, sources, found, conversions=conversions, importance=importance, memory=memory)
+    results = examination.run()
     nominal = {row.name: row.nominal for row in nominal_types(file)}
     rows = [tensor_row(label, result, file, nominal[result.name]) for result in results]
-    lost = sorted(set(found.missing) | (set(oracle.tensors) - set(file.tensors)))
-    unexplained = [result.name for result in results if not result.explained]
-    if file.is_float:
-        unexplained += _rounded_otherwise(results, set(unexplained))
-        unexplained_total = len(unexplained)
-    else:  # a quantised tensor without a known mapping is settled by the leg `quantise`, byte by byte
-        unexplained = [name for name in unexplained if name not in oracle.tensors]
-        unexplained_total = len(unexplained)
-    odd = [f"missing {name}" for name in lost] + [f"unexplained {name}" for name in unexplained]
-    contract = [
-        zero_check(
-            "contract.inventory",
-            "Tensors missing or unexplained",
-            len(lost) + unexplained_total,
-            subject=label,
-            detail=", ".join(odd[:3]),
-        ),
-        zero_check(
-            "contract.finite_weights",
-            "Weights that are NaN or Inf",
-            sum(result.non_finite for result in results),
-            subject=label,
-            detail=next((result.name for result in results if result.non_finite), ""),
-        ),
-    ]
+    contract = [_inventory(file, found, names, results, label), _finite(results, label)]
     if is_known(file):
-        named = Examination(file, sources or Sources(checkpoint), found, memory=memory).attention(oracle)
-        findings = [finding for result in named for finding in result.findings]
         title = "Attention tensors nearest to something else"
-        contract.append(as_check("contract.hypotheses", title, findings, subject=label))
-    convert = [_rounding(results, label)] if file.is_float else []
-    return WeightResult(contract, convert, rows)
+        contract.append(as_check("contract.hypotheses", title, hypothesis_findings(results), subject=label))
+    if file.is_float:
+        return WeightResult(contract, [_rounding(results, label)], [], rows, results)
+    differences = recipe_differences(file)
+    notes = [f"{label}: {_recipe_note(file, differences)}"] if differences else []
+    quantise = quantise_checks(candidate, results, with_matrix=bool(importance))
+    undecided = {}
+    for result in results:
+        wanted = examination.expected(result.name) if result.open and not result.findings else None
+        if wanted is not None:
+            module = found.source_of.get(result.name, "").removesuffix(".weight")
+            undecided[result.name] = OpenTensor(file.tensors[result.name], wanted, module)
+    return WeightResult(contract, [], quantise, rows, results, undecided, notes)
 
 
-def _rounded_otherwise(results: list[Comparison], known: set[str]) -> list[str]:
-    """Tensors within one rounding that are not the oracle's bytes, in a file whose other tensors are.
+def hypothesis_findings(results: Sequence[TensorResult]) -> list[Finding]:
+    """Of attention tensors: what they are nearest to, and the rotation left over."""
+    found = []
+    for result in results:
+        causes = {match.best for match in result.nearest if match.is_fault} | {ROTATED}
+        found += [finding for finding in result.findings if finding.cause in causes]
+    return found
 
-    Another converter may round otherwise everywhere; a single tensor of other bytes was changed.
-    """
-    odd = [r.name for r in results if r.bytes_equal is False and r.roundings and r.name not in known]
-    return odd if len(odd) <= (1 - SAME_MAKER) * len(results) else []
+
+def _inventory(
+    file: GGUFFile, found: Inventory, oracle: set[str], results: Sequence[TensorResult], label: str
+) -> Check:
+    """Tensors missing, or in the file and explained by nothing; of a float file also single ones rounded otherwise."""
+    lost = sorted(set(found.missing) | (oracle - set(file.tensors)))
+    odd = [r.name for r in results if not r.compared and r.name not in oracle]
+    if file.is_float:
+        within = [r for r in results if r.compared and r.findings and (r.roundings is None or r.roundings <= 1)]
+        odd += [r.name for r in within] + [r.name for r in results if not r.compared and r.name in oracle]
+        odd += [r.name for r in results if r.roundings == math.inf and r.compared]
+    words = [f"missing {name}" for name in lost] + [f"unexplained {name}" for name in dict.fromkeys(odd)]
+    return zero_check(
+        "contract.inventory", "Tensors missing or unexplained", len(words), subject=label, detail=", ".join(words[:3])
+    )
 
 
-def _rounding(results: list[Comparison], label: str) -> Check:
-    """Worst rounding; infinite where a tensor has neither roundings (a quantised type) nor the oracle's bytes."""
-    results = [
-        dataclasses.replace(r, roundings=math.inf) if r.roundings is None and not r.bytes_equal else r for r in results
-    ]
-    measured = [result for result in results if result.roundings is not None]
-    by_oracle = sum(result.roundings is None and bool(result.bytes_equal) for result in results)
-    worst = max(measured, key=lambda r: r.roundings or 0.0, default=None)
-    detail = f"{len(measured)} tensors against the checkpoint, {by_oracle} by the oracle"
+def _finite(results: Sequence[TensorResult], label: str) -> Check:
+    return zero_check(
+        "contract.finite_weights",
+        "Weights that are NaN or Inf",
+        sum(result.non_finite for result in results),
+        subject=label,
+        detail=next((result.name for result in results if result.non_finite), ""),
+    )
+
+
+def _rounding(results: Sequence[TensorResult], label: str) -> Check:
+    """Worst rounding of a float file; infinite where a tensor is quantised or was compared with nothing."""
+    held = [r if r.roundings is not None else dataclasses.replace(r, roundings=math.inf) for r in results]
+    worst = max(held, key=lambda r: r.roundings or 0.0, default=None)
+    detail = f"{sum(r.compared for r in results)} tensors against the reference"
     if worst is not None and worst.roundings:
         detail += f"; worst {worst.name}, relative error {worst.rel_error or 0.0:.2g}"
-    value = worst.roundings if worst is not None else (0.0 if by_oracle == len(results) else None)
+    value = None if worst is None else worst.roundings
     return plain_check(
         "convert.rounding", "Worst weight, in roundings of its type", value, subject=label, detail=detail
     )
+
+
+def quantise_checks(candidate: Candidate, results: Sequence[TensorResult], *, with_matrix: bool) -> list[Check]:
+    """The leg's checks for one quantised candidate."""
+    proven = [result for result in results if result.drawer == "proven"]
+    judged = [result for result in results if result.drawer == "judged"]
+    unexplained = [result for result in results if result.drawer == "unexplained"]
+    differ = [result for result in results if result.drawer != "proven"]
+    ways = Counter(result.proof for result in proven if result.blocks)
+    how = ", ".join(f"{count} {way}" for way, count in ways.most_common()) or "none of them quantised"
+    parts = [f"{len(proven)} of {len(results)} tensors are proven by the reference re-quantised here: {how}"]
+    if judged:
+        parts.append(f"{len(judged)} judged healthy: {_summary(judged)}")
+    if judged and not with_matrix and (named := candidate.file.metadata.get(_IMATRIX_KEY)) is not None:
+        parts.append(
+            f"The file says it was quantised with the importance matrix {named}: with --imatrix it can be proven"
+        )
+    faults = []
+    if unexplained:
+        worst = max(unexplained, key=lambda r: (r.rel_error or 0.0) / (r.own_error or math.inf))
+        faults = [sentence_of(worst)]
+        if unexplained[1:]:
+            others = [r.name for r in unexplained if r is not worst]
+            faults.append(f"also {', '.join(others[:3])}{f' and {len(others) - 3} more' if others[3:] else ''}")
+        faults.append(f"Other weights{', or another importance matrix,' if with_matrix else ''} made this file")
+    return [
+        plain_check(
+            "quantise.tensors_differ",
+            "Tensors whose bytes the reference does not give here",
+            len(differ),
+            subject=candidate.label,
+            detail=". ".join(parts),
+        ),
+        zero_check(
+            "quantise.unexplained",
+            "Tensors neither proven nor judged healthy",
+            len(unexplained),
+            subject=candidate.label,
+            detail=". ".join(faults),
+        ),
+    ]
+
+
+def output_check(label: str, tensors: Mapping[str, OpenTensor], ratios: Mapping[str, float]) -> Check:
+    """The worst output error of the tensors that it decides; not evaluated where one could not be measured."""
+    left = [name for name in tensors if name not in ratios]
+    worst = max(ratios, key=lambda name: ratios[name], default="")
+    detail = f"{len(tensors)} tensors with larger or structured errors of their weights"
+    detail += f"; worst {worst}" if worst else ""
+    detail += f"; not measured: {', '.join(left[:3])}" if left else ""
+    return plain_check(
+        "quantise.output_error",
+        "Error of a layer's output, in the own quantiser's",
+        None if left else ratios[worst] if worst else None,
+        subject=label,
+        detail=detail,
+    )
+
+
+def sentence_of(result: TensorResult) -> str:
+    """ "blk.1.attn_output.weight (Q4_K): expected .., found .. (cause)"; the first finding of a tensor."""
+    what = result.findings[0] if result.findings else None
+    if what is None:
+        return f"{result.name} ({result.type}): {result.non_finite} weights are NaN or Inf"
+    cause = f" ({what.cause})" if what.cause else ""
+    return f"{what.where} ({result.type}): expected {what.expected}, found {what.found}{cause}"
+
+
+def tensor_row(label: str, result: TensorResult, file: GGUFFile, nominal: str) -> TensorRow:
+    """The report's row for one tensor."""
+    tensor = file.tensors[result.name]
+    parts = result.name.split(".")
+    return TensorRow(
+        candidate=label,
+        name=result.name,
+        shape=list(tensor.shape),
+        nominal_type=nominal,
+        actual_type=tensor.type,
+        rel_error=result.rel_error,
+        max_abs_error=result.max_abs_error,
+        bytes_equal_oracle=result.equal if result.compared else None,
+        layer=int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None,
+        drawer=result.drawer,
+        why=result.proof or result.explanation,
+        own_error=result.own_error,
+    )
+
+
+def _summary(judged: Sequence[TensorResult]) -> str:
+    ways = Counter(result.explanation or "the error of its type" for result in judged)
+    text = ", ".join(f"{count} {way}" for way, count in ways.most_common())
+    ratios = [r.rel_error / r.own_error for r in judged if r.rel_error is not None and r.own_error]
+    return text + (f"; errors {min(ratios):.3g} to {max(ratios):.3g} times the own quantiser's" if ratios else "")
+
+
+def _recipe_note(file: GGUFFile, differences: Sequence[Finding]) -> str:
+    shown = ", ".join(f"{f.where} {f.found} for {f.expected}" for f in differences[:4])
+    more = f" and {len(differences) - 4} more" if differences[4:] else ""
+    return f"{len(differences)} tensors have other types than llama.cpp's {file.file_type} gives: {shown}{more}"

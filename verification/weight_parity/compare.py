@@ -1,7 +1,9 @@
-"""Every tensor of a file against the reference's values, without inference and without an oracle file.
+"""Every tensor of a file against the reference's values, without inference.
 
-How one tensor is compared: `values`. Attention tensors are also named by the nearest hypothesis, o_proj by the
-rotation left over; a difference whose kind is still open is traced to what it was made from.
+The values come from the checkpoint by principle (`expected`), or from a conversion of the reference where the family
+is not mapped. How one tensor is compared: `values`. Attention tensors are
+also named by the nearest hypothesis, o_proj by the rotation left over; a difference whose kind is still open is traced
+to what it was made from.
 """
 
 from __future__ import annotations
@@ -17,18 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from verification.contract.finding import Finding
-from verification.engines.quantise import quantised_bytes
+from verification.engines.quantise import Importance, quantised_bytes
+from verification.engines.reconversion import INTERMEDIATES, FloatFiles
 from verification.gguf.cache import Memory, frame
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile, GGUFTensor
 from verification.reference import families
 from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity import expected
-from verification.weight_parity.expected import Inventory
+from verification.weight_parity.expected import Inventory, is_known
 from verification.weight_parity.explain import damage_cause, merge_cause
 from verification.weight_parity.hypotheses import Known, Other, Role, Rotation, nearest, sample_rows
-from verification.weight_parity.neighbours import AGAIN, VAGUE, Examined, held_together
-from verification.weight_parity.residual_rotation import residual_rotation
-from verification.weight_parity.values import compared
+from verification.weight_parity.judge import judge
+from verification.weight_parity.neighbours import AGAIN, VAGUE, held_together, merged_together
+from verification.weight_parity.result import TensorResult
+from verification.weight_parity.structure.rotation import residual_rotation
+from verification.weight_parity.values import Measured, Start, Wanted, compared
 
 Array = npt.NDArray[np.float32]
 _SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # of neighbouring numbers, relative, at most
@@ -61,20 +66,37 @@ def rotations(adapter: Path) -> dict[str, Rotation]:
 class Examination:
     """The tensors of one file against its sources."""
 
-    def __init__(self, file: GGUFFile, sources: Sources, found: Inventory, *, memory: Memory | None = None) -> None:
-        """`memory` holds what was examined before, of other files with these sources; None examines everything."""
-        self.file, self.sources, self.found, self.memory = file, sources, found, memory
+    def __init__(
+        self,
+        file: GGUFFile,
+        sources: Sources | None,
+        found: Inventory,
+        *,
+        conversions: FloatFiles | None = None,
+        importance: Importance | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        """Prepare the examination of one file.
 
-    def run(self, threads: int = 2) -> list[Examined]:
+        Args:
+            sources: what the file can have been made of; None where only a conversion is at hand.
+            conversions: the reference as float GGUF files, for tensors that are not mapped by principle.
+            importance: the matrix that the file is said to be made with, by tensor.
+            memory: what was examined before, of other files with these sources and no matrix; None examines all.
+        """
+        self.file, self.sources, self.found, self.memory = file, sources, found, memory
+        self.conversions, self.importance = conversions, importance or {}
+
+    def run(self, threads: int = 2) -> list[TensorResult]:
         """Examine every tensor; numpy and the quantiser release the interpreter, so two at a time pay."""
-        if self.memory is None:
+        if self.memory is None and self.sources is not None:
             self.samples  # noqa: B018 (filled before the threads ask for it)
         with ThreadPoolExecutor(threads) as pool:
             results = list(pool.map(self._recalled, self.file.tensors.values()))
-        results = held_together(results, self.found.computed.keys())
+        results = merged_together(held_together(results, self.found.computed.keys()))
         return [self._traced(r) if r.findings and all(f.cause in VAGUE for f in r.findings) else r for r in results]
 
-    def _traced(self, result: Examined) -> Examined:
+    def _traced(self, result: TensorResult) -> TensorResult:
         """A difference whose kind is still open, traced to what it was made from; see `causes`."""
         tensor, wanted = self.file.tensors[result.name], self.expected(result.name)
         if wanted is None or wanted.size != int(np.prod(tensor.shape)):
@@ -101,28 +123,7 @@ class Examination:
         step = float(np.sqrt(12 * np.mean(error.astype(np.float64) ** 2)))  # rounding errors are uniform in one step
         return tensor.values() - error, step
 
-    def attention(self, oracle: GGUFFile) -> list[Examined]:
-        """Only what the attention tensors are nearest to; `oracle` holds the reference in the file's own types."""
-        results = []
-        for tensor in filter(_is_attention, self.file.tensors.values()):
-            twin = oracle.tensors.get(tensor.name)
-            twin = twin if twin is not None and twin.type == tensor.type and twin.shape == tensor.shape else None
-            make = partial(self._attention, tensor, twin)
-            known = self.memory
-            found = make() if known is None else known.recall(make, "attention", self._frame, tensor, twin)
-            results += [] if found is None else [found]
-        return results
-
-    def _attention(self, tensor: GGUFTensor, twin: GGUFTensor | None) -> Examined | None:
-        wanted = self.expected(tensor.name)
-        if wanted is None or wanted.shape != tensor.shape:
-            return None
-        equal = twin is not None and bool(np.array_equal(twin.raw, tensor.raw))
-        own = None if equal or twin is None else twin.values()
-        bare = Examined(tensor.name, tensor.type, compared=True, equal=equal)
-        return self._named(tensor, wanted, bare, tensor.values(), own)
-
-    def _recalled(self, tensor: GGUFTensor) -> Examined:
+    def _recalled(self, tensor: GGUFTensor) -> TensorResult:
         if self.memory is None:
             return self.examine(tensor)
         return self.memory.recall(partial(self.examine, tensor), "examine", self._frame, tensor)
@@ -132,25 +133,83 @@ class Examination:
         return frame(self.file)
 
     def expected(self, name: str) -> Array | None:
-        """`expected.expectation` of one tensor, in its shape."""
-        return expected.expectation(name, self.found, self.sources.reference, self.file)
+        """One tensor's values before the file's rounding, in its shape; None where nothing explains it."""
+        if self.sources is not None:
+            values = expected.expectation(name, self.found, self.sources.reference, self.file)
+            if values is not None:
+                return values
+        kind = self.file.file_type if self.file.is_float else "F16"
+        converted = None if self.conversions is None else self.conversions.tensor(kind, name)
+        return None if converted is None else converted.values()
 
-    def examine(self, tensor: GGUFTensor) -> Examined:
+    def _wanted(self, tensor: GGUFTensor, values: Array) -> Wanted:
+        """The values with all that a proof needs."""
+        name, sources = tensor.name, self.sources
+        source = self.found.source_of.get(name)
+        mapped = sources is not None and (name in self.found.computed or (source and is_known(self.file)))
+        saved = sources.reference.saved_in(source) if sources is not None else "F16"
+        return Wanted(
+            values,
+            (lambda: _own_starts(values)) if mapped else (lambda: self._converted_starts(name, tensor.shape)),
+            importance=self.importance.get(name),
+            saved_in=saved,
+            computed=name in self.found.computed,
+        )
+
+    def _converted_starts(self, name: str, shape: tuple[int, ...]) -> Iterator[Start]:
+        """The tensor of every conversion, the most frequent first."""
+        for kind in INTERMEDIATES:
+            converted = None if self.conversions is None else self.conversions.tensor(kind, name)
+            if converted is not None and converted.shape == shape:
+                yield Start(kind, converted.values())
+
+    def examine(self, tensor: GGUFTensor) -> TensorResult:
         """One tensor: values first, then what it is nearest to."""
         wanted = self.expected(tensor.name)
         if wanted is None:
-            return Examined(tensor.name, tensor.type, compared=False)
+            return self._alone(tensor)
         if wanted.size != int(np.prod(tensor.shape)) or (len(wanted.shape) == 2 and wanted.shape != tensor.shape):
             shape = Finding(tensor.name, f"shape {list(wanted.shape)}", f"{list(tensor.shape)}", AGAIN)
-            return Examined(tensor.name, tensor.type, compared=True, findings=(shape,))
+            bare = self._alone(tensor)
+            return dataclasses.replace(bare, compared=True, roundings=np.inf, findings=(shape,))
         wanted = wanted.reshape(tensor.shape)
-        result, values, own = compared(tensor, wanted, computed=tensor.name in self.found.computed)
-        return self._named(tensor, wanted, result, values, own)
+        measured = compared(tensor, self._wanted(tensor, wanted))
+        return self._named(tensor, wanted, self._judged(tensor, wanted, measured))
 
-    def _named(
-        self, tensor: GGUFTensor, wanted: Array, result: Examined, values: Array | None, own: Array | None
-    ) -> Examined:
+    def _judged(self, tensor: GGUFTensor, wanted: Array, measured: Measured) -> Measured:
+        """A quantised tensor that nothing explains so far, judged by its error."""
+        result, values = measured.result, measured.values
+        if values is None or not result.blocks or result.equal or result.explanation or result.non_finite:
+            return measured
+        base = self._base_of(tensor.name, self.found.source_of.get(tensor.name, ""))
+        found = judge(tensor, values, wanted, base=base, head=self._head_rows(tensor))
+        if result.findings:
+            return measured
+        judged = dataclasses.replace(
+            result, explanation="" if found.findings else found.explanation, open=found.open, findings=found.findings,
+            along=found.direction,
+        )  # fmt: skip
+        return dataclasses.replace(measured, result=judged)
+
+    def _head_rows(self, tensor: GGUFTensor) -> int:
+        """Rows a head of q, k and v; 1 elsewhere."""
+        parts = tensor.name.split(".")
+        config = {} if self.sources is None else self.sources.reference.config
+        heads = config.get("num_attention_heads" if parts[2:3] == ["attn_q"] else "num_key_value_heads")
+        attention = parts[2:3] in (["attn_q"], ["attn_k"], ["attn_v"]) and len(tensor.shape) == 2
+        return tensor.shape[0] // heads if attention and isinstance(heads, int) and 0 < heads <= tensor.shape[0] else 1
+
+    def _alone(self, tensor: GGUFTensor) -> TensorResult:
+        """A tensor without an expectation: whether its weights are numbers."""
+        values = tensor.values()
+        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+        return TensorResult(tensor.name, tensor.type, compared=False, size=values.size, non_finite=bad)
+
+    def _named(self, tensor: GGUFTensor, wanted: Array, measured: Measured) -> TensorResult:
         """Add the nearest hypothesis and the rotation left over; let them name the cause of a finding."""
+        result, values, own = measured.result, measured.values, measured.own
+        if self.sources is None:
+            return result
         is_weight = tensor.name.endswith(".weight") and len(tensor.shape) == 2
         if not _is_attention(tensor) and not result.findings:
             return result
@@ -164,13 +223,15 @@ class Examination:
         matches = tuple(nearest(name, actual, known, others) for name, actual, known, others in parts)
         findings = [*result.findings]
         for match in matches:
-            if match.is_fault:
+            if match.is_fault and not result.equal:  # what is proven may lie nearer to a base on the type's own grid
                 far = f"relative distance {match.distance:.2g} (to the expected {match.expected_distance:.2g})"
                 text = f"{match.best}, {far}"
                 findings.append(Finding(match.name, "the reference's weight", text, AGAIN, match.best))
         residual = None
         if is_weight and ".attn_output." in tensor.name:
-            reference = own if own is not None else wanted
+            # the own quantiser's values share their rounding with a tensor of the same maker, and only with that
+            mine = own is not None and np.linalg.norm(values - own) < np.linalg.norm(values - wanted)
+            reference = own if own is not None and mine else wanted
             residual = residual_rotation(wanted, values - reference)
             if residual is not None and residual.detected and not any(m.is_fault for m in matches) and not result.equal:
                 findings.append(
@@ -186,6 +247,7 @@ class Examination:
     def _parts(self, name: str, wanted: Array, values: Array) -> Iterator[tuple[str, Array, Known, list[Other]]]:
         """The projections inside a tensor: one, or q, k and v of a fused one."""
         prefix, kind = ".".join(name.split(".")[:2]), name.split(".")[2]
+        assert self.sources is not None  # asked for by `_named` only
         config = self.sources.reference.config
         heads = int(config.get("num_attention_heads") or 1)
         kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -210,7 +272,7 @@ class Examination:
             yield f"{name} ({role} rows)", values[part], known, []
 
     def _base_of(self, name: str, source: str) -> Array | None:
-        base = self.sources.base
+        base = None if self.sources is None else self.sources.base
         if base is None or source not in base:
             return None
         values = expected.expected_values(name, source, base, self.file.architecture)
@@ -220,7 +282,8 @@ class Examination:
     def _rotation(self, prefix: str, source: str, role: Role) -> Rotation | None:
         if role == "v":  # the o_proj of the same layer
             source = self.found.source_of.get(f"{prefix}.attn_output.weight", "")
-        return self.sources.rotations.get(source) if role in ("o", "v") else None
+        turned = {} if self.sources is None else self.sources.rotations
+        return turned.get(source) if role in ("o", "v") else None
 
     def _siblings(self, name: str, prefix: str) -> Iterator[tuple[str, Array]]:
         shape = self.file.tensors[name].shape
@@ -259,6 +322,20 @@ class Examination:
         ]
 
 
+def _own_starts(values: Array) -> Iterator[Start]:
+    """The float forms of values that were read from a checkpoint."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16).astype(np.float32)
+    yield Start("F16", half)
+    rounded = quantised_bytes(values, "BF16")
+    assert rounded is not None  # a float type
+    bf16 = GGUFTensor("", values.shape, "BF16", rounded).values()
+    if not np.array_equal(bf16, half):
+        yield Start("BF16", bf16)
+    if not np.array_equal(values, half) and not np.array_equal(values, bf16):
+        yield Start("F32", values)
+
+
 def _is_attention(tensor: GGUFTensor) -> bool:
     """o, v, q, k, or the three fused: the tensors whose hypotheses are always asked."""
     parts = tensor.name.split(".")
@@ -266,7 +343,7 @@ def _is_attention(tensor: GGUFTensor) -> bool:
     return len(tensor.shape) == 2 and len(parts) == 4 and parts[0] == "blk" and parts[2] in kinds
 
 
-def _cause(result: Examined, cause: str) -> Examined:
+def _cause(result: TensorResult, cause: str) -> TensorResult:
     findings = tuple(dataclasses.replace(f, cause=f.cause or cause) for f in result.findings)
     return dataclasses.replace(result, findings=findings)
 

@@ -15,9 +15,7 @@ import numpy as np
 from gguf.constants import MODEL_ARCH_NAMES
 from gguf.tensor_mapping import get_tensor_name_map
 
-from verification.gate.report import TensorRow
-from verification.gguf.cache import Memory, frame
-from verification.gguf.reader import GGUFFile, GGUFTensor
+from verification.gguf.reader import GGUFFile
 from verification.reference import rope
 from verification.reference.checkpoint import Array, Checkpoint
 from verification.reference.families import KNOWN, NORM_PLUS_ONE, OTHER_TOWERS, PERMUTED
@@ -104,66 +102,6 @@ def expectation(name: str, found: Inventory, checkpoint: Checkpoint, file: GGUFF
     return values
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One tensor against its expectation."""
-
-    name: str
-    rel_error: float | None
-    max_abs_error: float | None
-    roundings: float | None  # worst weight, in roundings of the type; None for quantised types
-    bytes_equal: bool | None  # to the oracle's tensor
-    non_finite: int
-    explained: bool  # mapped by principle, or byte-equal to the oracle
-
-
-def compare(
-    checkpoint: Checkpoint, file: GGUFFile, found: Inventory, oracle: GGUFFile | None, *, memory: Memory | None = None
-) -> list[Comparison]:
-    """Compare every tensor of `file` with the checkpoint and, byte for byte, with the oracle of the same type."""
-    around = frame(file)
-
-    def one(tensor: GGUFTensor) -> Comparison:
-        twin = oracle.tensors.get(tensor.name) if oracle else None
-
-        def make() -> Comparison:
-            return _compare(tensor, twin, checkpoint, file, found, with_oracle=oracle is not None)
-
-        return make() if memory is None else memory.recall(make, "compare", around, tensor, twin)
-
-    return [one(tensor) for tensor in file.tensors.values()]
-
-
-def _compare(
-    tensor: GGUFTensor, twin: GGUFTensor | None, checkpoint: Checkpoint, file: GGUFFile, found: Inventory,
-    *, with_oracle: bool,
-) -> Comparison:  # fmt: skip
-    """One tensor; one that cannot be mapped by principle is explained by the oracle's bytes alone."""
-    name, equal = tensor.name, None
-    if with_oracle:
-        equal = twin is not None and twin.type == tensor.type and twin.shape == tensor.shape
-        equal = equal and twin is not None and bool(np.array_equal(tensor.raw, twin.raw))
-    actual = tensor.values()
-    non_finite = int(actual.size - np.count_nonzero(np.isfinite(actual)))
-    wanted = None if non_finite else expectation(name, found, checkpoint, file)
-    if wanted is None:
-        return Comparison(name, None, None, None, equal, non_finite, bool(equal))
-    if wanted.size != actual.size:
-        return Comparison(name, None, None, np.inf, equal, 0, False)
-    wanted = wanted.reshape(actual.shape)  # conv-like singleton axes are dropped by the converter
-    difference = np.abs(actual - wanted)
-    norm = float(np.linalg.norm(wanted))
-    return Comparison(
-        name,
-        float(np.linalg.norm(difference)) / norm if norm else float(np.linalg.norm(difference)),
-        float(difference.max(initial=0.0)),
-        roundings(difference, wanted, tensor.type, computed=name in found.computed),
-        equal,
-        0,
-        True,
-    )
-
-
 def roundings(difference: Array, wanted: Array, kind: str, *, computed: bool = False) -> float | None:
     """Worst |difference|, an array of any shape like `wanted`, in roundings of a float type; None for a quantised one.
 
@@ -178,20 +116,3 @@ def roundings(difference: Array, wanted: Array, kind: str, *, computed: bool = F
     if unit == 0.0:
         return 0.0 if not difference.any() else float("inf")
     return float((difference / (np.float32(unit) * np.abs(wanted) + np.float32(max(smallest, 1e-45)))).max(initial=0.0))
-
-
-def tensor_row(label: str, comparison: Comparison, file: GGUFFile, nominal: str) -> TensorRow:
-    """The report's row for one tensor."""
-    tensor = file.tensors[comparison.name]
-    parts = comparison.name.split(".")
-    return TensorRow(
-        candidate=label,
-        name=comparison.name,
-        shape=list(tensor.shape),
-        nominal_type=nominal,
-        actual_type=tensor.type,
-        rel_error=comparison.rel_error,
-        max_abs_error=comparison.max_abs_error,
-        bytes_equal_oracle=comparison.bytes_equal,
-        layer=int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None,
-    )

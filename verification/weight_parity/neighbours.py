@@ -1,4 +1,4 @@
-"""The outcome of one tensor, and what its neighbours say of it.
+"""What a tensor's neighbours say of it.
 
 Bytes that differ from this build's own are explained by another quantiser, machine or importance matrix only where the
 file's other tensors differ as well. In a file whose tensors are nearly all byte-equal, no other maker explains a
@@ -9,43 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from verification.contract.finding import Finding
-from verification.weight_parity.hypotheses import Nearest
-from verification.weight_parity.residual_rotation import Residual
+from verification.weight_parity.result import TensorResult
+from verification.weight_parity.structure.direction import together
 
 DAMAGED = 1.2  # squared error of a block, in its own quantiser's
-SINGLE_BLOCKS = 1e-3  # share of a tensor's blocks that the last bit of another machine's arithmetic may change
 SAME_MAKER = 0.9  # share of equal blocks from which the file is taken to come from the same quantiser
 AGAIN = "convert and quantise the reference again"
 _OTHER, _EDITED = "slightly other weights", "flipped bits or edited weights"
 VAGUE = ("", "damaged block", _OTHER, _EDITED)  # causes that `causes` may sharpen
 
 
-@dataclass(frozen=True)
-class Examined:
-    """One tensor's outcome."""
-
-    name: str
-    type: str
-    compared: bool  # with the reference's values
-    equal: bool = False  # every weight is what the type's own rounding or quantiser gives
-    rel_error: float | None = None
-    own_error: float | None = None  # of the type's own quantiser on the same values
-    roundings: float | None = None  # worst weight, float types
-    blocks: int = 0
-    blocks_differ: int = 0
-    blocks_damaged: int = 0
-    size: int = 0
-    clipped: int = 0  # weights beyond F16's range
-    flushed: int = 0  # weights that became zero
-    nearest: tuple[Nearest, ...] = ()
-    residual: Residual | None = None
-    findings: tuple[Finding, ...] = ()
-
-
-def held_together(results: list[Examined], computed: Collection[str]) -> list[Examined]:
+def held_together(results: list[TensorResult], computed: Collection[str]) -> list[TensorResult]:
     """The results of one file, each held against the others.
 
     Args:
@@ -62,7 +38,24 @@ def held_together(results: list[Examined], computed: Collection[str]) -> list[Ex
     return results
 
 
-def _damage(result: Examined) -> Examined:
+def merged_together(results: list[TensorResult]) -> list[TensorResult]:
+    """The results of one file; a change from the base that is missing or doubled in all tensors together is named.
+
+    A change too small to be seen in one tensor adds up over the layers.
+    """
+    along = [r.along for r in results if r.along is not None]
+    whole = together(along)
+    if whole is None or not whole.detected or any(one.detected for one in along):
+        return results
+    text = f"{whole.cause} (+- {whole.standard_error:.2g}, {len(along)} tensors together)"
+    finding = ("the change from the base once", text, AGAIN, whole.cause)
+    return [
+        dataclasses.replace(r, findings=(Finding(r.name, *finding),)) if r.along is not None and not r.findings else r
+        for r in results
+    ]
+
+
+def _damage(result: TensorResult) -> TensorResult:
     """In a file that otherwise equals the own quantiser's, blocks that fit worse than its own are damage."""
     if result.findings:
         return result
@@ -77,23 +70,22 @@ def _damage(result: Examined) -> Examined:
     return dataclasses.replace(result, findings=(finding,))
 
 
-def _stands_out(result: Examined, results: list[Examined]) -> bool:
+def _stands_out(result: TensorResult, results: list[TensorResult]) -> bool:
     """Whether other bytes can only mean other weights: no other quantiser, machine or importance matrix explains them.
 
-    Q8_0 knows no importance matrix and is the same on every machine. Of another type the tensor must be the odd one
-    out: nine in ten tensors of its type equal, and more than single blocks of its own differ.
+    It must be the odd one out: nine in ten tensors of its type are proven, or of all quantised ones where it has
+    fewer than three of its type. Another build or machine differs in all larger tensors of a type, so in such a
+    file one flipped bit counts.
     """
     if result.equal or result.findings or not result.blocks_differ or result.own_error is None:
         return False
-    if result.type == "Q8_0":
-        return True
-    alike = [r for r in results if r.type == result.type and r.name != result.name and r.blocks]
-    equal = sum(r.equal for r in alike)
-    odd = len(alike) >= 3 and equal >= SAME_MAKER * len(alike)
-    return odd and result.blocks_differ > max(1.0, SINGLE_BLOCKS * result.blocks)
+    quantised = [r for r in results if r.name != result.name and r.blocks]
+    alike = [r for r in quantised if r.type == result.type]
+    alike = alike if len(alike) >= 3 else quantised
+    return len(alike) >= 3 and sum(r.equal for r in alike) >= SAME_MAKER * len(alike)
 
 
-def _other_weights(result: Examined) -> Examined:
+def _other_weights(result: TensorResult) -> TensorResult:
     left = result.residual
     rotated = f"; rotation left over {left.rms:.1g} rad" if left is not None else ""
     text = f"{result.blocks_differ} of {result.blocks} blocks differ{rotated}"
@@ -104,12 +96,12 @@ def _other_weights(result: Examined) -> Examined:
     return dataclasses.replace(result, findings=(finding,))
 
 
-def _is_rounded_otherwise(result: Examined) -> bool:
+def _is_rounded_otherwise(result: TensorResult) -> bool:
     """Within one rounding of a float type, but not the nearest number."""
     return bool(result.roundings) and not result.blocks and not result.findings
 
 
-def _other_rounding(result: Examined) -> Examined:
+def _other_rounding(result: TensorResult) -> TensorResult:
     text = f"weights up to {result.roundings:.3g} roundings off"
     finding = Finding(result.name, "the nearest numbers of its type, as in its neighbours", text, AGAIN, _EDITED)
-    return dataclasses.replace(result, equal=False, findings=(finding,))
+    return dataclasses.replace(result, findings=(finding,))

@@ -1,14 +1,16 @@
-"""One tensor's values against the expected ones, within what its type allows.
+"""One tensor's values against the expected ones: proven by bytes or values, or measured for the judge.
 
-Float types: within one rounding. Quantised types: the bytes that llama.cpp's quantiser gives for the expected values;
-where they differ (importance matrix, other build), the error may be 1.5 times the own quantiser's (measured: 1.06 with
-a random importance matrix) and no weight may be off by more than half the largest of its block (a step of a 4-bit type
-is at most an eighth of it). In a file whose other tensors are byte-equal, no other maker explains a difference.
+Float types: within one rounding. Quantised types are proven by the bytes that llama.cpp's quantiser gives for the
+expected values at the *file's own type*, from each float form that a quantiser may start from (F16, BF16, F32), with
+the importance matrix where one is given; or by their values, where the reference itself was dequantised from the file.
+A tensor that is not proven is measured against the own quantiser's, for `judge` and for its neighbours.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,103 +21,198 @@ from verification.contract.finding import Finding
 from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
 from verification.weight_parity import expected
-from verification.weight_parity.neighbours import AGAIN, DAMAGED, Examined
+from verification.weight_parity.block_bounds import hold
+from verification.weight_parity.neighbours import AGAIN, DAMAGED
+from verification.weight_parity.result import TensorResult
 
 Array = npt.NDArray[np.float32]
-Compared = tuple[Examined, Array | None, Array | None]
-WORSE_THAN_OWN = 1.5  # relative error of a tensor, in its own quantiser's
+Raw = npt.NDArray[np.uint8]
 OF_BLOCK = {True: 0.5, False: 1.0}  # largest error in a block, in its largest weight; key: at least 4 bits a weight
+SAMPLE = 16  # rows that are quantised first: where their bytes differ, the whole tensor's do
+MIXED_UP = 1e-3  # share of weights whose rounding may fall the other way, where dequantisers differ in the last bit
 
 
-def compared(tensor: GGUFTensor, wanted: Array, *, computed: bool) -> Compared:
-    """What was found, the tensor's values and the own quantiser's (None where they had not to be computed).
+@dataclass(frozen=True)
+class Start:
+    """A float form of the reference's tensor, as a float GGUF holds it; the quantiser starts from it."""
 
-    `wanted`: the expected values, in the tensor's shape; `computed`: by a formula (RoPE factors), not stored anywhere.
-    """
-    return _float(tensor, wanted, computed=computed) if tensor.type in FLOAT_TYPES else _quant(tensor, wanted)
+    name: str  # "F16"
+    values: Array
 
 
-def _float(tensor: GGUFTensor, wanted: Array, *, computed: bool) -> Compared:
+@dataclass(frozen=True)
+class Wanted:
+    """What a tensor should be."""
+
+    values: Array  # before any rounding of the file's, in the tensor's shape
+    starts: Callable[[], Iterator[Start]]
+    importance: Array | None = None  # (channels,), or (experts * channels,): of the matrix given
+    saved_in: str = "F32"  # the reference's own type: F32, F16, BF16
+    computed: bool = False  # by a formula (RoPE factors), not stored anywhere
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A tensor's result, with what was computed on the way (None where it had not to be)."""
+
+    result: TensorResult
+    values: Array | None = None  # the file's
+    own: Array | None = None  # what the own quantiser's bytes mean
+    own_raw: Raw | None = None
+    start: Start | None = None  # from which the own was quantised
+
+
+def compared(tensor: GGUFTensor, wanted: Wanted) -> Measured:
+    """Prove a tensor, or measure it."""
+    return _float(tensor, wanted) if tensor.type in FLOAT_TYPES else _quant(tensor, wanted)
+
+
+def _float(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     """A tensor in a float type."""
-    raw = quantised_bytes(wanted, tensor.type)
-    if raw is not None and np.array_equal(raw, tensor.raw) and bool(np.isfinite(wanted).all()):
+    target = wanted.values
+    raw = quantised_bytes(target, tensor.type)
+    if raw is not None and np.array_equal(raw, tensor.raw) and bool(np.isfinite(target).all()):
         values = tensor.values()
         if np.isfinite(values).all():
-            flushed = int(np.count_nonzero(wanted) - np.count_nonzero(values))
-            exact = Examined(tensor.name, tensor.type, compared=True, equal=True, size=wanted.size, flushed=flushed)
-            return exact, values, None
+            flushed = int(np.count_nonzero(target) - np.count_nonzero(values))
+            error = _error(values, target)
+            exact = TensorResult(
+                tensor.name, tensor.type, compared=True, proof=f"as {tensor.type}", rel_error=error[0],
+                max_abs_error=error[1], roundings=expected.roundings(error[2], target, tensor.type),
+                size=target.size, flushed=flushed,
+            )  # fmt: skip
+            return Measured(exact, values)
     values = tensor.values()
+    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
     with np.errstate(invalid="ignore"):
-        difference = np.nan_to_num(np.abs(values - wanted), nan=np.inf, posinf=np.inf)
-    worst = expected.roundings(difference, wanted, tensor.type, computed=computed)
-    norm = float(np.linalg.norm(wanted)) or 1.0
-    error = float(np.linalg.norm(difference)) / norm
-    overflow = int(np.count_nonzero(np.abs(wanted) > F16_MAX)) if tensor.type == "F16" else 0
-    flushed = int(np.count_nonzero((values == 0) & (wanted != 0)))
+        difference = np.nan_to_num(np.abs(values - target), nan=np.inf, posinf=np.inf)
+    worst = expected.roundings(difference, target, tensor.type, computed=wanted.computed)
+    norm = float(np.linalg.norm(target)) or 1.0
+    error_size = float(np.linalg.norm(difference)) / norm
+    overflow = int(np.count_nonzero(np.abs(target) > F16_MAX)) if tensor.type == "F16" else 0
+    flushed = int(np.count_nonzero((values == 0) & (target != 0)))
     findings = []
     if worst is not None and not worst <= 1:
         at = np.unravel_index(int(np.argmax(difference)), difference.shape)
         place = ", ".join(map(str, at))
         findings.append(
-            Finding(tensor.name, f"{wanted[at]:.6g} at [{place}] within one rounding of {tensor.type}",
-                    f"{values[at]:.6g}, relative error of the tensor {error:.2g}", AGAIN,
+            Finding(tensor.name, f"{target[at]:.6g} at [{place}] within one rounding of {tensor.type}",
+                    f"{values[at]:.6g}, relative error of the tensor {error_size:.2g}", AGAIN,
                     "F16 overflow" if overflow else "")
         )  # fmt: skip
-    result = Examined(
-        tensor.name, tensor.type, compared=True, equal=not findings, rel_error=error, roundings=worst,
-        size=wanted.size, clipped=overflow, flushed=flushed, findings=tuple(findings),
+    result = TensorResult(
+        tensor.name, tensor.type, compared=True, rel_error=error_size, max_abs_error=float(difference.max(initial=0.0)),
+        roundings=worst, size=target.size, clipped=overflow, flushed=flushed, non_finite=bad,
+        explanation="" if findings else "within one rounding of its type", findings=tuple(findings),
     )  # fmt: skip
-    return result, values, None
+    return Measured(result, values)
 
 
-def _quant(tensor: GGUFTensor, wanted: Array) -> Compared:
+def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     """A tensor in a quantised type."""
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
     blocks = tensor.raw.size // block_bytes
-    own = None
-    # llama-quantize starts from a float file: usually F16, or the values themselves (F32, BF16 of a bfloat16 reference)
-    with np.errstate(over="ignore"):
-        half = wanted.astype(np.float16).astype(np.float32)
-    for start in (half, wanted):
-        raw = quantised_bytes(start, tensor.type)
-        if raw is None:
-            break
-        differ = int(np.count_nonzero((raw != tensor.raw).reshape(blocks, -1).any(axis=1)))
-        if differ == 0 and np.isfinite(start).all():
-            return Examined(tensor.name, tensor.type, compared=True, equal=True, blocks=blocks), None, None
-        own = raw if own is None else own
+    nearest: Start | None = None
+    fewest = 2.0
+    for start in wanted.starts():
+        share = _sample_differs(tensor, start, wanted.importance)
+        if share == 0 and _same(tensor, start, wanted.importance):
+            return Measured(_proven(tensor, wanted, start, blocks), start=start)
+        if share is not None and share < fewest:
+            nearest, fewest = start, share
     values = tensor.values()
-    if not np.isfinite(values).all():  # counted and named by the finite check
-        return Examined(tensor.name, tensor.type, compared=True, blocks=blocks, blocks_differ=blocks), values, None
-    norm = float(np.linalg.norm(wanted)) or 1.0
-    error = float(np.linalg.norm(values - wanted)) / norm
+    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+    bare = TensorResult(
+        tensor.name, tensor.type, compared=True, blocks=blocks, blocks_differ=blocks, size=values.size, non_finite=bad
+    )
+    if bad:  # counted and named by the finite check
+        return Measured(bare, values)
+    error, largest, difference = _error(values, wanted.values)
+    bare = dataclasses.replace(bare, rel_error=error, max_abs_error=largest)
+    if _dequantised(values, wanted):
+        proof = "the reference is what this tensor dequantises to"
+        return Measured(dataclasses.replace(bare, proof=proof, blocks_differ=0), values)
     findings = []
+    if wanted.importance is not None and nearest is not None and _same(tensor, nearest, None):
+        findings.append(
+            Finding(tensor.name, "the bytes that the importance matrix gives", "the bytes without a matrix",
+                    "give the matrix that the file was made with", "another importance matrix")
+        )  # fmt: skip
+    own_raw = None if nearest is None else quantised_bytes(nearest.values, tensor.type, wanted.importance)
     own_values, own_error, differ, damaged = None, None, blocks, 0
-    if own is not None:
-        own_values = dataclasses.replace(tensor, raw=own).values()
-        own_error = float(np.linalg.norm(own_values - wanted)) / norm
-        unequal = (own != tensor.raw).reshape(blocks, -1).any(axis=1)
-        mine = ((values - wanted) ** 2).reshape(blocks, -1).sum(axis=1)
-        theirs = ((own_values - wanted) ** 2).reshape(blocks, -1).sum(axis=1)
+    if own_raw is not None:
+        own_values = dataclasses.replace(tensor, raw=own_raw).values()
+        own_error = _error(own_values, wanted.values)[0]
+        unequal = (own_raw != tensor.raw).reshape(blocks, -1).any(axis=1)
+        mine = (difference**2).reshape(blocks, -1).sum(axis=1)
+        theirs = ((own_values - wanted.values) ** 2).reshape(blocks, -1).sum(axis=1)
         differ = int(np.count_nonzero(unequal))
         damaged = int(np.count_nonzero(unequal & (mine > DAMAGED * theirs)))
-        if error > WORSE_THAN_OWN * own_error:
-            findings.append(
-                Finding(tensor.name, f"relative error near {own_error:.2g}, as {tensor.type} gives for the reference",
-                        f"{error:.2g}", AGAIN)
-            )  # fmt: skip
-    within = np.abs(values - wanted).reshape(blocks, block).max(axis=1)
-    largest = np.abs(wanted).reshape(blocks, block).max(axis=1)
-    share = OF_BLOCK[8 * block_bytes / block >= 4]
-    outside = within > share * largest
+        assert nearest is not None
+        held = hold(tensor, own_raw, nearest.values, imatrix=wanted.importance is not None)
+        if held.within and not findings:
+            bare = dataclasses.replace(bare, explanation="by another build or machine")
+    within = difference.reshape(blocks, block).max(axis=1)
+    most = np.abs(wanted.values).reshape(blocks, block).max(axis=1)
+    share_allowed = OF_BLOCK[8 * block_bytes / block >= 4]
+    outside = within > share_allowed * most
     if outside.any() and not findings:
-        at = int(np.argmax(within / np.maximum(largest, 1e-30)))
+        at = int(np.argmax(within / np.maximum(most, 1e-30)))
         findings.append(
-            Finding(tensor.name, f"weights within {share * largest[at]:.3g} of the reference in block {at}",
+            Finding(tensor.name, f"weights within {share_allowed * most[at]:.3g} of the reference in block {at}",
                     f"{within[at]:.3g} off", AGAIN, "damaged block")
         )  # fmt: skip
-    result = Examined(
-        tensor.name, tensor.type, compared=True, rel_error=error, own_error=own_error, blocks=blocks,
-        blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings),
-    )  # fmt: skip
-    return result, values, own_values
+    result = dataclasses.replace(
+        bare, own_error=own_error, blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings)
+    )
+    return Measured(result, values, own_values, own_raw, nearest)
+
+
+def _sample_differs(tensor: GGUFTensor, start: Start, importance: Array | None) -> float | None:
+    """Share of a few rows' bytes that the quantiser does not give; None where it cannot make the type."""
+    rows = len(start.values) if start.values.ndim == 2 else 0
+    at = np.unique(np.linspace(0, rows - 1, SAMPLE).astype(np.int64)) if rows > 4 * SAMPLE else None
+    if at is None:
+        raw = quantised_bytes(start.values, tensor.type, importance, name=tensor.name)
+        return None if raw is None else float(np.mean(raw != tensor.raw))
+    raw = quantised_bytes(start.values[at], tensor.type, importance, name=tensor.name)
+    return None if raw is None else float(np.mean(raw != tensor.raw.reshape(rows, -1)[at].reshape(-1)))
+
+
+def _same(tensor: GGUFTensor, start: Start, importance: Array | None) -> bool:
+    """Whether the quantiser gives the tensor's bytes."""
+    raw = quantised_bytes(start.values, tensor.type, importance)
+    return raw is not None and bool(np.array_equal(raw, tensor.raw)) and bool(np.isfinite(start.values).all())
+
+
+def _proven(tensor: GGUFTensor, wanted: Wanted, start: Start, blocks: int) -> TensorResult:
+    proof = f"from {start.name}" + ("" if wanted.importance is None else " with the imatrix")
+    return TensorResult(tensor.name, tensor.type, compared=True, proof=proof, blocks=blocks, size=wanted.values.size)
+
+
+def _dequantised(values: Array, wanted: Wanted) -> bool:
+    """Whether the reference's weights are the file's own values, rounded to the type that the reference is saved in.
+
+    A rounding to nearest is exact, so nearly every weight must be equal; a scale off by 1e-3 moves a quarter of the
+    bfloat16 numbers. Two dequantisers may differ in float32's last bit, which turns single roundings.
+    """
+    saved = quantised_bytes(values, wanted.saved_in)
+    if saved is None or values.size == 0:
+        return False
+    tensor = GGUFTensor("", values.shape, wanted.saved_in, saved)
+    rounded = tensor.values()
+    if wanted.saved_in == "F32":  # nothing is rounded: the last bits themselves
+        return bool((np.abs(rounded - wanted.values) <= 2.0**-22 * np.abs(wanted.values)).all())
+    other = rounded != wanted.values
+    if np.count_nonzero(other) > MIXED_UP * values.size:
+        return False
+    worst = expected.roundings(np.abs(rounded - wanted.values)[other], wanted.values[other], wanted.saved_in)
+    return worst is not None and worst <= 2.0  # the neighbouring number
+
+
+def _error(values: Array, wanted: Array) -> tuple[float, float, Array]:
+    """Relative error, largest error, and every |difference|."""
+    difference = np.abs(values - wanted)
+    norm = float(np.linalg.norm(wanted))
+    size = float(np.linalg.norm(difference))
+    return (size / norm if norm else size), float(difference.max(initial=0.0)), difference

@@ -1,0 +1,34 @@
+"""Which tensors have other types than the file type's own recipe gives them: mixes per tensor, `--pure`, kept heads.
+
+Another type is no fault: each tensor is held against the reference at the type that it has. It is said, so that a
+reader knows what the file's name does not tell.
+"""
+
+from __future__ import annotations
+
+from so8t_core.errors import InputError
+from verification.contract.finding import Finding
+from verification.engines.quantise import preset_types
+from verification.gguf.reader import GGUFFile
+
+_ACTION = "nothing, if the mix was meant"
+
+
+def recipe_differences(file: GGUFFile) -> list[Finding]:
+    """Tensors whose type is not the preset's; empty where llama.cpp knows no recipe for the file."""
+    if file.is_float or file.file_type == "unknown":
+        return []
+    options = []
+    for imatrix in (False, True):  # some recipes choose otherwise when they are given a matrix
+        try:
+            preset = preset_types(file, imatrix=imatrix)
+        except InputError:
+            continue
+        options.append(
+            [
+                Finding(name, preset[name], tensor.type, _ACTION, "another type than the preset's")
+                for name, tensor in file.tensors.items()
+                if name in preset and preset[name] != tensor.type
+            ]
+        )
+    return min(options, key=len, default=[])
