@@ -291,8 +291,8 @@ def test_the_self_test_itself_can_fail(bench: Bench, monkeypatch: pytest.MonkeyP
 MAIN = {  # one fault for each way of planting one into the model with rotation and LoRA, and for each kind of file
     "linear RoPE scaling that the model has not", "norm's gain off", "merges cut off", "chat template's end cut",
     "embedding rows shifted", "a weight is NaN", "tensors of two layers exchanged",
-    "an importance matrix nobody named", "weights went through a smaller float type",
-    "a tensor in a smaller type than promised", "one layer's R off by an angle", "rotated on the output's side",
+    "quantised from another finetune", "weights went through a smaller float type",
+    "a quantised tensor in a float file", "one layer's R off by an angle", "rotated on the output's side",
     "o_proj transposed", "the base converted, nothing merged", "LoRA's scale wrong in one layer",
     "saved without the rotation in one layer", "cut off", "a bit flipped in an exponent", "a tensor nobody asked for",
     "a key written twice", "bytes hidden in the padding",

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from so8t_core.errors import InputError
 from verification.commands.lint import lint
 from verification.commands.lint_result import LintReport
 from verification.commands.stages import same_vocabulary
 from verification.contract.checks import contract_checks
+from verification.engines.huggingface import load_hf
 from verification.fault_catalogue.models import Healthy
 from verification.fault_catalogue.peer_checks import Said
 from verification.gate.check import plain_check
@@ -23,7 +26,8 @@ from verification.gate.policy import Policy
 from verification.gate.report import Check, Leg, LegName, Report
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile, read_gguf
-from verification.weight_parity.checks import weight_checks
+from verification.weight_parity.checks import output_check, weight_checks
+from verification.weight_parity.output import output_ratios
 
 
 @dataclass
@@ -86,10 +90,15 @@ def _file_legs(pair: Healthy, file: GGUFFile) -> dict[LegName, list[Check]]:
     candidate, oracle = Candidate(file.file_type, file), pair.opened["F16"]
     contract = contract_checks(candidate, oracle, pair.checkpoint, pair.tokenizer, pair.reference, memory=pair.memory)
     weights = weight_checks(candidate, pair.conversions, pair.sources, memory=pair.memory)
+    outputs = []
+    if weights.open:  # on a passage of the model's own vocabulary: any inputs tell error feedback from damage
+        tokens = np.random.default_rng(0).integers(0, int(pair.checkpoint.config["vocab_size"]), 384)
+        ratios = output_ratios(load_hf(pair.reference), tokens, weights.open)
+        outputs = [output_check(candidate.label, weights.open, ratios)]
     legs: dict[LegName, list[Check]] = {
         "contract": [*contract, *weights.contract],
         "convert": weights.convert,
-        "quantise": weights.quantise,
+        "quantise": [*weights.quantise, *outputs],
     }
     return legs
 

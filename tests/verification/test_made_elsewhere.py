@@ -1,0 +1,218 @@
+"""Files that this machine's quantiser did not make pass where they are healthy, and are refused where they are not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made_elsewhere import (
+    VOCAB,
+    Source,
+    activations,
+    as_gguf,
+    files,
+    gptq,
+    matrix,
+    q4_bytes,
+    q4_grid,
+    searched,
+    small_llama,
+)  # fmt: skip
+from safetensors.torch import load_file, save_file
+
+from verification.engines.huggingface import load_hf
+from verification.engines.quantise import quantise, quantised_bytes
+from verification.engines.reconversion import FloatFiles
+from verification.gguf.candidate import Candidate
+from verification.gguf.reader import read_gguf
+from verification.reference.checkpoint import Checkpoint
+from verification.weight_parity.checks import WeightResult, output_check, weight_checks
+from verification.weight_parity.compare import Sources
+from verification.weight_parity.expected import inventory
+from verification.weight_parity.output import output_ratios
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_llama(tmp_path_factory.mktemp("elsewhere") / "reference")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Any:
+    return load_hf(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def source(checkpoint: Path, model: Any) -> Source:
+    floats = as_gguf(checkpoint, checkpoint.parent / "f16.gguf")
+    file = read_gguf(floats)
+    found = inventory(Checkpoint(checkpoint), file)
+    modules = {name: origin.removesuffix(".weight") for name, origin in found.source_of.items() if "blk." in name}
+    modules = {name: module for name, module in modules.items() if len(file.tensors[name].shape) == 2}
+    return Source(checkpoint, floats, activations(model, tokens(5), modules))
+
+
+def tokens(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, 400)
+
+
+def weighed(source: Source, path: Path, reference: Path | None = None) -> WeightResult:
+    floats = FloatFiles(lambda kind: source.file if kind == "F16" else None)
+    sources = Sources(Checkpoint(reference or source.reference))
+    return weight_checks(Candidate("X", read_gguf(path)), floats, sources)
+
+
+def alarms(result: WeightResult) -> list[str]:
+    """What would fail: findings of any tensor."""
+    return [f"{finding.where}: {finding.found} ({finding.cause})" for r in result.results for finding in r.findings]
+
+
+def test_every_healthy_maker_passes(source: Source, model: Any, tmp_path: Path) -> None:
+    """Also where only the layers' outputs can say so; what was open is measured on tokens of another passage."""
+    seen: dict[str, str] = {}
+    drawers: dict[str, Counter[str]] = {}
+    for maker, path in files(source, tmp_path):
+        result = weighed(source, path)
+        bad = alarms(result)
+        drawers[maker] = Counter(r.drawer for r in result.results)
+        if result.open and not bad:
+            ratios = output_ratios(model, tokens(6), result.open)
+            check = output_check("X", result.open, ratios)
+            if not isinstance(check.value, float) or check.value > 1.1:
+                bad.append(f"{check.value} {check.detail}")
+        if bad:
+            seen[maker] = bad[0]
+    print(json.dumps({maker: dict(counts) for maker, counts in drawers.items()}, indent=1))
+    assert not seen
+    assert len(drawers) >= 60
+    for maker in ("_L", "pure", "head kept in F16", "embedding in F16, Q8_0", "another type per layer"):
+        assert set(drawers[maker]) == {"proven"}, maker
+    for maker in ("GPTQ Q4_0", "imatrix whole Q4_K_M", "rounded scale first"):
+        assert drawers[maker]["judged"] > 4, maker
+
+
+def test_error_feedback_is_left_to_the_layers_output(source: Source, model: Any, tmp_path: Path) -> None:
+    """GPTQ's own inputs make its output error small; a tensor with as much error at random has a large one."""
+    path = _gptq(source, tmp_path)
+    result = weighed(source, path)
+    assert len(result.open) >= 4
+    ratios = output_ratios(model, tokens(6), result.open)
+    assert ratios.keys() == result.open.keys()
+    assert max(ratios.values()) < 1.0
+    scrambled = {name: _scrambled(one) for name, one in result.open.items()}
+    worse = output_ratios(model, tokens(6), scrambled)
+    assert min(worse.values()) > 1.1
+    assert output_check("X", result.open, {}).value is None  # what was not measured cannot pass
+
+
+def _gptq(source: Source, root: Path) -> Path:
+    return searched(source, quantise(source.floats, root / "p.gguf", "Q4_0"), root / "g.gguf", gptq)
+
+
+def _scrambled(one: Any) -> Any:
+    """The tensor with its error's columns in another order: as large, without the feedback."""
+    from dataclasses import replace
+
+    values = one.tensor.values()
+    error = (values - one.wanted)[:, np.random.default_rng(0).permutation(values.shape[1])]
+    data = np.ascontiguousarray(one.wanted + 1.3 * error, dtype=np.float32)
+    return replace(one, tensor=replace(one.tensor, type="F32", raw=data.view(np.uint8).reshape(-1)))
+
+
+def test_a_file_whose_values_are_the_reference_is_proven(source: Source, tmp_path: Path) -> None:
+    """The reference was dequantised from the file, as people do who start from a GGUF."""
+    path = quantise(source.floats, tmp_path / "q.gguf", "Q4_K_M")
+    file, reference = read_gguf(path), tmp_path / "ref"
+    reference.mkdir()
+    (reference / "config.json").write_bytes((source.reference / "config.json").read_bytes())
+    found = inventory(Checkpoint(source.reference), file)
+    (shard,) = source.reference.glob("*.safetensors")
+    state = load_file(shard)
+    from verification.weight_parity.hypotheses import pairs_to_halves
+
+    for name, origin in found.source_of.items():
+        values = file.tensors[name].values()
+        if ".attn_q." in name or ".attn_k." in name:
+            values = pairs_to_halves(values, 32)
+        state[origin] = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+    save_file(state, reference / "model.safetensors", metadata={"format": "pt"})
+    result = weighed(source, path, reference)
+    assert {r.drawer for r in result.results} == {"proven"}
+    assert any("dequantises" in r.proof for r in result.results)
+    name = "blk.1.ffn_down.weight"
+    state[found.source_of[name]] = (state[found.source_of[name]].float() * 1.001).to(torch.bfloat16)
+    save_file(state, reference / "model.safetensors", metadata={"format": "pt"})
+    scaled = weighed(source, path, reference)
+    (row,) = [r for r in scaled.results if r.name == name]
+    assert row.drawer != "proven"
+
+
+def _lora(values: np.ndarray, size: float) -> np.ndarray:
+    rng = np.random.default_rng(9)
+    low = rng.standard_normal((values.shape[0], 8)) @ rng.standard_normal((8, values.shape[1]))
+    return (values + size * np.linalg.norm(values) / np.linalg.norm(low) * low).astype(np.float32)
+
+
+def _turned(values: np.ndarray, angle: float) -> np.ndarray:
+    rng = np.random.default_rng(4)
+    out = values.astype(np.float64).copy()
+    for at in range(0, values.shape[1], 8):
+        A = rng.standard_normal((8, 8)) * angle
+        out[:, at : at + 8] = out[:, at : at + 8] @ torch.matrix_exp(torch.from_numpy(A - A.T)).numpy()
+    return out.astype(np.float32)
+
+
+# fault -> (tensor, change, what the diagnosis holds, types)
+FAULTS = {
+    "a LoRA of 4 % missing": ("ffn_down", lambda w: _lora(w, 0.04), "low-rank", ("Q4_K_M", "Q6_K", "Q8_0")),
+    "a rotation left over": ("attn_output", lambda w: _turned(w, 0.01), "rotation off", ("Q4_K_M", "Q6_K", "Q8_0")),
+    "scaled": ("ffn_up", lambda w: w * np.float32(1.03), "scaled by 1.0", ("Q4_K_M", "Q6_K", "Q8_0")),
+    "one row scaled": ("ffn_gate", lambda w: np.concatenate([w[:9], w[9:10] * np.float32(1.2), w[10:]]), "row",
+                       ("Q4_K_M", "Q8_0")),
+    "one column scaled": ("ffn_gate", lambda w: w * np.where(np.arange(w.shape[1]) == 70, 1.4, 1).astype(np.float32),
+                          "column", ("Q4_K_M", "Q8_0")),
+    "shifted": ("ffn_down", lambda w: w + np.float32(0.05 * w.std()), "shifted", ("Q4_K_M", "Q8_0")),
+    "transposed": ("attn_output", lambda w: w.T, "transposed", ("Q4_K_M", "Q2_K")),
+    "noise of half its size": ("ffn_up", lambda w: w + np.float32(0.5 * w.std()) *
+                               np.random.default_rng(1).standard_normal(w.shape).astype(np.float32), "", ("Q4_K_M",)),
+    "rows in another order": ("ffn_up", lambda w: w[np.random.default_rng(1).permutation(len(w))], "", ("Q4_K_M",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_behind_an_unknown_importance_matrix_is_refused(source: Source, tmp_path: Path, fault: str) -> None:
+    from verification.gguf.writer import Raw
+
+    kind_of, change, words, types = FAULTS[fault]
+    name = f"blk.1.{kind_of}.weight"
+    weights = matrix(source, 1.0, 11)
+    wanted = source.file.tensors[name].values()
+    for kind in types:
+        path = quantise(source.floats, tmp_path / "x.gguf", kind, imatrix=weights)
+        raw = Raw.read(path)
+        (info,) = [info for info in raw.tensors if info.name == name]
+        values = np.ascontiguousarray(change(wanted), dtype=np.float32)
+        data = quantised_bytes(values, read_gguf(path).tensors[name].type, weights[name])
+        assert data is not None
+        info.data = data.tobytes()
+        result = weighed(source, raw.write(tmp_path / "f.gguf"))
+        found = [f for r in result.results for f in r.findings]
+        assert {f.where for f in found} == {name}, (fault, kind)
+        assert any(words in f.cause for f in found), (fault, kind, found)
+
+
+def test_codes_packed_again_are_the_same_bytes(source: Source, tmp_path: Path) -> None:
+    """The builder's own packing, by which GPTQ and the rounding search write their files."""
+    for kind, preset in (("Q4_0", "Q4_0"), ("Q4_K", "Q4_K_S")):
+        tensor = read_gguf(quantise(source.floats, tmp_path / f"{kind}.gguf", preset)).tensors["blk.0.ffn_up.weight"]
+        assert tensor.type == kind
+        step, least = q4_grid(kind, tensor.raw.tobytes(), tensor.shape)
+        safe = np.where(step == 0, 1, step)
+        codes = np.where(step == 0, 0, np.rint((tensor.values() - least) / safe)).astype(np.int64)
+        again = q4_bytes(kind, tensor.raw.tobytes(), codes)
+        assert np.mean(np.frombuffer(again, np.uint8) == tensor.raw) > 0.999  # codes of a block of zeros are free
