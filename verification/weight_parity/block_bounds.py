@@ -36,7 +36,7 @@ _DIRECT: dict[str, tuple[tuple[int, ...], bool]] = {
 _SHARES_WITHOUT_IMATRIX = {"Q2_K": 0.40, "Q4_K": 0.20, "Q5_K": 0.60}
 _SHARE_SEARCH, _SHARE_DIRECT = 0.10, 0.01
 _SPREAD = 4.0  # standard deviations that a small tensor's share may lie above
-_LAST_BIT = 2.0**-10  # of a float16, relative, at most
+LAST_BIT = 2.0**-10  # of a float16, relative, at most
 _BATCH = 1 << 14  # blocks dequantised at a time
 
 
@@ -107,13 +107,13 @@ class _Found:
 def _blocks(own: Array, other: Array, weights: Array) -> _Found:
     """Of differing blocks, (blocks, values) each: the law of the search types and what explains the difference."""
     rms = np.sqrt((other**2).mean(axis=1))
-    rounding = _LAST_BIT * rms
+    rounding = LAST_BIT * rms
     error = np.sqrt(((own - weights) ** 2).mean(axis=1))
     best = np.sqrt(((other - weights) ** 2).mean(axis=1))
     factor = 1.25 if own.shape[1] >= 256 else 1.5
     difference = np.abs(own - other).max(axis=1)
     # scale times code spans at most max - min <= 2 max |value|, where a block stores a minimum beside its scale
-    last_bit: npt.NDArray[np.bool_] = difference <= 2 * _LAST_BIT * np.abs(other).max(axis=1)
+    last_bit: npt.NDArray[np.bool_] = difference <= 2 * LAST_BIT * np.abs(other).max(axis=1)
     floor = np.maximum(rounding, np.finfo(np.float32).tiny)
     return _Found(
         within=error <= factor * best + rounding,
@@ -138,7 +138,7 @@ def _direct(kind: str, a: Raw, b: Raw, own: Array, other: Array) -> npt.NDArray[
         within &= np.abs(mine - theirs) <= 1  # neighbours, or the two zeros' neighbours: sign flips are far apart
     scale = np.ascontiguousarray(b[:, offsets[0] : offsets[0] + 2]).view("<f2").astype(np.float64)  # (blocks, 1)
     result: npt.NDArray[np.bool_] = within & (
-        np.abs(own - other) <= np.abs(scale) * (1 + 2.0**-8) + 2 * _LAST_BIT * np.abs(other).max(axis=1, keepdims=True)
+        np.abs(own - other) <= np.abs(scale) * (1 + 2.0**-8) + 2 * LAST_BIT * np.abs(other).max(axis=1, keepdims=True)
     ).all(axis=1)
     return result
 

@@ -100,7 +100,7 @@ def judge(tensor: GGUFTensor, values: Array, wanted: Array, *, base: Array | Non
         if abs(moved.value) > limit:
             text = f"{moved.value:.2g} of the weights' root mean square added to all (at most {limit:.1g})"
             findings.append(_finding(tensor, "weights that are not shifted", text, "shifted"))
-    if spectrum is not None and spectrum.detected and not findings:
+    if spectrum is not None and spectrum.detected and not findings and not _loses(tensor, W, spectrum, block):
         text = (
             f"a leading singular value {spectrum.leading:.3g} times that of rounding (at most {spectrum.threshold:.3g})"
         )
@@ -137,6 +137,13 @@ def _scales(tensor: GGUFTensor, F: Array, E: Array, whole: Scale, own: Sequence[
         text = f"weights {words} ({low - margin:.1g} to {high + margin:.1g} by a quantiser)"
         return [_finding(tensor, "weights of the reference's scale", text, words)]
     return []
+
+
+def _loses(tensor: GGUFTensor, W: Array, spectrum: LowRank, block: int) -> bool:
+    """Whether the own quantiser leaves as much of a low-rank part: a small merge into weights on a grid snaps back."""
+    plain = _own_values(tensor.type, W, None)
+    own = None if plain is None else low_rank(plain, plain - W, block=block)
+    return own is not None and spectrum.leading <= MARGIN * own.leading
 
 
 def _along(

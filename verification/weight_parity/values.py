@@ -21,7 +21,7 @@ from verification.contract.finding import Finding
 from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
 from verification.weight_parity import expected
-from verification.weight_parity.block_bounds import hold
+from verification.weight_parity.block_bounds import LAST_BIT, hold
 from verification.weight_parity.neighbours import AGAIN, DAMAGED
 from verification.weight_parity.result import TensorResult
 
@@ -147,7 +147,8 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         mine = (difference**2).reshape(blocks, -1).sum(axis=1)
         theirs = ((own_values - wanted.values) ** 2).reshape(blocks, -1).sum(axis=1)
         differ = int(np.count_nonzero(unequal))
-        damaged = int(np.count_nonzero(unequal & (mine > DAMAGED * theirs)))
+        beyond = _beyond_last_bit(values.reshape(blocks, -1), own_values.reshape(blocks, -1))
+        damaged = int(np.count_nonzero(unequal & (mine > DAMAGED * theirs) & beyond))
         assert nearest is not None
         held = hold(tensor, own_raw, nearest.values, imatrix=wanted.importance is not None)
         if held.within and not findings:
@@ -166,6 +167,12 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         bare, own_error=own_error, blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings)
     )
     return Measured(result, values, own_values, own_raw, nearest)
+
+
+def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
+    """Blocks (blocks, values) that differ by more than the last bit of a float16 scale, as another processor moves it."""
+    moved: npt.NDArray[np.bool_] = np.abs(values - own).max(axis=1) > 2 * LAST_BIT * np.abs(own).max(axis=1)
+    return moved
 
 
 def _sample_differs(tensor: GGUFTensor, start: Start, importance: Array | None) -> float | None:
