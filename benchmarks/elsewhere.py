@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -140,6 +141,19 @@ def measure(kinds: tuple[str, ...]) -> dict[str, object]:
     opened = sum(one.endswith(": open") for one in healthy)
     alarms = [one for one in healthy if one and not one.endswith(": open")]
     return {"healthy": len(healthy), "alarms": alarms, "open": opened, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The smallest strengths as a Markdown table: a row a fault, a column a type; heavy-tailed / on a 4-bit grid."""
+    kinds = list(dict.fromkeys(row["type"] for row in result["rows"]))
+    found = {(row["type"], row["fault"], row["tensor"]): row["smallest"] for row in result["rows"]}
+    names = list(dict.fromkeys(row["tensor"] for row in result["rows"]))
+    lines = ["| fault | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for fault in dict.fromkeys(row["fault"] for row in result["rows"]):
+        cells = [[found.get((kind, fault, name)) for name in names] for kind in kinds]
+        shown = (" / ".join("none" if x is None else f"{x:g}" for x in cell) for cell in cells)
+        lines.append(f"| {fault} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def as_gguf(checkpoint: Path, target: Path) -> Path:
 
 
 def activations(model: Any, tokens: npt.NDArray[np.int64], modules: dict[str, str]) -> dict[str, Array]:
-    """Inputs of modules on one passage; `modules`: GGUF name -> module name."""
+    """Inputs of modules on passages (passages, positions); `modules`: GGUF name -> module name."""
     import torch
 
     found: dict[str, Array] = {}
@@ -112,7 +112,7 @@ def activations(model: Any, tokens: npt.NDArray[np.int64], modules: dict[str, st
 
     hooks = [known[module].register_forward_pre_hook(keep(name)) for name, module in modules.items() if module in known]
     with torch.no_grad():
-        model(torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None], use_cache=False)
+        model(torch.from_numpy(np.asarray(tokens, dtype=np.int64)), use_cache=False)
     for hook in hooks:
         hook.remove()
     return found

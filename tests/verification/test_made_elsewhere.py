@@ -54,11 +54,12 @@ def source(checkpoint: Path, model: Any) -> Source:
     found = inventory(Checkpoint(checkpoint), file)
     modules = {name: origin.removesuffix(".weight") for name, origin in found.source_of.items() if "blk." in name}
     modules = {name: module for name, module in modules.items() if len(file.tensors[name].shape) == 2}
-    return Source(checkpoint, floats, activations(model, tokens(5), modules))
+    return Source(checkpoint, floats, activations(model, tokens(5, passages=8), modules))
 
 
-def tokens(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB, 400)
+def tokens(seed: int, passages: int = 0) -> np.ndarray:
+    """Token ids (positions,), or (passages, positions): GPTQ wants several positions a channel."""
+    return np.random.default_rng(seed).integers(0, VOCAB, (passages, 500) if passages else 500)
 
 
 def weighed(source: Source, path: Path, reference: Path | None = None) -> WeightResult:

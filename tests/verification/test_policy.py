@@ -191,7 +191,7 @@ def test_differing_tensors_pass_only_where_each_was_judged_and_the_policy_demand
 
 
 def test_a_report_of_an_older_schema_needs_no_check_that_it_could_not_have() -> None:
-    given = Artefact(role="candidate", path="m.gguf", sha256="0", bytes=1, label="Q8_0")
+    given = Artefact(role="candidate", path="m.gguf", sha256="0" * 64, bytes=1, label="Q8_0")
     for version, gap in (("1.2", False), ("1.3", True), ("1.10", True)):
         bare = report(*healthy()).model_copy(update={"artefacts": [given], "schema_version": version})
         details = [c.detail for leg in decide(bare, make_policy({})).legs for c in leg.checks if leg.name == "quantise"]
@@ -332,7 +332,8 @@ def test_bfloat16_files_have_bounds_of_their_own_and_no_other_file_borrows_them(
          ["evidence.chunks 2 for 8", "evidence.entropy 0 for 0.5", "evidence.alignment 1 for 2"]),
         ({"controls": {"differs_from_base": 1e-3, "transposed": 1e-3}},
          ["controls.differs_from_base 0.001 for 0.01", "controls.transposed 0.001 for 0.01"]),
-        ({"contract": {"allow_fallback_types": True}}, ["contract.allow_fallback_types 1 for 0"]),
+        ({"contract": {"allow_fallback_types": False}, "quantise": {"tensors_differ": 0}}, []),
+        ({"quantise": {"unexplained": 2}}, ["quantise.unexplained 2 for 0"]),
         ({"quality": {"Q2_K": {"mean_kld": 1, "top1": 0}}}, ["quality.Q2_K added"]),
         ({"waivers": [{"check": "convert.top1", "reason": "r"}]}, ["waiver of convert.top1"]),
     ],

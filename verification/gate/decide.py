@@ -237,7 +237,7 @@ def _evaluate(check: Check) -> Status:
     if value is None or bound is None:
         return "not evaluated"
     if check.relation is None:  # an accepted listing, see `_accepts`; nothing else may come without one
-        return "pass" if check.name in _LISTINGS else "not evaluated"
+        return "pass" if check.name in _LISTINGS and _is_possible(check.name, value) else "not evaluated"
     if not _holds(value, check.relation, bound) or not _is_possible(check.name, value):
         return "inconclusive" if check.name in _OPEN and _is_number(value) else "fail"
     if not _is_statistic(check):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -282,8 +283,10 @@ def _looser(mine: dict[str, Any], theirs: dict[str, Any], above: str = "") -> li
         name = f"{above}{key}"
         if isinstance(value, dict):
             found += _looser(value, theirs[key], f"{name}.") if key in theirs else [f"{name} added"]
-        elif not isinstance(value, list) and (value < theirs[key] if key in _AT_LEAST else value > theirs[key]):
-            found.append(f"{name} {value:g} for {theirs[key]:g}")
+        elif not isinstance(value, list):
+            one, other = (math.inf if bound is None else bound for bound in (value, theirs[key]))  # None: any number
+            if one < other if key in _AT_LEAST else one > other:
+                found.append(f"{name} {one:g} for {other:g}")
     return found
 
 

@@ -33,10 +33,12 @@ from verification.weight_parity.judge import judge
 from verification.weight_parity.neighbours import AGAIN, VAGUE, held_together, merged_together
 from verification.weight_parity.result import TensorResult
 from verification.weight_parity.structure.rotation import residual_rotation
-from verification.weight_parity.values import Measured, Start, Wanted, compared
+from verification.weight_parity.values import DAMAGED_BLOCK, Measured, Start, Wanted, compared
 
 Array = npt.NDArray[np.float32]
 _SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # of neighbouring numbers, relative, at most
+# Error feedback collects the errors of the columns before in one weight, and may exceed a block's bound by as much
+FED_BACK = 4.0
 _ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
 
 
@@ -183,7 +185,10 @@ class Examination:
             return measured
         base = self._base_of(tensor.name, self.found.source_of.get(tensor.name, ""))
         found = judge(tensor, values, wanted, base=base, head=self._head_rows(tensor))
-        if result.findings:
+        fed_back = (
+            found.open and measured.worst_block < FED_BACK and all(f.cause == DAMAGED_BLOCK for f in result.findings)
+        )
+        if result.findings and not fed_back:
             return measured
         judged = dataclasses.replace(
             result, explanation="" if found.findings else found.explanation, open=found.open, findings=found.findings,

@@ -28,6 +28,7 @@ from verification.weight_parity.result import TensorResult
 Array = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
 OF_BLOCK = {True: 0.5, False: 1.0}  # largest error in a block, in its largest weight; key: at least 4 bits a weight
+DAMAGED_BLOCK = "damaged block"
 SAMPLE = 16  # rows that are quantised first: where their bytes differ, the whole tensor's do
 MIXED_UP = 1e-3  # share of weights whose rounding may fall the other way, where dequantisers differ in the last bit
 
@@ -60,6 +61,7 @@ class Measured:
     own: Array | None = None  # what the own quantiser's bytes mean
     own_raw: Raw | None = None
     start: Start | None = None  # from which the own was quantised
+    worst_block: float = 0.0  # largest |value - wanted| of a block, in what the type allows
 
 
 def compared(tensor: GGUFTensor, wanted: Wanted) -> Measured:
@@ -161,16 +163,17 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         at = int(np.argmax(within / np.maximum(most, 1e-30)))
         findings.append(
             Finding(tensor.name, f"weights within {share_allowed * most[at]:.3g} of the reference in block {at}",
-                    f"{within[at]:.3g} off", AGAIN, "damaged block")
+                    f"{within[at]:.3g} off", AGAIN, DAMAGED_BLOCK)
         )  # fmt: skip
     result = dataclasses.replace(
         bare, own_error=own_error, blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings)
     )
-    return Measured(result, values, own_values, own_raw, nearest)
+    worst = float((within / np.maximum(share_allowed * most, 1e-30)).max(initial=0.0))
+    return Measured(result, values, own_values, own_raw, nearest, worst)
 
 
 def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
-    """Blocks (blocks, values) that differ by more than the last bit of a float16 scale, as another processor moves it."""
+    """Of blocks (blocks, values): which differ by more than the last bit of a float16 scale."""
     moved: npt.NDArray[np.bool_] = np.abs(values - own).max(axis=1) > 2 * LAST_BIT * np.abs(own).max(axis=1)
     return moved
 
