@@ -16,6 +16,7 @@ from verification.weight_parity.structure.direction import together
 
 DAMAGED = 1.2  # squared error of a block, in its own quantiser's
 SAME_MAKER = 0.9  # share of equal blocks from which the file is taken to come from the same quantiser
+ROUNDED = "within one rounding of its type"  # proof of a float tensor that is not rounded to nearest everywhere
 AGAIN = "convert and quantise the reference again"
 _OTHER, _EDITED = "slightly other weights", "flipped bits or edited weights"
 VAGUE = ("", "damaged block", _OTHER, _EDITED)  # causes that `causes` may sharpen
@@ -31,7 +32,7 @@ def held_together(results: list[TensorResult], computed: Collection[str]) -> lis
     same_maker = blocks > 0 and 1 - sum(r.blocks_differ for r in results) / blocks >= SAME_MAKER
     results = [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
     results = [_other_weights(r) if _stands_out(r, results) else r for r in results]
-    exact = sum(r.compared and r.equal and r.roundings is None and not r.blocks for r in results)
+    exact = sum(r.equal and r.proof != ROUNDED and not r.blocks for r in results)
     floats = sum(r.compared and not r.blocks for r in results)
     if exact >= SAME_MAKER * (floats - 1):  # one rounding is not enough where all others are exactly rounded
         results = [_other_rounding(r) if _is_rounded_otherwise(r) and r.name not in computed else r for r in results]
@@ -98,7 +99,7 @@ def _other_weights(result: TensorResult) -> TensorResult:
 
 def _is_rounded_otherwise(result: TensorResult) -> bool:
     """Within one rounding of a float type, but not the nearest number."""
-    return bool(result.roundings) and not result.blocks and not result.findings
+    return bool(result.roundings) and result.proof == ROUNDED and not result.findings
 
 
 def _other_rounding(result: TensorResult) -> TensorResult:

@@ -22,7 +22,7 @@ from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
 from verification.weight_parity import expected
 from verification.weight_parity.block_bounds import LAST_BIT, hold
-from verification.weight_parity.neighbours import AGAIN, DAMAGED
+from verification.weight_parity.neighbours import AGAIN, DAMAGED, ROUNDED
 from verification.weight_parity.result import TensorResult
 
 Array = npt.NDArray[np.float32]
@@ -105,7 +105,7 @@ def _float(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     result = TensorResult(
         tensor.name, tensor.type, compared=True, rel_error=error_size, max_abs_error=float(difference.max(initial=0.0)),
         roundings=worst, size=target.size, clipped=overflow, flushed=flushed, non_finite=bad,
-        explanation="" if findings else "within one rounding of its type", findings=tuple(findings),
+        proof="" if findings else ROUNDED, findings=tuple(findings),
     )  # fmt: skip
     return Measured(result, values)
 
