@@ -272,16 +272,16 @@ def searched(
     return rewritten(path, target, change)
 
 
-def files(source: Source, root: Path) -> Iterator[tuple[str, Path]]:
-    """Every file by its maker."""
+def files(source: Source, root: Path, *, every: bool) -> Iterator[tuple[str, Path]]:
+    """Files by their makers, one at a time: each is overwritten by the next. `every`: all types, not Q4_K_M alone."""
     whole, narrow = matrix(source, 1.0, 1), matrix(source, 0.5, 3)
     partial = {name: values for name, values in whole.items() if not name.startswith("blk.1.")}
     matrices = {"own text": own_text(source), "whole": whole, "narrow": narrow, "partial": partial,
                 "wrong language": matrix(source, 1.5, 2)}  # fmt: skip
-    for kind in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS", "Q4_0", "Q5_1"):
+    for kind in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS", "Q4_0", "Q5_1") if every else ("Q4_K_M",):
         for name, values in matrices.items():
             yield f"imatrix {name} {kind}", quantise(source.floats, root / "x.gguf", kind, imatrix=values)
-    for kind in ("IQ2_XXS", "IQ3_XXS"):
+    for kind in ("IQ2_XXS", "IQ3_XXS") if every else ():
         yield f"imatrix whole {kind}", quantise(source.floats, root / "x.gguf", kind, imatrix=matrix(source, 1.0, 4))
     plain = {kind: quantise(source.floats, root / f"{kind}.gguf", kind) for kind in ("Q4_K_M", "Q4_0", "Q8_0", "Q6_K")}
     yield "_L", at_types(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from made_elsewhere import gptq, q4_grid
 
+from benchmarks.elsewhere import FAULTS, KNOWN_DIRECTION, causes, table
 from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.judge import CHOSEN, judge
@@ -139,3 +143,18 @@ def test_what_snaps_back_to_a_grid_is_not_called_missing() -> None:
     assert alone is not None
     assert alone.value < -0.5  # the merge is gone
     assert judge(plain, plain.values(), reference, base=grid).findings == ()
+
+
+def test_the_published_strengths_are_the_measured_ones() -> None:
+    """docs/detection.md holds the table of docs/elsewhere.json, which `benchmarks.elsewhere` wrote."""
+    docs = Path(__file__).parents[2] / "docs"
+    result = json.loads((docs / "elsewhere.json").read_text(encoding="utf-8"))
+    assert table(result) in (docs / "detection.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("fault", "strength"), [(f[0], f[2][-1]) for f in FAULTS])
+def test_the_strongest_published_fault_is_seen_in_eight_bits(fault: str, strength: float) -> None:
+    plant = next(f[1] for f in FAULTS if f[0] == fault)
+    faulty = plant(W, strength, 3)
+    base = faulty if fault == KNOWN_DIRECTION else None
+    assert causes(W, tensor(faulty, "Q8_0", None).values(), "Q8_0", base=base)
