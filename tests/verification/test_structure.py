@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from verification.weight_parity.structure.direction import Direction, direction,
 from verification.weight_parity.structure.low_rank import low_rank
 from verification.weight_parity.structure.scale import group_scale, scale
 from verification.weight_parity.structure.shift import shift
+from verification.weight_parity.values import Start, Wanted, compared
 
 RNG = np.random.default_rng(0)
 W = (0.05 * RNG.standard_t(5, (384, 512))).astype(np.float32)
@@ -158,3 +160,19 @@ def test_the_strongest_published_fault_is_seen_in_eight_bits(fault: str, strengt
     faulty = plant(W, strength, 3)
     base = faulty if fault == KNOWN_DIRECTION else None
     assert causes(W, tensor(faulty, "Q8_0", None).values(), "Q8_0", base=base)
+
+
+def test_experts_are_proven_each_with_its_own_importance() -> None:
+    """llama.cpp quantises expert by expert with its own part of the matrix; experts exchanged are no proof."""
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal((3, 80, 256)).astype(np.float32)
+    importance = np.exp(rng.standard_normal(3 * 256)).astype(np.float32)
+    parts = [quantised_bytes(w, "Q4_K", m) for w, m in zip(values, importance.reshape(3, 256), strict=True)]
+    raw = np.concatenate([part for part in parts if part is not None])
+    wanted = Wanted(values, lambda: iter([Start("F16", values)]), importance=importance)
+    assert compared(GGUFTensor("x", values.shape, "Q4_K", raw), wanted).result.proof == "from F16 with the imatrix"
+    swapped = np.concatenate([raw.reshape(3, -1)[i] for i in (0, 2, 1)])
+    found = compared(GGUFTensor("x", values.shape, "Q4_K", swapped), wanted).result
+    assert not found.proof
+    alone = compared(GGUFTensor("x", values.shape, "Q4_K", raw), replace(wanted, importance=None)).result
+    assert not alone.proof

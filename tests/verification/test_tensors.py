@@ -221,3 +221,13 @@ def test_experts_are_held_against_the_files_that_name_each(tmp_path: Path) -> No
 def test_the_largest_difference_is_nan_wherever_the_nan_stands() -> None:
     clean, dirty = np.zeros((2, 3), dtype=np.float32), np.full((2, 3), np.nan, dtype=np.float32)
     assert np.isnan(_largest([clean, dirty], [clean, clean]))
+
+
+def test_every_tensor_of_the_report_has_its_error_and_its_drawer(family: Family) -> None:
+    for kind, path in family.files.items():
+        rows = weights(family, Candidate(kind, read_gguf(path))).rows
+        assert {row.drawer for row in rows} == {"proven"}
+        assert all(row.rel_error is not None and row.why for row in rows)
+        matrices = [row for row in rows if len(row.shape) > 1]
+        low, high = {"F16": (0, 3e-4), "Q8_0": (3e-3, 1e-2), "Q4_K_M": (1e-2, 0.12)}[kind]
+        assert all(low <= row.rel_error <= high for row in matrices if row.rel_error is not None)

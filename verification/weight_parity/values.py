@@ -180,6 +180,11 @@ def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
 
 def _sample_differs(tensor: GGUFTensor, start: Start, importance: Array | None) -> float | None:
     """Share of a few rows' bytes that the quantiser does not give; None where it cannot make the type."""
+    experts = len(start.values) if start.values.ndim == 3 else 1
+    if experts > 1:  # the first expert stands for all
+        first = GGUFTensor(tensor.name, tensor.shape[1:], tensor.type, tensor.raw.reshape(experts, -1)[0])
+        matrix = None if importance is None else importance[: start.values.shape[-1]]
+        return _sample_differs(first, Start(start.name, start.values[0]), matrix)
     rows = len(start.values) if start.values.ndim == 2 else 0
     at = np.unique(np.linspace(0, rows - 1, SAMPLE).astype(np.int64)) if rows > 4 * SAMPLE else None
     if at is None:
@@ -218,6 +223,14 @@ def _dequantised(values: Array, wanted: Wanted) -> bool:
         return False
     worst = expected.roundings(np.abs(rounded - wanted.values)[other], wanted.values[other], wanted.saved_in)
     return worst is not None and worst <= 2.0  # the neighbouring number
+
+
+def with_error(result: TensorResult, tensor: GGUFTensor, wanted: Array) -> TensorResult:
+    """A proven tensor's result with its distance from the reference, which the proof had no need of."""
+    if not result.proof or result.rel_error is not None:
+        return result
+    relative, largest, _ = _error(tensor.values(), wanted.reshape(tensor.shape))
+    return dataclasses.replace(result, rel_error=relative, max_abs_error=largest)
 
 
 def _error(values: Array, wanted: Array) -> tuple[float, float, Array]:
