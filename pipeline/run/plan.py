@@ -213,10 +213,9 @@ def _look_at_model(run: Run, shape: Shape, directory: Path, plan: Plan) -> None:
     odd = sorted({width for width in (shape.hidden, shape.intermediate) if width % 256})
     if mixed and odd:
         policy = run.config.verify.policy
-        allowed = isinstance(policy, dict) and policy.get("contract", {}).get("allow_fallback_types")
-        so = (
-            "the policy allows it" if allowed else "the policy refuses that unless contract.allow_fallback_types is set"
-        )
+        contract = policy.get("contract", {}) if isinstance(policy, dict) else {}
+        allowed = contract.get("allow_fallback_types", True)
+        so = "the policy allows it" if allowed else "the policy refuses that: contract.allow_fallback_types is false"
         plan.notes.append(
             f"{', '.join(mixed)}: rows of {', '.join(map(str, odd))} are no multiples of 256, so llama.cpp takes other "
             f"types there; {so}"
