@@ -53,12 +53,17 @@ class CollectConfig(_Section):
 class DataConfig(_Section):
     """Where rows come from, and which may stay."""
 
-    sources: list[str] = Field(default_factory=list)  # JSONL files to merge
-    heldout_sources: list[str] = Field(default_factory=list)  # JSONL files for evaluation only
+    sources: list[str] = Field(default_factory=list)  # JSONL or Parquet files, or save_to_disk directories, to merge
+    heldout_sources: list[str] = Field(default_factory=list)  # the same, for evaluation only
     heldout_share: float = Field(0.1, ge=0, lt=1)  # share of `sources` held out when heldout_sources is empty
     generator: GeneratorConfig | None = None
     max_tokens: int = Field(512, ge=16)  # a longer rendered row is rejected and counted
     skip_bad_rows: bool = False
+    formats: str | None = None  # Python file with row formats of your own (docs/data.md)
+    think_form: Literal["so8t", "base"] = "so8t"  # what is trained: the /think markers, or the base's own thinking form
+    tools: Literal["exclude", "keep"] = "exclude"  # rows that call tools
+    earlier_turns: Literal["answers", "whole"] = "answers"  # what stays of replies before the last one
+    disagreements: Literal["exclude", "keep"] = "exclude"  # rows whose steps and answer disagree by rule
     manifest: str | None = None  # YAML file with licence, robots decision, date and purpose of every source
     unlisted_sources: Literal["exclude", "allow"] = "exclude"  # files that the manifest does not list
     allowed_licences: list[str] | None = None  # SPDX identifiers; null = those of pipeline/data/licences.py

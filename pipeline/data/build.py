@@ -1,4 +1,4 @@
-"""The data step: JSONL files and the built-in generator to a checked /think dataset.
+"""The data step: files (`source_rows`) and the built-in generator to a checked dataset of thinking and answers.
 
 Two streaming passes: every row is converted, held against the policy (source, licence, label, personal data), checked
 against the model's own chat template and spooled; then the held-out prompts are known and the spool is dealt into
@@ -21,15 +21,17 @@ from typing import Any, Literal
 from pipeline.config import DataConfig
 from pipeline.data.card import data_card
 from pipeline.data.digests import DigestSet
+from pipeline.data.formats import load_formats
 from pipeline.data.generator import GeneratedRow, generate
 from pipeline.data.inputs import data_sources
 from pipeline.data.labels import SafetyLabels
 from pipeline.data.masking import check_length, render_row, special_tokens
 from pipeline.data.privacy import GENERATOR_FACTS, PrivacyFilter, row_licence
 from pipeline.data.report import DataReport, SourceCount, SplitCount, tally
-from pipeline.data.rows import BrokenLine, ThinkRow, read_lines, to_think_row
+from pipeline.data.rows import RowOptions, ThinkRow, to_think_row
 from pipeline.data.source_manifest import Source
-from pipeline.data.think_form import RowError, require
+from pipeline.data.source_rows import read_rows
+from pipeline.data.think_form import BrokenLine, RowError
 from so8t_core.errors import InputError
 
 Split = Literal["train", "heldout", "share"]  # share: decided by hash once all prompts are known
@@ -49,6 +51,7 @@ def build_dataset(
         InputError: a missing file, a broken line (by file and line), a manifest or label file that cannot be used,
             nothing left (with counts by reason), more generated rows than exist, a tokenizer without chat template.
     """
+    load_formats(config.formats)
     sources, heldout_sources = data_sources(config)
     shared = config.heldout_share > 0 and not config.heldout_sources
     checker = _Checker(tokenizer, config, seed)
@@ -91,6 +94,7 @@ class _Checker:
         file = Path(config.safety_labels) if config.safety_labels else None
         self.labels = SafetyLabels(file, config.unsafe_labels, config.safe_labels)
         self.privacy = PrivacyFilter(config.pii, config.pii_kinds)
+        self.options = RowOptions(config.think_form, config.tools, config.earlier_turns, config.disagreements)
         self._licences = config.licences
         self._seed = seed
         self._seen = DigestSet()
@@ -100,12 +104,12 @@ class _Checker:
         self._seen = DigestSet()
 
     def file_rows(self, source: Source, split: Split, progress: Progress | None) -> Iterator[str]:
-        """Spool lines of one JSONL file; an excluded one is read as well, so that its rows are counted."""
+        """Spool lines of one source; an excluded one is read as well, so that its rows are counted."""
         name = self._source_name(source)
         count = self.counts[name]
-        if not source.path.is_file():
+        if not source.path.exists():
             return  # never collected; `data_sources` let only such through
-        for number, item in read_lines(source.path):
+        for number, item in read_rows(source.path):
             count.read += 1
             if progress:
                 progress(1)
@@ -116,10 +120,10 @@ class _Checker:
                     raise RowError(source.objection)
                 if said := row_licence(item, self._licences):
                     raise RowError(said)
-                row = to_think_row(item, family=Path(source.name).stem)
+                row = to_think_row(item, family=Path(source.name).stem, options=self.options)
                 label = self.labels.look_up(item, name, number, refusal_only=source.refusal_only)
                 if label is not None:
-                    self.labels.check(label, require(row.messages[-1]["content"]))
+                    self.labels.check(label, row.thought)
                     use = {"unsafe_label": label.kind, "unsafe_label_source": label.source, "purpose": "refusal"}
                     row = replace(row, labels=row.labels | use)
                 yield from self._accept(row, split, name, f"{name}:{number}")
@@ -139,25 +143,29 @@ class _Checker:
             if progress:
                 progress(1)
             try:
-                yield from self._accept(to_think_row(dict(row), family=""), split, GENERATED, GENERATED, row["id"])
+                made = to_think_row(dict(row), family="", options=self.options)
+                yield from self._accept(made, split, GENERATED, GENERATED, row["id"])
             except RowError as error:
                 count.reject(error.reason, row["id"], dict(row))
 
     def _accept(self, row: ThinkRow, split: Split, name: str, source: str, row_id: str | None = None) -> Iterator[str]:
         count = self.counts[name]
         row = self.privacy.clean(row)
-        rendering = render_row(self.tokenizer, row.messages, specials=self.specials)
+        rendering = render_row(self.tokenizer, row.messages, specials=self.specials, tools=row.tools)
         check_length(rendering, self.config.max_tokens)
         digest = hashlib.sha256(json.dumps(row.messages, ensure_ascii=False).encode()).digest()
         if not self._seen.add(digest[:16]):
-            count.duplicate(source, {"messages": row.messages[1:]})
+            count.duplicate(source, {"messages": [m for m in row.messages if m["role"] != "system"]})
             return
+        for note in (*row.notes, *rendering.notes):
+            tally(count.notes, note)
         record = {
             "id": row_id or digest.hex()[:16],
             "family": row.family,
             "language": row.language,
             "messages": row.messages,
             "answer": row.answer,
+            **({"tools": row.tools} if row.tools else {}),
             "source": source,
             **row.labels,
         }
@@ -180,7 +188,7 @@ class _Checker:
 
 def _prompt_key(row: ThinkRow) -> str:
     """Digest of what is asked, the same for spellings that differ in width, case or spacing; the system is left out."""
-    text = "\n".join(message["content"] for message in row.messages[1:-1])
+    text = "\n".join(message["content"] for message in row.messages[:-1] if message["role"] != "system")
     return hashlib.sha256(" ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()).hexdigest()
 
 
@@ -239,7 +247,7 @@ def _deal(spool: Path, out_dir: Path, checker: _Checker, config: DataConfig, see
     settings = config.model_dump(mode="json")
     for key in ("sources", "heldout_sources"):
         settings[key] = [source if "://" in source else Path(source).name for source in settings[key]]
-    for key in ("manifest", "safety_labels"):
+    for key in ("manifest", "safety_labels", "formats"):
         settings[key] = Path(settings[key]).name if settings[key] else None
     policy = {"pii": checker.privacy.to_json(), "labels_without_a_row": checker.labels.unmatched}
     return DataReport(checker.counts, splits["train"], splits["heldout"], seed, settings, policy)

@@ -14,9 +14,9 @@ def data_card(report: Mapping[str, Any]) -> str:
     train, heldout, config = report["train"], report["heldout"], report["config"]
     parts = [
         "# Data card",
-        f"{train['rows']} training rows and {heldout['rows']} held-out rows in /think form: the assistant's turn holds "
-        "its steps first and its answer last. Every row was rendered through the model's own chat template and passed "
-        "the round-trip check; lengths below are in that model's tokens.",
+        f"{train['rows']} training rows and {heldout['rows']} held-out rows {_form(config)}: the assistant's "
+        "turn holds its steps first and its answer last. Every row was rendered through the model's own chat template "
+        "and passed the round-trip check; lengths below are in that model's tokens.",
         "## Sources",
         _table(
             ("source", "read", "kept", "duplicates", "rejected"),
@@ -36,6 +36,7 @@ def data_card(report: Mapping[str, Any]) -> str:
         _table(("reason", "rows"), [*report["rejected"].items(), *_duplicates(report)])
         if report["rejected"] or report["duplicates"]
         else "None.",
+        *(["## Notes on kept rows", _table(("note", "rows"), [*report["notes"].items()])] if report["notes"] else []),
         "## Personal and confidential content",
         _privacy_text(report),
         "## Unsafe rows",
@@ -53,14 +54,19 @@ def data_card(report: Mapping[str, Any]) -> str:
         "## Limits",
         "Generated problems are small and templated: small integers, dates inside one month, times inside one hour. "
         "They teach the form and simple reasoning, not general skill; a score on them is no general score. "
-        "Rows from files are checked for form, not for truth. Names of people are out of reach of the rules that "
-        "look for personal data, and a row that nobody labelled as unsafe is taken as safe.",
+        "Rows from files are checked for form; for truth only where rules can tell (sums, numbers and dates of the "
+        "last step against the answer, an answer that the row states). Names of people are out of reach of the rules "
+        "that look for personal data, and a row that nobody labelled as unsafe is taken as safe.",
         "## How to regenerate",
         f"`so8t data CONFIG.yaml` with seed {report['seed']} and this `data` section (file names without their "
         "directories) writes the same bytes again:",
         "```yaml\n" + "\n".join(_yaml(config)) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _form(config: Mapping[str, Any]) -> str:
+    return "in /think form" if config["think_form"] == "so8t" else "in the base model's own thinking form"
 
 
 def _facts(count: Mapping[str, Any]) -> list[str]:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import DataConfig
-from pipeline.data.rows import read_lines
 from pipeline.data.source_manifest import Source, resolve
+from pipeline.data.source_rows import read_rows
 
 
 def data_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
@@ -26,20 +26,20 @@ def data_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
             if source.objection is None and source.facts.get("purpose") == foreign == "evaluation":
                 source = replace(source, objection="purpose is evaluation")
             if source.facts.get("url") is None or source.objection is None:
-                next(read_lines(source.path), None)  # a missing file is found before any work is done
+                next(read_rows(source.path), None)  # a missing file is found before any work is done
             group.append(source)
         groups.append(group)
     return groups[0], groups[1]
 
 
 def data_inputs(config: DataConfig) -> dict[str, Path]:
-    """Every file that decides the result: sources, manifest, labels, records; a URL that was never collected has none.
+    """Every file that decides the result: sources, manifest, labels, formats, records; of a URL what was collected.
 
     Raises:
         InputError: see `resolve`.
     """
     manifest = Path(config.manifest) if config.manifest else None
-    found = {name: Path(name) for name in (config.manifest, config.safety_labels) if name}
+    found = {name: Path(name) for name in (config.manifest, config.safety_labels, config.formats) if name}
     names = [*config.sources, *config.heldout_sources]
     for name, source in zip(names, resolve(names, manifest, config.licences, allow_unlisted=True), strict=True):
         if "://" not in name:
@@ -50,7 +50,7 @@ def data_inputs(config: DataConfig) -> dict[str, Path]:
 
 
 def expected_rows(config: DataConfig) -> int:
-    """Rows that the progress bar counts towards: the line ends of the files, and the generator's rows."""
+    """Rows that the progress bar counts towards: those of the sources, and the generator's."""
     total = config.generator.rows + config.generator.heldout_rows if config.generator else 0
     for source in (source for group in data_sources(config) for source in group):
         if source.path.is_file():

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.refusal import MAX_STEPS, is_refusal
-from pipeline.data.rows import BrokenLine, read_lines
-from pipeline.data.think_form import RowError, Thought
+from pipeline.data.source_rows import read_lines
+from pipeline.data.think_form import BrokenLine, RowError, Thought
 from so8t_core.errors import InputError
 
 FIELD = "safety_label"

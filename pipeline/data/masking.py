@@ -1,34 +1,51 @@
-"""From messages to token ids with a loss mask, and the check that a chat template leaves a row intact.
+"""From messages to token ids with a loss mask: a row is what a server's engine reads, then what the model must say.
 
-    full   = template(messages)                                  text and ids
-    prompt = template(messages[:-1], add_generation_prompt)      must be a prefix of `full`, as text and as ids
-    labels = -100 over prompt | ids of the answer up to and including its end-of-turn token | -100 over the rest
+    prompt = template(messages[:-1], add_generation_prompt)      what is served; masked
+    target = the last turn behind it, up to and including its end-of-turn token; trained
+    labels = -100 over prompt | ids of the target | -100 over what the template writes behind
 
-Anything behind the end-of-turn token (ChatML's newline, Phi-3's `<|endoftext|>`) stays in the ids and out of the loss.
-No generation markers are needed in the template. The end-of-turn token is the first special token that the template
-writes behind the answer's text; it is never looked up by name, and `pad == eos` cannot mask it away.
+The target is taken from template(messages). Where a template that knows thinking writes scaffold of its own there (an
+empty <think></think>, which no generation prompt has) or cuts it (a <think> that the generation prompt opened), the
+turn is put behind the prompt as it is served: the scaffold is prompt or nothing, never trained. In the base's own form
+(`reasoning_content`) the target is the base's thinking, closed, and the answer. Any other difference is refused.
+The end-of-turn token is the first special token that the template writes behind the answer, be it `pad` as well.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.render import DATED, as_parts, render, without_system, writes_the_date
 from pipeline.data.think_form import Message, RowError
 from so8t_core.errors import InputError
 
 IGNORED = -100  # torch's ignore_index of cross entropy
+FOLDED = "system text folded into the first question (the chat template refuses the role)"
+PARTS = "content rendered as parts (the chat template wants them)"
+SCAFFOLD = "empty thinking block of the chat template left out"
+OPENED = "target follows a thinking block that the generation prompt opens"
+
+_NAMES = ("think", "thinking", "thought", "reasoning", "seed:think")
+TAGS = (
+    *((f"<{name}>", f"</{name}>") for name in _NAMES),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+)
+_BLOCK = re.compile(rf"(?:\s|{'|'.join(re.escape(tag) for pair in TAGS for tag in pair)})*\Z")
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """A checked rendering; the answer is `input_ids[prompt_length:answer_end]`, its last id the end-of-turn token."""
+    """A checked rendering; the target is `input_ids[prompt_length:answer_end]`, its last id the end-of-turn token."""
 
     text: str
     input_ids: list[int]
     prompt_length: int
     answer_end: int
+    notes: tuple[str, ...] = ()
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
@@ -38,56 +55,55 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return found
 
 
-def render_row(tokenizer: Any, messages: Sequence[Message], *, specials: dict[str, int] | None = None) -> Rendering:
+def render_row(
+    tokenizer: Any, messages: Sequence[Message], *, specials: dict[str, int] | None = None, tools: Sequence[Any] = ()
+) -> Rendering:
     """Render a conversation that ends with the assistant's turn and check the round trip; see the module's text.
 
     Args:
         specials: `special_tokens(tokenizer)`, when the caller already has it.
+        tools: what the row's tool calls may call.
     Raises:
         RowError: the template refuses or alters a message, a message spells a special token, the prompt is not a
             prefix, or no end-of-turn token follows the answer.
-        InputError: the tokenizer has no chat template.
+        InputError: the tokenizer has no chat template, or no thinking form of its own where that is asked for.
     """
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("the tokenizer has no chat template; use a chat model or add chat_template.jinja beside it")
     if not messages or messages[-1]["role"] != "assistant":
         raise RowError("roles out of order", "the last message must be the assistant's")
     specials = special_tokens(tokenizer) if specials is None else specials
     for message in messages:
-        if spelled := next((token for token in specials if token in message["content"]), None):
-            raise RowError("special token in a message", f"the {message['role']} message contains {spelled!r}")
-    chat = [dict(message) for message in messages]
-    try:
-        text: str = tokenizer.apply_chat_template(chat, tokenize=False)
-        prompt: str = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-        ids = _template_ids(tokenizer, chat, False)
-        prompt_ids = _template_ids(tokenizer, chat[:-1], True)
-    except TemplateError as error:
-        raise RowError("chat template refuses the row", str(error)) from None
-
-    tail = _check_text(text, prompt, messages)
+        for said in (message["content"], message.get("reasoning_content", "")):
+            if spelled := next((token for token in specials if token in said), None):
+                raise RowError("special token in a message", f"the {message['role']} message contains {spelled!r}")
+    turn = _place(tokenizer, messages, tools)
+    ids = _ids(tokenizer, turn.prompt + turn.target + turn.tail)
+    prompt_ids = _ids(tokenizer, turn.prompt)
     if ids[: len(prompt_ids)] != prompt_ids:
         raise RowError("prompt is not a prefix of the row", "the token ids differ although the text does not")
     closing = set(specials.values())
-    end_of_turn = next((i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in closing), None)
-    answer = ids[len(prompt_ids) :]
-    if end_of_turn is None or end_of_turn not in answer:
-        raise RowError("no end-of-turn token", f"the template writes {tail[:30]!r} behind the answer")
-    length = answer.index(end_of_turn)
-    if length == 0:
+    behind = _ids(tokenizer, turn.tail)
+    end_of_turn = next((token for token in behind if token in closing), None)
+    places = [at for at in range(len(prompt_ids), len(ids)) if ids[at] == end_of_turn]
+    if end_of_turn is None or len(places) < behind.count(end_of_turn):
+        raise RowError("no end-of-turn token", f"the template writes {turn.tail[:30]!r} behind the answer")
+    end = places[-behind.count(end_of_turn)]
+    if end == len(prompt_ids):
         raise RowError("all tokens masked", "the assistant's turn has no token of its own")
-    return Rendering(text, ids, len(prompt_ids), len(prompt_ids) + length + 1)
+    notes = (*turn.notes, DATED) if writes_the_date(tokenizer) else turn.notes
+    return Rendering(turn.prompt + turn.target + turn.tail, ids, len(prompt_ids), end + 1, notes)
 
 
-def encode_row(tokenizer: Any, messages: Sequence[Message], max_tokens: int | None = None) -> dict[str, list[int]]:
+def encode_row(
+    tokenizer: Any, messages: Sequence[Message], max_tokens: int | None = None, *, tools: Sequence[Any] = ()
+) -> dict[str, list[int]]:
     """`{"input_ids", "labels"}` of equal length; labels are -100 outside the last assistant turn.
 
     Raises:
         RowError (an InputError): everything `render_row` raises, or more than `max_tokens` tokens.
     """
-    row = render_row(tokenizer, messages)
+    row = render_row(tokenizer, messages, tools=tools)
     check_length(row, max_tokens)
     labels = [IGNORED] * len(row.input_ids)
     labels[row.prompt_length : row.answer_end] = row.input_ids[row.prompt_length : row.answer_end]
@@ -102,24 +118,125 @@ def check_length(row: Rendering, max_tokens: int | None) -> None:
         raise RowError("too long", f"{len(row.input_ids)} tokens, allowed are {max_tokens}; raise data.max_tokens")
 
 
-def _template_ids(tokenizer: Any, chat: list[Message], generation: bool) -> list[int]:
-    encoded = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=generation)
-    return [int(i) for i in encoded["input_ids"]]
+def thinking_tags(tokenizer: Any) -> tuple[str, str]:
+    """The tags between which the template's model thinks.
+
+    Raises:
+        InputError: the template names none that are known.
+    """
+    template = str(tokenizer.chat_template)
+    for opened, closed in TAGS:
+        if closed in template or opened in template:
+            return opened, closed
+    raise InputError("data.think_form: base, but the chat template has no thinking form of its own; use so8t")
 
 
-def _check_text(text: str, prompt: str, messages: Sequence[Message]) -> str:
-    """What the template writes behind the answer; raises `RowError` if a message or the prefix is altered."""
+def opens_thinking(prompt: str) -> bool:
+    """Whether a generation prompt ends inside a thinking block."""
+    return any(prompt.rstrip().endswith(opened) for opened, _ in TAGS)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The pieces of a row's text: what is served, what the model says, what the template writes behind."""
+
+    prompt: str
+    target: str
+    tail: str
+    notes: tuple[str, ...] = ()
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _place(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any]) -> _Turn:
+    """The row's pieces: with content as text, then as parts, then with the system text folded in.
+
+    Raises:
+        RowError: of the first way, where no way works.
+    """
+    ways = [(list(messages), False, ()), (list(messages), True, (PARTS,))]
+    if messages[0]["role"] == "system":
+        ways.append((without_system(messages), False, (FOLDED,)))
+    first: RowError | None = None
+    for chat, parts, notes in ways:
+        if FOLDED in notes and first is not None and first.reason != "chat template refuses the row":
+            break  # the role was taken, so folding would only hide another fault
+        try:
+            turn = _turn_of(tokenizer, chat, tools, parts=parts)
+        except RowError as error:
+            first = first or error
+        else:
+            return _Turn(turn.prompt, turn.target, turn.tail, (*notes, *turn.notes))
+    assert first is not None
+    raise first
+
+
+def _turn_of(tokenizer: Any, chat: Sequence[Message], tools: Sequence[Any], *, parts: bool) -> _Turn:
+    """The pieces of one way of rendering."""
+    shown = as_parts(chat) if parts else list(chat)
+    prompt = render(tokenizer, shown[:-1], prompt=True, tools=tools)
+    target = chat[-1]
+    history = prompt + target["content"]
+    _require_messages(history, chat)
+    if "reasoning_content" in target:
+        return _base_turn(tokenizer, shown, prompt, target, tools)
+    full = render(tokenizer, shown, prompt=False, tools=tools)
+    head, tail = _around(full, target["content"], prompt)
+    lead = head[len(prompt) :]
+    if head.startswith(prompt) and not lead.strip():  # some templates write one space before the answer
+        return _Turn(prompt, lead + target["content"], tail, (OPENED,) if opens_thinking(prompt) else ())
+    _require_scaffold_only(prompt, head)
+    return _Turn(prompt, target["content"], tail, (OPENED,) if opens_thinking(prompt) else (SCAFFOLD,))
+
+
+def _base_turn(tokenizer: Any, shown: list[Message], prompt: str, target: Message, tools: Sequence[Any]) -> _Turn:
+    """The base's own thinking form: as its template writes it, or where it cuts thinking, as its model says it."""
+    steps, answer = target["reasoning_content"], target["content"]
+    full = render(tokenizer, shown, prompt=False, tools=tools)
+    head, tail = _around(full, answer, prompt)
+    said = head[len(prompt) :] if head.startswith(prompt) else ""
+    if steps in said:
+        return _Turn(prompt, said + answer, tail)
+    opened, closed = thinking_tags(tokenizer)
+    _require_scaffold_only(prompt, head)
+    lead = "" if prompt.endswith("\n") else "\n"
+    start = lead if opens_thinking(prompt) else f"{opened}\n"
+    return _Turn(prompt, f"{start}{steps}\n{closed}\n\n{answer}", tail)
+
+
+def _around(full: str, answer: str, prompt: str) -> tuple[str, str]:
+    """What stands before and behind the answer in the whole chat's text.
+
+    Raises:
+        RowError: the answer is not in it.
+    """
+    at = full.find(answer, len(prompt)) if full.startswith(prompt) else full.rfind(answer)
+    if at < 0:
+        raise RowError("chat template alters a message", "the answer is not in its text")
+    return full[:at], full[at + len(answer) :]
+
+
+def _require_scaffold_only(prompt: str, head: str) -> None:
+    """Raise `RowError` unless the two differ only by thinking tags and spaces at their ends."""
+    bare = [_BLOCK.sub("", text) for text in (prompt, head)]
+    if bare[0] == bare[1]:
+        return
+    if head.startswith(bare[0]):
+        raise RowError("chat template alters a message", "the answer does not follow the generation prompt")
+    raise RowError("prompt is not a prefix of the row", "the generation prompt renders differently")
+
+
+def _require_messages(text: str, chat: Sequence[Message]) -> None:
+    """Raise `RowError` unless every message, and every tool that is called, stands in the text in order."""
     position = 0
-    for message in messages:
+    for message in chat:
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                raise RowError("chat template has no tools", "a tool's name is not in its text")
         found = text.find(message["content"], position)
         if found < 0:
-            raise RowError("chat template alters a message", f"the {message['role']} message is not in its text")
+            reason = "has no tools" if message["role"] == "tool" else "alters a message"
+            raise RowError(f"chat template {reason}", f"the {message['role']} message is not in its text")
         position = found + len(message["content"])
-    if not text.startswith(prompt):
-        raise RowError("prompt is not a prefix of the row", "the generation prompt renders differently")
-    rest = text[len(prompt) :]
-    answer = messages[-1]["content"]
-    start = rest.find(answer)
-    if start < 0 or rest[:start].strip():  # some templates write one space before the answer
-        raise RowError("chat template alters a message", "the answer does not follow the generation prompt")
-    return rest[start + len(answer) :]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pipeline.data.licences import LicencePolicy
 from pipeline.data.pii.find import find, mask
 from pipeline.data.rows import ThinkRow
-from pipeline.data.think_form import SYSTEM_MESSAGE, RowError, require
+from pipeline.data.think_form import SYSTEM_MESSAGE, RowError, read_assistant
 
 GENERATOR_FACTS: dict[str, str | None] = {
     "licence": "MIT", "robots": "not-applicable", "collected": None, "purpose": "training", "url": None,
@@ -38,7 +38,8 @@ class PrivacyFilter:
         kinds: list[str] = []
         cleaned = replace(
             row,
-            messages=[{**message, "content": self._text(message["content"], kinds)} for message in row.messages],
+            messages=[self._every_text(message, kinds) for message in row.messages],
+            tools=self._every_text(row.tools, kinds),
             family=self._text(row.family, kinds),
             language=self._text(row.language, kinds),
             labels={
@@ -54,7 +55,15 @@ class PrivacyFilter:
         if self._action == "exclude":
             raise RowError(f"pii: {kinds[0]}")
         self.masked_rows += 1
-        return replace(cleaned, answer=require(cleaned.messages[-1]["content"]).answer)
+        return replace(cleaned, answer=read_assistant(cleaned.messages[-1]).answer)
+
+    def _every_text(self, value: Any, kinds: list[str]) -> Any:
+        """A message, or what is inside a tool call: each string and number on its own; keys stay."""
+        if isinstance(value, dict):
+            return {key: part if key == "role" else self._every_text(part, kinds) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self._every_text(part, kinds) for part in value]
+        return value if value is None or isinstance(value, bool | float) else self._text(value, kinds)
 
     def _text(self, value: Any, kinds: list[str]) -> Any:
         text = str(value)

@@ -35,6 +35,7 @@ class SourceCount:
     kept: int = 0
     duplicates: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)  # what was done to kept rows, or found in them
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
     def reject(self, reason: str, where: str, row: dict[str, Any] | None) -> None:
@@ -56,7 +57,8 @@ class SourceCount:
         """Plain data for report.json; reasons in alphabetical order."""
         rejected = dict(sorted(self.rejected.items()))
         counts = {"read": self.read, "kept": self.kept, "duplicates": self.duplicates, "rejected": rejected}
-        return {**self.facts, "excluded_because": self.objection, **counts}
+        notes = {"notes": dict(sorted(self.notes.items()))} if self.notes else {}
+        return {**self.facts, "excluded_because": self.objection, **counts, **notes}
 
 
 def _shape(row: dict[str, Any] | None) -> str:
@@ -131,6 +133,11 @@ class DataReport:
         return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
     @property
+    def notes(self) -> dict[str, int]:
+        """What was done to kept rows, or found in them, all sources together."""
+        return dict(sorted(sum((source.notes for source in self.sources.values()), Counter[str]()).items()))
+
+    @property
     def duplicates(self) -> int:
         """Exact duplicates removed, all sources together."""
         return sum(source.duplicates for source in self.sources.values())
@@ -161,6 +168,7 @@ class DataReport:
             **splits,
             "duplicates": self.duplicates,
             "rejected": self.rejected,
+            "notes": self.notes,
             "samples": self.samples,
             **self.policy,
             "sources": {name: count.to_json() for name, count in self.sources.items()},

@@ -1,230 +1,239 @@
-"""Row formats: one JSON object of a source file to one conversation in /think form.
+"""One row of a source to one conversation in the form that is trained: read by its format, split, checked.
 
-Accepted: `instruction`/`output` (with `input`, `system`), `prompt`/`response`, `question`/`answer`, `messages`,
-`prompt`/`steps`/`answer`. An answer text already in /think form is kept as it is; one whose reasoning ends in an
-explicit answer ("The answer is", "####", 答えは ...) is split there; any other has no reasoning and is rejected.
-Reasoning is never invented. A line that is no row at all is a `BrokenLine`, a usable row without use a `RowError`.
+A row that cannot be split with certainty is a `RowError` under a short reason; a line that is no row at all, or one
+of a format that nobody knows, is a `BrokenLine`. Reasoning is never invented.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pipeline.data.formats import Conversation, Target, read_row
+from pipeline.data.formats.fields import optional
+from pipeline.data.split.markers import (
+    boxes,
+    disagrees,
+    final_answer,
+    handovers,
+    split_at_marker,
+    without_calculator_marks,
+)
+from pipeline.data.split.tags import has_tag
+from pipeline.data.split.text import checked, split_text, thought_of
 from pipeline.data.think_form import (
+    BrokenLine,
     Message,
     RowError,
     Thought,
-    chat,
+    assistant_message,
     format_assistant,
     has_marker,
-    require,
+    read_assistant,
     strip_message,
+    system_text,
 )
-from so8t_core.errors import InputError
+from pipeline.data.truth.agreement import objection
+from pipeline.data.truth.equality import normalised, same_answer
 
-MAX_LINE = 1 << 23  # bytes; a file without line ends must not fill the memory
 LABELS = ("four_class_label", "domain_label", "safety_label")
-FORMATS = (
-    "instruction/output (optional input, system)",
-    "prompt/response",
-    "question/answer",
-    "messages",
-    "prompt/steps/answer",
-)
-
-# Where reasoning hands over to the answer. The last match counts, connectives ("So", したがって) belong to it.
-_ENGLISH = r"(?<!\w)(?:(?:so|thus|therefore|hence)\b,?\s+)?the\s+(?:final\s+|correct\s+)?answer\s+is\b\s*:?\s*"
-_LABELLED = r"^[ \t]*(?:final\s+)?answer\s*[::]\s*"
-_HASHES = r"(?<!#)####(?!#)\s*"
-_JAPANESE = (
-    r"(?:(?:したがって|従って|よって|ゆえに|だから|つまり|以上より)[、,]?\s*)?"
-    r"(?:最終的な|最終の|正しい)?(?:答え|解答|回答)(?:は|\s*[::])[::、\s]*|^[ \t\u3000]*答え[ \t\u3000\n]+"
-)
-_HANDOVER = re.compile(
-    f"(?P<english>{_ENGLISH}|{_LABELLED})|(?P<hashes>{_HASHES})|(?P<japanese>{_JAPANESE})", re.IGNORECASE | re.MULTILINE
-)
-_COPULA = re.compile("(?:です|でした|になります|となります|である)$")
-_STOPS = "。." + "".join(filter(str.isspace, map(chr, range(0x3001))))
+DISAGREES = "steps and answer disagree"
+EARLIER = "earlier turns cut to their answers"
 _JAPANESE_LETTER = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
 
-class BrokenLine(RowError):
-    """A line that is not a row in a known format: it stops the run unless `skip_bad_rows` is set."""
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows are brought into form; the keys of `data` with the same names."""
+
+    think_form: Literal["so8t", "base"] = "so8t"
+    tools: Literal["exclude", "keep"] = "exclude"
+    earlier_turns: Literal["answers", "whole"] = "answers"
+    disagreements: Literal["exclude", "keep"] = "exclude"
 
 
 @dataclass(frozen=True)
 class ThinkRow:
-    """One conversation whose last message is the assistant's, in /think form."""
+    """One conversation whose last message is the assistant's, in the form that is trained."""
 
     messages: list[Message]
     answer: str
     family: str
     language: str
     labels: dict[str, Any] = field(default_factory=dict)
+    tools: list[Any] = field(default_factory=list)
+    notes: tuple[str, ...] = ()  # what was done to the row or found in it, for the counts
+
+    @property
+    def thought(self) -> Thought:
+        """Steps and answer of the last message."""
+        return read_assistant(self.messages[-1])
 
 
-def read_lines(path: Path, *, what: str = "data source") -> Iterator[tuple[int, dict[str, Any] | BrokenLine]]:
-    """(1-based line number, row or what is broken about it) of a JSONL file, streaming; blank lines are passed over.
-
-    Args:
-        what: how an error names the file.
-    Raises:
-        InputError: the file is missing or cannot be opened.
-    """
-    try:
-        stream = open(path, "rb")  # noqa: SIM115  (closed below; only the opening is the user's mistake)
-    except FileNotFoundError:
-        hint = "check data.sources and data.heldout_sources" if what == "data source" else "check the path"
-        raise InputError(f"{what} {path} does not exist; {hint}") from None
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
-    with stream:
-        number = 0
-        while line := stream.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) > MAX_LINE:
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(MAX_LINE)
-                yield number, BrokenLine("line too long", f"more than {MAX_LINE} bytes")
-                continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the BOM some editors write
-            if line.strip():
-                yield number, _parse_line(line)
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | BrokenLine:
-    try:
-        row = json.loads(line.decode("utf-8"))
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        return BrokenLine("not UTF-8", f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
-    except UnicodeEncodeError:
-        return BrokenLine("not UTF-8", "a \\u escape is half of a surrogate pair")
-    except json.JSONDecodeError as error:
-        return BrokenLine("bad JSON", f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError):
-        return BrokenLine("bad JSON", "a number or a nesting beyond what can be read")
-    if not isinstance(row, dict):
-        return BrokenLine("not an object", f"a row must be a JSON object, got {type(row).__name__}")
-    return row
-
-
-def to_think_row(row: dict[str, Any], *, family: str) -> ThinkRow:
-    """Bring one row into /think form; `family` names rows that carry none of their own.
+def to_think_row(row: dict[str, Any], *, family: str, options: RowOptions | None = None) -> ThinkRow:
+    """Bring one row into form; `family` names rows that carry none of their own.
 
     Raises:
         BrokenLine: unknown format or wrong types.
-        RowError: an empty message, roles out of order, no reasoning, markers wrong.
+        RowError: an empty message, roles out of order, no reasoning, what cannot be split with certainty, two answers.
     """
-    turns, system, assistant = _read_format(row)
-    turns = [{"role": turn["role"], "content": strip_message(turn["content"])} for turn in turns]
-    if empty := next((turn["role"] for turn in turns if not turn["content"]), None):
-        raise RowError("empty message", f"the {empty} message has no text")
-    wanted = ["user", "assistant"] * (len(turns) // 2) + ["user"]
-    if [turn["role"] for turn in turns] != wanted:
-        raise RowError("roles out of order", "expected an optional system, then user and assistant in turn")
-    text = strip_message(assistant) if isinstance(assistant, str) else format_assistant(*assistant)
-    if has_marker(text):
-        thought = require(text)  # already in /think form: kept as it is
-    else:
-        thought = split_reasoning(text)
-        text = format_assistant(thought.steps, thought.answer)
+    options = options or RowOptions()
+    found = read_row(row)
+    notes: list[str] = []
+    turns = _checked_turns(found, options, notes)
+    thought, text = _target(found)
+    asked = str(turns[-1]["content"]) if turns[-1]["role"] == "user" else ""
+    if said := objection(asked, thought.steps, thought.answer):
+        if options.disagreements == "exclude":
+            raise RowError(DISAGREES, said)
+        notes.append(DISAGREES)
+    system = system_text(found.system) if options.think_form == "so8t" else strip_message(found.system or "")
+    answer: Message = {"role": "assistant", "content": text} if options.think_form == "so8t" and text else {}
+    answer = answer or assistant_message(thought, base_form=options.think_form == "base")
     return ThinkRow(
-        messages=[chat("", system)[0], *turns, {"role": "assistant", "content": text}],
+        messages=[*([{"role": "system", "content": system}] if system else []), *turns, answer],
         answer=thought.answer,
-        family=_optional(row, "family") or family,
-        language=_optional(row, "language") or detect_language(turns[-1]["content"] + text),
-        labels={name: _label(row, name) for name in LABELS if name in row},
+        family=optional(row, "family") or family,
+        language=optional(row, "language") or detect_language(asked + thought.steps + thought.answer),
+        labels={name: _label(row, name) for name in LABELS if row.get(name) is not None or name in row},
+        tools=found.tools if options.tools == "keep" else [],
+        notes=tuple(notes),
     )
 
 
-def split_reasoning(text: str) -> Thought:
-    """Split reasoning from the explicit answer that ends it.
+def _target(found: Conversation) -> tuple[Thought, str]:
+    """The thought of the first candidate that holds, and its text where it was in /think form already.
 
     Raises:
-        RowError: no explicit answer at the end, nothing before it, or nothing after the phrase.
+        RowError: of the first candidate, where none holds.
     """
-    matches = list(_HANDOVER.finditer(text))
-    if not matches:
-        raise RowError(
-            "no reasoning", "no /think markers and no explicit answer such as `The answer is`, `####` or 答えは"
-        )
-    last = matches[-1]
-    steps = strip_message(text[: last.start()]).rstrip(",、 ")
-    answer = strip_message(text[last.end() :])
-    if "\n" in answer:
-        raise RowError("no reasoning", "text follows the explicit answer, so the row does not end in it")
-    if last["english"] is not None:
-        answer = answer.rstrip(".。 ")
-    elif last["japanese"] is not None:
-        answer = _COPULA.sub("", answer.rstrip(_STOPS))
-    if not steps:
-        raise RowError("no reasoning", "nothing stands before the explicit answer")
-    if not answer:
-        raise RowError("empty answer", f"nothing stands after {last.group().strip()!r}")
-    return Thought(steps=steps, answer=answer)
+    first: RowError | None = None
+    for target in (found.target, *found.alternatives):
+        try:
+            thought = target_thought(target)
+            format_assistant(thought.steps, thought.answer)  # whatever the form, markers inside are refused
+        except BrokenLine:
+            raise
+        except RowError as error:
+            first = first or error
+        else:
+            text = strip_message(target.text)
+            return thought, text if target.reasoning is None and has_marker(text) else ""
+    assert first is not None
+    raise first
+
+
+def target_thought(target: Target) -> Thought:
+    """Steps and answer of a target.
+
+    Raises:
+        RowError: no reasoning, nothing certain, or an answer other than the stated one.
+    """
+    text, reasoning = strip_message(target.text), strip_message(target.reasoning or "")
+    if reasoning:
+        if has_marker(reasoning) or has_tag(reasoning):
+            reasoning = _bare_reasoning(reasoning)
+        if has_marker(text) or has_tag(text):
+            raise RowError("two thinking forms", "reasoning in a field of its own and thinking marks in the reply")
+        thought = checked(thought_of(strip_message(without_calculator_marks(reasoning)), text))
+        if "\n" not in reasoning and normalised(reasoning) == normalised(thought.answer):
+            raise RowError("no reasoning", "the reasoning is the answer")
+    elif not text:
+        raise RowError("empty message", "the assistant message has no text")
+    elif target.stated is not None and not (has_marker(text) or has_tag(text) or handovers(text) or boxes(text)):
+        if same_answer(text, target.stated) or len(text) <= len(target.stated):
+            raise RowError("no reasoning", "the reply is the answer")
+        thought = checked(Thought(strip_message(without_calculator_marks(text)), target.stated))
+    else:
+        thought = split_text(text)
+    if target.stated is not None:
+        _require_stated(thought, target.stated)
+    return thought
+
+
+def _bare_reasoning(text: str) -> str:
+    """A reasoning field that still holds its tags: they must enclose all of it."""
+    found = re.fullmatch(r"\s*<think>(.*)</think>\s*", text, re.DOTALL)
+    if found is None or has_tag(found[1]) or has_marker(found[1]):
+        raise RowError("two thinking forms", "thinking marks inside the field of the reasoning")
+    return strip_message(found[1])
+
+
+def _require_stated(thought: Thought, stated: str) -> None:
+    """Raise `RowError` unless the answer that was split off is the one that the row states."""
+    named = final_answer(thought.answer) or thought.answer
+    if same_answer(named, stated) or same_answer(thought.answer, stated):
+        return
+    long = "\n" in named or len(named) > 60
+    if long and not disagrees(named, stated) and normalised(stated) in normalised(named):
+        return
+    raise RowError("two different answers", "the reply's answer is not the one that the row states")
+
+
+def _checked_turns(found: Conversation, options: RowOptions, notes: list[str]) -> list[Message]:
+    """The turns before the target: stripped, in order, earlier replies as they will be served.
+
+    Raises:
+        RowError: an empty message, roles out of order, tool calls where they are left out.
+    """
+    turns: list[Message] = []
+    if not found.turns or found.turns[0]["role"] != "user":
+        raise RowError("roles out of order", "the first turn after the system's must be the user's")
+    calling = any(turn["role"] == "tool" or turn.get("tool_calls") for turn in found.turns)
+    if calling and options.tools == "exclude":
+        raise RowError("tool calls", "data.tools: keep trains on such rows")
+    for turn in found.turns:
+        made = {**turn, "content": strip_message(turn["content"])}
+        if made["role"] == "assistant":
+            made = _earlier(made, options, notes)
+        if not made["content"] and not made.get("tool_calls"):
+            raise RowError("empty message", f"the {made['role']} message has no text")
+        turns.append(made)
+    spoken = [t["role"] for t in turns if t["role"] != "tool" and not t.get("tool_calls")]
+    ordered = spoken == ["user", "assistant"] * (len(spoken) // 2) + ["user"]
+    if not ordered or not _answered(turns):
+        raise RowError("roles out of order", "expected an optional system, then user and assistant in turn")
+    return turns
+
+
+def _answered(turns: list[Message]) -> bool:
+    """Every tool message follows a call or another tool message, and every call is followed by a tool's."""
+    for number, turn in enumerate(turns):
+        before = turns[number - 1] if number else {"role": ""}
+        called = bool(before.get("tool_calls"))
+        if turn["role"] == "tool" and not (called or before["role"] == "tool"):
+            return False
+        if turn["role"] != "tool" and called:
+            return False
+    return not turns[-1].get("tool_calls")
+
+
+def _earlier(turn: Message, options: RowOptions, notes: list[str]) -> Message:
+    """An earlier reply: its answer alone where it holds reasoning, as a server sends it back; else as it is."""
+    text, reasoning = turn["content"], turn.pop("reasoning_content", None)
+    if turn.get("tool_calls"):
+        return turn
+    if reasoning:
+        thought = target_thought(Target(text, reasoning))
+    elif has_marker(text) or has_tag(text):
+        thought = split_text(text)
+    else:
+        try:
+            thought = split_at_marker(text)
+        except RowError:
+            return turn
+        if options.earlier_turns == "whole":
+            return turn
+    if options.earlier_turns == "whole":
+        return turn | assistant_message(thought, base_form=options.think_form == "base")
+    notes.append(EARLIER)
+    return {**turn, "content": thought.answer}
 
 
 def detect_language(text: str) -> str:
     """`ja` if kana or han characters occur outside the markers, else `en`; a label for counting, nothing more."""
-    for marker_word in ("思考ステップ", "最終回答"):
-        text = text.replace(marker_word, "")
     return "ja" if _JAPANESE_LETTER.search(text) else "en"
-
-
-def _read_format(row: dict[str, Any]) -> tuple[list[Message], str | None, str | tuple[str, str]]:
-    """(turns before the answer, the row's own system message, the answer's text or its (steps, answer))."""
-    system = _optional(row, "system")
-    if "messages" in row:
-        return _read_messages(row["messages"], system)
-    if "instruction" in row and "output" in row:
-        prompt, extra = strip_message(_text(row, "instruction")), strip_message(_optional(row, "input") or "")
-        return _ask(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra), system, _text(row, "output")
-    if "prompt" in row and "response" in row:
-        return _ask(_text(row, "prompt")), system, _text(row, "response")
-    if "prompt" in row and "steps" in row and "answer" in row:
-        return _ask(_text(row, "prompt")), system, (_text(row, "steps"), _text(row, "answer"))
-    if "question" in row and "answer" in row:
-        return _ask(_text(row, "question")), system, _text(row, "answer")
-    keys = ", ".join(sorted(row)[:6]) or "(none)"
-    raise BrokenLine("unknown format", f"keys {keys}; known are {'; '.join(FORMATS)}")
-
-
-def _read_messages(messages: Any, system: str | None) -> tuple[list[Message], str | None, str]:
-    if not isinstance(messages, list) or not messages:
-        raise BrokenLine("wrong type", "`messages` must be a non-empty list")
-    turns: list[Message] = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise BrokenLine("wrong type", f"`messages[{number}]` must be an object, got {type(message).__name__}")
-        turns.append({key: _text(message, key, f"messages[{number}].") for key in ("role", "content")})
-    if turns[0]["role"] == "system":
-        own = turns.pop(0)["content"]
-        system = own if system is None else f"{own}\n\n{system}"
-    if not turns or turns[-1]["role"] != "assistant":
-        raise RowError("roles out of order", "the last message must be the assistant's")
-    return turns[:-1], system, turns[-1]["content"]
-
-
-def _ask(prompt: str) -> list[Message]:
-    return [{"role": "user", "content": prompt}]
-
-
-def _text(row: dict[str, Any], key: str, where: str = "") -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise BrokenLine("wrong type", f"`{where}{key}` must be a string, got {type(value).__name__}")
-    return value
-
-
-def _optional(row: dict[str, Any], key: str) -> str | None:
-    return None if row.get(key) is None else _text(row, key)
 
 
 def _label(row: dict[str, Any], key: str) -> Any:

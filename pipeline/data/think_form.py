@@ -3,11 +3,13 @@
 An assistant turn is `THINK_MARKER \n steps \n\n ANSWER_MARKER \n answer`; each marker stands exactly once, alone on its
 line, in this order, and both parts are non-empty. Data, Modelfile and server share `SYSTEM_MESSAGE`.
 Leading Unicode whitespace tokenises differently in HF and llama.cpp (C `isspace` only), so messages are stripped here.
+In the base's own form the steps stand in `reasoning_content` beside the answer, and the chat template writes both.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from so8t_core.errors import InputError
 
@@ -23,7 +25,7 @@ SYSTEM_MESSAGE = (
 _INVISIBLE = "\u200b\u2060\u180e\ufeff"
 _ENDS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + _INVISIBLE  # U+3000 is the last space of Unicode
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content; reasoning_content in the base's form; tool calls
 
 
 class RowError(InputError):
@@ -33,6 +35,10 @@ class RowError(InputError):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+
+
+class BrokenLine(RowError):
+    """A line that is not a row in a known format: it stops the run unless `skip_bad_rows` is set."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,31 @@ def require(text: str) -> Thought:
     if not answer:
         raise RowError("empty answer", f"nothing after `{ANSWER_MARKER}`")
     return Thought(steps=steps, answer=answer)
+
+
+def assistant_message(thought: Thought, *, base_form: bool) -> Message:
+    """The assistant's message of a thought; `read_assistant` undoes it.
+
+    Raises:
+        RowError: a part is empty or contains a marker.
+    """
+    if base_form:
+        return {"role": "assistant", "reasoning_content": thought.steps, "content": thought.answer}
+    return {"role": "assistant", "content": format_assistant(thought.steps, thought.answer)}
+
+
+def read_assistant(message: Message) -> Thought:
+    """Steps and answer of an assistant's message in either form.
+
+    Raises:
+        RowError: it is in neither.
+    """
+    if "reasoning_content" not in message:
+        return require(message["content"])
+    thought = Thought(strip_message(message["reasoning_content"]), strip_message(message["content"]))
+    if not thought.steps or not thought.answer:
+        raise RowError("empty answer" if thought.steps else "empty steps", "a part of the message has no text")
+    return thought
 
 
 def parse(text: str) -> Thought | None:

@@ -16,9 +16,9 @@ below. tests/pipeline/test_plan.py holds all of it against measured runs.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,7 @@ def mean_length(config: RunConfig, tokenizer: Any | None) -> float:
     from pipeline.data.generator import generate
     from pipeline.data.masking import render_row
     from pipeline.data.rows import to_think_row
+    from pipeline.data.source_rows import read_rows
     from pipeline.data.think_form import RowError, chat, format_assistant
 
     lengths: list[int] = []
@@ -291,14 +292,14 @@ def mean_length(config: RunConfig, tokenizer: Any | None) -> float:
             answer = {"role": "assistant", "content": format_assistant(row["steps"], row["answer"])}
             lengths.append(len(render_row(tokenizer, [*chat(row["prompt"]), answer]).input_ids))
     for name in config.data.sources:
-        if tokenizer is None or not Path(name).is_file():
+        if tokenizer is None or not Path(name).exists():
             continue  # a URL: its length is not known here
-        with open(name, encoding="utf-8") as lines:
-            for line, _ in zip(lines, range(24), strict=False):
-                try:
-                    messages = to_think_row(json.loads(line), family="sample").messages
+        for _, found in islice(read_rows(Path(name)), 24):
+            try:
+                if isinstance(found, dict):
+                    messages = to_think_row(found, family="sample").messages
                     lengths.append(len(render_row(tokenizer, messages).input_ids))
-                except (RowError, ValueError):
-                    continue  # the data step counts these
+            except RowError:
+                continue  # the data step counts these
     mean = sum(lengths) / len(lengths) if lengths else config.data.max_tokens / 2
     return min(mean, float(config.data.max_tokens))

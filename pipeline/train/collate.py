@@ -19,7 +19,7 @@ Row = dict[str, list[int]]
 
 
 class EncodedRows(Dataset[Row]):
-    """Rows of a /think JSONL file as token ids and labels, encoded once.
+    """Rows of the data step's JSONL file as token ids and labels, encoded once.
 
     Raises:
         InputError: the file has no rows, or one that cannot be encoded.
@@ -29,7 +29,7 @@ class EncodedRows(Dataset[Row]):
         rows = read_jsonl(path)[:limit]
         if not rows:
             raise InputError(f"{path} has no rows; run the data step with other sources or a larger generator")
-        self.rows = [encode_row(tokenizer, row["messages"]) for row in rows]
+        self.rows = [encode_row(tokenizer, row["messages"], tools=row.get("tools", ())) for row in rows]
 
     def __len__(self) -> int:
         return len(self.rows)

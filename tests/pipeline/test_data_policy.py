@@ -21,7 +21,7 @@ from pipeline.data import privacy
 from pipeline.data.build import build_dataset
 from pipeline.data.inputs import expected_rows
 from pipeline.data.report import MAX_NAMES, OTHER_NAMES
-from pipeline.data.rows import MAX_LINE
+from pipeline.data.source_rows import MAX_LINE
 from so8t_core.errors import InputError
 
 PHONE, MAIL = "090-1234-5678", "hanako.yamada@example.jp"

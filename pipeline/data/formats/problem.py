@@ -1,0 +1,108 @@
+"""Problems with worked solutions: reasoning in a field of its own, a `solution`, one or several `generations`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.data.formats.fields import (
+    ANSWERS,
+    PROMPTS,
+    REASONING,
+    present,
+    prompt_of,
+    stated_answer,
+    system_of,
+    text,
+    value_text,
+)
+from pipeline.data.formats.registry import Conversation, Format, Target, ask, register
+from pipeline.data.think_form import BrokenLine, RowError
+
+_VERDICTS = ("correctness_math_verify", "correctness", "is_correct", "correct", "correctness_llama")
+
+
+@register
+class Generations(Format):
+    """`generations` (a list) or `generation`: a model's replies to a problem, with verdicts on them or without."""
+
+    name = "generations"
+    keys = ("generations",)
+
+    def accepts(self, row: dict[str, Any]) -> bool:
+        """A prompt and at least one generation."""
+        return present(row, PROMPTS) is not None and present(row, ("generations", "generation")) is not None
+
+    def read(self, row: dict[str, Any]) -> Conversation:
+        """See `Format.read`.
+
+        Raises:
+            BrokenLine: generations that are no texts.
+            RowError: none that its source calls correct.
+        """
+        key = str(present(row, ("generations", "generation")))
+        given = row[key] if isinstance(row[key], list) else [row[key]]
+        if not all(isinstance(part, str) for part in given):
+            raise BrokenLine("wrong type", f"`{key}` must be a string or a list of strings")
+        stated = stated_answer(row)
+        right = [part for part, good in zip(given, _verdicts(row, len(given)), strict=True) if good]
+        if not right:
+            raise RowError("judged wrong by its source", f"no one of {len(given)} generations is marked as correct")
+        prompt = ask(prompt_of(row, str(present(row, PROMPTS))))
+        first, *others = [Target(part, stated=stated) for part in right]
+        return Conversation(prompt, first, system_of(row), alternatives=tuple(others))
+
+
+def _verdicts(row: dict[str, Any], count: int) -> list[bool]:
+    """Which generations the source calls correct; all where it says nothing."""
+    for key in _VERDICTS:
+        said = row.get(key)
+        said = [said] * count if isinstance(said, bool) else said
+        if isinstance(said, list) and len(said) == count and all(isinstance(one, bool) for one in said):
+            return said
+    return [True] * count
+
+
+@register
+class Reasoned(Format):
+    """A prompt, reasoning in a field of its own, and an answer."""
+
+    name = "reasoning/answer"
+    keys = ("prompt", "steps", "answer")
+
+    def accepts(self, row: dict[str, Any]) -> bool:
+        """One key of each group."""
+        question = present(row, PROMPTS)
+        replies = [key for key in ANSWERS if key != question]
+        return question is not None and present(row, REASONING) is not None and present(row, replies) is not None
+
+    def read(self, row: dict[str, Any]) -> Conversation:
+        """See `Format.read`."""
+        question, reasoning = str(present(row, PROMPTS)), str(present(row, REASONING))
+        reply = str(present(row, [key for key in ANSWERS if key != question]))
+        target = Target(value_text(row, reply), _steps(row, reasoning), stated_answer(row, but=reply))
+        return Conversation(ask(prompt_of(row, question)), target, system_of(row))
+
+
+def _steps(row: dict[str, Any], key: str) -> str:
+    """Reasoning as one text; a list of strings is one step a line."""
+    value = row[key]
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n".join(value)
+    return text(row, key)
+
+
+@register
+class Solution(Format):
+    """A problem and its `solution`, with the answer in a box, behind a marker, or in `answer`."""
+
+    name = "solution"
+    keys = ("problem", "solution")
+
+    def accepts(self, row: dict[str, Any]) -> bool:
+        """A prompt and a solution."""
+        return present(row, PROMPTS) is not None and present(row, ("solution",)) is not None
+
+    def read(self, row: dict[str, Any]) -> Conversation:
+        """See `Format.read`."""
+        target = Target(text(row, "solution"), stated=stated_answer(row))
+        return Conversation(ask(prompt_of(row, str(present(row, PROMPTS)))), target, system_of(row))

@@ -1,0 +1,172 @@
+"""Do the steps lead to the answer? What rules can tell: the question's own sum, the last step's, and what it ends in.
+
+Judged is only what has one reading: an answer that is one number, date or weekday, and a last line that holds such
+things. Everything else has no objection. A unit's change between the last step and the answer is no disagreement.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from fractions import Fraction
+
+from pipeline.data.truth.calendar import dates_in, same_date, weekdays_in
+from pipeline.data.truth.equality import unwrap
+from pipeline.data.truth.numerals import DECIMAL, Quantity, fold, numbers_in, quantity
+
+MAX_SUM = 120  # characters of an arithmetic expression
+MAX_POWER = 64
+_PART = rf"(?:{DECIMAL}|[()])"
+_SUM = rf"(?:[-+]\s*)?{_PART}(?:\s*(?:[-+*/^×÷·∙]|\*\*)?\s*{_PART})*"
+_EQUATION = re.compile(
+    rf"(?<![\w.,/)\^*=\-])(?P<left>{_SUM})\s*=\s*[$¥€£]?\s*(?P<right>-?{DECIMAL})(?![\w.,]*\d)(?!\s*[*+/^×÷!√πa-z(\\]|\s+-\s*\d)"
+)
+_CONCLUDES = re.compile(
+    r"\b(?:so|thus|therefore|hence|total|altogether|in all|left)\b|したがって|よって|だから|合計|全部で|残り|答え"
+)
+_QUESTION = re.compile(
+    rf"(?:what is|what's|calculate|compute|evaluate|work out)?\s*(?P<sum>{_SUM})\s*(?:=\s*)?"
+    r"(?:\?|？|は?いくつですか。?|はいくつ\??|はいくらですか。?|を計算し(?:て|なさい|てください)。?|の答えは\??|=|\.)?\s*"
+)
+
+
+def objection(prompt: str, steps: str, answer: str) -> str | None:
+    """Why steps and answer, or question and answer, disagree; None where nothing does, or where no rule can tell."""
+    line = next((line for line in reversed(steps.splitlines()) if re.search(r"\w", line)), "")
+    value = quantity(unwrap(answer))
+    return (
+        _wrong_sum(line)
+        or (_against_question(prompt, value) if value else None)
+        or _against_dates(line, answer)
+        or (_against_line(line, steps, value) if value else None)
+    )
+
+
+def equations(line: str) -> list[tuple[Fraction, Fraction, int]]:
+    """(value of the left side, the right side, where it ends) of every equation of plain numbers in a line."""
+    folded = _plain(line)
+    found = []
+    for match in _EQUATION.finditer(folded):
+        left, right = evaluate(match["left"]), quantity(match["right"])
+        if left is not None and right is not None and re.search(r"[-+*/^×÷]", match["left"].lstrip("+- ")):
+            found.append((left, right.value, match.end()))
+    return found
+
+
+def evaluate(text: str) -> Fraction | None:
+    """Exact value of an arithmetic expression; None where it is none, divides by zero, or is out of bounds."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.strip())
+    if len(text) > MAX_SUM:
+        return None
+    text = re.sub(r"[×·∙]", "*", text).replace("÷", "/").replace("^", "**")
+    try:
+        return _value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def _value(node: ast.AST) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return Fraction(str(node.value))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        return -_value(node.operand) if isinstance(node.op, ast.USub) else _value(node.operand)
+    if isinstance(node, ast.BinOp):
+        left, right = _value(node.left), _value(node.right)
+        if isinstance(node.op, ast.Add):
+            return left + right
+        if isinstance(node.op, ast.Sub):
+            return left - right
+        if isinstance(node.op, ast.Mult):
+            return left * right
+        if isinstance(node.op, ast.Div):
+            return left / right
+        if isinstance(node.op, ast.Pow) and right.denominator == 1 and abs(right) <= MAX_POWER and abs(left) < 10**6:
+            return Fraction(left**right.numerator)
+    raise ValueError("no arithmetic")
+
+
+def _plain(line: str) -> str:
+    """A line with its numbers bare: no currency, no percent sign, no thousands' commas, no LaTeX signs."""
+    text = fold(line).replace("\\times", "*").replace("\\cdot", "*").replace("\\div", "/")
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"(\1/\2)", text)
+    text = re.sub(r"(?<=\d)\s*%", "", text) if "%" in text and not re.search(r"%\s*(?:of|\*)", text) else text
+    return re.sub(r"(?<=[\d)])\s*x\s*(?=[\d(])", " * ", re.sub(r"[$¥€£]|\\left|\\right", "", text))
+
+
+def _rounded(exact: Fraction, shown: Fraction) -> bool:
+    """Whether `shown` is `exact` rounded to the digits that it shows, or cut there."""
+    if exact == shown:
+        return True
+    size = Fraction(1)
+    while (shown / size).denominator != 1 and size > Fraction(1, 10**12):
+        size /= 10
+    return exact.denominator not in (1,) and abs(exact - shown) < size
+
+
+def _wrong_sum(line: str) -> str | None:
+    if re.search(r"\bmod\b|remainder|余り|あまり|…|≈|\bbase\b|進法|%|!", fold(line)):
+        return None
+    for left, right, _ in equations(line):
+        if not _rounded(left, right):
+            return f"arithmetic of the last step: {_show(left)} is written as {_show(right)}"
+    return None
+
+
+def _against_question(prompt: str, answer: Quantity) -> str | None:
+    """A question that is nothing but a sum has one answer."""
+    found = _QUESTION.fullmatch(_plain(prompt).strip())
+    if found is None or not re.search(r"[-+*/^×÷]", found["sum"].strip().lstrip("+-")):
+        return None
+    value = evaluate(found["sum"])
+    if value is None or _rounded(value, answer.value):
+        return None
+    return f"the question's own sum is {_show(value)}, the answer {_show(answer.value)}"
+
+
+def _against_dates(line: str, answer: str) -> str | None:
+    wanted, seen = dates_in(answer), dates_in(line)
+    if len(wanted) == 1 and seen and len(answer) <= 40:
+        return None if any(same_date(wanted[0], date) for date in seen) else "the last step ends in another date"
+    days, passed = weekdays_in(answer), weekdays_in(line)
+    if len(days) == 1 and len(answer) <= 12 and passed and days[0] not in passed:
+        return "the last step ends in another weekday"
+    return None
+
+
+def _against_line(line: str, steps: str, answer: Quantity) -> str | None:
+    """One number as the answer against the numbers of the last line."""
+    if dates_in(line) or re.search(r"\d:\d\d|時\s*\d|時半", fold(line)) or answer.unit in ("月", "時", "日"):
+        return None
+    seen = set(numbers_in(line))
+    if not seen:
+        return None
+    close = {value for value in seen if _close(value, answer.value)}
+    sums = equations(line)
+    if len(sums) == 1 and not re.search(r"\w", _plain(line)[sums[0][2] :]):  # the line ends in its one equation
+        result = sums[0][1]
+        if not _close(result, answer.value) and not _other_unit(result, answer.value):
+            return f"the last step ends in {_show(result)}, the answer is {_show(answer.value)}"
+    if close or any(_other_unit(value, answer.value) for value in seen):
+        return None
+    elsewhere = any(_close(value, answer.value) for value in numbers_in(steps))
+    if (len(seen) == 1 and _CONCLUDES.search(fold(line))) or not elsewhere:
+        return f"no number of the last step is the answer {_show(answer.value)}"
+    return None
+
+
+def _close(a: Fraction, b: Fraction) -> bool:
+    """Equal, or one is the other rounded."""
+    return a == b or _rounded(a, b) or _rounded(b, a)
+
+
+def _other_unit(a: Fraction, b: Fraction) -> bool:
+    """The same quantity in another unit: percent, minutes, dozens of cents, metres."""
+    return a != 0 and b != 0 and (a / b in _RATIOS or b / a in _RATIOS)
+
+
+_RATIOS = {Fraction(n) for n in (60, 100, 1000, 3600, 1_000_000)}
+
+
+def _show(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"
