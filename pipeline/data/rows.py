@@ -40,6 +40,7 @@ from pipeline.data.truth.equality import normalised, same_answer
 LABELS = ("four_class_label", "domain_label", "safety_label")
 DISAGREES = "steps and answer disagree"
 EARLIER = "earlier turns cut to their answers"
+_KOREAN_LETTER = re.compile(r"[\uac00-\ud7a3]")
 _JAPANESE_LETTER = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
 
@@ -109,6 +110,7 @@ def _target(found: Conversation) -> tuple[Thought, str]:
         RowError: of the first candidate, where none holds.
     """
     first: RowError | None = None
+    kept: list[tuple[Thought, Target]] = []
     for target in (found.target, *found.alternatives):
         try:
             thought = target_thought(target)
@@ -118,10 +120,22 @@ def _target(found: Conversation) -> tuple[Thought, str]:
         except RowError as error:
             first = first or error
         else:
-            text = strip_message(target.text)
-            return thought, text if target.reasoning is None and has_marker(text) else ""
-    assert first is not None
-    raise first
+            kept.append((thought, target))
+            if target.stated is not None:
+                break  # what the row states has decided
+    if not kept:
+        assert first is not None
+        raise first
+    (thought, target), *others = kept
+    if any(not same_answer(_named(thought), _named(other)) for other, _ in others):
+        raise RowError("two different answers", "several generations, which disagree, and no answer that decides")
+    text = strip_message(target.text)
+    return thought, text if target.reasoning is None and has_marker(text) else ""
+
+
+def _named(thought: Thought) -> str:
+    """The answer that the reply names, or all of the reply."""
+    return final_answer(thought.answer) or thought.answer
 
 
 def target_thought(target: Target) -> Thought:
@@ -162,7 +176,7 @@ def _bare_reasoning(text: str) -> str:
 
 def _require_stated(thought: Thought, stated: str) -> None:
     """Raise `RowError` unless the answer that was split off is the one that the row states."""
-    named = final_answer(thought.answer) or thought.answer
+    named = _named(thought)
     if same_answer(named, stated) or same_answer(thought.answer, stated):
         return
     long = "\n" in named or len(named) > 60
@@ -232,7 +246,9 @@ def _earlier(turn: Message, options: RowOptions, notes: list[str]) -> Message:
 
 
 def detect_language(text: str) -> str:
-    """`ja` if kana or han characters occur outside the markers, else `en`; a label for counting, nothing more."""
+    """`ko` for Hangul, `ja` for kana or han characters, else `en`; a label for counting, nothing more."""
+    if _KOREAN_LETTER.search(text):
+        return "ko"
     return "ja" if _JAPANESE_LETTER.search(text) else "en"
 
 

@@ -19,17 +19,17 @@ _BOLD = r"(?:\*\*|__)?"
 _COLON = r"[:：＝=]"
 _OPENED, _CLOSED = r"[\[［【(（「『<〈＜《]", r"[\]］】)）」』>〉＞》]"
 _ENGLISH = (
-    rf"{_BOLD}(?<!\w)(?:(?:so|thus|therefore|hence)\b,?\s+)?(?:the|our|my)\s+(?:final\s+|correct\s+|right\s+)?"
+    rf"(?:^{_SPACE}>{_SPACE})?{_BOLD}(?:final\s+answer{_COLON}\s*)?(?<!\w)(?:(?:so|thus|therefore|hence)\b,?\s+)?(?:the|our|my)\s+(?:final\s+|correct\s+|right\s+)?"
     rf"(?:answer|choice|option)(?:\s+(?:here|to\s+(?:the|this)\s+(?:question|problem)))?\s*"
     rf"(?:\bis\b|\bmust\s+be\b|\bwould\s+be\b|{_COLON}){_BOLD}{_SPACE}{_COLON}?{_SPACE}(?={_BOLD}(?!\s*(?:not|n't)\b))"
 )
-_HEAD = rf"^{_SPACE}(?:>{_SPACE})?(?:#{{1,3}}{_SPACE})?"  # a quotation mark or a heading in front
+_HEAD = rf"^{_SPACE}(?:(?:>|[-•]|\*(?!\*)){_SPACE})?(?:#{{1,3}}{_SPACE})?"  # a quotation, list or heading mark in front
 _NAME = r"(?:(?:the\s+)?final\s+)?(?:answer|ans\.?)|final\s+result"
 _LABELLED = (
     rf"{_HEAD}{_BOLD}{_OPENED}?{_BOLD}{_SPACE}(?:{_NAME}){_SPACE}"
     rf"(?:{_BOLD}{_CLOSED}{_BOLD}{_SPACE}{_COLON}?|{_BOLD}{_SPACE}{_COLON}{_SPACE}{_BOLD}{_CLOSED}?){_BOLD}\s*"
     rf"|{_HEAD}(?:\*\*|__)?(?:final\s+)?answer(?:\*\*|__)?{_SPACE}\n+"
-    rf"|(?<=[.!?])[ \t]+(?:final\s+)?answer\s*{_COLON}{_SPACE}"
+    rf"|(?<=[.!?])[ \t]+{_BOLD}(?:final\s+)?answer\s*{_BOLD}\s*{_COLON}{_BOLD}{_SPACE}"
     rf"|^{_SPACE}(?:final\s+)?(?:answer)[ \t\u3000]+(?=[^\s:：=]+{_SPACE}\Z)"
 )
 _HASHES = r"(?<!#)####(?!#)\s*"
@@ -41,13 +41,24 @@ _JAPANESE = (
     rf"|^{_SPACE}(?:#{{1,3}}{_SPACE})?{_BOLD}{_OPENED}{_SPACE}{_NAME_JA}{_SPACE}{_CLOSED}{_BOLD}[:：、\s]*"
     rf"|^{_SPACE}(?:#{{1,3}}{_SPACE})?{_BOLD}{_NAME_JA}{_BOLD}{_SPACE}(?:{_COLON}|[.．]){_BOLD}\s*"
     rf"|^{_SPACE}{_BOLD}(?:最終的な|最終)?(?:答え|解答|回答|正解){_BOLD}[ \t\u3000\n]+"
+    rf"|(?<=[。.!?！？]){_SPACE}(?:答え|解答|回答|正解)[ \t\u3000]+(?=\S+\s*\Z)"
 )
+_KOREAN = r"(?:(?:따라서|그러므로),?\s*)?(?:정답은|답은|정답\s*[:：])\s*"
 _HANDOVER = re.compile(
-    f"(?P<english>{_ENGLISH}|{_LABELLED})|(?P<hashes>{_HASHES})|(?P<japanese>{_JAPANESE})", re.IGNORECASE | re.MULTILINE
+    f"(?P<english>{_ENGLISH}|{_LABELLED})|(?P<hashes>{_HASHES})|(?P<japanese>{_JAPANESE}|{_KOREAN})",
+    re.IGNORECASE | re.MULTILINE,
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _CALCULATOR = re.compile(r"<<[\d\s+\-*/().,%$x×÷]{1,120}=[\d\s.,/%$-]{1,40}>>")
-_COPULA = re.compile("(?:です|でした|だ|になります|となります|になる|となる|である)$")
+_COPULA = re.compile(
+    "(?:です|でした|だ|である|であります|[にと]な(?:る|った|ります|りました)|(?:だ|である)?と(?:わか|分か)(?:る|ります|りました)|\s*입니다|\s*이다)$"
+)
+_EMPTY_LABEL = re.compile(r"(?:^|(?<=[.!?\n]))[ \t*#]*final answer\s*[:：]?[\s*]*\Z", re.IGNORECASE)
+_POLITE = re.compile(r"\s*I hope it is correct\.?\s*\Z", re.IGNORECASE)
+_VERB = re.compile(
+    "(?:ます|ました|ません|する|した|なる|なった|いる|いた|ない|なかった|れる|れた|える|えた|でしょう|だろう)$"
+)
+_VALUE = 6  # words of a value that a marker names; more is a sentence, of which only the numbers are compared
 _STOPS = "。." + "".join(filter(str.isspace, map(chr, range(0x3001))))
 
 
@@ -55,7 +66,7 @@ _STOPS = "。." + "".join(filter(str.isspace, map(chr, range(0x3001))))
 class Handover:
     """One place where a text names its answer: the marker's span and what follows it in the same line."""
 
-    kind: str  # english, hashes, japanese
+    kind: str  # english, hashes, japanese (Korean too)
     start: int
     end: int
     text: str
@@ -103,7 +114,7 @@ def split_at_marker(text: str) -> Thought:
         return _split_at_box(text, found, boxed)
     last = found[-1]
     answer = _answer_after(text, last)
-    steps = strip_message(text[: last.start]).rstrip(",、 ").rstrip()
+    steps = strip_message(_EMPTY_LABEL.sub("", text[: last.start])).rstrip(",、 ").rstrip()
     steps = strip_message(without_calculator_marks(steps))
     if not steps:
         raise RowError("no reasoning", "nothing stands before the explicit answer")
@@ -137,7 +148,7 @@ def unbox(text: str) -> str:
 
 
 def _answer_after(text: str, handover: Handover) -> str:
-    answer = strip_message(text[handover.end :])
+    answer = strip_message(_POLITE.sub("", text[handover.end :]))
     if handover.kind == "english":
         answer = answer.rstrip(".。 ")
     elif handover.kind == "japanese":
@@ -146,6 +157,8 @@ def _answer_after(text: str, handover: Handover) -> str:
     if bold.search(answer) and answer.count("**") + answer.count("__") == 1:  # "**The answer is 5**"
         answer = bold.sub("", answer).rstrip(".。 ")
         answer = _COPULA.sub("", answer) if handover.kind == "japanese" else answer
+    if handover.kind == "japanese" and _VERB.search(answer):
+        raise RowError("answer unclear", "a sentence follows the marker, not an answer")
     return require_answer(answer, marker=handover.text.strip())
 
 
@@ -171,8 +184,8 @@ def _require_one_answer(text: str, earlier: list[Handover], boxed: list[tuple[in
 def _named_by(text: str, handover: Handover) -> str:
     """The first sentence behind an earlier marker, as far as it can be an answer."""
     line = text[handover.end :].lstrip().split("\n", 1)[0]
-    sentence = re.split(r"(?<!\d)\.(?=\s|$)|(?<=\d)\.(?=\s|$)|[。!?！？]", line, maxsplit=1)[0]
-    return _COPULA.sub("", strip_message(sentence))
+    sentence = re.split(r"\.(?=[\s*_]|$)|[。!?！？]", line, maxsplit=1)[0]
+    return _COPULA.sub("", strip_message(sentence).rstrip("*_ "))
 
 
 def disagrees(named: str, answer: str) -> bool:
@@ -184,7 +197,7 @@ def disagrees(named: str, answer: str) -> bool:
     else:
         if same_answer(named, answer):
             return False
-        if quantity(named) is not None or re.fullmatch(r"\(?[A-Ja-j][).]?|\w+", named):
-            return True
+        if quantity(named) is not None or len(named.split()) <= _VALUE:
+            return not set(numbers_in(named)) & set(numbers_in(answer)) or quantity(named) is not None
     wanted, seen = numbers_in(answer), numbers_in(named)
     return bool(wanted and seen) and not set(wanted) & set(seen)

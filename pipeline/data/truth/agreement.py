@@ -149,10 +149,18 @@ def _against_line(line: str, steps: str, answer: Quantity) -> str | None:
             return f"the last step ends in {_show(result)}, the answer is {_show(answer.value)}"
     if close or any(_other_unit(value, answer.value) for value in seen):
         return None
+    if "=" not in line and len(seen) <= 6 and _combines(seen, answer.value):
+        return None  # "12 times 3": the line asks for the step that gives the answer
     elsewhere = any(_close(value, answer.value) for value in numbers_in(steps))
     if (len(seen) == 1 and _CONCLUDES.search(fold(line))) or not elsewhere:
         return f"no number of the last step is the answer {_show(answer.value)}"
     return None
+
+
+def _combines(seen: set[Fraction], wanted: Fraction) -> bool:
+    """Whether one step of arithmetic on two of the numbers gives the wanted one."""
+    pairs = [(a, b) for a in seen for b in seen if a != b]
+    return any(wanted in (a + b, a - b, a * b) or (b and wanted == a / b) for a, b in pairs)
 
 
 def _close(a: Fraction, b: Fraction) -> bool:

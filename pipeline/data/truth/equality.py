@@ -41,8 +41,7 @@ def unwrap(answer: str, *, quotes: bool = True) -> str:
                 len(text) > len(opened) + len(closed)
                 and text.startswith(opened)
                 and text.endswith(closed)
-                and opened not in inner
-                and closed not in inner
+                and not re.search(rf"(?<!\\){re.escape(opened)}|(?<!\\){re.escape(closed)}", inner)
             ):
                 text = inner.strip()
         if quotes and len(text) > 2 and _QUOTES.get(text[0]) == text[-1] and text[-1] not in text[1:-1]:
