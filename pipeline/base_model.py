@@ -106,6 +106,26 @@ def demo_tokenizer() -> Any:
     return tokenizer
 
 
+def base_tokenizer(base: str) -> Any:
+    """The tokenizer of `model.base`, without its weights; nothing is unpacked.
+
+    Raises:
+        InputError: neither a checkpoint directory, a hub id, nor the demo model; or no chat template.
+    """
+    from pipeline.tokenizer import load_tokenizer
+
+    if base == DEMO_MODEL:
+        return demo_tokenizer()
+    if Path(base).is_dir():
+        return load_tokenizer(Path(base))
+    from huggingface_hub import snapshot_download
+
+    try:
+        return load_tokenizer(Path(snapshot_download(base, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt"])))
+    except hub_errors() as error:
+        raise not_on_the_hub(base, error) from None
+
+
 @contextlib.contextmanager
 def self_test_model(reference: Path | None, *, quick: bool) -> Iterator[tuple[Path | None, Any]]:
     """What the gate's self-test plants its faults into: (checkpoint, None), or (None, tokenizer) of the short run."""

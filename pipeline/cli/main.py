@@ -280,16 +280,44 @@ def data(
     collect: Annotated[
         bool, typer.Option("--collect", help="first fetch the URLs of data.manifest that may be fetched")
     ] = False,
+    preview: Annotated[
+        int, typer.Option("--preview", metavar="N", min=0, help="show N rows by mask and the counts; write nothing")
+    ] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Build and check the /think dataset."""
+    """Build and check the dataset."""
     if collect:
         from pipeline.config import load_config
         from pipeline.data.collect.collect import collect_for
         from pipeline.progress import Reporter
 
         collect_for(load_config(config, overrides).data, Reporter(quiet=quiet).note)
+    if preview:
+        _preview(config, overrides, preview, quiet=quiet)
+        return
     _execute(config, overrides, until="data", quiet=quiet)
+
+
+def _preview(config: Path, overrides: list[str] | None, rows: int, *, quiet: bool) -> None:
+    """The first training rows by mask, and the counts."""
+    from pipeline.config import load_config
+
+    loaded = load_config(config, overrides)
+    _quiet_transformers()
+    from pipeline.base_model import base_tokenizer
+    from pipeline.data.inputs import expected_rows
+    from pipeline.data.preview import counts_table
+    from pipeline.data.preview import preview as make_preview
+    from pipeline.progress import Reporter
+
+    tokenizer = base_tokenizer(loaded.model.base)
+    with Reporter(quiet=quiet).task("data rows", expected_rows(loaded.data)) as advance:
+        shown, report = make_preview(loaded, tokenizer, rows, lambda n: advance(n))
+    console = Console(highlight=False)
+    for text in shown:
+        console.print(text, soft_wrap=True)
+    console.print(counts_table(report))
+    console.print(f"{report.train_rows} rows would be trained on, {report.heldout_rows} held out; nothing was written.")
 
 
 @app.command(epilog="Example: so8t train configs/demo.yaml train.steps=200")

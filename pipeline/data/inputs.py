@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config import DataConfig
 from pipeline.data.source_manifest import Source, resolve
-from pipeline.data.source_rows import read_rows
+from pipeline.data.source_rows import count_rows, read_rows
 
 
 def data_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
@@ -53,7 +53,6 @@ def expected_rows(config: DataConfig) -> int:
     """Rows that the progress bar counts towards: those of the sources, and the generator's."""
     total = config.generator.rows + config.generator.heldout_rows if config.generator else 0
     for source in (source for group in data_sources(config) for source in group):
-        if source.path.is_file():
-            with source.path.open("rb") as stream:
-                total += sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
+        if source.path.exists():
+            total += count_rows(source.path)
     return total

@@ -34,6 +34,7 @@ TAGS = (
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
 )
+_PROBE = "so8tprobeanswer"
 _BLOCK = re.compile(rf"(?:\s|{'|'.join(re.escape(tag) for pair in TAGS for tag in pair)})*\Z")
 
 
@@ -181,7 +182,7 @@ def _turn_of(tokenizer: Any, chat: Sequence[Message], tools: Sequence[Any], *, p
     history = prompt + target["content"]
     _require_messages(history, chat)
     if "reasoning_content" in target:
-        return _base_turn(tokenizer, shown, prompt, target, tools)
+        return _base_turn(tokenizer, shown, prompt, target, tools, parts=parts)
     full = render(tokenizer, shown, prompt=False, tools=tools)
     head, tail = _around(full, target["content"], prompt)
     lead = head[len(prompt) :]
@@ -191,11 +192,17 @@ def _turn_of(tokenizer: Any, chat: Sequence[Message], tools: Sequence[Any], *, p
     return _Turn(prompt, target["content"], tail, (OPENED,) if opens_thinking(prompt) else (SCAFFOLD,))
 
 
-def _base_turn(tokenizer: Any, shown: list[Message], prompt: str, target: Message, tools: Sequence[Any]) -> _Turn:
+def _base_turn(
+    tokenizer: Any, shown: list[Message], prompt: str, target: Message, tools: Sequence[Any], *, parts: bool
+) -> _Turn:
     """The base's own thinking form: as its template writes it, or where it cuts thinking, as its model says it."""
     steps, answer = target["reasoning_content"], target["content"]
     full = render(tokenizer, shown, prompt=False, tools=tools)
-    head, tail = _around(full, answer, prompt)
+    # A short answer ("42") may stand in the steps and in the template's own words: its place is that of a probe.
+    probe = {**shown[-1], "content": as_parts([{"content": _PROBE}])[0]["content"] if parts else _PROBE}
+    head, tail = _around(render(tokenizer, [*shown[:-1], probe], prompt=False, tools=tools), _PROBE, prompt)
+    if full != head + answer + tail:
+        raise RowError("chat template alters a message", "the answer is not in its text as it is")
     said = head[len(prompt) :] if head.startswith(prompt) else ""
     if steps in said:
         return _Turn(prompt, said + answer, tail)

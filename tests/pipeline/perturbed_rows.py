@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Labelled:
-    """A row; `answer` is what must be trained on, None where nothing may be. `steps` are the lines that must be kept."""
+    """A row; `answer` is what must be trained on, None where nothing may be; `steps` are lines that must be kept."""
 
     row: Row
     answer: str | None
@@ -134,33 +134,33 @@ def _japanese_word(rng: random.Random) -> Problem:
 
 
 PROBLEMS: tuple[Callable[[random.Random], Problem], ...] = (
-    _english_sum, _english_price, _english_large, _english_choice, _english_word, _english_fraction, _english_date,
-    _japanese_sum, _japanese_difference, _japanese_word,
-)  # fmt: skip
+    *(_english_sum, _english_price, _english_large, _english_choice, _english_word, _english_fraction, _english_date),
+    *(_japanese_sum, _japanese_difference, _japanese_word),
+)
 
 
 def _space(rng: random.Random) -> str:
     return rng.choice(("", "", " ", "\n", "\u3000", " \n"))
 
 
+MARKED = {
+    "ja": (
+        *("\n答え：{}", "\n答え: {}", "\n答えは：{}", "\n答え {}", "\n答え\n{}", "\n最終的な答え：{}", "\n解答：{}"),
+        *("\n【答え】{}", "\n（答え）{}", "\n「答え」{}", "\n**答え**：{}", "\n**答え：{}**"),
+        *("したがって、答えは{}です。", "よって答えは{}となります。"),
+    ),
+    "en": (
+        *("\nAnswer: {}", "\nFinal answer： {}", "\n[Answer] {}", "\n(Answer) {}", "\nANSWER: {}", "\n#### {}"),
+        *("\n**Answer:** {}", "\n**Final Answer**: {}", "\n### Final Answer\n{}", "\n**The answer is {}.**"),
+        *("\nThe answer is {}.", " So the answer is {}.", "\nTherefore, the answer is {}"),
+        "\nThe final answer is: **{}**",
+    ),
+}
+
+
 def _marked(rng: random.Random, problem: Problem, answer: str) -> str:
     """The sentence or line that names the answer, in one of the spellings that people use."""
-    if problem.language == "ja":
-        return rng.choice(
-            (
-                f"\n答え：{answer}", f"\n答え: {answer}", f"したがって、答えは{answer}です。", f"\n【答え】{answer}", f"\n答えは：{answer}",
-                f"\n**答え**：{answer}", f"\n最終的な答え：{answer}", f"\n答え {answer}", f"よって答えは{answer}となります。", f"\n（答え）{answer}",
-                f"\n**答え：{answer}**", f"\n答え\n{answer}", f"\n解答：{answer}", f"\n「答え」{answer}",
-            )
-        )  # fmt: skip
-    return rng.choice(
-        (
-            f"\nAnswer: {answer}", f"\nThe answer is {answer}.", f" So the answer is {answer}.", f"\n**Answer:** {answer}",
-            f"\n**Final Answer**: {answer}", f"\nFinal answer： {answer}", f"\n#### {answer}", f"\n[Answer] {answer}",
-            f"\n**The answer is {answer}.**", f"\nThe final answer is: **{answer}**", f"\nTherefore, the answer is {answer}",
-            f"\n### Final Answer\n{answer}", f"\n(Answer) {answer}", f"\nANSWER: {answer}",
-        )
-    )  # fmt: skip
+    return rng.choice(MARKED[problem.language]).format(answer)
 
 
 def _steps(rng: random.Random, problem: Problem) -> str:
@@ -262,10 +262,10 @@ def several_turns(rng: random.Random, p: Problem) -> Row:
 FORMATS: dict[str, Callable[[random.Random, Problem], Row]] = {
     made.__name__: made
     for made in (
-        reasoning_field, tags_inside, tag_left_open_by_template, answer_tags, sharegpt, alpaca, boxed_solution,
-        generations, gsm8k, parts, rationale, several_turns,
+        *(reasoning_field, tags_inside, tag_left_open_by_template, answer_tags, sharegpt, alpaca, boxed_solution),
+        *(generations, gsm8k, parts, rationale, several_turns),
     )
-}  # fmt: skip
+}
 
 
 def _reply(problem: Problem, text: str, rng: random.Random) -> Row:
@@ -281,7 +281,8 @@ def _reply(problem: Problem, text: str, rng: random.Random) -> Row:
 
 
 def two_answers(rng: random.Random, p: Problem) -> Row:
-    text = f"{_steps(rng, p)}{_marked(rng, p, p.wrong)}\n{'待って、' if p.language == 'ja' else 'Wait.'}{_marked(rng, p, p.answer)}"
+    pause = "待って、" if p.language == "ja" else "Wait."
+    text = f"{_steps(rng, p)}{_marked(rng, p, p.wrong)}\n{pause}{_marked(rng, p, p.answer)}"
     return _reply(p, text, rng)
 
 
@@ -408,11 +409,11 @@ def two_forms(rng: random.Random, p: Problem) -> Row:
 FAULTS: dict[str, Callable[[random.Random, Problem], Row]] = {
     made.__name__: made
     for made in (
-        two_answers, thinking_ends_otherwise, unclosed, nested, repeated, answer_before_thinking, goes_on,
-        with_a_reason, alternative, denied, stated_otherwise, numbers_disagree, date_disagrees, nothing_but_the_answer,
-        empty_answer, tool_call, odd_order, late_system, judged_wrong, two_forms,
+        *(two_answers, thinking_ends_otherwise, unclosed, nested, repeated, answer_before_thinking, goes_on),
+        *(with_a_reason, alternative, denied, stated_otherwise, numbers_disagree, date_disagrees),
+        *(nothing_but_the_answer, empty_answer, tool_call, odd_order, late_system, judged_wrong, two_forms),
     )
-}  # fmt: skip
+}
 
 
 def labelled_rows(count: int, seed: int) -> Iterator[Labelled]:

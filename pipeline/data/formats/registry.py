@@ -130,13 +130,28 @@ def read_row(row: dict[str, Any]) -> Conversation:
             if known in FORMATS:
                 return known.read(row)
             try:
-                return known.read(row)
+                return _checked(known.read(row))
             except RowError:
                 raise
             except Exception as error:
                 raise BrokenLine("format failed", f"{known.name}: {type(error).__name__}: {error}") from None
     keys = ", ".join(sorted(row)[:6]) or "(none)"
     raise BrokenLine("unknown format", f"keys {keys}; known are {', '.join(f.name for f in [*_OWN, *FORMATS])}")
+
+
+def _checked(found: Any) -> Conversation:
+    """What a user's format returned, once its parts are of the right types."""
+    if not isinstance(found, Conversation):
+        raise TypeError(f"`read` must return a Conversation, got {type(found).__name__}")
+    for target in (found.target, *found.alternatives):
+        for name in ("text", "reasoning", "stated"):
+            value = getattr(target, name)
+            if not isinstance(value, str | None) or (name == "text" and value is None):
+                raise TypeError(f"`{name}` must be a string, got {type(value).__name__}")
+    for turn in found.turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise TypeError("every turn must have a `role` and a `content`, both strings")
+    return found
 
 
 def ask(prompt: str) -> list[Turn]:

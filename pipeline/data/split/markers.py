@@ -51,7 +51,7 @@ _HANDOVER = re.compile(
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _CALCULATOR = re.compile(r"<<[\d\s+\-*/().,%$x×÷]{1,120}=[\d\s.,/%$-]{1,40}>>")
 _COPULA = re.compile(
-    "(?:です|でした|だ|である|であります|[にと]な(?:る|った|ります|りました)|(?:だ|である)?と(?:わか|分か)(?:る|ります|りました)|\s*입니다|\s*이다)$"
+    r"(?:です|でした|だ|である|であります|[にと]な(?:る|った|ります|りました)|(?:だ|である)?と(?:わか|分か)(?:る|ります|りました)|\s*입니다|\s*이다)$"
 )
 _EMPTY_LABEL = re.compile(r"(?:^|(?<=[.!?\n]))[ \t*#]*final answer\s*[:：]?[\s*]*\Z", re.IGNORECASE)
 _POLITE = re.compile(r"\s*I hope it is correct\.?\s*\Z", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Numbers as people write them: 12, 12.0, 1,200, １２, 十二, 1万2千, 1/2, 1 1/2, \\frac{1}{2}, 1.5e3, twelve; with units.
+"""Numbers as people write them (12, 12.0, 1,200, １２, 十二, 1万2千, 1/2, 1 1/2, \\frac{1}{2}, 1.5e3, twelve), units.
 
 Values are exact fractions. A unit is what follows (12 個, 12 km, 12%) or a currency in front ($12, ¥12).
 """
