@@ -133,7 +133,8 @@ class _Checker:
                     raise InputError(f"{source.path}, line {number}: {error}; {way_out}") from None
                 count.reject(error.reason, f"{name}:{number}", None)
             except RowError as error:
-                count.reject(error.reason, f"{name}:{number}", item if isinstance(item, dict) else None)
+                row_or_none = item if isinstance(item, dict) else None
+                count.reject(error.reason, f"{name}:{number}", row_or_none, shown=error.shown)
 
     def generated_rows(self, rows: list[GeneratedRow], split: Split, progress: Progress | None) -> Iterator[str]:
         """Spool lines of generated rows; they pass the same checks as everybody's."""

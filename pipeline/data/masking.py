@@ -75,9 +75,10 @@ def render_row(
         raise RowError("roles out of order", "the last message must be the assistant's")
     specials = special_tokens(tokenizer) if specials is None else specials
     for message in messages:
-        for said in (message["content"], message.get("reasoning_content", "")):
-            if spelled := next((token for token in specials if token in said), None):
-                raise RowError("special token in a message", f"the {message['role']} message contains {spelled!r}")
+        for text in (message["content"], message.get("reasoning_content", "")):
+            if spelled := next((token for token in specials if token in text), None):
+                said = f"the {message['role']} message contains {spelled!r}"
+                raise RowError("special token in a message", said, shown=spelled)
     turn = _place(tokenizer, messages, tools)
     ids = _ids(tokenizer, turn.prompt + turn.target + turn.tail)
     prompt_ids = _ids(tokenizer, turn.prompt)
@@ -94,6 +95,15 @@ def render_row(
         raise RowError("all tokens masked", "the assistant's turn has no token of its own")
     notes = (*turn.notes, DATED) if writes_the_date(tokenizer) else turn.notes
     return Rendering(turn.prompt + turn.target + turn.tail, ids, len(prompt_ids), end + 1, notes)
+
+
+def prompt_text(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] = ()) -> str:
+    """What is served before the last message of a row: the text that training masks.
+
+    Raises:
+        RowError, InputError: see `render_row`.
+    """
+    return _place(tokenizer, messages, tools).prompt
 
 
 def encode_row(
@@ -186,7 +196,8 @@ def _turn_of(tokenizer: Any, chat: Sequence[Message], tools: Sequence[Any], *, p
     full = render(tokenizer, shown, prompt=False, tools=tools)
     head, tail = _around(full, target["content"], prompt)
     lead = head[len(prompt) :]
-    if head.startswith(prompt) and not lead.strip():  # some templates write one space before the answer
+    # Some templates write a space before the answer, some a channel's name between control tokens: the model says both.
+    if head.startswith(prompt) and (not lead.strip() or _only_control(lead, tokenizer)):
         return _Turn(prompt, lead + target["content"], tail, (OPENED,) if opens_thinking(prompt) else ())
     _require_scaffold_only(prompt, head)
     return _Turn(prompt, target["content"], tail, (OPENED,) if opens_thinking(prompt) else (SCAFFOLD,))
@@ -211,6 +222,12 @@ def _base_turn(
     lead = "" if prompt.endswith("\n") else "\n"
     start = lead if opens_thinking(prompt) else f"{opened}\n"
     return _Turn(prompt, f"{start}{steps}\n{closed}\n\n{answer}", tail)
+
+
+def _only_control(text: str, tokenizer: Any) -> bool:
+    """Whether a text is control tokens with at most one word between two of them."""
+    tokens = "|".join(re.escape(token) for token in special_tokens(tokenizer))
+    return bool(tokens) and re.fullmatch(rf"(?:{tokens})(?:\w{{0,20}}(?:{tokens}))*", text) is not None
 
 
 def _around(full: str, answer: str, prompt: str) -> tuple[str, str]:

@@ -38,20 +38,24 @@ class SourceCount:
     notes: Counter[str] = field(default_factory=Counter)  # what was done to kept rows, or found in them
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
-    def reject(self, reason: str, where: str, row: dict[str, Any] | None) -> None:
-        """Count a row that is left out; the first ones of each reason are kept as samples."""
+    def reject(self, reason: str, where: str, row: dict[str, Any] | None, *, shown: str = "") -> None:
+        """Count a row that is left out; the first ones of each reason are kept as samples.
+
+        Args:
+            shown: particulars that hold nothing of the row, such as the special token that it spells.
+        """
         self.rejected[reason] += 1
-        self._show(reason, where, row)
+        self._show(reason, where, row, shown)
 
     def duplicate(self, where: str, row: dict[str, Any]) -> None:
         """Count an exact duplicate."""
         self.duplicates += 1
         self._show("exact duplicate", where, row)
 
-    def _show(self, reason: str, where: str, row: dict[str, Any] | None) -> None:
+    def _show(self, reason: str, where: str, row: dict[str, Any] | None, said: str = "") -> None:
         shown = self.samples.setdefault(reason, [])
         if len(shown) < SAMPLES:
-            shown.append({"row": where, "shape": _shape(row)})
+            shown.append({"row": where, "shape": _shape(row), **({"because": said} if said else {})})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for report.json; reasons in alphabetical order."""

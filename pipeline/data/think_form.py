@@ -29,12 +29,16 @@ Message = dict[str, Any]  # role and content; reasoning_content in the base's fo
 
 
 class RowError(InputError):
-    """One row cannot be used; `reason` is the short name it is counted under, `detail` the particulars."""
+    """One row cannot be used; `reason` is the short name it is counted under, `detail` the particulars.
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    `shown` is what a report may show of the particulars: it holds nothing of the row.
+    """
+
+    def __init__(self, reason: str, detail: str = "", *, shown: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+        self.shown = shown
 
 
 class BrokenLine(RowError):

@@ -1,41 +1,55 @@
 """Held-out prompts answered by the shipped file, before and after training, and how many come out right.
 
-In /think form: both markers once and in order, non-empty parts, and the model ended its turn itself. Exactly right: the
-answer equals the expected one after NFKC, ends stripped of spaces and one closing full stop, case folded.
+In form: both /think markers once and in order (or the base's own thinking, where that was trained), non-empty parts,
+and the model ended its turn itself. Right: the answer says what the expected one says: "12", "12.0", "十二", "12 個".
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.think_form import parse
+from pipeline.data.masking import prompt_text
+from pipeline.data.split.markers import final_answer
+from pipeline.data.split.tags import take_thinking
+from pipeline.data.think_form import RowError, Thought, parse
+from pipeline.data.truth.equality import same_answer
 from pipeline.release.generate import Completion, complete
 from verification.gate.report import AnswerRecord
 
 SAMPLES = 6
 
 
-def normalised(answer: str) -> str:
-    """What two answers are compared by."""
-    text = unicodedata.normalize("NFKC", answer).strip()
-    return (text[:-1].strip() if text.endswith((".", "。")) else text).casefold()
-
-
 def render_prompt(tokenizer: Any, row: dict[str, Any]) -> str:
-    """The row's conversation up to the assistant's turn, as the model's own template writes it."""
-    messages = [m for m in row["messages"] if m["role"] != "assistant"]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    """The row's conversation up to the last reply, as it was trained and as it is served."""
+    return prompt_text(tokenizer, row["messages"], tools=row.get("tools", ()))
 
 
-def judge(completion: Completion, expected: str | None) -> tuple[bool, bool]:
-    """(in /think form, exactly right)."""
-    thought = parse(completion.text) if completion.finished else None
+def parse_reply(text: str, *, base_form: bool) -> Thought | None:
+    """Steps and answer of a generated reply; None where it is not in form.
+
+    Args:
+        base_form: the base's own thinking form (tags, the opening one maybe in the prompt) instead of /think markers.
+    """
+    if not base_form:
+        return parse(text)
+    try:
+        found = take_thinking(text)
+    except RowError:
+        return None
+    return Thought(found.steps, found.rest) if found and found.steps and found.rest else None
+
+
+def judge(completion: Completion, expected: str | None, *, base_form: bool = False) -> tuple[bool, bool]:
+    """(in thinking form, right): right is the same answer, however it is written (`truth.equality`)."""
+    thought = parse_reply(completion.text, base_form=base_form) if completion.finished else None
     if thought is None:
         return False, False
-    return True, expected is not None and normalised(thought.answer) == normalised(expected)
+    if expected is None:
+        return True, False
+    given, wanted = (final_answer(text) or text for text in (thought.answer, expected))
+    return True, same_answer(given, wanted) or same_answer(thought.answer, expected)
 
 
 def compare_answers(
@@ -63,8 +77,13 @@ def compare_answers(
         "advance": advance,
     }
     first, second = complete(before, prompts, **options), complete(after, prompts, **options)
-    scores_before = [judge(c, row.get("answer")) for c, row in zip(first, rows, strict=True)]
-    scores_after = [judge(c, row.get("answer")) for c, row in zip(second, rows, strict=True)]
+    scores_before, scores_after = (
+        [
+            judge(completion, row.get("answer"), base_form="reasoning_content" in row["messages"][-1])
+            for completion, row in zip(completions, rows, strict=True)
+        ]
+        for completions in (first, second)
+    )
     families: dict[str, tuple[int, int, int]] = {}
     for row, (form, exact) in zip(rows, scores_after, strict=True):
         n, f, e = families.get(row.get("family") or "other", (0, 0, 0))
@@ -82,7 +101,7 @@ def compare_answers(
         by_family=dict(sorted(families.items())),
         samples=[
             {
-                "prompt": next(m["content"] for m in row["messages"] if m["role"] == "user"),
+                "prompt": next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user"),
                 "expected": str(row.get("answer", "")),
                 "before": first[i].text,
                 "after": second[i].text,

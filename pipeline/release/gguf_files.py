@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.base_model import DEMO_NAME, DEMO_NOTE
 from pipeline.config import DEMO_MODEL, RunConfig
+from pipeline.data.think_form import SYSTEM_MESSAGE
 from pipeline.progress import Reporter
 from pipeline.release.model_card import model_card
 from pipeline.release.modelfile import modelfile
@@ -71,7 +72,8 @@ def convert_model(config: RunConfig, base_dir: Path, baked_dir: Path, out_dir: P
             source.unlink()
         files = [target for kind, target in made if kind in kinds]
         for file in files:
-            text = modelfile(file.name, baked_dir, tokenizer, n_ctx)
+            system = SYSTEM_MESSAGE if config.data.think_form == "so8t" else None
+            text = modelfile(file.name, baked_dir, tokenizer, n_ctx, system)
             write_text(temporary / f"{file.stem}.Modelfile", text)
         shutil.copyfile(temporary / f"{files[-1].stem}.Modelfile", temporary / "Modelfile")
         write_text(temporary / "types.json", json.dumps({f.name: _types(f) for f in files}, indent=1) + "\n")

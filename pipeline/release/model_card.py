@@ -26,7 +26,9 @@ def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n
         f"Run: `ollama create {name.lower()} -f Modelfile`, or any llama.cpp program with the file's own template. "
         f"Keep the context at {n_ctx} tokens or below.",
         "",
-        "The thinking stands under the first heading of a reply, the answer under the second. Show users the answer.",
+        "The thinking stands under the first heading of a reply, the answer under the second. Show users the answer."
+        if config.data.think_form == "so8t"
+        else "The thinking stands where the base model puts it, the answer behind it. Show users the answer.",
         "",
         "Training rows labelled as unsafe (NSFW, harmful) serve one purpose: to teach refusal. Rows with personal or "
         "confidential content that rules can find were excluded or masked; names of people are out of reach of rules.",

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.think_form import SYSTEM_MESSAGE
-from so8t_core.errors import InputError
+from pipeline.data.render import render, writes_the_date
+from pipeline.data.think_form import SYSTEM_MESSAGE, RowError
+from pipeline.release.stop_set import stop_ids
 
 S, U, A, V = "so8tprobesystem", "so8tprobeuser", "so8tprobeanswer", "so8tprobesecond"
 
@@ -24,8 +25,11 @@ def go_template(tokenizer: Any) -> str | None:
         {"role": "assistant", "content": A},
         {"role": "user", "content": V},
     ]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    if any(text.count(probe) != 1 for probe in (S, U, A, V)):
+    try:
+        text = render(tokenizer, messages, prompt=True)
+    except RowError:
+        return None
+    if writes_the_date(tokenizer) or any(text.count(probe) != 1 for probe in (S, U, A, V)):
         return None
     a, rest = text.split(S)
     b, rest = rest.split(U)
@@ -42,26 +46,16 @@ def go_template(tokenizer: Any) -> str | None:
 
 
 def stop_tokens(directory: Path, tokenizer: Any) -> list[str]:
-    """Every token text that ends a turn: generation_config's eos set and the tokenizer's eos, in id order.
+    """Every token text that ends a turn (`stop_set`), in id order.
 
     Raises:
         InputError: there is none.
     """
-    from transformers import GenerationConfig
-
-    ids: set[int] = set()
-    if (directory / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(directory).eos_token_id
-        ids |= set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    if not ids:
-        raise InputError(f"{directory} names no end-of-sequence token: a model made from it would never stop")
-    return [str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ids)]
+    return [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids(directory, tokenizer)]
 
 
-def modelfile(gguf_name: str, directory: Path, tokenizer: Any, n_ctx: int) -> str:
-    """Text of the Modelfile for one GGUF file that lies beside it."""
+def modelfile(gguf_name: str, directory: Path, tokenizer: Any, n_ctx: int, system: str | None = SYSTEM_MESSAGE) -> str:
+    """Text of the Modelfile for one GGUF file that lies beside it; `system` None for a model without one of its own."""
     lines = [
         f"# Made by so8t. Use: ollama create NAME -f {gguf_name.removesuffix('.gguf')}.Modelfile",
         f"FROM ./{gguf_name}",
@@ -71,7 +65,8 @@ def modelfile(gguf_name: str, directory: Path, tokenizer: Any, n_ctx: int) -> st
         lines.append("# No TEMPLATE: this model's turns are not uniform; Ollama reads the template inside the GGUF.")
     else:
         lines.append(f'TEMPLATE """{template}"""')
-    lines.append(f'SYSTEM """{SYSTEM_MESSAGE}"""')
+    if system is not None:
+        lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "{token}"' for token in stop_tokens(directory, tokenizer)]
     lines.append(f"PARAMETER num_ctx {n_ctx}")
     return "\n".join(lines) + "\n"

@@ -157,6 +157,8 @@ def _train(run: Run) -> None:
 
 
 def _bake(run: Run) -> None:
+    from pipeline.release.stop_set import complete_stop_set
+    from pipeline.tokenizer import load_tokenizer
     from so8t_core import bake_checkpoint
 
     dtype = getattr(torch, run.config.model.dtype) if run.config.model.dtype else None
@@ -169,6 +171,7 @@ def _bake(run: Run) -> None:
             done = now / max(total, 1)
 
         bake_checkpoint(run.base_dir, run.adapter, run.baked, dtype=dtype, progress=progress)
+    complete_stop_set(run.baked, load_tokenizer(run.baked))
 
 
 def _convert(run: Run) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.data.think_form import format_assistant
-from pipeline.release.answers import judge, normalised
+from pipeline.data.truth.equality import normalised, same_answer
+from pipeline.release.answers import judge, parse_reply, render_prompt
 from pipeline.release.generate import Completion, complete, with_bos
 from so8t_core.errors import InputError
 
@@ -57,6 +59,90 @@ def test_answers_are_compared_by_meaningful_characters(given: str, same: str) ->
     assert normalised(given) == normalised(same)
     assert normalised("45") != normalised("4 5")
     assert normalised("45") != normalised("45..")  # one full stop, not any number of them
+
+
+SAME = [
+    *[
+        ("12", "12.0"),
+        ("12", "十二"),
+        ("12", "12 個"),
+        ("12", "１２"),
+        ("1,200", "千二百"),
+        ("12万", "120000"),
+        ("0.5", "1/2"),
+    ],
+    *[
+        ("\\frac{1}{2}", "0.5"),
+        ("\\boxed{12}", "12"),
+        ("$12", "12 dollars"),
+        ("12%", "0.12"),
+        ("(A)", "A."),
+        ("yes", "はい"),
+    ],
+    *[
+        ("May 17", "5月17日"),
+        ("3:05", "3時5分"),
+        ("3 p.m.", "15:00"),
+        ("Monday", "月曜日"),
+        ("twelve", "12"),
+        ("**12**", "12"),
+    ],
+    *[
+        ("x^2+2x+1", "(x+1)^2"),
+        ("2\\sqrt{2}", "\\sqrt{8}"),
+        ("{1,2}", "\\{2,1\\}"),
+        ("12 yen", "12円"),
+        ("「はい」", "はい"),
+    ],
+]
+DIFFERENT = [
+    *[("12", "13"), ("12 km", "12 m"), ("12円", "12個"), ("A", "B"), ("yes", "no"), ("4 5", "45"), ("5 am", "5 pm")],
+    *[
+        ("三", "三角形"),
+        ("5", "5月"),
+        ("3:05", "3:50"),
+        ("May 17", "May 18"),
+        ("", "12"),
+        ("1/0", "1"),
+        ("(1,2)", "(2,1)"),
+    ],
+    *[
+        ("2", "2nd"),
+        ("(A) x", "(A) y"),
+        ("12 or 13", "12"),
+        ("-5", "5"),
+        ("9**9**9**9", "9**9**9**8"),
+        ("5", "x = 3, y = 5"),
+    ],
+]
+
+
+@pytest.mark.parametrize(("a", "b"), SAME)
+def test_answers_that_say_the_same_are_equal(a: str, b: str) -> None:
+    assert same_answer(a, b)
+    assert same_answer(b, a)
+
+
+@pytest.mark.parametrize(("a", "b"), DIFFERENT)
+def test_answers_that_do_not_are_not(a: str, b: str) -> None:
+    assert not same_answer(a, b)
+    assert not same_answer(b, a)
+
+
+def test_a_base_form_reply_is_thinking_closed_and_an_answer() -> None:
+    for text in ("<think>\n6 x 7\n</think>\n\n42", "6 x 7\n</think>\n\nThe answer is 42."):
+        assert judge(Completion(text, True), "42", base_form=True) == (True, True)
+        assert judge(Completion(text, True), "43", base_form=True) == (True, False)
+        assert judge(Completion(text, False), "42", base_form=True) == (False, False)
+    assert parse_reply("<think>6 x 7", base_form=True) is None
+    assert parse_reply("42", base_form=True) is None
+
+
+def test_a_prompt_holds_earlier_replies(smollm2: Any) -> None:
+    turns = [("user", "2 + 2?"), ("assistant", "4"), ("user", "6 x 7?"), ("assistant", format_assistant("s", "42"))]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    expected = smollm2.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    assert render_prompt(smollm2, row) == expected
 
 
 def test_only_a_finished_think_turn_counts() -> None:

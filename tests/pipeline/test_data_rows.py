@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -305,6 +306,16 @@ def test_every_reason_is_counted_with_a_sample_that_shows_no_letter(tmp_path: Pa
     text = json.dumps(report.samples)
     assert "easy" not in text
     assert "Monday" not in text
+
+
+def test_a_special_token_inside_a_reply_is_named(tmp_path: Path, phi35: Any) -> None:
+    """A domain word that was added as a special token: the row would teach what no engine prints."""
+    phi35 = copy.deepcopy(phi35)
+    phi35.add_special_tokens({"additional_special_tokens": ["[Kiso]"]})
+    source = write(tmp_path / "a.jsonl", said(f"{STEPS}\n#### 42"), said("The [Kiso] says so.\n#### 42"))
+    report, _ = build(tmp_path, phi35, source)
+    assert report.rejected == {"special token in a message": 1}
+    assert report.samples["special token in a message"][0]["because"] == "[Kiso]"
 
 
 def test_disagreements_can_be_kept_and_are_counted_all_the_same(tmp_path: Path, phi35: Any) -> None:

@@ -1,0 +1,71 @@
+"""Every token that ends a turn, from all places that name one, written where every consumer looks.
+
+Ends are named by generation_config.json and config.json (a number or a list; config.json's counts for transformers
+where there is no generation_config.json), by the tokenizer's eos, and by the chat template: the token that it writes
+behind a reply, which is the one that training teaches. `complete_stop_set` puts the union into the released
+checkpoint's generation_config.json, out of which the GGUF's keys, the Modelfile and the server's stops follow.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.masking import render_row
+from pipeline.data.think_form import RowError, chat, format_assistant
+from so8t_core.errors import InputError
+from so8t_core.files import read_json, write_text
+from verification.engines.stop_tokens import listed_stops
+
+
+def stop_ids(directory: Path, tokenizer: Any) -> list[int]:
+    """Ids of every token that ends a turn, in order.
+
+    Raises:
+        InputError: there is none, or a file that names them is damaged.
+    """
+    ids = listed_stops(directory) | _of_config(directory) | _of_template(tokenizer)
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise InputError(f"{directory} names no end-of-sequence token: a model made from it would never stop")
+    return sorted(ids)
+
+
+def complete_stop_set(directory: Path, tokenizer: Any) -> list[int]:
+    """Add to generation_config.json what only other places name; returns the ids that were added.
+
+    A file that is complete stays as it is, byte for byte. The first id stays first: the converter takes it as the eos.
+    """
+    path = directory / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    listed = settings.get("eos_token_id")
+    if listed is None and (directory / "config.json").is_file():
+        listed = read_json(directory / "config.json").get("eos_token_id")
+    first = [token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int)]
+    missing = [token for token in stop_ids(directory, tokenizer) if token not in first]
+    if missing or (len(first) > 1 and not path.is_file()):  # verification reads generation_config.json alone
+        settings["eos_token_id"] = [*first, *missing]
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    return missing
+
+
+def _of_config(directory: Path) -> set[int]:
+    path = directory / "config.json"
+    if not path.is_file():
+        return set()
+    value = read_json(path).get("eos_token_id")
+    return {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
+
+
+def _of_template(tokenizer: Any) -> set[int]:
+    """The end of turn that the chat template writes behind a reply; none where it writes none or refuses a question."""
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    reply = {"role": "assistant", "content": format_assistant("one", "two")}
+    try:
+        row = render_row(tokenizer, [*chat("question"), reply])
+    except RowError:
+        return set()
+    return {row.input_ids[row.answer_end - 1]}
