@@ -20,7 +20,7 @@ from pipeline.data.split.markers import (
     split_at_marker,
     without_calculator_marks,
 )
-from pipeline.data.split.tags import has_tag
+from pipeline.data.split.tags import has_tag, tags, take_thinking
 from pipeline.data.split.text import checked, split_text, thought_of
 from pipeline.data.think_form import (
     BrokenLine,
@@ -39,6 +39,7 @@ from pipeline.data.truth.equality import normalised, same_answer
 
 LABELS = ("four_class_label", "domain_label", "safety_label")
 DISAGREES = "steps and answer disagree"
+OTHER_FORM = "own system text dropped (it asks for another thinking form)"
 EARLIER = "earlier turns cut to their answers"
 _KOREAN_LETTER = re.compile(r"[\uac00-\ud7a3]")
 _JAPANESE_LETTER = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
@@ -89,7 +90,7 @@ def to_think_row(row: dict[str, Any], *, family: str, options: RowOptions | None
         if options.disagreements == "exclude":
             raise RowError(DISAGREES, said)
         notes.append(DISAGREES)
-    system = system_text(found.system) if options.think_form == "so8t" else strip_message(found.system or "")
+    system = _system(found.system, options, notes)
     answer: Message = {"role": "assistant", "content": text} if options.think_form == "so8t" and text else {}
     answer = answer or assistant_message(thought, base_form=options.think_form == "base")
     return ThinkRow(
@@ -101,6 +102,16 @@ def to_think_row(row: dict[str, Any], *, family: str, options: RowOptions | None
         tools=found.tools if options.tools == "keep" else [],
         notes=tuple(notes),
     )
+
+
+def _system(own: str | None, options: RowOptions, notes: list[str]) -> str:
+    """The system text: the shared one and the row's own; one that asks for other thinking tags would contradict it."""
+    if options.think_form == "base":
+        return strip_message(own or "")
+    if own and any(tag.kind == "think" for tag in tags(own)):
+        notes.append(OTHER_FORM)
+        own = None
+    return system_text(own)
 
 
 def _target(found: Conversation) -> tuple[Thought, str]:
@@ -148,6 +159,8 @@ def target_thought(target: Target) -> Thought:
     if reasoning:
         if has_marker(reasoning) or has_tag(reasoning):
             reasoning = _bare_reasoning(reasoning)
+        if has_tag(text) and (tagged := take_thinking(text)) is not None and tagged.steps == reasoning:
+            text = tagged.rest  # the same reasoning in its field and in the text
         if has_marker(text) or has_tag(text):
             raise RowError("two thinking forms", "reasoning in a field of its own and thinking marks in the reply")
         thought = checked(thought_of(strip_message(without_calculator_marks(reasoning)), text))

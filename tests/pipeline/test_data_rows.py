@@ -16,10 +16,10 @@ from pipeline.data.build import build_dataset
 from pipeline.data.formats import load_formats
 from pipeline.data.inputs import data_inputs, expected_rows
 from pipeline.data.report import DataReport
-from pipeline.data.rows import DISAGREES, EARLIER, RowOptions, to_think_row
+from pipeline.data.rows import DISAGREES, EARLIER, OTHER_FORM, RowOptions, to_think_row
 from pipeline.data.source_rows import read_rows
 from pipeline.data.split.text import split_text
-from pipeline.data.think_form import BrokenLine, RowError, format_assistant
+from pipeline.data.think_form import SYSTEM_MESSAGE, BrokenLine, RowError, format_assistant
 from so8t_core.errors import InputError
 
 Row = dict[str, Any]
@@ -131,6 +131,12 @@ COME_IN: dict[str, tuple[Row, tuple[str, str]]] = {
         {"prompt": "6 x 7 = ?", "steps": "Six sevens.", "answer": "四十二"},
         ("Six sevens.", "四十二"),
     ),
+    "reasoning twice, the same": (said(f"<think>{STEPS}</think>42", reasoning_content=STEPS), (STEPS, "42")),
+    "messages as JSON text": ({"messages": json.dumps(said("42", reasoning=STEPS)["messages"])}, (STEPS, "42")),
+    "a list and a text": (
+        {"prompt": [{"role": "user", "content": "q"}], "response": f"{STEPS}\n#### 42"},
+        (STEPS, "42"),
+    ),
     "a date": (
         {"prompt": "q", "steps": "May 3 is two days on.", "answer": "5月3日"},
         ("May 3 is two days on.", "5月3日"),
@@ -179,6 +185,10 @@ STAY_OUT: dict[str, tuple[str, Row]] = {
     "an open bracket": ("answer unclear", said("a\nAnswer: (42")),
     "a colon left": ("answer unclear", said("a\n#### :42")),
     "an open box": ("answer unclear", said("a \\boxed{42")),
+    "a tag that nobody knows": ("thinking tags unclear", said(f"<|think|>{STEPS}\n#### 42")),
+    "a full-width tag": ("thinking tags unclear", said(f"＜think＞{STEPS}＜/think＞\n#### 42")),
+    "a null reply": ("empty message", {"instruction": "q", "input": "", "output": None}),
+    "another choice than the steps": (DISAGREES, said("Option C is the best. So (C) is correct.\nThe answer is (B).")),
     "wrong sum at the end": (DISAGREES, said("6 x 7 = 41\n#### 41")),
     "another number than the last step": (DISAGREES, said("6 x 7 = 42\n#### 43")),
     "another date than the last step": (DISAGREES, {"prompt": "q", "steps": "That is May 3.", "answer": "May 4"}),
@@ -306,6 +316,15 @@ def test_every_reason_is_counted_with_a_sample_that_shows_no_letter(tmp_path: Pa
     text = json.dumps(report.samples)
     assert "easy" not in text
     assert "Monday" not in text
+
+
+def test_a_system_text_that_asks_for_other_tags_is_dropped_and_noted() -> None:
+    asked = "Think inside <|begin_of_thought|> and <|end_of_thought|>."
+    row = {"system": asked, **said(f"{STEPS}\n#### 42")}
+    made = to_think_row(row, family="")
+    assert (made.messages[0]["content"], made.notes) == (SYSTEM_MESSAGE, (OTHER_FORM,))
+    kept = to_think_row(row, family="", options=RowOptions(think_form="base"))
+    assert (kept.messages[0]["content"], kept.notes) == (asked, ())
 
 
 def test_a_special_token_inside_a_reply_is_named(tmp_path: Path, phi35: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -53,18 +54,24 @@ class ShareGPT(Format):
 
 @register
 class PromptCompletion(Format):
-    """`prompt` and `completion`, each a list of messages."""
+    """`prompt` as a list of messages, and `completion` (or `response`, `output`) as one or as a text."""
 
     name = "prompt/completion messages"
     keys = ("prompt", "completion")
 
     def accepts(self, row: dict[str, Any]) -> bool:
-        """Both are lists."""
-        return all(isinstance(row.get(key), list) for key in self.keys)
+        """A list and a reply."""
+        return isinstance(row.get("prompt"), list) and _reply_key(row) is not None
 
     def read(self, row: dict[str, Any]) -> Conversation:
         """See `Format.read`."""
-        return conversation([*row["prompt"], *row["completion"]], "prompt", row)
+        reply = row[str(_reply_key(row))]
+        said = reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}]
+        return conversation([*row["prompt"], *said], "prompt", row)
+
+
+def _reply_key(row: dict[str, Any]) -> str | None:
+    return next((key for key in ("completion", "response", "output") if isinstance(row.get(key), str | list)), None)
 
 
 def conversation(messages: Any, key: str, row: dict[str, Any]) -> Conversation:
@@ -74,6 +81,9 @@ def conversation(messages: Any, key: str, row: dict[str, Any]) -> Conversation:
         BrokenLine: wrong types.
         RowError: an unknown role, a late system message, content that is no text, or no assistant's turn at the end.
     """
+    if isinstance(messages, str):  # tables often keep the list as JSON text
+        with contextlib.suppress(ValueError, RecursionError):
+            messages = json.loads(messages)
     if not isinstance(messages, list) or not messages:
         raise BrokenLine("wrong type", f"`{key}` must be a non-empty list")
     turns = [_turn(message, f"{key}[{number}]") for number, message in enumerate(messages)]

@@ -135,6 +135,9 @@ def read_row(row: dict[str, Any]) -> Conversation:
                 raise
             except Exception as error:
                 raise BrokenLine("format failed", f"{known.name}: {type(error).__name__}: {error}") from None
+    filled = {key: "" if value is None else value for key, value in row.items()}
+    if any(known.accepts(filled) for known in [*_OWN, *FORMATS]):
+        raise RowError("empty message", "a field that the format needs is null")
     keys = ", ".join(sorted(row)[:6]) or "(none)"
     raise BrokenLine("unknown format", f"keys {keys}; known are {', '.join(f.name for f in [*_OWN, *FORMATS])}")
 

@@ -173,6 +173,18 @@ def final_answer(text: str) -> str | None:
         return None
 
 
+def last_named(text: str) -> str | None:
+    """The value behind the last marker or in the last box of a text, whatever follows; None where there is none.
+
+    Raises:
+        RowError: a box that is never closed.
+    """
+    found, boxed = handovers(text), boxes(text)
+    if boxed and (not found or boxed[-1][1] > found[-1].end):
+        return boxed[-1][2] or None
+    return _named_by(text, found[-1]) or None if found else None
+
+
 def _require_one_answer(text: str, earlier: list[Handover], boxed: list[tuple[int, int, str]], answer: str) -> None:
     """Raise `RowError` where an earlier marker or box names another answer."""
     named = [content for _, _, content in boxed] + [_named_by(text, handover) for handover in earlier]

@@ -32,6 +32,19 @@ _CHANNELS = re.compile(
 )
 
 
+# What looks like a tag around thinking but is none that is known: its text is never taken for steps.
+_LOOKALIKE = re.compile(
+    r"(?:[<＜◁]|&lt;)\s*[|/]{0,2}\s*(?:begin_of_|end_of_)?"
+    r"(?:think|thought|reason|scratchpad|reflect|inner[_ ]?mono|ant_?thinking|cot\b|chain_of)"
+    r"[^<>＜＞\n]{0,40}?(?:[>＞▷]|&gt;)",
+    re.IGNORECASE,
+)
+# What a damaged tag leaves in the steps: a tag or a word with > at their start, half a closing tag anywhere.
+_DEBRIS = re.compile(
+    r"\A\s*(?:[<\[]/?[A-Za-z_]{1,24}[>\]]|/?[A-Za-z_]{4,24}>)|</?[A-Za-z_]*\s*\Z|</[A-Za-z_]*(?![A-Za-z_]*>)"
+)
+
+
 @dataclass(frozen=True)
 class Tag:
     """One tag in a text."""
@@ -71,6 +84,11 @@ def has_tag(text: str) -> bool:
     return any(tag.kind == "think" for tag in found) or bool(both) or "<|channel|>" in text
 
 
+def resembles_tag(text: str) -> bool:
+    """True if something in `text` looks like a thinking tag, known or not."""
+    return _LOOKALIKE.search(text) is not None or has_tag(text)
+
+
 def take_thinking(text: str) -> Tagged | None:
     """A text at its thinking tags; None where it has none.
 
@@ -102,6 +120,8 @@ def take_thinking(text: str) -> Tagged | None:
         raise RowError("thinking tags unclear", "a closing tag with nothing before it")
     if any(tag.kind == "answer" and tag.end <= close.start for tag in tags(text)):
         raise RowError("thinking tags unclear", "an answer tag stands before the thinking ends")
+    if _DEBRIS.search(inner):
+        raise RowError("thinking tags unclear", "half a tag stands inside the thinking")
     steps = strip_message(f"{strip_message(before)}\n\n{inner}") if inner else ""
     rest = strip_message(text[close.end :]) if inner else strip_message(before + text[close.end :])
     return Tagged(steps, rest)

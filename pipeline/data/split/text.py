@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 
 from pipeline.data.split.answer_text import require_answer
-from pipeline.data.split.markers import disagrees, final_answer, handovers, split_at_marker, without_calculator_marks
-from pipeline.data.split.tags import has_tag, take_answer, take_thinking
+from pipeline.data.split.markers import (
+    disagrees,
+    final_answer,
+    handovers,
+    last_named,
+    split_at_marker,
+    without_calculator_marks,
+)
+from pipeline.data.split.tags import has_tag, resembles_tag, take_answer, take_thinking
 from pipeline.data.think_form import RowError, Thought, has_marker, require, strip_message
 
 
@@ -26,7 +33,7 @@ def split_text(text: str) -> Thought:
         plain = text if tagged is None else tagged.rest
         block = take_answer(plain)
         if block is None:
-            return split_at_marker(plain)
+            return checked(split_at_marker(plain))
         steps, answer = block
         if not steps:
             raise RowError("no reasoning", "nothing stands before the answer's tag")
@@ -72,11 +79,11 @@ def checked(thought: Thought) -> Thought:
         RowError: tags or markers left over, or steps whose last marked answer is another one.
     """
     for part in (thought.steps, thought.answer):
-        if has_tag(part):
+        if resembles_tag(part):
             raise RowError("thinking tags unclear", "a tag is left over")
         if has_marker(part):
             raise RowError("two thinking forms", "/think markers inside the thinking or the answer")
-    named = final_answer(thought.steps)
+    named = last_named(thought.steps)
     final = final_answer(thought.answer) or thought.answer
     if named is not None and disagrees(named, final):
         raise RowError("two different answers", "the thinking names another answer at its end than the reply")

@@ -24,6 +24,11 @@ _EQUATION = re.compile(
 _CONCLUDES = re.compile(
     r"\b(?:so|thus|therefore|hence|total|altogether|in all|left)\b|したがって|よって|だから|合計|全部で|残り|答え"
 )
+_CALLED_CORRECT = re.compile(
+    r"(?<![\w(])\(?([A-J])\)? is (?:thus |therefore )?(?:the )?(?:most )?(?:correct|right|best)\b(?! only)"
+    r"|(?:correct|right|best) (?:answer|option|choice) is \(?([A-J])\)?(?!\w)"
+    r"|([A-J])(?:が正しい|が正解|が適切)"
+)
 _QUESTION = re.compile(
     rf"(?:what is|what's|calculate|compute|evaluate|work out)?\s*(?P<sum>{_SUM})\s*(?:=\s*)?"
     r"(?:\?|？|は?いくつですか。?|はいくつ\??|はいくらですか。?|を計算し(?:て|なさい|てください)。?|の答えは\??|=|\.)?\s*"
@@ -38,6 +43,7 @@ def objection(prompt: str, steps: str, answer: str) -> str | None:
         _wrong_sum(line)
         or (_against_question(prompt, value) if value else None)
         or _against_dates(line, answer)
+        or _against_choice(steps, answer)
         or (_against_line(line, steps, value) if value else None)
     )
 
@@ -134,6 +140,17 @@ def _against_dates(line: str, answer: str) -> str | None:
     return None
 
 
+def _against_choice(steps: str, answer: str) -> str | None:
+    """A choice that the steps call correct against the letter of the answer."""
+    letter = re.fullmatch(r"(?:option |choice )?\(?([A-Ja-j])[).:]?(?:\s.{0,80})?", unwrap(answer))
+    if letter is None:
+        return None
+    called = {(found[1] or found[2] or found[3]).upper() for found in _CALLED_CORRECT.finditer(steps)}
+    if called and letter[1].upper() not in called:
+        return f"the steps call {', '.join(sorted(called))} correct"
+    return None
+
+
 def _against_line(line: str, steps: str, answer: Quantity) -> str | None:
     """One number as the answer against the numbers of the last line."""
     if dates_in(line) or re.search(r"\d:\d\d|時\s*\d|時半", fold(line)) or answer.unit in ("月", "時", "日"):
@@ -163,9 +180,9 @@ def _combines(seen: set[Fraction], wanted: Fraction) -> bool:
     return any(wanted in (a + b, a - b, a * b) or (b and wanted == a / b) for a, b in pairs)
 
 
-def _close(a: Fraction, b: Fraction) -> bool:
-    """Equal, or one is the other rounded."""
-    return a == b or _rounded(a, b) or _rounded(b, a)
+def _close(exact: Fraction, answer: Fraction) -> bool:
+    """Equal, or the answer is the exact value rounded."""
+    return exact == answer or _rounded(exact, answer)
 
 
 def _other_unit(a: Fraction, b: Fraction) -> bool:
