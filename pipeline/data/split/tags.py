@@ -41,7 +41,7 @@ _LOOKALIKE = re.compile(
 )
 # What a damaged tag leaves in the steps: a tag or a word with > at their start, half a closing tag anywhere.
 _DEBRIS = re.compile(
-    r"\A\s*(?:[<\[]/?[A-Za-z_]{1,24}[>\]]|/?[A-Za-z_]{4,24}>)|</?[A-Za-z_]*\s*\Z|</[A-Za-z_]*(?![A-Za-z_]*>)"
+    r"\A\s*(?:</?[A-Za-z]|\[/?[A-Za-z_]{1,24}\]|/?[A-Za-z_]{4,24}>)|</?[A-Za-z_]*\s*\Z|</[A-Za-z_]*(?![A-Za-z_]*>)"
 )
 
 

@@ -37,8 +37,12 @@ _QUESTION = re.compile(
 
 def objection(prompt: str, steps: str, answer: str) -> str | None:
     """Why steps and answer, or question and answer, disagree; None where nothing does, or where no rule can tell."""
-    line = next((line for line in reversed(steps.splitlines()) if re.search(r"\w", line)), "")
+    lines = [line for line in steps.splitlines() if re.search(r"\w", line)]
+    line = lines[-1] if lines else ""
     value = quantity(unwrap(answer))
+    if value is not None and len(lines) > 1 and _restates(line, answer):
+        lines.pop()  # "Hence we get 80." is no step
+        line, steps = lines[-1], "\n".join(lines)
     return (
         _wrong_sum(line)
         or (_against_question(prompt, value) if value else None)
@@ -46,6 +50,12 @@ def objection(prompt: str, steps: str, answer: str) -> str | None:
         or _against_choice(steps, answer)
         or (_against_line(line, steps, value) if value else None)
     )
+
+
+def _restates(line: str, answer: str) -> bool:
+    """Whether the only numbers of a line are the answer's."""
+    seen = set(numbers_in(line))
+    return bool(seen) and seen <= set(numbers_in(answer)) and "=" not in line
 
 
 def equations(line: str) -> list[tuple[Fraction, Fraction, int]]:
