@@ -7,8 +7,9 @@ brackets, spaces, line ends, units); a bad one has one planted fault, after whic
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Row = dict[str, Any]
@@ -406,12 +407,33 @@ def two_forms(rng: random.Random, p: Problem) -> Row:
     return {"messages": [_user(p), said]}
 
 
+def damaged_tag(rng: random.Random, p: Problem) -> Row:
+    """One letter or sign of a tag is gone."""
+    text = _tagged_text(rng, p)
+    tag = rng.choice(list(re.finditer(r"</?[a-z]+>", text)))
+    at = rng.randrange(tag.start(), tag.end())
+    return _reply(p, text[:at] + text[at + 1 :], rng)
+
+
+def another_answer_inside(rng: random.Random, p: Problem) -> Row:
+    marked = _marked(rng, p, p.wrong).strip()
+    return _reply(p, f"{p.steps[0]}\n{marked}\n{p.steps[1]}{_marked(rng, p, p.answer)}", rng)
+
+
+def answer_changed(rng: random.Random, p: Problem) -> Row:
+    """The last step ends in its result; the answer is another number, in any good format."""
+    p = rng.choice((_english_sum, _english_large, _japanese_sum, _japanese_difference))(rng)
+    made = rng.choice((reasoning_field, tags_inside, answer_tags, alpaca, gsm8k, boxed_solution, rationale))
+    return made(rng, replace(p, answer=p.wrong))
+
+
 FAULTS: dict[str, Callable[[random.Random, Problem], Row]] = {
     made.__name__: made
     for made in (
         *(two_answers, thinking_ends_otherwise, unclosed, nested, repeated, answer_before_thinking, goes_on),
         *(with_a_reason, alternative, denied, stated_otherwise, numbers_disagree, date_disagrees),
         *(nothing_but_the_answer, empty_answer, tool_call, odd_order, late_system, judged_wrong, two_forms),
+        *(damaged_tag, another_answer_inside, answer_changed),
     )
 }
 
