@@ -134,7 +134,7 @@ class _Checker:
                 count.reject(error.reason, f"{name}:{number}", None)
             except RowError as error:
                 row_or_none = item if isinstance(item, dict) else None
-                count.reject(error.reason, f"{name}:{number}", row_or_none, shown=error.shown)
+                count.reject(error.reason, f"{name}:{number}", row_or_none, error.shown)
 
     def generated_rows(self, rows: list[GeneratedRow], split: Split, progress: Progress | None) -> Iterator[str]:
         """Spool lines of generated rows; they pass the same checks as everybody's."""

@@ -38,7 +38,7 @@ class SourceCount:
     notes: Counter[str] = field(default_factory=Counter)  # what was done to kept rows, or found in them
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
-    def reject(self, reason: str, where: str, row: dict[str, Any] | None, *, shown: str = "") -> None:
+    def reject(self, reason: str, where: str, row: dict[str, Any] | None, shown: str = "") -> None:
         """Count a row that is left out; the first ones of each reason are kept as samples.
 
         Args:
