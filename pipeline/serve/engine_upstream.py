@@ -171,7 +171,7 @@ class UpstreamEngine:
                         reader.take(event.data)
                         if reader.done:
                             break
-        except httpx.ConnectError:
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout):
             raise EngineError("upstream unreachable", busy=True) from None
         except SSEError:
             raise EngineError("upstream sent no event stream") from None

@@ -16,6 +16,7 @@ from mutation import load, mutants
 
 from pipeline.serve import folding, guard
 from pipeline.serve.forms import harmony, pair, separated, so8t
+from so8t_core.errors import InputError
 
 # how a form is made of its module
 FORMS: dict[ModuleType, tuple[list[str], Callable[[Any, Kit], Any]]] = {
@@ -49,6 +50,25 @@ def exchanged(module: ModuleType, source: str) -> Iterator[ModuleType]:
             setattr(user, name, value)
 
 
+UNTOLD = "both tags need a letter or digit, and neither may hold the other"
+ODD_PAIRS = {
+    ("---", "***"): UNTOLD,
+    ("<a>", "***"): UNTOLD,
+    ("ab", "xaby"): UNTOLD,
+    ("xaby", "ab"): UNTOLD,
+    ("<think><think>", "</x>"): "one tag must be one word in brackets, or a few plain words",
+}
+
+
+def pairs_are_checked(module: Any) -> None:
+    """Two tags that cannot be told apart are refused in words; different words for opening and closing are none."""
+    for tags, words in ODD_PAIRS.items():
+        with pytest.raises(InputError) as caught:
+            module.Pair("x...y", *tags)
+        assert str(caught.value) == f"--think-form 'x...y': {words}"
+    module.Pair("x...y", "<plan>", "</done>")
+
+
 def hold(module: ModuleType, source: str, laws: Iterable[Callable[..., None]]) -> None:
     """Every law, on every form that another source of the module touches."""
     laws = list(laws)
@@ -66,6 +86,8 @@ def hold(module: ModuleType, source: str, laws: Iterable[Callable[..., None]]) -
     else:
         names, make = FORMS[module]
         changed = load(source, "form_mutant")
+        if module is pair:
+            pairs_are_checked(changed)
         for name in names:
             for law in laws:
                 law(guard, replace(KITS[name], form=make(changed, KITS[name])))
@@ -87,7 +109,10 @@ def survivors(module: ModuleType, laws: Iterable[Callable[..., None]]) -> tuple[
 MODULES = [guard, folding, *FORMS]
 NAMES = [module.__name__.rpartition(".")[2] for module in MODULES]
 # Changes that change nothing: `reasoning + data` is made of bytes whatever its second part is.
-SAME = {"Guard.close | bytes(self._data) | call dropped"}
+SAME = {
+    "Guard.close | bytes(self._data) | call dropped",
+    "Pair.__init__ | '|>' | text changed",  # a skeleton has no capital letters
+}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)

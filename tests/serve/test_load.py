@@ -167,7 +167,24 @@ def test_unreachable_upstream_is_503(in_front: InFront, upstream: FakeUpstream) 
     server.engine._url = "http://127.0.0.1:1/v1/chat/completions"  # type: ignore[attr-defined]
     response = server.ask()
     assert (status(response), error(response)["code"]) == (503, "engine_busy")
-    upstream.script = lambda _: [b"HTTP/1.1 429 Slow\r\ncontent-length: 0\r\n\r\n"]
+
+
+def test_an_upstream_that_accepts_no_connection_is_503(in_front: InFront) -> None:
+    import httpx
+
+    server = in_front()
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf:
+        waiting = []  # they fill the queue of a listener that accepts nobody
+        for _ in range(4):
+            waiting.append(socket.socket())
+            waiting[-1].setblocking(False)
+            waiting[-1].connect_ex(deaf.getsockname())
+        server.engine._url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"  # type: ignore[attr-defined]
+        server.engine._client.timeout = httpx.Timeout(None, connect=0.3)  # type: ignore[attr-defined]
+        response = server.ask()
+        for connection in waiting:
+            connection.close()
+    assert (status(response), error(response)["code"]) == (503, "engine_busy")
 
 
 def test_busy_upstream_is_503_with_a_time_to_wait(in_front: InFront, upstream: FakeUpstream) -> None:
