@@ -100,7 +100,7 @@ def survivors(module: ModuleType, laws: Iterable[Callable[..., None]]) -> tuple[
         count += 1
         try:
             hold(module, mutant.source, laws)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             continue
         alive.append(mutant.key)
     return alive, count
