@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from verification.contract import chat
 from verification.engines.chat_template import CLOCK, ChatTemplate, llama_cpp_variables
 from verification.engines.child import Child, ChildDied, Limits
-from verification.fault_catalogue.specimens import PHI3_CHAT, TURNS
+from verification.fault_catalogue.models import PHI3_CHAT, TURNS
 
 LOOPS = """{% for m in messages %}{{ m.role }}: {{ m.content | trim }}
 {% if loop.last %}{% break %}{% endif %}{% endfor %}"""
