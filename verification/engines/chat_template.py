@@ -116,9 +116,12 @@ class _Renderer:
             raise Refusal(str(message))
 
         def tojson(
-            x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+            x: Any,
+            ensure_ascii: bool = False,
+            indent: int | None = None,
+            separators: Any = None,
             sort_keys: bool = False,
-        ) -> str:  # fmt: skip
+        ) -> str:
             return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
         self.refusal, self.template_powers, self.now = Refusal, template_powers, CLOCK

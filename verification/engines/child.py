@@ -54,12 +54,12 @@ class Child:
     def __init__(self, script: Path, limits: Limits, *, name: str) -> None:
         self.limits, self.name = limits, name
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1",
-                       "PYTHONHASHSEED": "0"}  # fmt: skip
+        calm = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1", "PYTHONHASHSEED": "0"}
+        command = [sys.executable, str(script), json.dumps(asdict(limits)), str(_ROOT)]
+        pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps(asdict(limits)), str(_ROOT)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=environment, bufsize=0,
-        )  # fmt: skip
+            command, stdin=pipe, stdout=pipe, stderr=self._said, env={**os.environ, **calm}, bufsize=0
+        )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin, self._process.stdout

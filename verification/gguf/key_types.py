@@ -19,8 +19,10 @@ from typing import Any
 from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFWriter
 
-NAMES = {kind.value: kind.name.lower().replace("uint", "u").replace("int", "i").replace("float", "f")
-         for kind in GGUFValueType}  # fmt: skip
+NAMES = {  # as a person writes a type: "u32", "f32", "string"
+    kind.value: kind.name.lower().replace("uint", "u").replace("int", "i").replace("float", "f")
+    for kind in GGUFValueType
+}
 _KINDS = {
     "unsigned integer": {0, 2, 4, 10, 1, 3, 5, 11},  # any width; the sign is checked on the value
     "integer": {0, 1, 2, 3, 4, 5, 10, 11},
@@ -28,6 +30,7 @@ _KINDS = {
     "bool": {7},
     "string": {8},
 }
+_ARRAY = "array of "
 _PLAIN_KINDS = ("integer", "float", "bool", "string")
 _BY_HAND = {
     "split.no": "unsigned integer",
@@ -69,9 +72,9 @@ class Wanted:
 
     def allows(self, kind: int, inner: int | None) -> bool:
         """Whether a value type fits; `inner` is the item type of an array."""
-        item, prefix = (kind, "") if inner is None else (inner, "array of ")
-        return any((k.startswith("array of ") == bool(prefix)) and item in _KINDS[k.removeprefix("array of ")]
-                   for k in self.kinds)  # fmt: skip
+        if inner is None:
+            return any(kind in _KINDS[wish] for wish in self.kinds if not wish.startswith(_ARRAY))
+        return any(inner in _KINDS[wish.removeprefix(_ARRAY)] for wish in self.kinds if wish.startswith(_ARRAY))
 
     @property
     def is_unsigned(self) -> bool:
