@@ -19,9 +19,9 @@ _MARKER = re.compile(r"[<>|\[\]_/]|^\W*$")  # a role marker, a key or punctuatio
 LONG = 200  # characters of one literal; a system message of one or two sentences is shorter
 _STRUCTURE = frozenset({"role", "name", "type", "tool_calls", "tool_call_id", "id", "function"})
 _SIZES = frozenset({"length", "count"})  # filters whose value says nothing about the words
-_SEARCHES = frozenset(
-    "startswith endswith find rfind index rindex count replace translate split rsplit partition rpartition get".split()
-)
+_PLACES = frozenset({"startswith", "endswith", "find", "rfind", "index", "rindex", "count", "get"})
+_PARTS = frozenset({"replace", "translate", "split", "rsplit", "partition", "rpartition"})
+_SEARCHES = _PLACES | _PARTS  # methods
 _FILTERS = frozenset({"replace", "select", "reject", "selectattr", "rejectattr"})
 _TEXT_TESTS = frozenset({"in", "eq", "equalto", "sameas", "==", "ne", "!="})
 Literals = dict[str, list[str]]  # a name, and the texts that stand in what it is set to
