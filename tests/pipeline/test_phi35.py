@@ -19,7 +19,8 @@ from pipeline.data.rows import to_think_row
 from pipeline.data.think_form import format_assistant
 from pipeline.release.gguf_files import released_n_ctx
 from pipeline.serve.engine_llama import LlamaEngine
-from pipeline.serve.protocol import conversation, parse_request
+from pipeline.serve.history import conversation
+from pipeline.serve.protocol import parse_request
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
 from verification import decide
@@ -99,7 +100,7 @@ def ids_differ(tokenizer: Any, model: LlamaModel, messages: list[dict[str, str]]
 def test_the_data_step_and_the_server_take_leading_unicode_spaces_away(phi35_run: MiniatureRun, tokenizer: Any) -> None:
     row = to_think_row({"prompt": SPACED, "response": format_assistant("\u30001 + 1 = 2", "\u30002")}, family="f")
     body = {"messages": [{"role": "system", "content": SPACED}, {"role": "user", "content": SPACED}]}
-    served = conversation(parse_request(json.dumps(body).encode()))
+    served = conversation(parse_request(json.dumps(body).encode()).messages, instructs=True)
     with LlamaModel(phi35_run.file("F16"), vocab_only=True) as model:
         assert ids_differ(tokenizer, model, [{"role": "user", "content": SPACED}])  # as it came: two functions
         assert not ids_differ(tokenizer, model, list(row.messages))
