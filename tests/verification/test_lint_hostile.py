@@ -243,6 +243,7 @@ def whole_program(folder: Path, kinds: dict[str, Parts], numbers: range) -> dict
     return statuses
 
 
+@pytest.mark.timeout(1800)
 def test_the_whole_program_ends_within_its_bounds(kinds: dict[str, Parts], tmp_path: Path) -> None:
     statuses = whole_program(tmp_path, kinds, range(100))
     assert set(statuses) == {0, 1, 2}
