@@ -69,6 +69,13 @@ def pairs_are_checked(module: Any) -> None:
     module.Pair("x...y", "<plan>", "</done>")
 
 
+def thoughts_are_lines(module: Any) -> None:
+    """Several messages of thinking are accounted for as lines."""
+    text = "<|channel|>analysis<|message|>α<|end|><|start|>assistant<|channel|>commentary<|message|>β"
+    text += "<|end|><|start|>assistant<|channel|>final<|message|>abc"
+    assert module.Harmony().split(text, "", mixed=False).steps == "α\nβ"
+
+
 def hold(module: ModuleType, source: str, laws: Iterable[Callable[..., None]]) -> None:
     """Every law, on every form that another source of the module touches."""
     laws = list(laws)
@@ -88,6 +95,8 @@ def hold(module: ModuleType, source: str, laws: Iterable[Callable[..., None]]) -
         changed = load(source, "form_mutant")
         if module is pair:
             pairs_are_checked(changed)
+        if module is harmony:
+            thoughts_are_lines(changed)
         for name in names:
             for law in laws:
                 law(guard, replace(KITS[name], form=make(changed, KITS[name])))
@@ -112,6 +121,7 @@ NAMES = [module.__name__.rpartition(".")[2] for module in MODULES]
 SAME = {
     "Guard.close | bytes(self._data) | call dropped",
     "Pair.__init__ | '|>' | text changed",  # a skeleton has no capital letters
+    "Harmony.split | for step in steps if step | filter dropped",  # for the type checker: none is None there
 }
 
 
