@@ -1,5 +1,7 @@
 """README and docs stay true: every shell block is run, or says in the text why not; links and named files exist.
 
+The navigation holds every page, the written parts follow from the code, and the Python page runs.
+
 A comment directly above a block says what becomes of it; without one it is run here:
 
     <!-- sh: soak: REASON -->           run by `tox -e soak` only
@@ -13,7 +15,11 @@ because a random model earns none; `verify` gets fewer chunks; pip is only writt
 
 from __future__ import annotations
 
+import ast
+import doctest
+import importlib.util
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -24,12 +30,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+import so8t_core
+import verification
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 _BLOCK = re.compile(
     r"(?:<!-- sh: (?P<mode>soak|run by|not run): (?P<reason>[^\n]+) -->\n+)?```sh\n(?P<text>.*?)```", re.S
 )
+
+_SPEC = importlib.util.spec_from_file_location("write_reference", ROOT / "scripts" / "write_reference.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+write_reference = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(write_reference)
 
 WRAPPER = f"""#!/bin/sh
 [ "$1" = serve ] && case "$*" in *--model*|*--upstream*) exec "{sys.executable}" "{Path(__file__)}" "$@";; esac
@@ -192,34 +209,130 @@ def test_a_block_that_fails_is_seen(world: Path, tmp_path: Path, tiny_dir: Path)
             check([Block("x.md", 0, None, "", script)], world, folder)
 
 
-def api(packages: list[str], out: Path) -> None:
-    """The reference as `tox -e docs` makes it, of some packages."""
-    config = ConfigParser()
-    config.read(ROOT / "tox.ini")
-    words = config["testenv:docs"]["commands"].split()
-    options = words[1 : words.index("-o")]
-    command = [sys.executable, "-m", "pdoc", *options, "-o", str(out), *packages]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+def slugs(text: str) -> set[str]:
+    """The anchors of a page's headings, as Python-Markdown makes them."""
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", plain, re.M):
+        words = re.sub(r"[^\w\s-]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)).strip().lower()
+        found.add(re.sub(r"[-\s]+", "-", words.encode("ascii", "ignore").decode()))
+    return found
 
 
-def test_the_api_reference_of_the_core_is_built_from_its_docstrings(tmp_path: Path) -> None:
-    import so8t_core
+def dead_anchors(path: Path, text: str) -> list[str]:
+    """Links of a page into a heading that is not there."""
+    links = re.findall(r"\]\(([^)#:]*\.md)?#([^)]+)\)", text)
+    return [
+        f"{page}#{anchor}"
+        for page, anchor in links
+        if anchor not in slugs((path.parent / page).read_text(encoding="utf-8") if page else text)
+    ]
 
-    api(["so8t_core"], tmp_path)
-    page = (tmp_path / "so8t_core.html").read_text(encoding="utf-8")
-    assert all(f'id="{name}"' in page for name in so8t_core.__all__)
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_into_a_page_find_their_heading(path: Path) -> None:
+    assert dead_anchors(path, path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.soak
-def test_the_whole_api_reference_is_built(tmp_path: Path) -> None:
-    packages = ["so8t_core", "verification", "pipeline"]
-    api(packages, tmp_path)
-    for name in packages:
-        for path in (ROOT / name).rglob("*.py"):
-            if not path.name.startswith("_"):
-                assert (tmp_path / path.relative_to(ROOT)).with_suffix(".html").exists(), path
+def test_a_link_to_a_heading_that_is_gone_is_seen() -> None:
+    text = "# Of two words\n[a](#of-two-words) [b](#of-three) [c](ci.md#signing) [d](ci.md#singing)"
+    assert dead_anchors(ROOT / "docs" / "x.md", text) == ["#of-three", "ci.md#singing"]
+
+
+def navigation(node: Any) -> list[str]:
+    """Every page that mkdocs.yml names."""
+    if isinstance(node, str):
+        return [node]
+    return [page for part in (node.values() if isinstance(node, dict) else node) for page in navigation(part)]
+
+
+def test_the_navigation_holds_every_page_once() -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(navigation(settings["nav"])) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in PAGES)
+
+
+def test_the_start_page_leads_to_every_page() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = {*re.findall(r"\]\(([^)#]+\.md)", text), "index.md"}
+    assert linked == {p.relative_to(ROOT / "docs").as_posix() for p in PAGES}
+
+
+def test_the_site_asks_nothing_of_the_network() -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert settings["theme"]["font"] is False
+    assert "offline" not in str(settings["plugins"])  # it loads a script from a CDN
+    assert "http" not in str([settings.get("extra_css"), settings.get("extra_javascript")])
+
+
+def test_the_api_pages_name_what_is_public() -> None:
+    for package in (so8t_core, verification):
+        page = (ROOT / "docs" / "api" / f"{package.__name__}.md").read_text(encoding="utf-8")
+        named = re.findall(rf"^::: {package.__name__}\.(\w+)$", page, re.M)
+        assert sorted(named) == sorted(package.__all__)
+    for path in (ROOT / "docs" / "api").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.M):
+            assert pkgutil.resolve_name(name) is not None, name
+
+
+@pytest.mark.parametrize("name", sorted(write_reference.PARTS))
+def test_the_written_parts_follow_from_the_code(name: str) -> None:
+    written = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert written == write_reference.page(name), "run python scripts/write_reference.py"
+
+
+def test_a_file_that_is_missing_or_extra_in_the_tree_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "so8t_core"
+    package.mkdir()
+    (package / "gate.py").write_text('"""The gate."""\nx = 1\n', encoding="utf-8")
+    monkeypatch.setattr(write_reference, "ROOT", tmp_path)
+    before = write_reference.tree()
+    assert "| `gate.py` | The gate. |" in before
+    (package / "store.py").write_text('"""The store."""\n', encoding="utf-8")
+    assert "| `store.py` | The store. |" in write_reference.tree() != before
+
+
+def test_the_walks_name_functions_that_are_there() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| \d+ \| `([\w/]+\.py)` `(\w+)` \|", text, re.M)
+    assert len(steps) == len(re.findall(r"^\| \d+ \|", text, re.M)) == 29
+    for path, name in steps:
+        assert hasattr(pkgutil.resolve_name(path.removesuffix(".py").replace("/", ".")), name), (path, name)
+
+
+def texts_of_the_code() -> str:
+    """All literal texts of the packages, the fields of f-strings left out."""
+    found = []
+    for package in ("so8t_core", "verification", "pipeline"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return "\n".join(found)
+
+
+def test_the_messages_of_the_error_page_are_the_codes_own() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    messages = [line[3:].split("` |")[0] for line in page.splitlines() if line.startswith("| `")]
+    known = texts_of_the_code()
+    assert len(messages) > 50
+    assert [m for m in messages for part in m.split("...") if part.strip() not in known] == []
+
+
+@pytest.mark.parametrize("end", ["## Verify", pytest.param("\\Z", marks=pytest.mark.soak)])
+def test_the_python_page_runs(
+    end: str, world: Path, tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the verification, which takes half a minute and is left to the long tests."""
+    monkeypatch.chdir(place(world, tmp_path, tiny_dir))
+    text = re.split(end, (ROOT / "docs" / "python.md").read_text(encoding="utf-8"))[0]
+    test = doctest.DocTestParser().get_doctest(text, {}, "python.md", "python.md", 0)
+    said: list[str] = []
+    outcome = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=said.append)
+    assert outcome.attempted > 18
+    assert outcome.failed == 0, "".join(said)
 
 
 def _serve_for_a_moment(arguments: list[str]) -> int:

@@ -29,14 +29,30 @@ def test_named_files_exist(path: str) -> None:
     assert (ROOT / path).exists()
 
 
-def test_the_picture_is_there() -> None:
-    assert (ROOT / "docs" / "report.png").read_bytes()[:4] == b"\x89PNG"
+def test_it_is_read_in_one_sitting() -> None:
+    assert len(README.splitlines()) <= 120
 
 
-def test_python_names_are_public() -> None:
-    import so8t_core
-    import verification
+def test_the_picture_is_there_and_small() -> None:
+    picture = (ROOT / "docs" / "report.png").read_bytes()
+    assert picture[:4] == b"\x89PNG"
+    assert len(picture) < 200_000
 
-    for module, names in re.findall(r"^from (so8t_core|verification) import (.+)$", README, re.M):
-        package = {"so8t_core": so8t_core, "verification": verification}[module]
-        assert all(hasattr(package, name.strip()) for name in names.split(",")), names
+
+def test_the_original_project_is_named_and_led_on() -> None:
+    [line] = [line for line in README.splitlines() if "Borea-Phi-3.5-mini-Instruct-Jp SO8T/thinking" in line]
+    assert "(docs/original.md)" in line
+    assert "`configs/borea_phi35_so8t_thinking.yaml`" in line
+
+
+@pytest.mark.parametrize("heading", ["What was measured", "What it would have noticed"])
+def test_a_number_has_its_place(heading: str) -> None:
+    """Every place letter of a table is explained below it, with a processor and a day."""
+    text = README.split(f"## {heading}")[1].split("\n## ")[0]
+    used = set(re.findall(r"\| ([A-Z]) \|", text)) | set(re.findall(r"\(place ([A-Z])\)", text))
+    assert used
+    for letter in used:
+        said = re.search(rf"^.*\b{letter}: (.*?)(?:\b[A-Z]: |\n\n)", README, re.M | re.S)
+        assert said is not None
+        assert re.search(r"EPYC|Xeon", said[1])
+        assert re.search(r"20\d\d-\d\d-\d\d", said[1])

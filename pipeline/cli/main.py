@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class _Verbs(TyperGroup):
-    """Help without the section that only says `--help`: all verbs on one screen of 24 lines."""
+    """Help without the section that only names `--help`, so that all verbs fit on a screen of 24 lines."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Only the verbs."""
@@ -54,7 +54,7 @@ ConfigPath = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. train.steps=100", show_default=False)
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="show no progress")]
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def _stop_signals() -> Iterator[None]:
 
 
 class _Interrupted(Exception):
-    """Ctrl-C inside a verb that says what is left of its work."""
+    """Ctrl-C inside a verb that can say which part of its work is kept."""
 
 
 def _fail(message: str) -> None:
@@ -133,7 +133,7 @@ def _fail(message: str) -> None:
 
 
 def _calm() -> None:
-    """Keep other libraries' chatter off the screen; their errors still raise."""
+    """Keep the messages of other libraries off the screen; their errors are still raised."""
     for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows escapes, it ends no run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -172,7 +172,7 @@ def _execute(
 def _plan(
     config: Path, overrides: list[str] | None, *, first: str | None, until: str | None, force: list[str] | None
 ) -> None:
-    """The plan on standard output; exit code 2 when something speaks against it."""
+    """Print the plan; exit code 2 if something would stop the run."""
     from pipeline.config import load_config
 
     loaded = load_config(config, overrides)
@@ -247,7 +247,7 @@ def _say(text: str) -> None:
 
 @app.command(epilog="Example: so8t demo run_dir=/tmp/so8t train.steps=80")
 def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Run the whole road on a real 135M model."""
+    """Train, bake, convert, verify a 135M model."""
     text = (Path(__file__).parents[1] / "configs" / "demo.yaml").read_text(encoding="utf-8")
     _execute(text, overrides, quiet=quiet)
 
@@ -257,11 +257,13 @@ def run(
     config: ConfigPath,
     overrides: Overrides = None,
     first: Annotated[
-        str | None, typer.Option("--from", metavar="STEP", help="run this step and all after it again")
+        str | None, typer.Option("--from", metavar="STEP", help="run this step and all later ones again")
     ] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="stop after this step")] = None,
     force: Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="run this step again")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check the inputs, print the plan, do nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check the inputs and print the plan, change nothing")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run every step that is not up to date."""
@@ -276,7 +278,7 @@ def data(
     config: ConfigPath,
     overrides: Overrides = None,
     collect: Annotated[
-        bool, typer.Option("--collect", help="first fetch the URLs of data.manifest that robots.txt allows")
+        bool, typer.Option("--collect", help="first fetch the URLs of data.manifest that may be fetched")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -292,9 +294,9 @@ def data(
 
 @app.command(epilog="Example: so8t train configs/demo.yaml train.steps=200")
 def train(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Train the adapter; resumes.
+    """Train the adapter; continue after a stop.
 
-    Goes on from the last checkpoint; steps before it run if they must.
+    Training starts from its last checkpoint. Earlier steps run first if they are not up to date.
     """
     _execute(config, overrides, until="train", quiet=quiet)
 
@@ -303,7 +305,7 @@ def train(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False)
 def bake(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Fold the adapter into the checkpoint.
 
-    A copy of the original, unquantised one; steps before it run if they must.
+    The result is a copy of the original, unquantised checkpoint. Earlier steps run first if they are not up to date.
     """
     _execute(config, overrides, until="bake", quiet=quiet)
 
@@ -312,7 +314,7 @@ def bake(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) 
 def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Make the GGUF files.
 
-    Out of the baked checkpoint; steps before it run if they must.
+    They come from the baked checkpoint. Earlier steps run first if they are not up to date.
     """
     _execute(config, overrides, until="convert", quiet=quiet)
 
@@ -325,9 +327,12 @@ def verify(
     candidate: Annotated[
         list[Path] | None, typer.Option(metavar="FILE.gguf", help="file to judge; repeatable", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where the report goes", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="write the report into this folder", show_default=False)
+    ] = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="HF_DIR", help="model before training: adds its own quant damage")
+        Path | None,
+        typer.Option(metavar="HF_DIR", help="model before training: adds its quantisation damage"),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="with --base: adds the legs bake, dtype, controls")
@@ -338,19 +343,24 @@ def verify(
     corpus: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
     ] = None,
-    imatrix: Annotated[Path | None, typer.Option(metavar="FILE", help="importance matrix of the candidates")] = None,
-    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks of n_ctx tokens")] = 12,
-    n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens a chunk")] = 512,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="importance matrix the candidates were made with")
+    ] = None,
+    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks of text to score")] = 12,
+    n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens in a chunk")] = 512,
     cells: Annotated[str, typer.Option(metavar="LEVEL", help="ways of running: quick or full")] = ("quick"),
     ship_n_ctx: Annotated[
-        int | None, typer.Option(metavar="N", min=64, help="context as shipped; default: up to 4096")
+        int | None,
+        typer.Option(metavar="N", min=64, help="context as shipped; default: up to 4096"),
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
-    self_test: Annotated[bool, typer.Option("--self-test", help="plant known faults; show what the gate sees")] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="plant known faults, show which the gate finds")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="with --self-test: minutes, on a tiny model")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Hold GGUF files against their checkpoint."""
+    """Compare GGUF files with their checkpoint."""
     if self_test:
         _self_test(reference, out, quick=quick, quiet=quiet)
     if reference is None or not candidate or out is None:
@@ -414,15 +424,16 @@ def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: 
 def lint(
     file: Annotated[Path, typer.Argument(metavar="FILE.gguf", show_default=False)],
     reference: Annotated[
-        Path | None, typer.Option(metavar="HF_DIR", help="checkpoint the file was made from: adds tokens, weights, ...")
+        Path | None,
+        typer.Option(metavar="HF_DIR", help="checkpoint that the file was made from; also checks tokens and weights"),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="HF_DIR", help="model before training, to name what was not baked")
+        Path | None, typer.Option(metavar="HF_DIR", help="the model before training; names a tensor that was not baked")
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="adapter in the reference, to name a wrong rotation")
+        Path | None, typer.Option(metavar="DIR", help="the adapter that was baked; names a wrong rotation")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where lint.json goes")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write lint.json into this folder")] = None,
 ) -> None:
     """Check a GGUF file without running it, in seconds."""
     _must_exist(file, reference, base, adapter)
@@ -439,7 +450,7 @@ def lint(
 
 
 def _must_exist(*paths: Path | None) -> None:
-    """Before anything is loaded: every path that was given is there."""
+    """Refuse a path that does not exist, before anything is loaded."""
     for path in paths:
         if path is not None and not path.exists():
             raise InputError(f"{path} does not exist; check the path")
@@ -456,10 +467,10 @@ def _level(cells: str) -> Literal["quick", "full"]:
 def gate(
     report: Annotated[Path, typer.Argument(metavar="REPORT.json", show_default=False)],
     policy: Annotated[
-        Path | None, typer.Option(metavar="gate.yaml", help="default: the policy inside the report")
+        Path | None, typer.Option(metavar="gate.yaml", help="bounds; default: the policy inside the report")
     ] = None,
     policy_sha256: Annotated[
-        str | None, typer.Option(metavar="HEX", help="refuse a report that was decided under another policy")
+        str | None, typer.Option(metavar="HEX", help="refuse a report that was decided under another policy than this")
     ] = None,
     statement: Annotated[
         bool, typer.Option("--statement/--no-statement", help="the report must match report.intoto.json beside it")
@@ -467,7 +478,7 @@ def gate(
 ) -> None:
     """Decide again from a stored report.
 
-    No model is needed; files of the report that are still here must be the ones that were measured.
+    No model is needed. A file that the report names and that is on this machine must not have changed.
     """
     from verification import decide, load_policy
     from verification.gate.statement import check_policy
@@ -518,13 +529,13 @@ def kld_base(
     corpus: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
     ] = None,
-    chunks: Annotated[int, typer.Option(metavar="N", min=1, help="chunks of n_ctx tokens")] = 12,
-    n_ctx: Annotated[int, typer.Option(metavar="N", min=8, help="tokens a chunk")] = 512,
+    chunks: Annotated[int, typer.Option(metavar="N", min=1, help="chunks of text to score")] = 12,
+    n_ctx: Annotated[int, typer.Option(metavar="N", min=8, help="tokens in a chunk")] = 512,
     quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint's logits for llama-perplexity.
 
-    The file is what `llama-perplexity --kl-divergence --kl-divergence-base FILE` and `so8t kld FILE` read.
+    `llama-perplexity --kl-divergence --kl-divergence-base FILE` and `so8t kld FILE` read this file.
     """
     _quiet_transformers()
     from pipeline.progress import Reporter, StageProgress
@@ -538,13 +549,14 @@ def kld_base(
 @app.command(epilog="Example: so8t kld my-model.kld --candidate my-model-Q4_K_M.gguf")
 def kld(
     base: Annotated[Path, typer.Argument(metavar="FILE", help="a base file", show_default=False)],
-    candidate: Annotated[Path, typer.Option(metavar="FILE.gguf", show_default=False)],
+    candidate: Annotated[Path, typer.Option(metavar="FILE.gguf", help="file to measure", show_default=False)],
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Print llama-perplexity's KL statistics.
 
-    A missing, cut or foreign base file is refused here (exit code 2); the stock tool exits 0. To decide, use verify.
+    A missing, cut or foreign base file is refused with exit code 2; the stock tool exits with 0. This command does not
+    decide anything: use verify for that.
     """
     from pipeline.progress import Reporter, StageProgress
     from verification.logit_parity.llama_cpp_commands import candidate_statistics
@@ -590,7 +602,7 @@ def report_schema() -> None:
 
 @app.command(epilog="Example: so8t doctor")
 def doctor() -> None:
-    """Say what is installed and what is missing."""
+    """List what is installed and what is missing."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,6 +1,6 @@
 """The verbs of the server: `so8t serve` and `so8t audit`.
 
-Heavy imports happen inside them, so that help and a mistyped path answer at once.
+Heavy imports happen inside the verbs, so that help and a mistyped path answer at once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from so8t_core.errors import InputError
 
 
 def serve(
-    model: Annotated[Path | None, typer.Option(metavar="FILE.gguf", help="answer with this file, here")] = None,
-    upstream: Annotated[
-        str | None, typer.Option(metavar="URL", help="answer through llama-server, vLLM, Ollama")
+    model: Annotated[
+        Path | None, typer.Option(metavar="FILE.gguf", help="answer with this file, in this process")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="the model's name for clients and upstream")] = None,
+    upstream: Annotated[
+        str | None, typer.Option(metavar="URL", help="another server answers: llama-server, vLLM, Ollama")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="name of the model for clients and upstream")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE.gguf", help="with --upstream: for usage and max_tokens")
+        Path | None, typer.Option(metavar="FILE.gguf", help="with --upstream: counts tokens (usage, max_tokens)")
     ] = None,
     allow_remote_upstream: Annotated[
         bool, typer.Option("--allow-remote-upstream", help="the thinking may cross a network")
@@ -30,16 +32,16 @@ def serve(
         str | None, typer.Option(metavar="FORM", help="so8t, think, harmony, separated, 'A...B'")
     ] = None,
     host: Annotated[str, typer.Option(metavar="NAME", help="other than loopback needs --keys")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="0 = any free one", min=0, max=65535)] = 8080,
-    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, hashed")] = None,
+    port: Annotated[int, typer.Option(metavar="N", help="0 takes any free port", min=0, max=65535)] = 8080,
+    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, stored as hashes")] = None,
     new_key: Annotated[str | None, typer.Option(metavar="NAME", help="add a key to --keys, print it, and end")] = None,
     operator: Annotated[bool, typer.Option("--operator", help="the new key may see why")] = False,
-    audit_log: Annotated[Path, typer.Option(metavar="FILE", help="append-only log")] = Path("so8t-audit.jsonl"),
+    audit_log: Annotated[Path, typer.Option(metavar="FILE", help="append-only audit log")] = Path("so8t-audit.jsonl"),
     audit_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="deployment key; default: $SO8T_AUDIT_KEY")
     ] = None,
     copy_run: Annotated[int, typer.Option(metavar="N", min=32, help="letters an answer may not copy")] = 32,
-    n_ctx: Annotated[int | None, typer.Option(metavar="N", min=256, help="default: as shipped")] = None,
+    n_ctx: Annotated[int | None, typer.Option(metavar="N", min=256, help="context; default: as shipped")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="thinking and answer together")] = 1024,
     queue: Annotated[int, typer.Option(metavar="N", min=0, help="requests that may wait")] = 8,
     per_key: Annotated[int, typer.Option(metavar="N", min=1, help="requests of one key at a time")] = 4,
@@ -50,7 +52,7 @@ def serve(
 ) -> None:
     """Serve answers, withhold the thinking.
 
-    OpenAI's chat completions; see docs/server.md.
+    The server speaks OpenAI's chat completions; see docs/server.md.
     \f
     Raises:
         InputError: it cannot start, or --new-key has no --keys. (What follows the form feed is not in the help.)
@@ -107,13 +109,13 @@ def audit() -> None:
 def audit_verify(
     log: Annotated[Path, typer.Argument(metavar="LOG", show_default=False)],
     expect_head: Annotated[
-        str | None, typer.Option(metavar="SEQ:SHA256", help="a head that was kept elsewhere")
+        str | None, typer.Option(metavar="SEQ:SHA256", help="a head that you kept; the log must still contain it")
     ] = None,
 ) -> None:
-    """Prove that the log is what was written.
+    """Check that no line of the log was changed.
 
-    Exit code 1: a line was edited, moved, cut or removed. Keep the head that this prints in another place: lines taken
-    off the end, together with the head file, show only against it.
+    Exit code 1: a line was edited, moved, cut or removed. Keep the head that this prints in another place: it is the
+    only sign if somebody takes lines off the end and changes the head file as well.
     """
     from pipeline.serve.audit_log import Head, Tampered
     from pipeline.serve.audit_log import verify as verify_log

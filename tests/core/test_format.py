@@ -1,4 +1,4 @@
-"""The adapter's file format, byte for byte, as the README specifies it."""
+"""The adapter's file format, byte for byte, as docs/adapter_format.md specifies it."""
 
 from __future__ import annotations
 
