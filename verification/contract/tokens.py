@@ -55,11 +55,20 @@ class Tokens(Protocol):
     def bos(self) -> int: ...
     @property
     def eos(self) -> int: ...
-    def chat_template(self) -> str | None: ...
-    def token_text(self, token: int) -> str: ...
-    def is_end(self, token: int) -> bool: ...
-    def is_control(self, token: int) -> bool: ...
-    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]: ...
+    def chat_template(self) -> str | None:
+        """The file's own template, None where it has none."""
+
+    def token_text(self, token: int) -> str:
+        """The text that the file lists for a token."""
+
+    def is_end(self, token: int) -> bool:
+        """Whether llama.cpp stops at this token."""
+
+    def is_control(self, token: int) -> bool:
+        """Whether the file lists this token as a control token."""
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """The ids of a text: with BOS and EOS as the file asks, and with control tokens written out in it."""
 
 
 def use(model: Tokens, file: GGUFFile) -> None:

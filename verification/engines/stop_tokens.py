@@ -42,6 +42,9 @@ def add_stop_keys(gguf: Path, directory: Path) -> dict[str, int]:
     """Make llama.cpp stop where generation_config.json of `directory` says; returns the keys that were written.
 
     The file is only rewritten when a stop is missing (a copy of its data, nothing in memory).
+
+    Raises:
+        InputError: llama.cpp cannot load the file's vocabulary.
     """
     file = read_gguf(gguf)
     wanted = listed_stops(directory) - {file.metadata.get("tokenizer.ggml.eos_token_id")}

@@ -37,14 +37,22 @@ _NOT_WEIGHTS = {"I8", "I16", "I32", "I64", "F64"}
 
 
 def counts(path: Path, n_tensors: int, n_kv: int) -> None:
-    """Refuse more tensors or metadata entries than any model has."""
+    """Refuse more tensors or metadata entries than any model has.
+
+    Raises:
+        InputError: there are more.
+    """
     for found, bound, what in ((n_kv, MAX_ENTRIES, "metadata entries"), (n_tensors, MAX_TENSORS, "tensors")):
         if found > bound:
             raise InputError(f"{path} states {found} {what}, at most {bound} are read; the file is damaged")
 
 
 def text(path: Path, where: str, value: str, *, bound: int = MAX_STRING) -> None:
-    """Refuse a text that a C reader would cut at a NUL, that is not UTF-8, or that is longer than `bound` bytes."""
+    """Refuse a text that a C reader would cut at a NUL, that is not UTF-8, or that is longer than `bound` bytes.
+
+    Raises:
+        InputError: it is one of these.
+    """
     if len(value) > bound:
         raise InputError(f"{path}: {where} has {len(value)} characters, at most {bound} are read")
     if "\0" in value:
@@ -54,13 +62,21 @@ def text(path: Path, where: str, value: str, *, bound: int = MAX_STRING) -> None
 
 
 def header(path: Path, size: int) -> None:
-    """Refuse keys and descriptions that take more bytes than those of any model."""
+    """Refuse keys and descriptions that take more bytes than those of any model.
+
+    Raises:
+        InputError: they do.
+    """
     if size > MAX_HEADER:
         raise InputError(f"{path}: the header goes beyond {MAX_HEADER} bytes, more than any model has; it is damaged")
 
 
 def key_type(path: Path, key: str, kind: int, inner: int | None) -> None:
-    """Refuse a known key of another type than llama.cpp asks for; `inner` is an array's item type."""
+    """Refuse a known key of another type than llama.cpp asks for; `inner` is an array's item type.
+
+    Raises:
+        InputError: it has one.
+    """
     rule = wanted(key)
     if rule is not None and not rule.allows(kind, inner):
         item = kind if inner is None else inner
@@ -69,7 +85,11 @@ def key_type(path: Path, key: str, kind: int, inner: int | None) -> None:
 
 
 def key_value(path: Path, key: str, value: Any) -> None:
-    """Refuse a known key's number that is negative, not finite or too large for 32 bits, and an odd architecture."""
+    """Refuse a known key's number that is negative, not finite or too large for 32 bits, and an odd architecture.
+
+    Raises:
+        InputError: it is one of these.
+    """
     rule = wanted(key)
     if rule is None:
         return
@@ -93,7 +113,11 @@ def key_value(path: Path, key: str, value: Any) -> None:
 
 
 def alignment(path: Path, value: int) -> None:
-    """Refuse an alignment that is no power of two or beyond the bound."""
+    """Refuse an alignment that is no power of two or beyond the bound.
+
+    Raises:
+        InputError: it is.
+    """
     if not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
         raise InputError(
             f"{path}: general.alignment is {value}, not a power of two up to {MAX_ALIGNMENT}; the file is damaged"
@@ -101,7 +125,11 @@ def alignment(path: Path, value: int) -> None:
 
 
 def tensor(path: Path, name: str, n_dims: int) -> None:
-    """Refuse a tensor whose name or rank llama.cpp cannot hold, or whose block number no model has."""
+    """Refuse a tensor whose name or rank llama.cpp cannot hold, or whose block number no model has.
+
+    Raises:
+        InputError: it is one of these.
+    """
     where = f"tensor name {name[:80]!r}"
     text(path, where, name, bound=MAX_NAME - 1)
     if not name or len(name.encode()) >= MAX_NAME:

@@ -30,7 +30,11 @@ class Harmony:
     markers = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
 
     def split(self, content: str, reasoning: str, *, mixed: bool) -> Parts:
-        """The messages before the last one together, and the last one, which must be on the channel `final`."""
+        """The messages before the last one together, and the last one, which must be on the channel `final`.
+
+        Raises:
+            Odd: the generation does not have this form.
+        """
         bare = content.removeprefix(_BEGIN)
         ended = next((bare.removesuffix(end) for end in _ENDS if bare.endswith(end)), bare)
         *thoughts, last = ended.split(_NEXT)

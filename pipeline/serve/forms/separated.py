@@ -17,7 +17,11 @@ class Separated:
     markers: tuple[str, ...] = ()
 
     def split(self, content: str, reasoning: str, *, mixed: bool) -> Parts:
-        """The reasoning and the content."""
+        """The reasoning and the content.
+
+        Raises:
+            Odd: the generation does not have this form.
+        """
         if not reasoning:
             raise Odd("upstream separated no thinking")
         if mixed:

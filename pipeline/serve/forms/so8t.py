@@ -18,7 +18,11 @@ class So8t:
     name, markers, instructs, may_skip = "so8t", (THINK_MARKER, ANSWER_MARKER), True, False
 
     def split(self, content: str, reasoning: str, *, mixed: bool) -> Parts:
-        """The text between the markers and the text after them."""
+        """The text between the markers and the text after them.
+
+        Raises:
+            Odd: the generation does not have this form.
+        """
         lines = content.split("\n")
         if lines[0] != THINK_MARKER:
             raise Odd("thinking marker not first")
