@@ -1,7 +1,7 @@
 """What the guard adds to a request: `so8t serve` and a bare proxy, each a process, in front of the same upstream.
 
 The upstream answers at once, so that nothing but the two servers is measured; both use the same web server and client
-library. The parts are those of the guard's own tests (tests/serve).
+library. The parts are those of the guard's own tests (tests/pipeline/serve).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-SERVE = Path(__file__).parents[1] / "tests" / "serve"
+SERVE = Path(__file__).parents[1] / "tests" / "pipeline" / "serve"
 REQUESTS = 20
 
 

@@ -11,7 +11,7 @@ through the model's own template), bytes of every file type. Estimated from them
 
 P parameters, H hidden size, I intermediate size, a bytes of an activation. The speed is a matrix product timed here for
 a fraction of a second; what a process takes before any model, and the speed of disks and quantisers, are constants
-below. tests/pipeline/test_plan.py holds all of it against measured runs.
+below. tests/pipeline/run/test_plan.py holds all of it against measured runs.
 """
 
 from __future__ import annotations

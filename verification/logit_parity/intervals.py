@@ -5,7 +5,7 @@ From 6 chunks on the interval is the studentised bootstrap over chunks, [m - q97
 of (m* - m) / se*: a mean of KLDs is skewed to the right, and this form keeps its upper end honest. Below that, expanded
 percentiles. A share is never narrower than Wilson's interval for independent tokens: 60 of 60 do not prove 99.5 %.
 Coverage simulated at 95 % nominal, log-normal KLDs of spread 1.7 (as measured) in chunks of correlation 0.05: 90 to
-91 % at 8 chunks, 92 to 93 % at 12, 93 to 94 % at 24 (tests/verification/test_bootstrap.py).
+91 % at 8 chunks, 92 to 93 % at 12, 93 to 94 % at 24 (tests/verification/logit_parity/test_bootstrap.py).
 Source: Efron and Tibshirani 1993, chapter 12; expanded percentiles: Hesterberg, arXiv:1411.5279, section 5.3.
 """
 

@@ -30,7 +30,7 @@ from verification import verify
 from verification.engines import distributed
 from verification.gate.report import TrainingRecord
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCUMENT = (ROOT / "docs" / "scaling_out.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^accelerate launch .*", DOCUMENT, re.M)
 DDP, FSDP = ("--multi_gpu", "train"), ("--use_fsdp", "train")

@@ -293,7 +293,7 @@ def test_rows_stream_in_bounded_memory(tmp_path: Path) -> None:
     with source.open("w", encoding="utf-8") as stream:
         for number in range(20_000):
             stream.write(json.dumps({**qa(number % 19_000), "note": "word " * 400}) + "\n")
-    command = [sys.executable, "-c", MEASURE, str(Path(__file__).parent), str(source), str(tmp_path / "out")]
+    command = [sys.executable, "-c", MEASURE, str(Path(__file__).parents[1]), str(source), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     kept, duplicates, before, after = json.loads(done.stdout.splitlines()[-1])
     assert (kept, duplicates) == (19_000, 1_000)

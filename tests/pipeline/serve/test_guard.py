@@ -1,4 +1,4 @@
-"""Laws of the guard (tests/serve/guard_laws.py), and for each of them a broken guard that it catches."""
+"""Laws of the guard (tests/pipeline/serve/guard_laws.py), and for each of them a broken guard that it catches."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def test_doctor_knows_every_dependency() -> None:
 
     from pipeline.cli.doctor import _PACKAGES
 
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(r for extra in ("data", "demo", "quant", "serve") for r in extras[extra])]
     names = {re.split(r"[><=!\[;]", requirement)[0].strip() for requirement in wanted} - {"so8t"}
@@ -291,7 +291,7 @@ def test_doctor_works_where_nothing_else_does(tmp_path: Path) -> None:
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
         if entry.name.lower().startswith(tuple(needed.split())):
             (tmp_path / entry.name).symlink_to(entry)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     start = f"import sys; sys.path += [{str(root)!r}, {str(tmp_path)!r}]; sys.argv = ['so8t', 'doctor']\n"
     command = [sys.executable, "-I", "-S", "-c", start + "from pipeline.cli.main import main; main()"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "200"})

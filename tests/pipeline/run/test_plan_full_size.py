@@ -13,7 +13,7 @@ from phi3_miniature import FULL, config, miniature_run
 
 from pipeline.run.estimate import Machine, bytes_a_weight, costs, shape_of, training
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECORD = ROOT / "docs" / "phi35_full_size.json"
 
 

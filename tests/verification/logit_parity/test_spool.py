@@ -50,7 +50,7 @@ print(json.dumps([int(peak.split()[1]) * 1024, d.tokens, d.mean_kld]))
 
 def peak_of(chunks: int, directory: Path, *, keep: bool = False) -> tuple[int, int, float]:
     command = [sys.executable, "-c", STREAM, str(chunks), "keep" if keep else "stream", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     peak, tokens, kld = json.loads(done.stdout.splitlines()[-1])
     return peak, tokens, kld
 

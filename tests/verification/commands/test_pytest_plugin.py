@@ -13,7 +13,7 @@ from verification_models import rewrite
 
 from verification.show.write import to_json
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 pytest_plugins = ["pytester"]
 NAMED = ("-p", "verification.commands.pytest_plugin")
 

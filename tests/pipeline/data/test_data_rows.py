@@ -419,7 +419,7 @@ def builtin_formats_again() -> Iterator[None]:
 def test_a_format_of_ones_own_takes_ten_lines(tmp_path: Path, phi35: Any) -> None:
     """The example of docs/data.md; its file belongs to the inputs, and its faults are named."""
     (tmp_path / "quiz.py").write_text(QUIZ, encoding="utf-8")
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     assert QUIZ.strip() in page
     source = write(
         tmp_path / "a.jsonl", {"q": "6 x 7?", "working": STEPS, "a": "42"}, {"q": "6 x 7?", "working": 5, "a": "42"}

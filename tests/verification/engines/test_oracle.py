@@ -31,7 +31,7 @@ from verification.weight_parity.compare import Examination, Sources
 from verification.weight_parity.expected import Inventory, inventory
 from verification.weight_parity.recipe import recipe_differences
 
-RECORDED = Path(__file__).parent / "data" / "contracted_build.npz"
+RECORDED = Path(__file__).parents[1] / "data" / "contracted_build.npz"
 WITHOUT = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S",
     "Q5_K_M", "Q6_K", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0",

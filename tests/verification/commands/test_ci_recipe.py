@@ -16,7 +16,7 @@ import yaml
 from sample_report import sample_report
 from verification_models import rewrite
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
 SHELL: list[str] = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
 

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.cli import main as cli
 
-FOLDER = Path(__file__).parents[2] / "deploy"
+FOLDER = Path(__file__).parents[3] / "deploy"
 
 
 def compose() -> Any:

@@ -38,7 +38,7 @@ def test_every_line_of_a_row_is_masked_or_trained_as_the_trainer_masks_it(tmp_pa
 def test_the_command_shows_counts_and_leaves_no_run_directory(tmp_path: Path) -> None:
     loaded = config(tmp_path)
     (tmp_path / "my.yaml").write_text(json.dumps(loaded.model_dump(mode="json")))
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "HF_HUB_OFFLINE": "1"}
     command = [
         sys.executable,
         "-m",

@@ -99,7 +99,7 @@ def test_upstream_urls_lose_their_last_slash_only() -> None:
     assert check_url("https://gpu.example/v1", allow_remote=True) == "https://gpu.example/v1"
 
 
-ENVIRONMENT = {**os.environ, "SO8T_AUDIT_KEY": KEY, "PYTHONPATH": str(Path(__file__).parents[2])}
+ENVIRONMENT = {**os.environ, "SO8T_AUDIT_KEY": KEY, "PYTHONPATH": str(Path(__file__).parents[3])}
 
 
 def so8t(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -26,7 +26,7 @@ from verification.gate.statement import statement_path
 from verification.gate.stored import REPORT_FILES
 from verification.show.write import load_report, write_report
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Json = dict[str, Any]
 
 

@@ -26,8 +26,8 @@ from verification.logit_parity.llama_cpp_commands import candidate_statistics, w
 from verification.logit_parity.llama_cpp_file import encode, read_base, row_width, write_base
 from verification.logit_parity.llama_cpp_statistics import KldTotals, statistics
 
-RECORDED = Path(__file__).parent / "data" / "kld"
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_with_llama_perplexity.py"
+RECORDED = Path(__file__).parents[1] / "data" / "kld"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "compare_with_llama_perplexity.py"
 
 
 def recorded() -> dict[str, str]:

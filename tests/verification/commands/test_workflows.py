@@ -14,7 +14,7 @@ import pytest
 import yaml
 from test_policy import healthy, plain_check, report
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FLOWS: dict[str, Any] = {
     path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
     for path in (ROOT / ".github" / "workflows").glob("*.yml")

@@ -25,7 +25,7 @@ from so8t_core.files import sha256_file
 
 SHIPPED = "borea_phi35_so8t_thinking.yaml"
 BASE = "AXCXEPT/Borea-Phi-3.5-mini-Instruct-Jp"
-CONFIG = Path(__file__).parents[2] / "configs" / SHIPPED
+CONFIG = Path(__file__).parents[3] / "configs" / SHIPPED
 # All that the miniature needs changed besides the base: it has 2 layers, random weights and two CPU cores.
 AMOUNTS = (
     "threads=1", "train.steps=2", "answers.prompts=0",

@@ -367,7 +367,7 @@ def test_a_pair_whose_size_moved_lies_below_f16s_normal_range(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["detection", "detection_smollm2"])
 def test_the_published_table_is_the_published_run(name: str) -> None:
     """docs/detection.md is written from the JSON beside it by scripts/publish_detection.py."""
-    docs = Path(__file__).parents[2] / "docs"
+    docs = Path(__file__).parents[3] / "docs"
     result = SelfTest.model_validate_json((docs / f"{name}.json").read_text(encoding="utf-8"))
     assert markdown(result) in (docs / "detection.md").read_text(encoding="utf-8")
     assert result.verdict == "pass"

@@ -149,7 +149,7 @@ def test_what_snaps_back_to_a_grid_is_not_called_missing() -> None:
 
 def test_the_published_strengths_are_the_measured_ones() -> None:
     """docs/detection.md holds the table of docs/elsewhere.json, which `benchmarks.elsewhere` wrote."""
-    docs = Path(__file__).parents[2] / "docs"
+    docs = Path(__file__).parents[3] / "docs"
     result = json.loads((docs / "elsewhere.json").read_text(encoding="utf-8"))
     assert table(result) in (docs / "detection.md").read_text(encoding="utf-8")
 
