@@ -226,7 +226,7 @@ def _dequantised(values: Array, wanted: Wanted) -> bool:
 
 
 def with_error(result: TensorResult, tensor: GGUFTensor, wanted: Array) -> TensorResult:
-    """A proven tensor's result with its distance from the reference, which the proof had no need of."""
+    """A proven tensor's result with its distance from the reference; `wanted` (out, in) or of the tensor's shape."""
     if not result.proof or result.rel_error is not None:
         return result
     relative, largest, _ = _error(tensor.values(), wanted.reshape(tensor.shape))

@@ -23,7 +23,7 @@ class Shift:
 
 
 def shift(wanted: Array, error: Array) -> Shift:
-    """The shift in `error` E against `wanted` W."""
+    """The shift in `error` E against `wanted` W, both (out, in)."""
     rms = float(np.sqrt(np.mean(wanted.astype(np.float64) ** 2))) or 1.0
     own = error.astype(np.float64)
     return Shift(float(own.mean()) / rms, float(np.sqrt(np.mean(own**2) / own.size)) / rms)
