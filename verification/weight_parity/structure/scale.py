@@ -45,7 +45,7 @@ def scale(values: Array, error: Array) -> Scale:
 
 
 def group_scale(values: Array, error: Array, *, axis: int, size: int = 1) -> GroupScale:
-    """The group of `size` neighbouring rows (axis 0) or columns (axis 1) that stands out most; F and E are (out, in)."""
+    """The group of `size` neighbouring rows (axis 0) or columns (axis 1) that stands out most; F, E (out, in)."""
     F, E = values.astype(np.float64), error.astype(np.float64)
     other = 1 - axis
     squares = _groups((F * F).sum(axis=other), size)
