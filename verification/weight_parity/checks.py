@@ -154,7 +154,7 @@ def quantise_checks(candidate: Candidate, results: Sequence[TensorResult], *, wi
     parts = [f"{len(proven)} of {len(results)} tensors are proven by the reference re-quantised here: {how}"]
     if judged:
         parts.append(f"{len(judged)} judged healthy: {_summary(judged)}")
-    if judged and not with_matrix and (named := candidate.file.metadata.get(_IMATRIX_KEY)) is not None:
+    if differ and not with_matrix and (named := candidate.file.metadata.get(_IMATRIX_KEY)) is not None:
         parts.append(
             f"The file says it was quantised with the importance matrix {named}: with --imatrix it can be proven"
         )
