@@ -74,7 +74,7 @@ def _converter() -> Finding:
     if any(importlib.util.find_spec(module) is None for module in ("torch", "transformers", "gguf", "llama_cpp")):
         return Finding("converter", "not examined: packages above are missing", "convert, verify")
     from verification.engines.convert import cache_directory
-    from verification.engines.digests import SCRIPT
+    from verification.engines.program_digests import SCRIPT
 
     named = os.environ.get("SO8T_CONVERTER")
     home = Path(named) if named else cache_directory()

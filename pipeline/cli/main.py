@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from pipeline.cli import exit_codes
 from pipeline.cli.serve_verbs import audit_app, serve
 from so8t_core.errors import InputError
 from verification.engines import distributed
@@ -75,9 +76,9 @@ def main() -> None:
         kept = str(error) if isinstance(error, _Interrupted) else "finished steps are kept"
         how = f"stopped by {signal.Signals(_stopped[0]).name}" if _stopped else "interrupted"
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"{how}; {kept}", markup=False)
-        sys.exit(128 + (_stopped[0] if _stopped else signal.SIGINT))
+        sys.exit(exit_codes.of_signal(_stopped[0] if _stopped else signal.SIGINT))
     except BrokenPipeError:
-        sys.exit(141)
+        sys.exit(exit_codes.READER_GONE)
     except ModuleNotFoundError as error:
         what = f"the package {error.name!r} is not installed" if error.name else str(error)  # transformers names none
         _fail(f"{what}; `so8t doctor` says what is missing and how to get it")
@@ -88,7 +89,7 @@ def main() -> None:
             what = f"{error.format_message()}{_given(error)}"
             _fail(f"{what} (so8t --help shows the verbs, so8t VERB --help its options)")
         traceback.print_exc()  # a fault of ours: shown whole, but as "could not run", never as "not to be released"
-        sys.exit(2)
+        sys.exit(exit_codes.BAD_INPUT)
 
 
 def _given(error: Exception) -> str:
@@ -138,7 +139,7 @@ def _fail(message: str) -> None:
     from verification.show.words import visible
 
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"{who}: {visible(message)}", markup=False)
-    sys.exit(2)
+    sys.exit(exit_codes.BAD_INPUT)
 
 
 def _calm() -> None:
@@ -223,7 +224,7 @@ def _announce(report: Report, folder: Path, *, policy: str, speaks: bool = True)
             console.print(f"Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
         _say(shown.get())
         append_step_summary(report)
-    raise typer.Exit(0 if report.verdict == "pass" else 1)
+    raise typer.Exit(exit_codes.of_verdict(report.verdict))
 
 
 def _policy_line(report: Report, source: str) -> str:
@@ -250,7 +251,7 @@ def _say(text: str) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
         if isinstance(error, BrokenPipeError):
-            raise typer.Exit(141) from None  # typer would make a 1 of it, which means "not to be released"
+            raise typer.Exit(exit_codes.READER_GONE) from None  # typer makes a 1 of it
         raise
 
 
@@ -472,7 +473,7 @@ def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: 
             console.print(f"{title}: {entry}", markup=False)
     if out is not None:
         console.print(f"Report: {out / 'self_test.html'}", markup=False, soft_wrap=True)
-    raise typer.Exit(0 if result.verdict == "pass" else 1)
+    raise typer.Exit(exit_codes.of_verdict(result.verdict))
 
 
 @app.command(epilog="Example: so8t lint my-model-Q4_K_M.gguf --reference ./my-model")
@@ -501,7 +502,7 @@ def lint(
     console.print(lint_table(report))
     if out is not None:
         console.print(f"Report: {write_lint(report, out)}", markup=False, soft_wrap=True)
-    raise typer.Exit(0 if report.verdict == "pass" else 1)
+    raise typer.Exit(exit_codes.of_verdict(report.verdict))
 
 
 def _must_exist(*paths: Path | None) -> None:

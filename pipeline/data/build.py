@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pipeline.config import DataConfig
 from pipeline.data.card import data_card
-from pipeline.data.digests import DigestSet
+from pipeline.data.digest_set import DigestSet
 from pipeline.data.formats import load_formats
 from pipeline.data.generator import GeneratedRow, generate
 from pipeline.data.inputs import data_sources

@@ -1,6 +1,6 @@
 """Counts of the data step: per source what became of its rows, per output file what it holds.
 
-Of each reason the first rows are shown by place and shape (see `pii.sample`), without a letter or digit of theirs.
+Of each reason the first rows are shown by place and shape (see `pii.find.sample`), without a letter or digit of theirs.
 `DataReport.to_json()` is report.json and the only source of data_card.md.
 """
 

@@ -217,7 +217,7 @@ def _look_at_tools(run: Run, last: int, shape: Shape | None, plan: Plan) -> None
     """Packages, the converter, and whether it knows this architecture."""
     from pipeline.run.steps import STEPS
     from verification.engines.convert import cache_directory, find_converter
-    from verification.engines.digests import SCRIPT
+    from verification.engines.program_digests import SCRIPT
 
     wanted = dict(_PACKAGES)
     if run.config.train.quantization != "none":

@@ -25,7 +25,7 @@ from pipeline.release.generate import with_bos
 from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.forms.form import Form
 from pipeline.serve.forms.registry import SO8T, form_of_template
-from pipeline.serve.refusal import Refusal, invalid
+from pipeline.serve.request_error import Refusal, invalid
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file

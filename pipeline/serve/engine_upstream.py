@@ -24,7 +24,7 @@ from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.forms.form import Form
 from pipeline.serve.forms.registry import SO8T
 from pipeline.serve.guard import MAX_BYTES, SEPARATES
-from pipeline.serve.refusal import invalid
+from pipeline.serve.request_error import invalid
 from so8t_core.errors import InputError
 
 if TYPE_CHECKING:  # llama.cpp is loaded only where a tokenizer was given

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pipeline.data.think_form import strip_message
-from pipeline.serve.folding import fold, plain
 from pipeline.serve.forms.form import Form, Odd
 from pipeline.serve.forms.registry import SO8T
+from pipeline.serve.text_folding import fold, plain
 
 MAX_BYTES = 1 << 18  # of one generation: some 64,000 tokens
 COPY_RUN = 32  # characters in a row that an answer may not share with its thinking, unless a server allows more

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.think_form import Message, strip_message, system_text
-from pipeline.serve.refusal import invalid
+from pipeline.serve.request_error import invalid
 
 MAX_MESSAGES = 256
 ROLES = ("system", "developer", "user", "assistant")

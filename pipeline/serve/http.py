@@ -20,8 +20,8 @@ from pipeline.serve.engine import Job
 from pipeline.serve.keys import who
 from pipeline.serve.page import page
 from pipeline.serve.protocol import ROLE, ChatRequest, Reply, Ticket, chunks, completion, dumps, event, parse_request
-from pipeline.serve.refusal import Refusal, invalid
 from pipeline.serve.request import Decider
+from pipeline.serve.request_error import Refusal, invalid
 
 log = logging.getLogger("so8t.serve")
 

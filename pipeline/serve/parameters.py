@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.serve.refusal import invalid
+from pipeline.serve.request_error import invalid
 
 Neutral = Callable[[Any], bool]
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.serve.history import Turn, read_turns
 from pipeline.serve.parameters import without_neutral
-from pipeline.serve.refusal import Refusal, invalid
+from pipeline.serve.request_error import Refusal, invalid
 
 MAX_STOPS = 4
 

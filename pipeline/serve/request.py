@@ -24,7 +24,7 @@ from pipeline.serve.guard import COPY_RUN, Guard, TooLong, Verdict
 from pipeline.serve.history import conversation
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.protocol import ChatRequest, Reply, Ticket, cut_at_stops
-from pipeline.serve.refusal import Refusal
+from pipeline.serve.request_error import Refusal
 
 RETRY_AFTER = 5  # seconds
 REMEMBERED = 50  # decisions that an operator may look at

@@ -13,7 +13,7 @@ from pathlib import Path
 import llama_cpp
 
 from pipeline.data.think_form import Message
-from pipeline.serve.refusal import invalid
+from pipeline.serve.request_error import invalid
 from verification.engines.llama_model import LlamaModel
 
 

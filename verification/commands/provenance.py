@@ -15,8 +15,8 @@ import torch
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path, size_of
 from verification.engines.convert import converter_version
-from verification.engines.digests import llama_digest
 from verification.engines.llama_model import quiet
+from verification.engines.program_digests import llama_digest
 from verification.gate.policy import DEFAULT_POLICY, Policy
 from verification.gate.report import Artefact, Report
 from verification.gguf.candidate import Candidate

@@ -39,7 +39,7 @@ from verification.logit_parity.kl import Array
 from verification.logit_parity.run_modes import Plan
 from verification.logit_parity.text import Corpus
 from verification.reference.checkpoint import Checkpoint
-from verification.weight_parity.output import OpenTensor
+from verification.weight_parity.layer_output_error import OpenTensor
 
 
 @dataclass

@@ -42,7 +42,7 @@ from verification.reference.checkpoint import Checkpoint, read_config
 from verification.reference.tokenizer import load_tokenizer
 from verification.weight_parity.checks import output_check, weight_checks
 from verification.weight_parity.compare import Sources, rotations
-from verification.weight_parity.output import output_ratios
+from verification.weight_parity.layer_output_error import output_ratios
 
 ORACLE_LABEL = "F16 (oracle)"  # the verifier's own conversion, where no float file was given
 CONTRACT = (

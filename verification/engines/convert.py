@@ -21,10 +21,10 @@ from so8t_core.checkpoint_admission import admit_config
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, atomic_file, read_json
 from verification.engines.converter_input import converter_input
-from verification.engines.digests import SCRIPT, converter_digest
+from verification.engines.program_digests import SCRIPT, converter_digest
 from verification.engines.sandbox import require_loadable
 from verification.engines.stop_tokens import add_stop_keys
-from verification.gguf.header import drop_keys
+from verification.gguf.drop_keys import drop_keys
 from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import read_gguf
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
 from verification.engines.convert import OUT_TYPES, convert, find_converter
-from verification.engines.digests import makers_digest
+from verification.engines.program_digests import makers_digest
 from verification.engines.quantise import Importance, quantise
 from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import GGUFFile, GGUFTensor, read_gguf

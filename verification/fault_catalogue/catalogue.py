@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from verification.fault_catalogue import adapter, checkpoint, engine, file, metadata, tokens, weights
 from verification.fault_catalogue.fault import Fault
+from verification.fault_catalogue.faults import adapter, checkpoint, engine, file, metadata, tokens, weights
 
 
 def catalogue() -> list[Fault]:

@@ -27,7 +27,7 @@ from verification.gate.report import Check, Leg, LegName, Report
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile, read_gguf
 from verification.weight_parity.checks import output_check, weight_checks
-from verification.weight_parity.output import output_ratios
+from verification.weight_parity.layer_output_error import output_ratios
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Small constructors for checks. A check is measured here and decided in `decision.decide`, never both at once."""
+"""Small constructors for checks. A check is measured here and decided in `decide.decide`, never both at once."""
 
 from __future__ import annotations
 

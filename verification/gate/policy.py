@@ -1,6 +1,6 @@
 """What must hold before a file may be released: bounds, requirements and waivers, from a YAML file.
 
-`default_policy.yaml` comments every key; a user's file is laid over it. What follows from it: `decision`.
+`default_policy.yaml` comments every key; a user's file is laid over it. What follows from it: `decide`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from verification.gguf.candidate import Candidate
 from verification.gguf.reader import GGUFFile
 from verification.weight_parity.compare import Examination, Sources
 from verification.weight_parity.expected import Inventory, inventory, is_known
-from verification.weight_parity.output import OpenTensor
+from verification.weight_parity.layer_output_error import OpenTensor
 from verification.weight_parity.recipe import recipe_differences
 from verification.weight_parity.result import TensorResult
 from verification.weight_parity.values import with_error

@@ -2,7 +2,7 @@
 
 Found are e-mail, telephone, My Number, corporate number, card, IBAN, IP and postal addresses, keys and tokens, and
 marks of confidential papers (社外秘). Names of people are out of reach of rules: no list of names is complete, and most
-names are ordinary words. All searching is done on folded text (see `pii_text`); spans refer to the original.
+names are ordinary words. All searching is done on folded text (see `folded_text`); spans refer to the original.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from pipeline.config import PII_KINDS, PiiKind
-from pipeline.data.pii.address import addresses
+from pipeline.data.pii.folded_text import fold
 from pipeline.data.pii.numbers import check_numbers, ibans, ip_addresses, phones
+from pipeline.data.pii.postal_address import addresses
 from pipeline.data.pii.secrets import secrets
-from pipeline.data.pii.text import fold
 
 _LETTER = (
     r"[^\W_]"  # domains may be written in any script, and mailboxes; there the words before it cannot be told apart

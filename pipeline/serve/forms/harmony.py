@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 
 from pipeline.data.think_form import strip_message
-from pipeline.serve.folding import TAGS, fold, skeleton
 from pipeline.serve.forms.form import Odd, Parts
+from pipeline.serve.text_folding import TAGS, fold, skeleton
 
 _BEGIN, _NEXT, _ENDS = "<|start|>assistant", "<|end|><|start|>assistant", ("<|return|>", "<|end|>")
 _THOUGHT = re.compile(r"(?s)<\|channel\|>(?:analysis|commentary)<\|message\|>(.*)")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 
 from pipeline.data.think_form import strip_message
-from pipeline.serve.folding import TAGS, fold, skeleton
 from pipeline.serve.forms.form import Odd, Parts
+from pipeline.serve.text_folding import TAGS, fold, skeleton
 from so8t_core.errors import InputError
 
 

@@ -6,8 +6,8 @@ an upstream that separates from one that leaves the thinking in the content. So 
 
 from __future__ import annotations
 
-from pipeline.serve.folding import has_tags
 from pipeline.serve.forms.form import Odd, Parts
+from pipeline.serve.text_folding import has_tags
 
 
 class Separated:

@@ -6,8 +6,8 @@ After `fold` the words of each marker occur once in the whole text: a second one
 from __future__ import annotations
 
 from pipeline.data.think_form import ANSWER_MARKER, THINK_MARKER, strip_message
-from pipeline.serve.folding import fold, has_tags
 from pipeline.serve.forms.form import Odd, Parts
+from pipeline.serve.text_folding import fold, has_tags
 
 _MARKER_WORDS = (fold(THINK_MARKER), fold(ANSWER_MARKER))
 

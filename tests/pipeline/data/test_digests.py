@@ -7,7 +7,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.digests import DigestSet
+from pipeline.data.digest_set import DigestSet
 
 
 @given(st.lists(st.binary(min_size=16, max_size=16) | st.sampled_from([bytes(16), b"\xff" * 16, b"\1" * 16])))

@@ -17,9 +17,10 @@ from pii_cases import CHECKABLE, POSITIVES, hard_negatives, measure, positives, 
 from pipeline.config import PII_KINDS
 from pipeline.data.generator import generate
 from pipeline.data.pii import find as finder
-from pipeline.data.pii import numbers, text
+from pipeline.data.pii import folded_text as text
+from pipeline.data.pii import numbers
 from pipeline.data.pii.find import find, mask, sample
-from pipeline.data.pii.text import Folded, fold
+from pipeline.data.pii.folded_text import Folded, fold
 from pipeline.data.think_form import ANSWER_MARKER, SYSTEM_MESSAGE, THINK_MARKER
 
 RECALL = 0.98

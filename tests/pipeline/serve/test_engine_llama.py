@@ -19,8 +19,8 @@ from pipeline.serve.engine import EngineError, Job
 from pipeline.serve.engine_llama import ChatTemplate, LlamaEngine, shipped_n_ctx, shipped_stops
 from pipeline.serve.forms.registry import form_named
 from pipeline.serve.guard import TooLong
-from pipeline.serve.refusal import Refusal
 from pipeline.serve.request import Limits
+from pipeline.serve.request_error import Refusal
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
 

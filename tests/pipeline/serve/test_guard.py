@@ -16,7 +16,8 @@ from guard_laws import LAWS, canonical, pieces
 from test_guard_mutants import exchanged
 
 from pipeline.data.think_form import parse
-from pipeline.serve import folding, guard
+from pipeline.serve import guard
+from pipeline.serve import text_folding as folding
 from pipeline.serve.forms.registry import SO8T
 
 

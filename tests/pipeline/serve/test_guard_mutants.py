@@ -14,7 +14,8 @@ from guard_kits import KITS, Kit
 from guard_laws import LAWS, law_silence
 from mutation import load, mutants
 
-from pipeline.serve import folding, guard
+from pipeline.serve import guard
+from pipeline.serve import text_folding as folding
 from pipeline.serve.forms import harmony, pair, separated, so8t
 from so8t_core.errors import InputError
 

@@ -20,8 +20,8 @@ from verification import verify
 from verification.commands.lint import lint
 from verification.engines.convert import convert, convert_metadata
 from verification.engines.converter_input import converter_input
-from verification.engines.digests import SCRIPT
 from verification.engines.huggingface import load_hf
+from verification.engines.program_digests import SCRIPT
 from verification.engines.reconversion import Oracle
 from verification.gguf.reader import read_gguf
 from verification.reference.tokenizer import load_tokenizer

@@ -17,7 +17,7 @@ from verification.commands.lint import lint
 from verification.commands.provenance import versions
 from verification.contract.checks import vocabulary_findings
 from verification.engines.convert import convert, default_name, find_converter
-from verification.engines.digests import SCRIPT, llama_digest, makers_digest
+from verification.engines.program_digests import SCRIPT, llama_digest, makers_digest
 from verification.engines.reconversion import Oracle
 from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import read_gguf

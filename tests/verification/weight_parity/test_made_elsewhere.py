@@ -34,7 +34,7 @@ from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity.checks import WeightResult, output_check, weight_checks
 from verification.weight_parity.compare import Sources
 from verification.weight_parity.expected import inventory
-from verification.weight_parity.output import output_ratios
+from verification.weight_parity.layer_output_error import output_ratios
 
 
 @pytest.fixture(scope="module")
