@@ -268,11 +268,13 @@ class _Run:
         file = self.file
         self.add("metadata", metadata.against_config(reference.config, file))
         window = metadata.unused_window(reference.config, file)
-        limits = [] if window is None else [
-            Finding("sliding_window", f"attention over {window} tokens, as the reference", "attention over all tokens",
-                    f"keep contexts within {window} tokens: beyond, llama.cpp and the reference differ")
-        ]  # fmt: skip
-        self.add("sliding_window", limits, note=True)
+        limit = Finding(
+            "sliding_window",
+            f"attention over {window} tokens, as the reference",
+            "attention over all tokens",
+            f"keep contexts within {window} tokens: beyond, llama.cpp and the reference differ",
+        )
+        self.add("sliding_window", [] if window is None else [limit], note=True)
         try:
             wanted = read_gguf(oracle.result())
         except InputError as error:

@@ -15,10 +15,27 @@ from verification.fault_catalogue.fault import Kind
 from verification.fault_catalogue.file_gate import Judgement, differing_matrices
 
 _ORDER = (
-    "finite_weights", "saturated_weights", "oracle_metadata", "metadata", "special_ids", "added_specials", "vocabulary",
-    "counts", "inventory", "hypotheses", "weights", "file_type", "layout", "chat_template", "chat_render", "stop_set",
-    "end_of_turn", "chat_token_ids", "token_ids", "loads",
-)  # fmt: skip
+    "finite_weights",
+    "saturated_weights",
+    "oracle_metadata",
+    "metadata",
+    "special_ids",
+    "added_specials",
+    "vocabulary",
+    "counts",
+    "inventory",
+    "hypotheses",
+    "weights",
+    "file_type",
+    "layout",
+    "chat_template",
+    "chat_render",
+    "stop_set",
+    "end_of_turn",
+    "chat_token_ids",
+    "token_ids",
+    "loads",
+)
 _SHAPES = ("block_count", "head_count", "context_length", "_length", "vocab_size", "token_embd")
 
 

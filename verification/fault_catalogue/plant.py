@@ -113,10 +113,16 @@ class Bench:
         alarms = [*judgement.caught_by, *(f"verify {c.name}" for c in checks if c.status != "pass")]
         bound = checks[0].bound
         return HealthyRow(
-            pair=pair.name, level=kind, passed=not alarms and judgement.passed, alarms=alarms, mean_kld=kld.mean_kld,
-            bound=float(bound) if isinstance(bound, int | float) else None, nmse=nmse.nmse,
-            nmse_says=_says(nmse.nmse, NMSE_BOUND, nmse), entropy_share=self.entropy(pair),
-        )  # fmt: skip
+            pair=pair.name,
+            level=kind,
+            passed=not alarms and judgement.passed,
+            alarms=alarms,
+            mean_kld=kld.mean_kld,
+            bound=float(bound) if isinstance(bound, int | float) else None,
+            nmse=nmse.nmse,
+            nmse_says=_says(nmse.nmse, NMSE_BOUND, nmse),
+            entropy_share=self.entropy(pair),
+        )
 
     def entropy(self, pair: Healthy) -> float:
         """Mean entropy of the reference's logits as a share of ln V."""
@@ -137,10 +143,16 @@ class Bench:
         fault.plant(pair, source, target, strength.value)
         judgement = judge(pair, target, self.policy)
         row = Row(
-            fault=fault.name, kind=fault.kind, pair=fault.pair.split()[0], level=fault.level, strength=strength.label,
-            value=None if np.isnan(strength.value) else strength.value, real=real, caught=not judgement.passed,
+            fault=fault.name,
+            kind=fault.kind,
+            pair=fault.pair.split()[0],
+            level=fault.level,
+            strength=strength.label,
+            value=None if np.isnan(strength.value) else strength.value,
+            real=real,
+            caught=not judgement.passed,
             caught_by=judgement.caught_by,
-        )  # fmt: skip
+        )
         row.identical = "{" not in fault.pair and _same_bytes(source, target)
         if fault.logits or (not row.caught and not row.identical):
             self._logits(row, judgement, pair, target)
@@ -161,15 +173,23 @@ class Bench:
         (check,) = decided({"dtype": [found]}, self.policy)
         caught, bound = check.status != "pass", self.policy.dtype.rounding
         return Row(
-            fault=fault.name, kind=fault.kind, pair=fault.pair.split()[0], level="checkpoint", strength=strength.label,
-            value=None if np.isnan(strength.value) else strength.value, real=real, caught=caught,
-            caught_by=["verify dtype.rounding"] if caught else [], margin=worst / bound if caught else None,
-            margin_words=f"{worst:.4g} roundings, {bound:g} allowed", named_where=where if caught else "",
+            fault=fault.name,
+            kind=fault.kind,
+            pair=fault.pair.split()[0],
+            level="checkpoint",
+            strength=strength.label,
+            value=None if np.isnan(strength.value) else strength.value,
+            real=real,
+            caught=caught,
+            caught_by=["verify dtype.rounding"] if caught else [],
+            margin=worst / bound if caught else None,
+            margin_words=f"{worst:.4g} roundings, {bound:g} allowed",
+            named_where=where if caught else "",
             diagnosis=f"the saved weight is {worst:.4g} roundings off the bake, {where}" if caught else "",
             named_kind="adapter" if caught else "",
             named_right=any(word in where for word in fault.where) if caught else None,
             seconds=round(time.monotonic() - start, 2),
-        )  # fmt: skip
+        )
 
     @functools.cached_property
     def baked(self) -> Any:
@@ -279,8 +299,9 @@ def margin_of(judgement: Judgement) -> tuple[float | None, str]:
     for tensor in judgement.linted.tensors if judgement.linted else []:
         if tensor.how == "refused" and tensor.own_error:
             ratio = (tensor.rel_error or 0.0) / tensor.own_error
-            options.append((ratio, f"{tensor.name} error {ratio:.4g} times its own quantiser's, {tensor.blocks_differ} "
-                            f"of {tensor.blocks} blocks differ where none may"))  # fmt: skip
+            words = f"{tensor.name} error {ratio:.4g} times its own quantiser's"
+            blocks = f"{tensor.blocks_differ} of {tensor.blocks} blocks differ where none may"
+            options.append((ratio, f"{words}, {blocks}"))
     finite = [option for option in options if np.isfinite(option[0])]
     if finite:
         return max(finite)

@@ -92,9 +92,18 @@ def _result(rows: list[Row], healthy: list[HealthyRow], bench: Bench, quick: boo
     )
     good = not missed and not alarms and right >= NAMED_RIGHT
     return SelfTest(
-        verdict="pass" if good else "fail", summary=summary, quick=quick, model=bench.model, rows=rows, healthy=healthy,
-        missed=missed, alarms=alarms, named_right=round(right, 4), versions=versions(), seconds=round(seconds, 1),
-    )  # fmt: skip
+        verdict="pass" if good else "fail",
+        summary=summary,
+        quick=quick,
+        model=bench.model,
+        rows=rows,
+        healthy=healthy,
+        missed=missed,
+        alarms=alarms,
+        named_right=round(right, 4),
+        versions=versions(),
+        seconds=round(seconds, 1),
+    )
 
 
 def write_self_test(result: SelfTest, out: Path) -> Path:

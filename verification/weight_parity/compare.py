@@ -194,9 +194,12 @@ class Examination:
         if result.findings and not fed_back:
             return measured
         judged = dataclasses.replace(
-            result, explanation="" if found.findings else found.explanation, open=found.open, findings=found.findings,
+            result,
+            explanation="" if found.findings else found.explanation,
+            open=found.open,
+            findings=found.findings,
             along=found.direction,
-        )  # fmt: skip
+        )
         return dataclasses.replace(measured, result=judged)
 
     def _head_rows(self, tensor: GGUFTensor) -> int:
@@ -243,11 +246,16 @@ class Examination:
             residual = residual_rotation(wanted, values - reference)
             if residual is not None and residual.detected and not any(m.is_fault for m in matches) and not result.equal:
                 findings.append(
-                    Finding(tensor.name, "no rotation against the reference",
-                            f"{residual.rms:.2g} rad (root mean square; largest {residual.largest:.2g} in channels "
-                            f"{8 * residual.block}..{8 * residual.block + 7}, {residual.z_single:.0f} standard errors)",
-                            "bake the adapter again and convert that", "rotation off", "rotation")
-                )  # fmt: skip
+                    Finding(
+                        tensor.name,
+                        "no rotation against the reference",
+                        f"{residual.rms:.2g} rad (root mean square; largest {residual.largest:.2g} in channels "
+                        f"{8 * residual.block}..{8 * residual.block + 7}, {residual.z_single:.0f} standard errors)",
+                        "bake the adapter again and convert that",
+                        "rotation off",
+                        "rotation",
+                    )
+                )
         if findings and not any(f.cause for f in findings) and not matches:
             findings = [dataclasses.replace(findings[0], cause=_scale_cause(values, wanted)), *findings[1:]]
         return dataclasses.replace(result, nearest=matches, residual=residual, findings=tuple(findings))

@@ -109,9 +109,13 @@ def judge(tensor: GGUFTensor, values: Array, wanted: Array, *, base: Array | Non
         )
     if ratio > max(CHOSEN, allowed) and not findings:
         findings.append(
-            Finding(tensor.name, f"relative error near {plain:.2g}, as {tensor.type} gives for the reference",
-                    f"{error:.2g}", AGAIN)
-        )  # fmt: skip
+            Finding(
+                tensor.name,
+                f"relative error near {plain:.2g}, as {tensor.type} gives for the reference",
+                f"{error:.2g}",
+                AGAIN,
+            )
+        )
     why = ""
     if not findings and ratio > allowed:
         why = f"error {ratio:.3g} times the own quantiser's, {allowed:.3g} without error feedback"
@@ -166,8 +170,10 @@ def _along(
         less = None if other is None else direction(other, other - W[at], change[at], block=block)
         values += [] if less is None else [less.value]
     spread_of = float(np.ptp(values)) if len(values) > 1 else 0.0
-    return Direction(found.value - mine.value, float(np.hypot(np.hypot(found.standard_error, mine.standard_error),
-                                                              spread_of / CERTAIN)))  # fmt: skip
+    return Direction(
+        found.value - mine.value,
+        float(np.hypot(np.hypot(found.standard_error, mine.standard_error), spread_of / CERTAIN)),
+    )
 
 
 def _matrix(width: int, spread: float, seed: int) -> Array:

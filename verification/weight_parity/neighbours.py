@@ -94,9 +94,12 @@ def _other_weights(result: TensorResult) -> TensorResult:
     rotated = f"; rotation left over {left.rms:.1g} rad" if left is not None else ""
     text = f"{result.blocks_differ} of {result.blocks} blocks differ{rotated}"
     finding = Finding(
-        result.name, "the bytes that the quantiser gives for the reference, as in its neighbours", text, AGAIN,
+        result.name,
+        "the bytes that the quantiser gives for the reference, as in its neighbours",
+        text,
+        AGAIN,
         _OTHER,
-    )  # fmt: skip
+    )
     return dataclasses.replace(result, findings=(finding,))
 
 
