@@ -209,6 +209,26 @@ _TEMPLATES = (
     "{{ '%c' % 55296 }}",
     "{{ range(10**9) | list }}",
 )
+_MORE_KEYS = (
+    "llama.expert_count",
+    "llama.expert_used_count",
+    "llama.rope.scaling.type",
+    "llama.rope.scaling.factor",
+    "llama.attention.key_length",
+    "llama.attention.value_length",
+    "llama.attention.sliding_window",
+    "llama.attention.kv_lora_rank",
+    "general.alignment",
+    "general.type",
+    "quantize.imatrix.file",
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.add_eos_token",
+    "tokenizer.ggml.precompiled_charsmap",
+    "split.count",
+    "llama.nextn_predict_layers",
+    "odd key\n",
+)
 _RENAMES = (
     "blk.5.attn_q.weight",
     "blk.00.attn_q.weight",
@@ -269,28 +289,7 @@ def _keys(whole: Parts, rng: random.Random) -> None:
     if kind < 0.5 and whole.keys:
         del whole.keys[rng.choice(list(whole.keys))]
     elif kind < 0.8:
-        name = rng.choice(
-            (
-                "llama.expert_count",
-                "llama.expert_used_count",
-                "llama.rope.scaling.type",
-                "llama.rope.scaling.factor",
-                "llama.attention.key_length",
-                "llama.attention.value_length",
-                "llama.attention.sliding_window",
-                "llama.attention.kv_lora_rank",
-                "general.alignment",
-                "general.type",
-                "quantize.imatrix.file",
-                "tokenizer.ggml.eot_token_id",
-                "tokenizer.ggml.padding_token_id",
-                "tokenizer.ggml.add_eos_token",
-                "tokenizer.ggml.precompiled_charsmap",
-                "split.count",
-                "llama.nextn_predict_layers",
-                "odd key\n",
-            )
-        )
+        name = rng.choice(_MORE_KEYS)
         inner = rng.choice([*SCALARS, STRING])
         if rng.random() < 0.3:
             whole.keys[name] = Value(ARRAY, [_scalar(inner, rng) for _ in range(rng.choice((0, 1, 2, 3)))], inner)

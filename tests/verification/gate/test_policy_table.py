@@ -255,27 +255,21 @@ CELLS = [
     for cell in ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
     for value in ("mean_kld", "top1", "non_finite")
 ]
-FILE = [
-    *(
-        "contract." + name
-        for name in (
-            "token_ids",
-            "added_specials",
-            "chat_template",
-            "stop_set",
-            "special_ids",
-            "metadata",
-            "oracle_metadata",
-            "fallback_types",
-            "inventory",
-            "finite_weights",
-            "layout",
-            "end_of_turn",
-        )
-    ),
-    "evidence.alignment",
-    *CELLS,
+CONTRACT = [
+    "contract.token_ids",
+    "contract.added_specials",
+    "contract.chat_template",
+    "contract.stop_set",
+    "contract.special_ids",
+    "contract.metadata",
+    "contract.oracle_metadata",
+    "contract.fallback_types",
+    "contract.inventory",
+    "contract.finite_weights",
+    "contract.layout",
+    "contract.end_of_turn",
 ]
+FILE = [*CONTRACT, "evidence.alignment", *CELLS]
 FLOATS = ["convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite"]
 QUANTS = ["quantise.tensors_differ", "quantise.unexplained", "quality.mean_kld", "quality.top1", "quality.non_finite"]
 ADAPTED = [
