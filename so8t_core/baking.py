@@ -145,7 +145,7 @@ def bake_checkpoint(
     invert: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write base + adapter as an ordinary checkpoint; every other file that is no weights is copied byte for byte.
+    """Write base + adapter as an ordinary checkpoint; every other file that holds no weights is copied byte for byte.
 
     Args:
         base_dir: the original, unquantised checkpoint in safetensors form (one file or sharded).

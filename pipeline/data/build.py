@@ -138,7 +138,7 @@ class _Checker:
                 count.reject(error.reason, f"{name}:{number}", row_or_none, error.shown)
 
     def generated_rows(self, rows: list[GeneratedRow], split: Split, progress: Progress | None) -> Iterator[str]:
-        """Spool lines of generated rows; they pass the same checks as everybody's."""
+        """Spool lines of generated rows; they pass the same checks as all other rows."""
         count = self.counts.setdefault(GENERATED, SourceCount(facts=GENERATOR_FACTS))
         for row in rows:
             count.read += 1

@@ -1,4 +1,4 @@
-"""What a run will take before it starts: time, memory and disk of each step, as estimates from the configuration.
+"""Estimates from the configuration, before a run starts, of the time, memory and disk that each step will take.
 
 Counted exactly: parameters and trainable parameters (the model is built without memory), rows' mean length (a sample
 through the model's own template), bytes of every file type. Estimated from them:
@@ -148,7 +148,7 @@ def _speed(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 
 def bytes_a_weight(kind: str) -> float:
-    """Of a GGUF file type; the mixed K-quants' share of larger types is taken from a 3.8 B model."""
+    """Bytes a weight of a GGUF file type; the mixed K-quants' share of larger types is taken from a 3.8 B model."""
     if kind in MIXED:
         return MIXED[kind]
     stem = kind.rsplit("_", 1)[0] if kind.endswith(("_S", "_M", "_L")) else kind

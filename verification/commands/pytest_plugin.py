@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker, and a refusal of half a request.
+    """Register the marker; refuse a reference without a candidate, and the reverse.
 
     Raises:
         pytest.UsageError: one of reference and candidate without the other, or workers that would each measure.
@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 @pytest.hookimpl(trylast=True)  # after whatever else has a say in the exit code
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Never 0 without a verdict that passed in its own test."""
+    """Exit with 0 only where the verdict passed in its own test."""
     if _asked(session.config) and session.exitstatus == 0 and not session.config.stash.get(_PASSED, False):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

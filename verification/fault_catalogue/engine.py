@@ -1,4 +1,4 @@
-"""Where file and checkpoint agree and the engine computes something else: only logits show it.
+"""Faults where file and checkpoint agree but the engine computes something else, which only logits show.
 
 These pairs are healthy files of models that the engine, or the file's number format, cannot hold as they are.
 """

@@ -1,7 +1,7 @@
 """One file through the gate as far as it needs no inference: `lint`, and the file legs of `verify` with their verdict.
 
-The legs are the same functions that `verify` runs and the same policy decides; only the tensors that another file had
-already are remembered instead of examined again. Logits are asked only where these legs found nothing.
+The legs are the same functions that `verify` runs and the same policy decides; only a tensor that an earlier file had
+too is not examined again, because its result is remembered. Logits are asked only where these legs found nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from verification.weight_parity.output import output_ratios
 
 @dataclass
 class Judgement:
-    """What the gate said of one file."""
+    """The gate's verdict on one file."""
 
     unreadable: str = ""  # why the file was refused before any check
     other_vocabulary: bool = False  # whether it was refused for the size of its vocabulary

@@ -1,7 +1,7 @@
 """The self-test for people: a Markdown table, and a page whose picture comes first.
 
-One lane a fault: its strengths from loud to quiet, and for each whether the gate refused the file and what the two
-other checks said of it. The page needs no network and no script; every text from outside is escaped.
+Each fault has one lane: its strengths from loud to quiet, and for each whether the gate and the two other checks
+refused the file. The page needs no network and no script; every text from outside is escaped.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def seen_by(row: Row, check: str) -> bool:
 
 
 def score(result: SelfTest, check: str) -> tuple[int, int]:
-    """(faults at the strength people met that the check stops, all of which it was asked)."""
+    """(faults that the check stops, faults that it was run on), at the strength that people met."""
     real = [row for row in result.rows if row.real and (check == "gate" or getattr(row, f"{check}_says") != "not run")]
     return sum(row.caught if check == "gate" else seen_by(row, check) for row in real), len(real)
 

@@ -1,4 +1,4 @@
-"""Where faults are planted and judged: the healthy pairs, one faulty file at a time, and what others say of it.
+"""Plants and judges faults: the healthy pairs, one faulty file at a time, and two usual checks beside the gate.
 
 What was measured is remembered by content: the tokenizer's keys are no part of a forward pass, so a file with another
 template has the logits of the healthy one, and only its tokens are asked again.
@@ -133,7 +133,7 @@ class Bench:
         return float(np.mean(np.log(total) - (p * rows).sum(axis=1) / total) / np.log(rows.shape[1]))
 
     def row(self, fault: Fault, strength: Strength, *, real: bool) -> Row:
-        """Plant one fault, judge it, ask the others."""
+        """Plant one fault, judge it, and run the two usual checks on it."""
         start = time.monotonic()
         pair = self.pair(fault.pair.format(strength.value))
         if fault.judged == "checkpoint":
@@ -243,7 +243,7 @@ class Bench:
         row.kld, row.kld_says = kld.kld, _says(kld.kld, KLD_BOUND, kld)
 
     def ask(self, what: Literal["nmse", "kld"], pair: Healthy, file: GGUFFile) -> Said:
-        """Measured once for every content: the tokenizer's keys are no part of a forward pass."""
+        """Run one of the two usual checks once for every content; a forward pass does not use the tokenizer's keys."""
         tokens = _token_keys(file) if what == "nmse" else ""
         key = what, f"{pair.name} {self.digest(file)} {tokens}"
         if key not in self.said:
@@ -251,7 +251,7 @@ class Bench:
         return self.said[key]
 
     def digest(self, file: GGUFFile) -> str:
-        """Of everything that a forward pass depends on: tensors, and keys that are neither tokens nor words."""
+        """Digest of everything that a forward pass depends on: tensors, and keys that are neither tokens nor words."""
         if id(file) in self.digests and self.digests[id(file)][0]() is file:
             return self.digests[id(file)][1]
         total = hashlib.blake2b(digest_size=16)

@@ -1,9 +1,11 @@
-"""`so8t verify --self-test`: plant every fault of the catalogue, publish what the gate says of it and what others say.
+"""`so8t verify --self-test`: plants every fault of the catalogue and publishes the verdicts of the gate and of two
+usual checks.
 
 Healthy files first: any alarm there counts against the gate as much as a missed fault. Then every fault at every
 strength: which check refused it, by what margin, what the diagnosis is and whether it is right, and beside it two usual
-checks on the same file (`others`). A fault whose file is the healthy one to the last bit is none and is said so.
-Exit: a fault at its real-world strength that passes, or an alarm on a healthy file, fails the self-test.
+checks on the same file (`peer_checks`). A fault whose file equals the healthy one to the last bit counts as none, and
+its row says so. Exit: a fault at its real-world strength that passes, or an alarm on a healthy file, fails the
+self-test.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small constructors for checks. A check is measured here and decided in `decision.decide`, never both at once."""
+"""Small constructors for checks. Each has the status "not evaluated" until `decide.decide` gives it another."""
 
 from __future__ import annotations
 

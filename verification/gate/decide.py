@@ -107,7 +107,7 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
 
 
 def _with_gaps(report: Report) -> list[Leg]:
-    """The measured legs, each with one check more where something that its inputs call for is not in the report."""
+    """The measured legs, each with one more check where the report lacks something that its inputs call for."""
     made_here = {f"{name}.{word}" for name in LEG_TITLES for word in ("evaluated", "complete")}
     found: dict[LegName, list[Check]] = {}
     for leg in report.legs:  # a merged report may hold a leg twice: both count

@@ -1,6 +1,6 @@
 """The report's figures, each a function of the report; a figure without data is None and vanishes.
 
-Candidates differ by colour and by line style and marker. How a figure becomes part of the page: `drawing`.
+Candidates differ by colour and by line style and marker. `svg` makes each figure a part of the page.
 """
 
 from __future__ import annotations

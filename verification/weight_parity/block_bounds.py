@@ -47,7 +47,7 @@ _BATCH = 1 << 14  # blocks dequantised at a time
 
 @dataclass(frozen=True)
 class Held:
-    """How one tensor stands to the oracle's, block by block."""
+    """How far one tensor's blocks lie from the oracle's."""
 
     name: str
     type: str
@@ -72,7 +72,7 @@ class Held:
 
 
 def hold(mine: GGUFTensor, twin: Raw, source: npt.NDArray[np.float32], *, imatrix: bool) -> Held:
-    """Hold a tensor's differing blocks to its type's bounds.
+    """Compare a tensor's differing blocks with its type's bounds.
 
     Args:
         mine: the candidate's quantised tensor.

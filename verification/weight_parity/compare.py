@@ -1,7 +1,7 @@
 """Every tensor of a file against the reference's values, without inference.
 
 The values come from the checkpoint by principle (`expected`), or from a conversion of the reference where the family
-is not mapped. How one tensor is compared: `values`. Attention tensors are
+is not mapped. `values` compares one tensor. Attention tensors are
 also named by the nearest hypothesis, o_proj by the rotation left over; a difference whose kind is still open is traced
 to what it was made from.
 """
@@ -99,7 +99,7 @@ class Examination:
         return [self._traced(r) if r.findings and all(f.cause in VAGUE for f in r.findings) else r for r in results]
 
     def _traced(self, result: TensorResult) -> TensorResult:
-        """A difference whose kind is still open, traced to what it was made from; see `causes`."""
+        """A difference whose kind is still open, traced to what it was made from; see `explain`."""
         tensor, wanted = self.file.tensors[result.name], self.expected(result.name)
         if wanted is None or wanted.size != int(np.prod(tensor.shape)):
             return result

@@ -54,7 +54,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Measured:
-    """A tensor's result, with what was computed on the way (None where it had not to be)."""
+    """A tensor's result, with what was computed on the way (None where it was not needed)."""
 
     result: TensorResult
     values: Array | None = None  # the file's
