@@ -1,4 +1,4 @@
-"""`verify`: the whole ladder from the trained adapter to the shipped files, measured once and decided by the policy.
+"""`verify`: every comparison from the trained adapter to the shipped files, measured once and decided by the policy.
 
 Cheap stages come first. Then the reference computes its logits once, onto disk, and is released; after it the bake,
 after that every file in its turn: one model or one file is in memory at any time. What is measured (`stages`) and what

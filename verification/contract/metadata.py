@@ -1,6 +1,6 @@
 """A GGUF file's metadata against what the reference asks for, compared in two ways that do not share a mistake.
 
-`against_oracle` holds every key against the ones that upstream's converter writes for this reference: whatever differs
+`against_oracle` compares every key with the one that upstream's converter writes for this reference: whatever differs
 is named, with no list of keys to forget one. `against_config` reads config.json itself, because a converter can be
 wrong as well (a theta it does not read is missing on both sides of the first comparison). A key that is absent is
 compared with the value that llama.cpp takes then. Floats are compared as float32, as GGUF stores them.

@@ -1,10 +1,10 @@
 """The models that faults are planted into: healthy checkpoints, the files made from them, and what is known of them.
 
-`main` has a rotation and a LoRA baked in, so that base and adapter can be held against it: the user's model, or a small
-Llama whose logits are far from uniform. The families are tiny random models of nine architectures, each for the faults
-that only it can have, each through the real converter: hidden size 256, so that K-quants are real; heads of 64 or 128
-channels, so that `o_proj` is square in some and not in others; the RoPE scalings are spread over the families (llama3,
-linear, yarn, LongRoPE). Everything is converted and quantised once and kept in the work directory.
+`main` has a rotation and a LoRA baked in, so that it can be compared with base and adapter: the user's model, or a
+small Llama whose logits are far from uniform. The families are tiny random models of nine architectures, each for the
+faults that only it can have, each through the real converter: hidden size 256, so that K-quants are real; heads of 64
+or 128 channels, so that `o_proj` is square in some and not in others; the RoPE scalings are spread over the families
+(llama3, linear, yarn, LongRoPE). Everything is converted and quantised once and kept in the work directory.
 """
 
 from __future__ import annotations

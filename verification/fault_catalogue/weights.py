@@ -1,4 +1,4 @@
-"""Faults of weights: order, size, another tensor, another road to the same file, numbers out of range."""
+"""Faults of weights: order, size, another tensor, another way to the same file, numbers out of range."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _with_gaps(report: Report) -> list[Leg]:
 
 
 def _called_for(report: Report) -> list[tuple[str, str]]:
-    """(check, subject) of everything that the report's inputs have to be held against."""
+    """(check, subject) of every check that the report's inputs call for."""
     wanted: list[tuple[str, str]] = []
     for artefact in report.artefacts:
         if artefact.role == "candidate":

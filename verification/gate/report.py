@@ -39,7 +39,7 @@ class Artefact(_Model):
 
 
 class Check(_Model):
-    """One measured value held against one bound."""
+    """One measured value and the bound that it is compared with."""
 
     name: str  # stable dotted id, e.g. "convert.mean_kld"
     title: str  # what a person reads, e.g. "Mean KL divergence"

@@ -238,7 +238,9 @@ def attention(report: Report) -> list[tuple[Leg, Check]]:
 
 
 def decisive(report: Report) -> tuple[Leg, Check] | None:
-    """The check the verdict hangs on: the headline of the first leg that broke, or on a pass the tightest check."""
+    """The check that decides the verdict: the headline of the first leg with its status, or on a pass the tightest
+    check.
+    """
     wanted: dict[Verdict, Status] = {"fail": "fail", "inconclusive": "inconclusive", "incomplete": "not evaluated"}
     if report.verdict in wanted:
         for leg in report.legs:

@@ -4,8 +4,8 @@ Size: the relative error may be what the own quantiser reaches on *this* tensor 
 matrices (none, log-normal ones), and 1.1 times that. Up to 2 times the own error a quantiser that chooses which way to
 round may leave (GPTQ, AutoRound: an error uniform over a whole step instead of half a step, sqrt(1/3) / sqrt(1/12) = 2)
 in order to lower the error of the layer's output, so such a tensor is *open* until the output's error is known. Beyond,
-no quantiser explains it. Structure: see `structure`; each estimate is held to its standard error and to the own
-quantiser's on the same rows, because matrices and searches bias it.
+no quantiser explains it. `structure` looks for structure in the error; each estimate is compared with its standard
+error and with the own quantiser's on the same rows, because matrices and searches bias it.
 """
 
 from __future__ import annotations

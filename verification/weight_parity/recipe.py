@@ -1,6 +1,6 @@
 """Which tensors have other types than the file type's own recipe gives them: mixes per tensor, `--pure`, kept heads.
 
-Another type is no fault: each tensor is held against the reference at the type that it has. The report names the other
+Another type is no fault: each tensor is compared with the reference at the type that it has. The report names the other
 type, because the file's name does not.
 """
 
