@@ -67,10 +67,11 @@ def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], s
 
     jobs: Jobs = {
         f"peak memory, training step, Llama 768 x 6 {NAME}, {tokens} tokens: {name}": {
-            name: step(name), FLOOR: step(FLOOR)
+            name: step(name),
+            FLOOR: step(FLOOR),
         }
         for name in methods
-    }  # fmt: skip
+    }
     size = sum(file.stat().st_size for file in base.iterdir()) / 1e9
     jobs[f"peak memory, bake_checkpoint of {size:.2f} GB"] = {"so8t": bake, "the checkpoint in memory": whole}
     jobs["peak memory, data step, 300 rows"] = {"so8t": data, "tokenizer + rows in memory": tokenizer_and_rows}

@@ -55,10 +55,19 @@ def tiny_checkpoint(folder: Path, *, tokenizer_of: Path) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=49152, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2, initializer_range=0.06,
-    )  # fmt: skip
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=49152,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.06,
+    )
     made = LlamaForCausalLM(config)
     with torch.no_grad():
         made.model.embed_tokens.weight *= 4

@@ -22,10 +22,24 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from so8t_core import SO8TConfig
 
 METHODS = ("base", "LoRA", "QLoRA", "PEFT OFT", "SO8T", "SO8T + LoRA")
-PHI35 = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
-         "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 131072}  # fmt: skip
-TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "vocab_size": 1024, "max_position_embeddings": 4096}  # fmt: skip
+PHI35 = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 131072,
+}
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 1024,
+    "max_position_embeddings": 4096,
+}
 _PROJECTIONS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 _LORA = {"r": 16, "lora_alpha": 32, "target_modules": _PROJECTIONS}
 

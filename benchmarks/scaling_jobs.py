@@ -61,10 +61,15 @@ def resized(shape: Shape, axis: str, value: int) -> Shape:
 def _model(shape: Shape) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.width // 64,
-        num_key_value_heads=shape.kv_width // 64, max_position_embeddings=4096, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // 64,
+        num_key_value_heads=shape.kv_width // 64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -184,22 +189,47 @@ def write_gguf(path: Path, shape: Shape) -> Path:
 
 
 JOBS: dict[str, tuple[Callable[[Shape], float], Shape, dict[str, tuple[int, ...]]]] = {
-    "train step": (train_step, Shape(), {
-        "layers": (2, 4, 8, 16), "width": (128, 256, 512, 768), "vocab": (1024, 4096, 16384, 49152),
-        "context": (64, 128, 256, 512, 1024),
-    }),
-    "bake": (bake, Shape(layers=8, width=512, inner=1024, kv_width=512, vocab=8192), {
-        "layers": (4, 8, 16, 32), "width": (256, 512, 1024, 1536), "vocab": (2048, 8192, 32768),
-        "files": (1, 4, 16, 64),
-    }),
-    "verify": (verify, Shape(context=256, files=1), {
-        "layers": (2, 4, 8, 16), "width": (128, 256, 512, 768), "vocab": (1024, 4096, 16384, 49152),
-        "context": (64, 128, 256, 512), "files": (1, 2, 4),
-    }),
-    "quantise": (quantising, Shape(), {
-        "layers": (2, 4, 8, 16), "width": (256, 512, 768), "vocab": (1024, 4096, 16384),
-    }),
-}  # fmt: skip
+    "train step": (
+        train_step,
+        Shape(),
+        {
+            "layers": (2, 4, 8, 16),
+            "width": (128, 256, 512, 768),
+            "vocab": (1024, 4096, 16384, 49152),
+            "context": (64, 128, 256, 512, 1024),
+        },
+    ),
+    "bake": (
+        bake,
+        Shape(layers=8, width=512, inner=1024, kv_width=512, vocab=8192),
+        {
+            "layers": (4, 8, 16, 32),
+            "width": (256, 512, 1024, 1536),
+            "vocab": (2048, 8192, 32768),
+            "files": (1, 4, 16, 64),
+        },
+    ),
+    "verify": (
+        verify,
+        Shape(context=256, files=1),
+        {
+            "layers": (2, 4, 8, 16),
+            "width": (128, 256, 512, 768),
+            "vocab": (1024, 4096, 16384, 49152),
+            "context": (64, 128, 256, 512),
+            "files": (1, 2, 4),
+        },
+    ),
+    "quantise": (
+        quantising,
+        Shape(),
+        {
+            "layers": (2, 4, 8, 16),
+            "width": (256, 512, 768),
+            "vocab": (1024, 4096, 16384),
+        },
+    ),
+}
 
 
 @dataclass(frozen=True)

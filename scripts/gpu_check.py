@@ -119,9 +119,13 @@ def main(arguments: list[str] | None = None) -> int:
     name = "".join(c if c.isalnum() else "-" for c in str(where.gpu)).lower()
     path = given.out or Path(__file__).parents[1] / "benchmarks" / "results" / f"gpu-{now:%Y-%m-%d}-{name}.json"
     document = {
-        "schema_version": "1.0", "date": f"{now:%Y-%m-%dT%H:%M:%SZ}", "machine": where.model_dump(mode="json"),
-        "tokens": given.tokens, "methods": methods, "apply": [figure.to_dict() for figure in applied],
-    }  # fmt: skip
+        "schema_version": "1.0",
+        "date": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+        "machine": where.model_dump(mode="json"),
+        "tokens": given.tokens,
+        "methods": methods,
+        "apply": [figure.to_dict() for figure in applied],
+    }
     write_text(path, json.dumps(document, indent=1) + "\n")
     print(f"written: {path}")
     return 0

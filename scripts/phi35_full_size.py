@@ -76,10 +76,14 @@ def train(work: Path, miniature: bool) -> dict[str, Any]:
     save_adapter(model, work / "adapter")
     trainable, rotation = trainable_counts(model)
     return {
-        "tokens": TOKENS, "seconds_of_the_step": round(seconds[0], 1),
-        "loss_before": round(losses[0], 4), "loss_after": round(losses[1], 4),
-        "rotations_that_moved": f"{moved} of {len(before)}", "trainable": trainable, "of_which_rotation": rotation,
-    }  # fmt: skip
+        "tokens": TOKENS,
+        "seconds_of_the_step": round(seconds[0], 1),
+        "loss_before": round(losses[0], 4),
+        "loss_after": round(losses[1], 4),
+        "rotations_that_moved": f"{moved} of {len(before)}",
+        "trainable": trainable,
+        "of_which_rotation": rotation,
+    }
 
 
 def bake(work: Path, miniature: bool) -> dict[str, Any]:
@@ -164,9 +168,12 @@ def measured(stage: str, given: argparse.Namespace) -> dict[str, Any]:
     if process.returncode:
         sys.exit(f"{stage} failed:\n{errors[-3000:]}")
     return {
-        "seconds": round(time.monotonic() - started, 1), "own_gb": round(own / 1e9, 2),
-        "all_gb": round(everything / 1e9, 2), "disk_gb": round(disk / 1e9, 2), **json.loads(out.splitlines()[-1]),
-    }  # fmt: skip
+        "seconds": round(time.monotonic() - started, 1),
+        "own_gb": round(own / 1e9, 2),
+        "all_gb": round(everything / 1e9, 2),
+        "disk_gb": round(disk / 1e9, 2),
+        **json.loads(out.splitlines()[-1]),
+    }
 
 
 def memory(pid: int) -> tuple[int, int]:
@@ -200,9 +207,11 @@ def machine() -> dict[str, Any]:
     ]
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(),
-        "memory_gb": round(memory_bytes / 1e9, 1), "python": platform.python_version(),
-    }  # fmt: skip
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory_bytes / 1e9, 1),
+        "python": platform.python_version(),
+    }
 
 
 def show(result: dict[str, Any]) -> None:

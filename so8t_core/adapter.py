@@ -262,7 +262,7 @@ def _is_target(config: SO8TConfig, key: str) -> bool:
 
 
 def _check_lora_targets(lora: LoraConfig, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Every LoRA target matches a layer that the bake can fold: PEFT itself is content when one of them matches."""
+    """Check that every LoRA target matches a layer that the bake can fold; PEFT only checks that one of them does."""
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     for target in sorted(lora.target_modules):
         matches = [n for n in modules if f".{n}".endswith(f".{target}") and check_target_module_exists(lora, n)]

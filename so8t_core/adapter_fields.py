@@ -51,7 +51,7 @@ _NOT_NULL = frozenset({"init_scale", "target", "r", "lora_alpha", "lora_dropout"
 
 
 def check_fields(path: Path, fields: dict[str, Any]) -> None:
-    """Refuse fields of adapter_config.json of another type; which keys there may be is SO8TConfig's matter.
+    """Refuse fields of adapter_config.json of another type; SO8TConfig decides which keys are allowed.
 
     Raises:
         InputError: naming key, value and the type wanted.

@@ -31,8 +31,18 @@ from so8t_core.weight_files import INDEX, SINGLE, WeightFiles
 
 # other frameworks' copies of the weights too: left beside the baked ones they would be the model without its rotation
 _WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".tflite"
-)  # fmt: skip
+    ".safetensors",
+    ".bin",
+    ".gguf",
+    ".pt",
+    ".pth",
+    ".onnx",
+    ".onnx_data",
+    ".msgpack",
+    ".h5",
+    ".ot",
+    ".tflite",
+)
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
@@ -135,7 +145,7 @@ def bake_checkpoint(
     invert: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write base + adapter as an ordinary checkpoint; every other file that is no weights is copied byte for byte.
+    """Write base + adapter as an ordinary checkpoint; every other file that holds no weights is copied byte for byte.
 
     Args:
         base_dir: the original, unquantised checkpoint in safetensors form (one file or sharded).

@@ -1,8 +1,9 @@
 """What a checkpoint directory must be before any work starts on it: plain weights, and no foreign code.
 
 Refused in one line: code (a family that only the checkpoint's own Python knows, kernels from the hub), quantised
-weights, an adapter beside the weights (transformers would add it), weight files that are not there. Said in a note:
-files that are not the model's, heads for several tokens that are promised without tensors or the reverse.
+weights, an adapter beside the weights (transformers would add it), weight files that are not there. A note names files
+that are not the model's, and layers for several-token prediction that config.json promises without tensors, or the
+reverse.
 """
 
 from __future__ import annotations

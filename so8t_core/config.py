@@ -26,7 +26,7 @@ _EXACT_INITS = (True, False, "gaussian", "orthogonal")
 
 
 def check_peft(version: str) -> None:
-    """Refuse a peft whose merges are wrong, warn of one that was never tried.
+    """Refuse a peft whose merges are wrong, warn of one newer than the tested series.
 
     Raises:
         InputError: older than 0.21. Up to 0.20 it merged OFT into quantised layers without the rotation, silently.

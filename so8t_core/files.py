@@ -179,7 +179,9 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Two names change places in one step, Linux's renameat2(2); in three where system or file system has no such."""
+    """Two names change places in one step, Linux's renameat2(2); in three steps where the system or the file system has
+    no such call.
+    """
     here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         if ctypes.CDLL(None, use_errno=True).renameat2(here, os.fsencode(new), here, os.fsencode(path), both) == 0:

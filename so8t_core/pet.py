@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 
 def segments_of(position_ids: Tensor) -> Tensor:
-    """Number the sequences of packed rows: position_ids (B, T) -> (B, T) integers, a new one wherever they do not go on
-    by one."""
+    """Number the sequences of packed rows: position_ids (B, T) -> (B, T) integers, a new number wherever position_ids
+    do not rise by one.
+    """
     begins = torch.zeros_like(position_ids)
     begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     return begins.cumsum(dim=1)

@@ -23,7 +23,7 @@ TESTED_BITSANDBYTES = (0, 50)
 
 
 def check_bitsandbytes(version: str) -> None:
-    """Refuse a bitsandbytes whose layers are known to be wrong, warn of one that was never tried.
+    """Refuse a bitsandbytes whose layers are known to be wrong, warn of one newer than the tested series.
 
     Raises:
         InputError: older than 0.50: 8-bit weights were lost when a layer was moved (0.48), 4-bit ones dequantised

@@ -100,8 +100,8 @@ def _log_one(R: np.ndarray) -> np.ndarray:
 def rotate_blocks(x: Tensor, R: Tensor, *, memo: Memo | None = None) -> Tensor:
     """y_k = R_k x_k for every block k of 8 channels. x (..., D), R (D/8, 8, 8) -> (..., D) in x's dtype.
 
-    The product is taken in R's precision when x is coarser, also under autocast: a small rotation survives bfloat16.
-    Whoever applies the same values of R many times may give an empty dict for what is made of them.
+    The product is taken in R's precision when x is coarser, also under autocast: a small rotation survives bfloat16. A
+    caller that applies the same R many times can pass an empty dict, which then keeps what is computed from R.
 
     Raises:
         ValueError: R is not (n, 8, 8), or D is not 8 n.

@@ -1,4 +1,4 @@
-"""A number of threads for torch, for a while."""
+"""Sets torch's number of threads for the length of a block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[int]:
-    """torch with `count` threads inside (None: as many as it has); gives their number, and the caller's own back.
+    """Run the block with `count` torch threads (None: as many as torch has); yield that number, restore the caller's
+    after it.
 
-    Sums over other numbers of threads may differ in their last bits: what comes after must not depend on this.
+    The last bits of a sum depend on the number of threads, so later results must not depend on `count`.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

@@ -1,5 +1,6 @@
-"""Versions of the libraries under us: older ones with known faults are refused, newer ones that were never tried are
-said so."""
+"""Checks of an installed library's version: an older one with known faults is refused, a newer one than the tested one
+gives a warning.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from so8t_core.errors import InputError
 
 
 def check_version(package: str, version: str, tested: tuple[int, int], *, faults: str, untried: str) -> None:
-    """Hold "MAJOR.MINOR..." of an installed package against the one series that was tested.
+    """Compare "MAJOR.MINOR..." of an installed package with the one series that was tested.
 
     Args:
         faults: what is wrong in older ones, as a clause.

@@ -1,9 +1,9 @@
 """Which weight files of a checkpoint directory are the model: those that transformers would load, and no others.
 
 The order of transformers 5.23: the file that config.json names as `transformers_weights`; model.safetensors; the files
-that model.safetensors.index.json names. Of a tensor in two files the one in the later file, by name, counts. An index
-only says which files there are: a tensor that a named file holds and the index leaves out is loaded all the same.
-Pickled weights (pytorch_model.bin) are never opened.
+that model.safetensors.index.json names. Where two files hold the same tensor, the file that comes later by name counts.
+An index only says which files there are: a tensor that a named file holds and the index leaves out is loaded all the
+same. Pickled weights (pytorch_model.bin) are never opened.
 Source: transformers, modeling_utils.py, `_get_resolved_checkpoint_files`.
 """
 

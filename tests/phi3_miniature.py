@@ -34,9 +34,18 @@ ROOT = Path(__file__).parents[1]
 
 # in the order of their ids, which follow the SentencePiece pieces (32000 to 32010 in Phi-3.5)
 SPECIALS = (
-    "<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>", "<|placeholder4|>",
-    "<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>", "<|user|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|assistant|>",
+    "<|placeholder1|>",
+    "<|placeholder2|>",
+    "<|placeholder3|>",
+    "<|placeholder4|>",
+    "<|system|>",
+    "<|end|>",
+    "<|placeholder5|>",
+    "<|placeholder6|>",
+    "<|user|>",
+)
 KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")  # all other special tokens swallow the white space behind them
 STOPS = ("<|end|>", "<|assistant|>", "<|endoftext|>")  # generation_config's eos list, in its order
 ORIGINAL = 4096  # the length that the RoPE was trained for
@@ -67,9 +76,15 @@ FULL = Size(hidden=3072, heads=32, layers=32, intermediate=8192, pieces=32000, r
 
 
 def save_miniature(
-    directory: Path, size: Size | None = None, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16,
-    weights: bool = True, canary: Path | None = None, name: str = "Phi-3.5-mini-instruct",
-) -> Path:  # fmt: skip
+    directory: Path,
+    size: Size | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: bool = True,
+    canary: Path | None = None,
+    name: str = "Phi-3.5-mini-instruct",
+) -> Path:
     """Write the checkpoint.
 
     Args:
@@ -210,11 +225,25 @@ def _sentencepiece(pieces: int) -> bytes:
     text = [line for group in rows for r in group for line in (r["prompt"], *r["steps"].splitlines(), r["answer"])]
     stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=stream, vocab_size=pieces, model_type="bpe", byte_fallback=True,
-        character_coverage=0.9995, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True, num_threads=1,
-        allow_whitespace_only_pieces=True, minloglevel=2, hard_vocab_limit=True,
-    )  # fmt: skip
+        sentence_iterator=iter(text),
+        model_writer=stream,
+        vocab_size=pieces,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.9995,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        num_threads=1,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+        hard_vocab_limit=True,
+    )
     return stream.getvalue()
 
 
@@ -225,11 +254,15 @@ def _tokenizer(directory: Path, size: Size) -> None:
     names = {"<unk>": 0, "<s>": 1, "</s>": 2, **ids}
     flags = {
         number: {
-            "content": name, "lstrip": False, "normalized": False, "rstrip": name not in KEEP_SPACES,
-            "single_word": False, "special": name != "</s>",
+            "content": name,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": name not in KEEP_SPACES,
+            "single_word": False,
+            "special": name != "</s>",
         }
         for name, number in names.items()
-    }  # fmt: skip
+    }
     _write(directory / "tokenizer.json", _tokenizer_json(model, flags))
     _write(
         directory / "tokenizer_config.json",
@@ -309,16 +342,25 @@ def _tokenizer_json(model: Path, flags: dict[int, dict[str, Any]]) -> dict[str, 
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                first, {"type": "ByteFallback"}, {"type": "Fuse"},
+                first,
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
                 {"type": "Strip", "content": " ", "start": 1, "stop": 0},
             ],
         },
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-            "vocab": vocabulary, "merges": [f"{a} {b}" for *_, a, b in sorted(merges)],
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": [f"{a} {b}" for *_, a, b in sorted(merges)],
         },
-    }  # fmt: skip
+    }
 
 
 # --- remote code
@@ -342,11 +384,22 @@ def _write(path: Path, fields: dict[str, Any]) -> None:
 
 # What a test changes of the shipped configuration for Phi-3.5-mini, besides the base.
 AMOUNTS = (
-    "threads=1", "data.sources=[]", "data.manifest=null", "data.generator={rows: 12, heldout_rows: 40}",
-    "train.quantization=none", "train.steps=2", "train.batch_size=2", "train.gradient_accumulation=1",
-    "train.checkpoint_every=2", "train.heldout_rows=2", "train.rotation_learning_rate=1e-2",
-    "answers.prompts=0", "verify.chunks=24", "verify.n_ctx=128", "verify.base_damage=false",
-)  # fmt: skip
+    "threads=1",
+    "data.sources=[]",
+    "data.manifest=null",
+    "data.generator={rows: 12, heldout_rows: 40}",
+    "train.quantization=none",
+    "train.steps=2",
+    "train.batch_size=2",
+    "train.gradient_accumulation=1",
+    "train.checkpoint_every=2",
+    "train.heldout_rows=2",
+    "train.rotation_learning_rate=1e-2",
+    "answers.prompts=0",
+    "verify.chunks=24",
+    "verify.n_ctx=128",
+    "verify.base_damage=false",
+)
 
 
 def miniature_run(
@@ -403,6 +456,11 @@ def run_miniature(
     assert process.returncode == 0, (root / "said.txt").read_text(encoding="utf-8")[-2000:]
     report = load_report(root / "run" / "report" / "report.json")
     return MiniatureRun(
-        base, root / "run", config, report, canary, used.ru_utime + used.ru_stime,
+        base,
+        root / "run",
+        config,
+        report,
+        canary,
+        used.ru_utime + used.ru_stime,
         1024 * int((root / "peak.txt").read_text().split()[1]),
-    )  # fmt: skip
+    )

@@ -23,18 +23,32 @@ from benchmarks.side_by_side import HALF_WIDTH, comparisons, interleave, measure
 from so8t_core.errors import InputError
 
 HERE = Machine(
-    cpu="C", cores=2, capability="AVX512", gpu=None, memory_gb=8, bfloat16=True, system="Linux", python="3.11",
+    cpu="C",
+    cores=2,
+    capability="AVX512",
+    gpu=None,
+    memory_gb=8,
+    bfloat16=True,
+    system="Linux",
+    python="3.11",
     packages={"torch": "2.13.0"},
-)  # fmt: skip
+)
 
 
 def figure(ratios: list[float], *, ms: float = 10.0, lower: bool = True, name: str = "x") -> Figure:
     """A timed figure, ours over the floor."""
     middle = sorted(ratios)[len(ratios) // 2]
     return Figure(
-        name=name, ours="so8t", peer="floor", ratio=middle, quartiles=(min(ratios), max(ratios)), rounds=len(ratios),
-        milliseconds={"so8t": ms, "floor": ms / middle}, lower_is_better=lower, ratios=ratios,
-    )  # fmt: skip
+        name=name,
+        ours="so8t",
+        peer="floor",
+        ratio=middle,
+        quartiles=(min(ratios), max(ratios)),
+        rounds=len(ratios),
+        milliseconds={"so8t": ms, "floor": ms / middle},
+        lower_is_better=lower,
+        ratios=ratios,
+    )
 
 
 def run(*figures: Figure, **changes: Any) -> Results:

@@ -154,9 +154,10 @@ def place(world: Path, folder: Path, tiny_dir: Path) -> Path:
     for name in ("my-model", "my-checkpoint", "checkpoint"):
         (folder / name).symlink_to(tiny_dir)
     for name, kind in {
-        "my-Q4_K_M.gguf": "Q4_K_M", "my-Q8_0.gguf": "Q8_0",
+        "my-Q4_K_M.gguf": "Q4_K_M",
+        "my-Q8_0.gguf": "Q8_0",
         "runs/demo/gguf/SmolLM2-135M-Instruct-so8t-Q8_0.gguf": "Q8_0",
-    }.items():  # fmt: skip
+    }.items():
         (folder / name).symlink_to(world / f"tiny-{kind}.gguf")
     (folder / "audit.key").write_text("k" * 64)
     (folder / "audit.key").chmod(0o600)

@@ -49,10 +49,22 @@ def raised(function: ast.AST) -> set[str]:
 
 # Methods that a library calls and explains.
 OVERRIDES = {
-    "__init__", "forward", "backward", "extra_repr", "inject_adapter", "runtest", "repr_failure", "reportinfo",
-    "connection_made", "connection_lost", "on_response_complete", "create_optimizer", "get_batch_samples",
-    "on_step_end", "on_save",
-}  # fmt: skip
+    "__init__",
+    "forward",
+    "backward",
+    "extra_repr",
+    "inject_adapter",
+    "runtest",
+    "repr_failure",
+    "reportinfo",
+    "connection_made",
+    "connection_lost",
+    "on_response_complete",
+    "create_optimizer",
+    "get_batch_samples",
+    "on_step_end",
+    "on_save",
+}
 # Raised for the library that calls the function, not for a reader.
 QUIET = {"AttributeError", "NotImplementedError", "AssertionError", "SystemExit"}
 

@@ -16,17 +16,32 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("so8t", "so8t_core", "verification", "pipeline")
 LEFT_OUT = shutil.ignore_patterns(
-    ".git", ".tox", ".venv", "venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis",
-    ".benchmarks", "*.gguf", "htmlcov", ".coverage*",
-)  # fmt: skip
+    ".git",
+    ".tox",
+    ".venv",
+    "venv",
+    "runs",
+    "build",
+    "dist",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    ".benchmarks",
+    "*.gguf",
+    "htmlcov",
+    ".coverage*",
+)
 
 
 def build(source: Path, out: Path) -> tuple[Path, Path]:
     """(source distribution, wheel made from it) with the backend that is installed here."""
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     [sdist], [wheel] = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel
 

@@ -1,7 +1,8 @@
 """Measured parity between a Hugging Face checkpoint and the GGUF files made from it, with a verdict.
 
 `divergence` compares two streams of logits; `verify` runs the whole ladder; `decide` decides again from a report.
-Names are loaded when first used: pytest imports the plugin in here at every start and must not wait for torch.
+Names are loaded when first used, because pytest imports the plugin of this package at every start and must not wait for
+torch.
 """
 
 from __future__ import annotations

@@ -155,8 +155,11 @@ def _answers(arm: Arm, gguf: Path, tokenizer: Any, heldout_path: Path) -> dict[s
     settings = arm.config.answers
     rows = [row for row in read_jsonl(heldout_path) if row.get("answer")][: settings.prompts]
     given = complete(
-        gguf, [render_prompt(tokenizer, row) for row in rows],
-        max_new_tokens=settings.max_new_tokens, parallel=settings.parallel, threads=1,
-    )  # fmt: skip
+        gguf,
+        [render_prompt(tokenizer, row) for row in rows],
+        max_new_tokens=settings.max_new_tokens,
+        parallel=settings.parallel,
+        threads=1,
+    )
     scores = [judge(completion, row["answer"]) for completion, row in zip(given, rows, strict=True)]
     return {"form": [float(form) for form, _ in scores], "exact": [float(exact) for _, exact in scores]}

@@ -104,9 +104,18 @@ def _do(shop: Workshop, arm: Arm, seed: int, title: str, target: Path, key: str)
             train = EncodedRows(shop.rows(seed) / "train.jsonl", shop.tokenizer)
             heldout = EncodedRows(shop.heldout, shop.tokenizer, limit=arm.train.heldout_rows)
             fit_and_save(
-                adapter, arm, shop.base, shop.study.base_dtype, train, heldout, shop.collator, seed,
-                target.parent / "checkpoints", shop.report, title,
-            )  # fmt: skip
+                adapter,
+                arm,
+                shop.base,
+                shop.study.base_dtype,
+                train,
+                heldout,
+                shop.collator,
+                seed,
+                target.parent / "checkpoints",
+                shop.report,
+                title,
+            )
         fitted = json.loads((adapter / FIT_NAME).read_text(encoding="utf-8"))
     found = evaluate(
         arm, shop.base, adapter, shop.heldout, shop.work / "tmp", lambda what: shop.report.note(f"{title}: {what}")
@@ -157,9 +166,17 @@ def tune(shop: Workshop) -> dict[str, list[dict[str, float]]]:
                 train = arm.train.model_copy(update={"learning_rate": rates[rate_number], "steps": plan.steps})
                 tuned = arm.model_copy(update={"config": arm.config.model_copy(update={"train": train})})
                 peft, _ = fit(
-                    tuned, shop.base, shop.study.base_dtype, parts["train"], parts["validation"], shop.collator,
-                    plan.seed, shop.work / "tuning" / "checkpoints", shop.report, f"tune {name} {rates[rate_number]:g}",
-                )  # fmt: skip
+                    tuned,
+                    shop.base,
+                    shop.study.base_dtype,
+                    parts["train"],
+                    parts["validation"],
+                    shop.collator,
+                    plan.seed,
+                    shop.work / "tuning" / "checkpoints",
+                    shop.report,
+                    f"tune {name} {rates[rate_number]:g}",
+                )
                 loss = heldout_loss(peft, parts["validation"], shop.collator, train.batch_size)
                 known.append({"rate": rates[rate_number], "loss": loss})
                 shop.report.note(f"tune {name} {rates[rate_number]:g}: {loss:.4f} nats")

@@ -163,9 +163,14 @@ def _quiet_transformers() -> None:
 
 
 def _execute(
-    config: Path | str, overrides: list[str] | None, *, first: str | None = None, until: str | None = None,
-    force: list[str] | None = None, quiet: bool = False,
-) -> None:  # fmt: skip
+    config: Path | str,
+    overrides: list[str] | None,
+    *,
+    first: str | None = None,
+    until: str | None = None,
+    force: list[str] | None = None,
+    quiet: bool = False,
+) -> None:
     from pipeline.config import load_config, parse_config
 
     loaded = parse_config(config, overrides=overrides) if isinstance(config, str) else load_config(config, overrides)
@@ -432,10 +437,21 @@ def verify(
     try:
         with StageProgress(Reporter(quiet=quiet)) as progress:
             report = measure(
-                reference, candidate, base=base, adapter=adapter, policy=policy, out=out, corpus=corpus or None,
-                imatrix=imatrix, chunks=chunks, n_ctx=n_ctx, threads=threads, cells=level, ship_n_ctx=ship_n_ctx,
+                reference,
+                candidate,
+                base=base,
+                adapter=adapter,
+                policy=policy,
+                out=out,
+                corpus=corpus or None,
+                imatrix=imatrix,
+                chunks=chunks,
+                n_ctx=n_ctx,
+                threads=threads,
+                cells=level,
+                ship_n_ctx=ship_n_ctx,
                 progress=progress,
-            )  # fmt: skip
+            )
     except KeyboardInterrupt:
         written = (out / "report.json").is_file()
         done = f"what was measured is in {out / 'report.html'}" if written else "nothing was measured, so no report"

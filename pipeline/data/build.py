@@ -1,6 +1,6 @@
 """The data step: files (`source_rows`) and the built-in generator to a checked dataset of thinking and answers.
 
-Two streaming passes: every row is converted, held against the policy (source, licence, label, personal data), checked
+Two streaming passes: every row is converted, checked by the policy (source, licence, label, personal data), checked
 against the model's own chat template and spooled; then the held-out prompts are known and the spool is dealt into
 train.jsonl and heldout.jsonl. In memory stay 16-byte digests (32 MB a million rows, see `digests`) and counts.
 Held out are: heldout_sources, the generator's held-out families, or the `heldout_share` of prompts of `sources` with
@@ -138,7 +138,7 @@ class _Checker:
                 count.reject(error.reason, f"{name}:{number}", row_or_none, error.shown)
 
     def generated_rows(self, rows: list[GeneratedRow], split: Split, progress: Progress | None) -> Iterator[str]:
-        """Spool lines of generated rows; they pass the same checks as everybody's."""
+        """Spool lines of generated rows; they pass the same checks as all other rows."""
         count = self.counts.setdefault(GENERATED, SourceCount(facts=GENERATOR_FACTS))
         for row in rows:
             count.read += 1

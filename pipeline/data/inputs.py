@@ -15,7 +15,7 @@ def data_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     """(training, held-out) sources with what the manifest says of them; each file exists or has an objection.
 
     Raises:
-        InputError: see `resolve`; a file that is not there although nothing speaks against it.
+        InputError: see `resolve`; a file that is missing although nothing excludes it.
     """
     manifest = Path(config.manifest) if config.manifest else None
     allow = config.unlisted_sources == "allow"

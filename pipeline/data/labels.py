@@ -1,8 +1,8 @@
 """Labels of unsafe rows (NSFW, harmful) and the one use such rows have: to teach refusal.
 
 A label stands in the row (`safety_label`), in a label file, or in the manifest (purpose: refusal); the strictest
-counts. A row with an unsafe label must have a refusal as its answer, otherwise it is excluded; so does a label that is
-on neither list. Lines of a label file name a row by its `id`, or by `source` (as in the report) and `line`:
+counts. A row with an unsafe label must have a refusal as its answer, otherwise it is excluded, and so is a row whose
+label is on neither list. Lines of a label file name a row by its `id`, or by `source` (as in the report) and `line`:
 
     {"source": "rows.jsonl", "line": 12, "label": "harmful", "by": "reviewer 2"}
 No classifier runs here: a row that nobody labelled is taken as safe.

@@ -17,8 +17,12 @@ from pipeline.data.rows import ThinkRow
 from pipeline.data.think_form import SYSTEM_MESSAGE, RowError, read_assistant
 
 GENERATOR_FACTS: dict[str, str | None] = {
-    "licence": "MIT", "robots": "not-applicable", "collected": None, "purpose": "training", "url": None,
-}  # fmt: skip
+    "licence": "MIT",
+    "robots": "not-applicable",
+    "collected": None,
+    "purpose": "training",
+    "url": None,
+}
 
 
 class PrivacyFilter:

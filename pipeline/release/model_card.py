@@ -1,4 +1,4 @@
-"""The model card beside the GGUF files: what it was made from, how, how to run it, and where its proof lies."""
+"""The model card beside the GGUF files: what it was made from and how, how to run it, and where the report on it is."""
 
 from __future__ import annotations
 

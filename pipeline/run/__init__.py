@@ -1,1 +1,1 @@
-"""The whole road as one resumable run, and its plan."""
+"""All steps as one resumable run, and its plan."""

@@ -1,4 +1,4 @@
-"""What a run will take before it starts: time, memory and disk of each step, as estimates from the configuration.
+"""Estimates from the configuration, before a run starts, of the time, memory and disk that each step will take.
 
 Counted exactly: parameters and trainable parameters (the model is built without memory), rows' mean length (a sample
 through the model's own template), bytes of every file type. Estimated from them:
@@ -148,7 +148,7 @@ def _speed(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 
 def bytes_a_weight(kind: str) -> float:
-    """Of a GGUF file type; the mixed K-quants' share of larger types is taken from a 3.8 B model."""
+    """Bytes a weight of a GGUF file type; the mixed K-quants' share of larger types is taken from a 3.8 B model."""
     if kind in MIXED:
         return MIXED[kind]
     stem = kind.rsplit("_", 1)[0] if kind.endswith(("_S", "_M", "_L")) else kind
@@ -223,9 +223,7 @@ def _baking(settings: TrainConfig, shape: Shape, machine: Machine, written: floa
     return Cost(seconds, RUNTIME + 2 * shape.stored * shape.folded, 0, written)  # a weight as it was and as it becomes
 
 
-def _converting(
-    kinds: list[str], files: dict[str, float], shape: Shape, machine: Machine, read: float
-) -> Cost:  # fmt: skip
+def _converting(kinds: list[str], files: dict[str, float], shape: Shape, machine: Machine, read: float) -> Cost:
     seconds = 0.0
     for kind in kinds:
         if kind in ("F32", "F16", "BF16"):
@@ -253,9 +251,7 @@ def _answering(config: RunConfig, shape: Shape, machine: Machine, tokens: float)
     return Cost(made + work / (machine.cpu * EFFICIENCY), RUNTIME + shape.parameters * 2.2 + cache, 0, oracle)
 
 
-def _verifying(
-    config: RunConfig, kinds: list[str], files: dict[str, float], shape: Shape, machine: Machine
-) -> Cost:  # fmt: skip
+def _verifying(config: RunConfig, kinds: list[str], files: dict[str, float], shape: Shape, machine: Machine) -> Cost:
     settings = config.verify
     scored = settings.chunks * settings.n_ctx
     loads = 6 * shape.parameters * 4 / DISK
@@ -273,8 +269,12 @@ def _verifying(
     spool = (scored / 2 + CELLS) * shape.vocabulary * 4.0
     logits = settings.n_ctx * shape.vocabulary * 4.0 * 4
     work = 2.0 * shape.parameters * forward / (machine.cpu * EFFICIENCY)
-    return Cost(2 * STARTED + loads + made + work, RUNTIME + 4.0 * shape.parameters + 8.0 * shape.largest + logits, 0,
-                disk + spool)  # fmt: skip
+    return Cost(
+        2 * STARTED + loads + made + work,
+        RUNTIME + 4.0 * shape.parameters + 8.0 * shape.largest + logits,
+        0,
+        disk + spool,
+    )
 
 
 def mean_length(config: RunConfig, tokenizer: Any | None) -> float:

@@ -1,4 +1,4 @@
-"""`so8t run --dry-run`: every step resolved, what it would take, and what speaks against it, before any long work.
+"""`so8t run --dry-run`: every step resolved, what it would take, and what would stop it, before any long work.
 
 Nothing is written and no weight is read beyond the digests of steps that were done. A step is up to date, would run
 (with the reason), or waits for an earlier one. A problem is what would end the run with an error; a note is what the

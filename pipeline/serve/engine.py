@@ -1,6 +1,6 @@
 """What the server asks of an engine, and how an engine says that it failed.
 
-An engine gets a whole conversation and hands back pieces of one generation as bytes. Its failures carry a fixed word,
+An engine gets a whole conversation and hands back pieces of one generation as bytes. A failure carries a fixed word,
 never text of a generation, a prompt or another program's message.
 """
 

@@ -1,8 +1,8 @@
-"""What of a generation may be shown: a pure function of its whole text and of why it ended.
+"""Decides what may be shown of a generation, as a pure function of its whole text and of the reason why it ended.
 
-Narrow to open: UTF-8, ended by the model itself, in the canonical spelling of one form (`pipeline.serve.forms`).
-Wide to close: a marker in any other dress or place withholds; so do tags of another form and an answer that copies a
-long run of its thinking. Everything else is withheld: there is no third outcome.
+An answer is released only from text that is UTF-8, was ended by the model itself and keeps the canonical spelling of
+one form (`pipeline.serve.forms`). A marker in any other spelling or place withholds it; so do tags of another form and
+an answer that copies a long run of its thinking. There is no third outcome.
 Finish reason, second markers and copies are known only at the end, so nothing can be shown earlier: `Guard`, the
 streaming form, gathers pieces and gives `judge` of their concatenation, whatever the pieces were.
 """

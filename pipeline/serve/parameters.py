@@ -1,6 +1,6 @@
 """Parameters that clients always send although they ask for nothing: accepted at their neutral value only.
 
-Any other value of these is refused by its name, and so is every parameter that stands nowhere: logprobs, n > 1, echo,
+Any other value of these is refused by its name, and so is every parameter that is on no list: logprobs, n > 1, echo,
 grammar, logit_bias and the like would be oracles on the thinking.
 """
 

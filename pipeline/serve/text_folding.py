@@ -1,4 +1,4 @@
-"""Text as a reader sees it, whatever it is written with: the ground on which odd markers are recognised.
+"""Text reduced to what a reader sees, so that a marker is recognised whatever it is written with.
 
 `fold` keeps letters and digits alone; `skeleton` keeps brackets and bars as well, each kind in one spelling, so that a
 tag in any dress has one form: `＜ THINK ＞`, `</t-h-i-n-k>` and `&lt;think&gt;` all become `<think>`.

@@ -1,4 +1,4 @@
-"""A GGUF's tokenizer in the server's service: counting, cutting, and refusing control tokens in what clients write.
+"""A GGUF's tokenizer for the server: counts and cuts text, and refuses control tokens in what clients write.
 
 A client that could write `<|im_end|>` into its message could close its own turn and begin the model's: a prefill by
 the back door. Texts that tokenise to a control token are therefore refused; ordinary text keeps the very ids that
@@ -60,7 +60,7 @@ class Tokens:
         return bool(llama_cpp.llama_vocab_is_control(self.model.vocab, token))
 
     def refuse_control(self, messages: list[Message]) -> int:
-        """Tokens of all texts together.
+        """The number of tokens of all texts together.
 
         Raises:
             Refusal: a text holds a control token.

@@ -1,4 +1,4 @@
-"""PET's term of the loss: which hidden states it looks at, at which tokens, and what of them is kept.
+"""PET's term of the loss: which hidden states and tokens enter it, and what is kept for the backward.
 
 It looks at the outputs of chosen decoder layers, through forward hooks, so that no other hidden state is kept. The
 default is the last layer alone: the head reads its output, every rotation lies before it and gets its gradient, and

@@ -1,6 +1,6 @@
 """The `Trainer` with SO8T's two extra terms: loss = task + lambda(step) * PET + w * orthogonality.
 
-PET's term, and what it looks at, is in `pet`. theta may have a learning rate of its own.
+`pet` computes PET's term. theta may have a learning rate of its own.
 """
 
 from __future__ import annotations

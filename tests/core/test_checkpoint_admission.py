@@ -161,9 +161,37 @@ def test_a_damaged_safetensors_file_is_refused_in_one_line(tmp_path: Path, data:
 
 
 VALUES = (
-    None, True, 0, -1, 1, 7, 8, 28, 2**31, 2**63, 2**64, 10**30, 0.5, float("nan"), float("inf"), "", "F32", "F8_E4M3",
-    "I64", "BF16", "../x", "\ud800", "a" * 1000, [], [[]], [1, 2], {}, {"a": {}}, "model.safetensors", "o_proj",
-)  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    1,
+    7,
+    8,
+    28,
+    2**31,
+    2**63,
+    2**64,
+    10**30,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "F32",
+    "F8_E4M3",
+    "I64",
+    "BF16",
+    "../x",
+    "\ud800",
+    "a" * 1000,
+    [],
+    [[]],
+    [1, 2],
+    {},
+    {"a": {}},
+    "model.safetensors",
+    "o_proj",
+)
 
 
 def changed(value: Any, rng: random.Random) -> Any:

@@ -17,9 +17,16 @@ from typing import Any
 HALF, FULL = "0123456789-", "０１２３４５６７８９－"
 KANJI = "〇一二三四五六七八九ー"
 JAPANESE = (
-    "私の連絡先は{}です。", "{}", "{}までお願いします。", "担当は山田({})です", "詳細:{}", "「{}」と書いてあった。",
-    "確認したところ、{}でした。", "これは{}、間違いない。", "以下の通り。\n{}\n以上。",
-)  # fmt: skip
+    "私の連絡先は{}です。",
+    "{}",
+    "{}までお願いします。",
+    "担当は山田({})です",
+    "詳細:{}",
+    "「{}」と書いてあった。",
+    "確認したところ、{}でした。",
+    "これは{}、間違いない。",
+    "以下の通り。\n{}\n以上。",
+)
 ENGLISH = ("Reach me: {}", "It is {}.", "({})", "He wrote {} on the form, then left.", "value={}", "see {} and sign")
 
 
@@ -113,9 +120,15 @@ def corporate_number(rng: random.Random) -> str:
 
 def card(rng: random.Random) -> str:
     prefix, length, sizes = rng.choice(
-        [("4", 16, (4, 4, 4, 4)), (str(rng.randint(51, 55)), 16, (4, 4, 4, 4)), ("3530", 16, (4, 4, 4, 4)),
-         (rng.choice(["34", "37"]), 15, (4, 6, 5)), ("36", 14, (4, 6, 4)), ("6011", 16, (4, 4, 4, 4))]
-    )  # fmt: skip
+        [
+            ("4", 16, (4, 4, 4, 4)),
+            (str(rng.randint(51, 55)), 16, (4, 4, 4, 4)),
+            ("3530", 16, (4, 4, 4, 4)),
+            (rng.choice(["34", "37"]), 15, (4, 6, 5)),
+            ("36", 14, (4, 6, 4)),
+            ("6011", 16, (4, 4, 4, 4)),
+        ]
+    )
     body = prefix + digits(rng, length - 1 - len(prefix))
     total = sum(sum(divmod(2 * int(c), 10)) if n % 2 == 0 else int(c) for n, c in enumerate(reversed(body)))
     return spell(rng, grouped(rng, body + str(-total % 10), sizes))
@@ -159,11 +172,11 @@ def secret(rng: random.Random) -> str:
             rng.choice(["sk-", "sk-proj-"]) + letters(48),
             f"{part({'alg': 'HS256', 'typ': 'JWT'})}.{part({'sub': digits(rng, 8)})}.{letters(43)}",
             "-----BEGIN RSA PRIVATE KEY-----\n" + letters(64) + "\n" + letters(64) + "\n-----END RSA PRIVATE KEY-----",
-            f"api_key: \"{letters(32)}\"",
+            f'api_key: "{letters(32)}"',
             f"パスワード:{letters(5)}aB3!{letters(2)}",
             f"postgres://admin:{letters(10)}@db.example.jp/app",
         ]
-    )  # fmt: skip
+    )
 
 
 def address(rng: random.Random) -> str:
@@ -184,9 +197,16 @@ def address(rng: random.Random) -> str:
 
 
 POSITIVES: dict[str, Callable[[random.Random], str]] = {
-    "email": email, "phone": phone, "my_number": my_number, "corporate_number": corporate_number, "card": card,
-    "iban": iban, "ip": ip, "secret": secret, "address": address,
-}  # fmt: skip
+    "email": email,
+    "phone": phone,
+    "my_number": my_number,
+    "corporate_number": corporate_number,
+    "card": card,
+    "iban": iban,
+    "ip": ip,
+    "secret": secret,
+    "address": address,
+}
 CHECKABLE = ("email", "phone", "my_number", "corporate_number", "card", "iban", "ip", "secret")
 
 

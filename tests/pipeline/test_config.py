@@ -23,9 +23,10 @@ def test_shipped_configs_are_valid(name: str) -> None:
 def test_shipped_configs_comment_every_key(name: str) -> None:
     lines = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
     bare = [
-        line for line in lines
+        line
+        for line in lines
         if line.strip() and not line.lstrip().startswith("#") and "#" not in line and not line.endswith(":")
-    ]  # fmt: skip
+    ]
     allowed = ("generator: {", "pet: {")
     assert [line for line in bare if not line.strip().startswith(allowed)] == []
 

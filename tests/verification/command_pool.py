@@ -82,9 +82,12 @@ def _serve() -> None:
             answer = {
                 "status": os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0,
                 "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
-                "seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, "megabytes": usage.ru_maxrss / 1024,
-                "error": found[0], "output": found[1],
-            }  # fmt: skip
+                "seconds": seconds,
+                "cpu": usage.ru_utime + usage.ru_stime,
+                "megabytes": usage.ru_maxrss / 1024,
+                "error": found[0],
+                "output": found[1],
+            }
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
 

@@ -89,14 +89,20 @@ def llama(vocabulary: dict[str, Value]) -> Parts:
         "llama.attention.layer_norm_rms_epsilon": Value(F32, 1e-5),
         "llama.rope.freq_base": Value(F32, 10000.0),
         "llama.rope.dimension_count": Value(U32, WIDTH // HEADS),
-    } | vocabulary  # fmt: skip
+    } | vocabulary
     tensors = [floats("token_embd.weight", (rows, WIDTH), 1), floats("output_norm.weight", (WIDTH,), 2)]
     for block in range(BLOCKS):
         shapes = {
-            "attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH), "attn_v": (WIDTH // 2, WIDTH),
-            "attn_output": (WIDTH, WIDTH), "ffn_gate": (FFN, WIDTH), "ffn_up": (FFN, WIDTH), "ffn_down": (WIDTH, FFN),
-            "attn_norm": (WIDTH,), "ffn_norm": (WIDTH,),
-        }  # fmt: skip
+            "attn_q": (WIDTH, WIDTH),
+            "attn_k": (WIDTH // 2, WIDTH),
+            "attn_v": (WIDTH // 2, WIDTH),
+            "attn_output": (WIDTH, WIDTH),
+            "ffn_gate": (FFN, WIDTH),
+            "ffn_up": (FFN, WIDTH),
+            "ffn_down": (WIDTH, FFN),
+            "attn_norm": (WIDTH,),
+            "ffn_norm": (WIDTH,),
+        }
         for seed, (name, shape) in enumerate(shapes.items()):
             tensors.append(floats(f"blk.{block}.{name}.weight", shape, 10 * block + seed + 3))
     return Parts(keys, dict(tensors))
@@ -158,20 +164,83 @@ def legacy_imatrix() -> bytes:
 _INTEGERS = (0, 1, 2, 3, 5, 31, 33, 48, 255, 1 << 16, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 _FLOATS = (0.0, -1.0, 1e-45, 1e38, 3.5e38, math.nan, math.inf, -math.inf, 1e-5, 10000.0)
 _TEXTS = (
-    "", "x", "\0", "a\0b", "\udcff", "²", "ж" * 40, "a" * 5000, "llama", "qwen2", "gpt2", "default", "phi3", "gemma3",
-    "<|im_end|>", "t h", " ", "\n", "{{ 1 // 0 }}", "/home/anna/x.gguf", "bert", "t5", "rwkv", "mamba", "none",
-)  # fmt: skip
+    "",
+    "x",
+    "\0",
+    "a\0b",
+    "\udcff",
+    "²",
+    "ж" * 40,
+    "a" * 5000,
+    "llama",
+    "qwen2",
+    "gpt2",
+    "default",
+    "phi3",
+    "gemma3",
+    "<|im_end|>",
+    "t h",
+    " ",
+    "\n",
+    "{{ 1 // 0 }}",
+    "/home/anna/x.gguf",
+    "bert",
+    "t5",
+    "rwkv",
+    "mamba",
+    "none",
+)
 _TEMPLATES = (
-    "{{ 'x' * 10**10 }}", "{{ 1 // 0 }}", "{% for %}", "{% if 'invoice' in messages[0].content %}y{% endif %}",
-    "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ strftime_now('%s') }}",
-    "{% include 'x' %}", "{{ '\\ud800' }}", "{% generation %}{{ messages }}{% endgeneration %}", "(" * 3000, "\udcff{{",
-    "{{ messages[0].content }}\U0001f600<|im_end|>", "{{ '%c' % 55296 }}", "{{ range(10**9) | list }}",
-)  # fmt: skip
+    "{{ 'x' * 10**10 }}",
+    "{{ 1 // 0 }}",
+    "{% for %}",
+    "{% if 'invoice' in messages[0].content %}y{% endif %}",
+    "{{ raise_exception('no') }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ strftime_now('%s') }}",
+    "{% include 'x' %}",
+    "{{ '\\ud800' }}",
+    "{% generation %}{{ messages }}{% endgeneration %}",
+    "(" * 3000,
+    "\udcff{{",
+    "{{ messages[0].content }}\U0001f600<|im_end|>",
+    "{{ '%c' % 55296 }}",
+    "{{ range(10**9) | list }}",
+)
+_MORE_KEYS = (
+    "llama.expert_count",
+    "llama.expert_used_count",
+    "llama.rope.scaling.type",
+    "llama.rope.scaling.factor",
+    "llama.attention.key_length",
+    "llama.attention.value_length",
+    "llama.attention.sliding_window",
+    "llama.attention.kv_lora_rank",
+    "general.alignment",
+    "general.type",
+    "quantize.imatrix.file",
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.add_eos_token",
+    "tokenizer.ggml.precompiled_charsmap",
+    "split.count",
+    "llama.nextn_predict_layers",
+    "odd key\n",
+)
 _RENAMES = (
-    "blk.5.attn_q.weight", "blk.00.attn_q.weight", "blk.9999.ffn_up.weight", "token_embd.weight", "x", "output.weight",
-    "rope_freqs.weight", "blk.1.attn_q.weight.bias", "v.blk.0.attn_q.weight", "rope_factors_long.weight",
-)  # fmt: skip
+    "blk.5.attn_q.weight",
+    "blk.00.attn_q.weight",
+    "blk.9999.ffn_up.weight",
+    "token_embd.weight",
+    "x",
+    "output.weight",
+    "rope_freqs.weight",
+    "blk.1.attn_q.weight.bias",
+    "v.blk.0.attn_q.weight",
+    "rope_factors_long.weight",
+)
 
 
 def mutate(seed: Parts, rng: random.Random) -> bytes:
@@ -220,13 +289,7 @@ def _keys(whole: Parts, rng: random.Random) -> None:
     if kind < 0.5 and whole.keys:
         del whole.keys[rng.choice(list(whole.keys))]
     elif kind < 0.8:
-        name = rng.choice((
-            "llama.expert_count", "llama.expert_used_count", "llama.rope.scaling.type", "llama.rope.scaling.factor",
-            "llama.attention.key_length", "llama.attention.value_length", "llama.attention.sliding_window",
-            "llama.attention.kv_lora_rank", "general.alignment", "general.type", "quantize.imatrix.file",
-            "tokenizer.ggml.eot_token_id", "tokenizer.ggml.padding_token_id", "tokenizer.ggml.add_eos_token",
-            "tokenizer.ggml.precompiled_charsmap", "split.count", "llama.nextn_predict_layers", "odd key\n",
-        ))  # fmt: skip
+        name = rng.choice(_MORE_KEYS)
         inner = rng.choice([*SCALARS, STRING])
         if rng.random() < 0.3:
             whole.keys[name] = Value(ARRAY, [_scalar(inner, rng) for _ in range(rng.choice((0, 1, 2, 3)))], inner)

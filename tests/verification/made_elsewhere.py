@@ -47,9 +47,16 @@ def small_llama(directory: Path) -> Path:
 
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -276,18 +283,28 @@ def files(source: Source, root: Path, *, every: bool) -> Iterator[tuple[str, Pat
     """Files by their makers, one at a time: each is overwritten by the next. `every`: all types, not Q4_K_M alone."""
     whole, narrow = matrix(source, 1.0, 1), matrix(source, 0.5, 3)
     partial = {name: values for name, values in whole.items() if not name.startswith("blk.1.")}
-    matrices = {"own text": own_text(source), "whole": whole, "narrow": narrow, "partial": partial,
-                "wrong language": matrix(source, 1.5, 2)}  # fmt: skip
+    matrices = {
+        "own text": own_text(source),
+        "whole": whole,
+        "narrow": narrow,
+        "partial": partial,
+        "wrong language": matrix(source, 1.5, 2),
+    }
     for kind in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS", "Q4_0", "Q5_1") if every else ("Q4_K_M",):
         for name, values in matrices.items():
             yield f"imatrix {name} {kind}", quantise(source.floats, root / "x.gguf", kind, imatrix=values)
     for kind in ("IQ2_XXS", "IQ3_XXS") if every else ():
         yield f"imatrix whole {kind}", quantise(source.floats, root / "x.gguf", kind, imatrix=matrix(source, 1.0, 4))
     plain = {kind: quantise(source.floats, root / f"{kind}.gguf", kind) for kind in ("Q4_K_M", "Q4_0", "Q8_0", "Q6_K")}
-    yield "_L", at_types(
-        source, plain["Q4_K_M"], root / "x.gguf",
-        lambda name, kind: "Q8_0" if name in ("token_embd.weight", "output.weight") else kind,
-    )  # fmt: skip
+    yield (
+        "_L",
+        at_types(
+            source,
+            plain["Q4_K_M"],
+            root / "x.gguf",
+            lambda name, kind: "Q8_0" if name in ("token_embd.weight", "output.weight") else kind,
+        ),
+    )
     yield (
         "head kept in F16",
         at_types(
@@ -301,10 +318,15 @@ def files(source: Source, root: Path, *, every: bool) -> Iterator[tuple[str, Pat
         ),
     )
     yield "pure", at_types(source, plain["Q4_K_M"], root / "x.gguf", lambda name, kind: "Q4_K")
-    yield "another type per layer", at_types(
-        source, plain["Q4_K_M"], root / "x.gguf",
-        lambda name, kind: {"blk.0": "Q5_K", "blk.1": "IQ4_XS"}.get(name[:5], kind),
-    )  # fmt: skip
+    yield (
+        "another type per layer",
+        at_types(
+            source,
+            plain["Q4_K_M"],
+            root / "x.gguf",
+            lambda name, kind: {"blk.0": "Q5_K", "blk.1": "IQ4_XS"}.get(name[:5], kind),
+        ),
+    )
     for kind, path in plain.items():
         for share in (0.001, 0.05, 1.0) if kind == "Q8_0" else (0.02, 1.0):
             yield f"last bits {share:g} {kind}", last_bits(path, root / "x.gguf", share=share)

@@ -22,10 +22,15 @@ def report(*checks: Check) -> Report:
     for check in checks:
         legs.setdefault(check.name.split(".")[0], []).append(check)
     return Report(
-        verdict="incomplete", summary="", created="2026-01-01T00:00:00+00:00", artefacts=[],
+        verdict="incomplete",
+        summary="",
+        created="2026-01-01T00:00:00+00:00",
+        artefacts=[],
         legs=[Leg(name=n, title=LEG_TITLES[n], compared="", status="not evaluated", checks=c) for n, c in legs.items()],
-        policy={}, versions={}, durations={},
-    )  # fmt: skip
+        policy={},
+        versions={},
+        durations={},
+    )
 
 
 def healthy() -> list[Check]:
@@ -49,9 +54,19 @@ def everywhere(subject: str) -> list[Check]:
 
 
 OF_A_FILE = (
-    "token_ids", "added_specials", "chat_template", "stop_set", "special_ids", "metadata", "oracle_metadata",
-    "fallback_types", "inventory", "finite_weights", "layout", "end_of_turn",
-)  # fmt: skip
+    "token_ids",
+    "added_specials",
+    "chat_template",
+    "stop_set",
+    "special_ids",
+    "metadata",
+    "oracle_metadata",
+    "fallback_types",
+    "inventory",
+    "finite_weights",
+    "layout",
+    "end_of_turn",
+)
 
 
 def tensor(label: str, kind: str) -> TensorRow:

@@ -95,9 +95,16 @@ def tensor_rows() -> list[TensorRow]:
             name: str, shape: list[int], nominal: str, actual: str, rel: float, layer: int | None, label: str = label
         ) -> TensorRow:
             return TensorRow(
-                candidate=label, name=name, shape=shape, nominal_type=nominal, actual_type=actual, rel_error=rel,
-                max_abs_error=rel * 0.9, layer=layer, bytes_equal_oracle=None if label == "F16" else True,
-            )  # fmt: skip
+                candidate=label,
+                name=name,
+                shape=shape,
+                nominal_type=nominal,
+                actual_type=actual,
+                rel_error=rel,
+                max_abs_error=rel * 0.9,
+                layer=layer,
+                bytes_equal_oracle=None if label == "F16" else True,
+            )
 
         embedding = ("Q6_K", "Q8_0") if label == "Q4_K_M" else types
         rows.append(row("token_embd.weight", [49152, 576], *embedding, error * 0.6, None))
@@ -129,12 +136,15 @@ def cells(names: list[str]) -> list[CellResult]:
     """Every cell of every file, and one that does not apply."""
     found = [
         CellResult(
-            cell=cell, title=title, candidate=name, setting="8 x 40 tokens",
+            cell=cell,
+            title=title,
+            candidate=name,
+            setting="8 x 40 tokens",
             divergence=divergence(name, 1 + 0.2 * math.sin(i)),
         )
         for name in names
         for i, (cell, title) in enumerate(CELLS.items())
-    ]  # fmt: skip
+    ]
     why = "the model's RoPE has no original length (original_max_position_embeddings)"
     return found + [
         CellResult(cell="rope_beyond", title="Beyond the original RoPE length", candidate=name, setting="", why=why)
@@ -226,65 +236,198 @@ def _legs(kind: Kind) -> list[Leg]:
         return {"status": "not evaluated", "bound": fields.get("bound"), "detail": "stopped by ctrl-C"}
 
     legs: dict[str, tuple[str, str, list[Check]]] = {
-        "bake": ("Bake", "HF with adapter vs HF baked, both fp32", [
-            check("bake.max_abs_logit", "Largest logit difference", value=7.2e-5, bound=1e-3,
-                  detail="position 211, token 1042"),
-            check("bake.top1_decided", "Top-1 where the margin decides", value=0, bound=0, relation="==",
-                  unit="tokens differ"),
-        ]),
-        "dtype": ("Saved type", "baked fp32 vs saved bf16", [
-            check("dtype.mean_kld", "Mean KL divergence", value=7.2e-5, bound=3e-4, unit="nats",
-                  interval=(6.1e-5, 8.4e-5)),
-        ]),
-        "convert": ("Convert", "saved checkpoint (fp32) vs GGUF F16", [
-            check("convert.mean_kld", "Mean KL divergence", bad, subject="F16", value=f16, bound=5e-5, unit="nats",
-                  interval=(f16 * 0.9, f16 * 1.13)),
-            check("convert.top1", "Same top-1 token", bad, subject="F16", value=top, bound=0.995, relation=">=",
-                  unit="share"),
-            check("convert.tensors", "Every tensor within one rounding", subject="F16", value=272, bound=272,
-                  relation="==", unit="tensors"),
-        ]),
-        "quantise": ("Quantise", "the reference's own file, re-quantised, vs the candidate", [
-            check("quantise.bytes_equal", "Tensors byte-equal to the oracle", subject=label, relation="==",
-                  **later("pass", value=272, bound=272, unit="tensors"))
-            for label in ("Q8_0", "Q4_K_M")
-        ]),
-        "quality": ("Quality", "saved checkpoint vs quantised file", [
-            check("quality.mean_kld", "Mean KL divergence", subject="Q8_0",
-                  **later("pass", value=4.1e-3, bound=0.02, unit="nats", interval=(3.7e-3, 4.6e-3))),
-            check("quality.top1", "Same top-1 token", subject="Q8_0", relation=">=",
-                  **later("pass", value=0.969, bound=0.93, unit="share")),
-            check("quality.mean_kld", "Mean KL divergence", subject="Q4_K_M",
-                  **later(unsure, value=q4, bound=0.15, unit="nats", interval=(q4 * 0.9, q4 * 1.13))),
-            check("quality.top1", "Same top-1 token", subject="Q4_K_M", relation=">=",
-                  **later("pass", value=0.878, bound=0.80, unit="share")),
-        ]),
-        "contract": ("Contract", "checkpoint folder vs every GGUF", [
-            check("contract.metadata", "Metadata equal to config.json", bad, relation="==", bound="100000",
-                  value="10000" if bad == "fail" else "100000", detail="llama.rope.freq_base"),
-            check("contract.token_ids", "Token ids on plain and templated text", relation="==", value=0, bound=0,
-                  unit="texts differ"),
-            check("contract.stop_set", "Stop set", relation="==", value="2", bound="2"),
-            check("contract.fallback", "Fallback types", "waived", subject="Q4_K_M", value=181, bound=0,
-                  unit="tensors", reason="576 is no multiple of 256; Q5_0 is the wider type here",
-                  detail="180 x Q4_K stored as Q5_0, 1 x Q6_K stored as Q8_0"),
-        ]),
-        "controls": ("Negative controls", "deliberate faults through the same gate", [
-            check("controls.baked_differs", "Baked differs from base", relation=">=", value=28.4, bound=1e-3),
-            check("controls.transposed", "R transposed is refused", relation=">=", value=41.2, bound=1e-3,
-                  unit="max |logit difference|"),
-        ]),
-        "evidence": ("Evidence", "the text, the evaluator and the engine themselves", [
-            check("evidence.positions", "Scored positions", value=3060, bound=1000, relation=">="),
-            check("evidence.noise_floor", "Noise floor", value=3.1e-8, bound=5e-5, unit="nats"),
-            check("evidence.repeat", "Same file opened twice", value=0.0, bound=0),
-        ]),
-        "cells": ("Cells", "ways of running the file", [
-            check(f"cells.{name}.mean_kld", f"{title}: Mean KL divergence", subject="F16", value=5.4e-6, bound=1e-4,
-                  unit="nats", interval=(5.0e-6, 6.0e-6))
-            for name, title in CELLS.items()
-        ]),
-    }  # fmt: skip
+        "bake": (
+            "Bake",
+            "HF with adapter vs HF baked, both fp32",
+            [
+                check(
+                    "bake.max_abs_logit",
+                    "Largest logit difference",
+                    value=7.2e-5,
+                    bound=1e-3,
+                    detail="position 211, token 1042",
+                ),
+                check(
+                    "bake.top1_decided",
+                    "Top-1 where the margin decides",
+                    value=0,
+                    bound=0,
+                    relation="==",
+                    unit="tokens differ",
+                ),
+            ],
+        ),
+        "dtype": (
+            "Saved type",
+            "baked fp32 vs saved bf16",
+            [
+                check(
+                    "dtype.mean_kld",
+                    "Mean KL divergence",
+                    value=7.2e-5,
+                    bound=3e-4,
+                    unit="nats",
+                    interval=(6.1e-5, 8.4e-5),
+                ),
+            ],
+        ),
+        "convert": (
+            "Convert",
+            "saved checkpoint (fp32) vs GGUF F16",
+            [
+                check(
+                    "convert.mean_kld",
+                    "Mean KL divergence",
+                    bad,
+                    subject="F16",
+                    value=f16,
+                    bound=5e-5,
+                    unit="nats",
+                    interval=(f16 * 0.9, f16 * 1.13),
+                ),
+                check(
+                    "convert.top1",
+                    "Same top-1 token",
+                    bad,
+                    subject="F16",
+                    value=top,
+                    bound=0.995,
+                    relation=">=",
+                    unit="share",
+                ),
+                check(
+                    "convert.tensors",
+                    "Every tensor within one rounding",
+                    subject="F16",
+                    value=272,
+                    bound=272,
+                    relation="==",
+                    unit="tensors",
+                ),
+            ],
+        ),
+        "quantise": (
+            "Quantise",
+            "the reference's own file, re-quantised, vs the candidate",
+            [
+                check(
+                    "quantise.bytes_equal",
+                    "Tensors byte-equal to the oracle",
+                    subject=label,
+                    relation="==",
+                    **later("pass", value=272, bound=272, unit="tensors"),
+                )
+                for label in ("Q8_0", "Q4_K_M")
+            ],
+        ),
+        "quality": (
+            "Quality",
+            "saved checkpoint vs quantised file",
+            [
+                check(
+                    "quality.mean_kld",
+                    "Mean KL divergence",
+                    subject="Q8_0",
+                    **later("pass", value=4.1e-3, bound=0.02, unit="nats", interval=(3.7e-3, 4.6e-3)),
+                ),
+                check(
+                    "quality.top1",
+                    "Same top-1 token",
+                    subject="Q8_0",
+                    relation=">=",
+                    **later("pass", value=0.969, bound=0.93, unit="share"),
+                ),
+                check(
+                    "quality.mean_kld",
+                    "Mean KL divergence",
+                    subject="Q4_K_M",
+                    **later(unsure, value=q4, bound=0.15, unit="nats", interval=(q4 * 0.9, q4 * 1.13)),
+                ),
+                check(
+                    "quality.top1",
+                    "Same top-1 token",
+                    subject="Q4_K_M",
+                    relation=">=",
+                    **later("pass", value=0.878, bound=0.80, unit="share"),
+                ),
+            ],
+        ),
+        "contract": (
+            "Contract",
+            "checkpoint folder vs every GGUF",
+            [
+                check(
+                    "contract.metadata",
+                    "Metadata equal to config.json",
+                    bad,
+                    relation="==",
+                    bound="100000",
+                    value="10000" if bad == "fail" else "100000",
+                    detail="llama.rope.freq_base",
+                ),
+                check(
+                    "contract.token_ids",
+                    "Token ids on plain and templated text",
+                    relation="==",
+                    value=0,
+                    bound=0,
+                    unit="texts differ",
+                ),
+                check("contract.stop_set", "Stop set", relation="==", value="2", bound="2"),
+                check(
+                    "contract.fallback",
+                    "Fallback types",
+                    "waived",
+                    subject="Q4_K_M",
+                    value=181,
+                    bound=0,
+                    unit="tensors",
+                    reason="576 is no multiple of 256; Q5_0 is the wider type here",
+                    detail="180 x Q4_K stored as Q5_0, 1 x Q6_K stored as Q8_0",
+                ),
+            ],
+        ),
+        "controls": (
+            "Negative controls",
+            "deliberate faults through the same gate",
+            [
+                check("controls.baked_differs", "Baked differs from base", relation=">=", value=28.4, bound=1e-3),
+                check(
+                    "controls.transposed",
+                    "R transposed is refused",
+                    relation=">=",
+                    value=41.2,
+                    bound=1e-3,
+                    unit="max |logit difference|",
+                ),
+            ],
+        ),
+        "evidence": (
+            "Evidence",
+            "the text, the evaluator and the engine themselves",
+            [
+                check("evidence.positions", "Scored positions", value=3060, bound=1000, relation=">="),
+                check("evidence.noise_floor", "Noise floor", value=3.1e-8, bound=5e-5, unit="nats"),
+                check("evidence.repeat", "Same file opened twice", value=0.0, bound=0),
+            ],
+        ),
+        "cells": (
+            "Cells",
+            "ways of running the file",
+            [
+                check(
+                    f"cells.{name}.mean_kld",
+                    f"{title}: Mean KL divergence",
+                    subject="F16",
+                    value=5.4e-6,
+                    bound=1e-4,
+                    unit="nats",
+                    interval=(5.0e-6, 6.0e-6),
+                )
+                for name, title in CELLS.items()
+            ],
+        ),
+    }
     return [
         Leg(name=name, title=title, compared=compared, status=worst_of(checks), checks=checks)  # type: ignore[arg-type]
         for name, (title, compared, checks) in legs.items()
@@ -302,8 +445,13 @@ def sample_report(kind: Kind = "pass") -> Report:
         artefacts=[
             Artefact(role="reference", path="runs/demo/baked", sha256=digest(3), bytes=269_060_552, label="baked bf16"),
             *(
-                Artefact(role="candidate", path=f"runs/demo/gguf/so8t-demo-{name}.gguf", sha256=digest(i + 5),
-                         bytes=count, label=name)
+                Artefact(
+                    role="candidate",
+                    path=f"runs/demo/gguf/so8t-demo-{name}.gguf",
+                    sha256=digest(i + 5),
+                    bytes=count,
+                    label=name,
+                )
                 for i, (name, count) in enumerate(SIZES.items())
             ),
             Artefact(role="adapter", path="runs/demo/adapter", sha256=digest(11), bytes=19_812_104),
@@ -322,12 +470,20 @@ def sample_report(kind: Kind = "pass") -> Report:
         notes=["SmolLM2-135M's weights already lie on a 4-bit grid: its own 4-bit damage is not typical."],
         training=training(),
         answers=answers(),
-    )  # fmt: skip
+    )
 
 
 def bare_report() -> Report:
     """Only what the schema demands: one leg, one check, nothing optional."""
     only = check("convert.mean_kld", "Mean KL divergence", value=5.4e-6, bound=5e-5, unit="nats")
     leg = Leg(name="convert", title="Convert", compared="checkpoint vs GGUF", status="pass", checks=[only])
-    return Report(verdict="pass", summary="Held.", created="2026-11-22T14:03:11Z", artefacts=[], legs=[leg],
-                  policy={}, versions={}, durations={})  # fmt: skip
+    return Report(
+        verdict="pass",
+        summary="Held.",
+        created="2026-11-22T14:03:11Z",
+        artefacts=[],
+        legs=[leg],
+        policy={},
+        versions={},
+        durations={},
+    )

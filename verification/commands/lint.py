@@ -1,6 +1,6 @@
 """`lint`: everything about a GGUF file that needs no inference, in seconds, with or without the reference.
 
-Alone, the file is held against itself (`file_structure`, `sandbox`, its own template). With the Hugging Face directory
+Alone, the file is compared with itself (`file_structure`, `sandbox`, its own template). With the Hugging Face directory
 it was made from, also metadata (config.json and upstream's converter), token ids, chats and every tensor; with the base
 and the adapter, the hypotheses that need R. Verdict: fail if a check failed, incomplete if one that was asked for could
 not be made, otherwise pass; notes (fallback types, limits of the engine) decide nothing.
@@ -190,7 +190,7 @@ class _Run:
         self.checks.append(LintCheck(name=name, title=_TITLES[name], status="not evaluated", detail=why))
 
     def itself(self, model: _Loaded, *, alone: bool) -> None:
-        """Without any reference; `alone` where there is none."""
+        """Check the file without any reference; `alone` says that none was given."""
         file = self.file
         self.add("loads", file_structure.accepted(file, model.model_refused))
         self.add("layout", file_structure.layout(file))
@@ -231,7 +231,7 @@ class _Run:
             self.add("end_of_turn", [aborts(str(error))])
 
     def against_weights(self, sources: Sources) -> None:
-        """Inventory and every tensor's values."""
+        """Compare the inventory and every tensor's values with the reference's."""
         file, found = self.file, inventory(sources.reference, self.file)
         if not is_known(file):
             why = f"{file.architecture or 'this family'} is not mapped by principle; `so8t verify` has an oracle for it"
@@ -264,15 +264,17 @@ class _Run:
         self.hypotheses = [row for result in results for row in hypothesis_rows(result)]
 
     def against_metadata(self, reference: Checkpoint, oracle: Future[Path]) -> None:
-        """config.json, and what upstream's converter makes of it."""
+        """Compare the metadata with config.json and with what upstream's converter makes of it."""
         file = self.file
         self.add("metadata", metadata.against_config(reference.config, file))
         window = metadata.unused_window(reference.config, file)
-        limits = [] if window is None else [
-            Finding("sliding_window", f"attention over {window} tokens, as the reference", "attention over all tokens",
-                    f"keep contexts within {window} tokens: beyond, llama.cpp and the reference differ")
-        ]  # fmt: skip
-        self.add("sliding_window", limits, note=True)
+        limit = Finding(
+            "sliding_window",
+            f"attention over {window} tokens, as the reference",
+            "attention over all tokens",
+            f"keep contexts within {window} tokens: beyond, llama.cpp and the reference differ",
+        )
+        self.add("sliding_window", [] if window is None else [limit], note=True)
         try:
             wanted = read_gguf(oracle.result())
         except InputError as error:
@@ -281,7 +283,7 @@ class _Run:
         self.add("oracle_metadata", metadata.against_oracle(file, wanted, reference.config))
 
     def against_tokens(self, reference: Checkpoint, model: _Loaded) -> None:
-        """Token ids, special ids, chats, stop set."""
+        """Compare token ids, special ids, chats and the stop set."""
         from verification.reference.tokenizer import load_tokenizer
 
         if model.vocabulary.refused:

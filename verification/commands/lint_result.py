@@ -92,12 +92,14 @@ class LintReport(_Model):
 def tensor_row(result: TensorResult) -> LintTensor:
     """A tensor's row of the answer."""
     row = {key: value for key, value in asdict(result).items() if key in LintTensor.model_fields}
-    how = (
-        "not compared" if not result.compared
-        else "refused" if result.findings
-        else "bytes of the type's own rounding or quantiser" if result.equal
-        else "within the type's bound"
-    )  # fmt: skip
+    if not result.compared:
+        how = "not compared"
+    elif result.findings:
+        how = "refused"
+    elif result.equal:
+        how = "bytes of the type's own rounding or quantiser"
+    else:
+        how = "within the type's bound"
     return LintTensor(**row, how=how, drawer=result.drawer, why=result.proof or result.explanation)
 
 

@@ -66,7 +66,8 @@ def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
 def changed_artefacts(report: Report) -> tuple[list[str], list[str]]:
     """Paths of the report's inputs that are here but no longer what was measured, and of those that are not here.
 
-    The policy is not among them, its bounds are in the report; nor is the built-in text, which versions may change.
+    The policy is not checked, because its bounds are in the report, nor is the built-in text, which may differ between
+    versions of so8t.
     """
     changed: list[str] = []
     absent: list[str] = []

@@ -1,10 +1,10 @@
 """`pytest --so8t-reference DIR --so8t-candidate F.gguf`: one test for each leg and check of a verification.
 
-The ladder is measured once, when tests are collected; each check becomes a test `so8t::<leg>::<check>[<file>]`, and
-`so8t::verdict` fails unless the verdict is "pass". A failed or inconclusive check fails, one that was not evaluated or
-was waived is skipped with its reason. Tests carry the marker `so8t`. A session in which the verdict did not pass or its
-test did not run (`-k`, `--deselect`, `--collect-only`, a call of `pytest.exit`) never ends with 0. Without the options
-nothing happens and nothing heavy is imported: pytest loads this module at every start.
+The verification is measured once, when tests are collected; each check becomes a test `so8t::<leg>::<check>[<file>]`,
+and `so8t::verdict` fails unless the verdict is "pass". A failed or inconclusive check fails, one that was not evaluated
+or was waived is skipped with its reason. Tests carry the marker `so8t`. A session in which the verdict did not pass or
+its test did not run (`-k`, `--deselect`, `--collect-only`, a call of `pytest.exit`) never ends with 0. Without the
+options nothing happens and nothing heavy is imported: pytest loads this module at every start.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker, and a refusal of half a request.
+    """Register the marker; refuse a reference without a candidate, and the reverse.
 
     Raises:
         pytest.UsageError: one of reference and candidate without the other, or workers that would each measure.
@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 @pytest.hookimpl(trylast=True)  # after whatever else has a say in the exit code
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Never 0 without a verdict that passed in its own test."""
+    """Exit with 0 only where the verdict passed in its own test."""
     if _asked(session.config) and session.exitstatus == 0 and not session.config.stash.get(_PASSED, False):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -142,7 +142,7 @@ def _items(session: pytest.Session, report: Report) -> Iterable[pytest.Item]:
 
 
 class _Suite(pytest.Collector):
-    """A leg; its tests are made from the report, not found in a file."""
+    """One leg of the report; its tests are made from the report, not found in a file."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
         return ()

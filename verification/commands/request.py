@@ -77,7 +77,7 @@ class VerifyRequest:
     quantization: Quantization | None = None
 
     def check(self) -> None:
-        """Refuse what no verification can be made of.
+        """Refuse a request that no verification can be made of.
 
         Raises:
             InputError: no candidate, too little text, an adapter without its base, an unknown level.

@@ -92,7 +92,7 @@ class Run:
         return self.inputs[0].sha256
 
     def seed(self, label: str) -> str:
-        """What fixes the bootstrap: the digests of reference, candidate, corpus and token ids."""
+        """The seed of the bootstrap: the digests of reference, candidate, corpus and token ids."""
         file = next((a.sha256 for a in self.inputs if a.role == "candidate" and a.label == label), label)
         corpus = " ".join(a.sha256 for a in self.inputs if a.role == "corpus")
         return f"{self.digest} {file} {corpus} {self.text.sha256}"
@@ -111,11 +111,11 @@ class Run:
             self.durations[stage] = self.durations.get(stage, 0.0) + time.monotonic() - start
 
     def has(self, product: str) -> bool:
-        """Whether a product was made and is still held."""
+        """Whether a product was made and not released yet."""
         return product in vars(self)
 
     def release(self, products: Sequence[str]) -> None:
-        """Let go of products; the reference's logits leave the disk, a model the memory."""
+        """Release products: delete the reference's logits from the disk, free the memory of a model."""
         for name in filter(self.has, products):
             if name == "reference":
                 self.reference.spool.close()

@@ -348,9 +348,9 @@ def _numbered(label: str, run: Run) -> tuple[int, Candidate]:
 
 
 def _floor_file(files: Sequence[Candidate]) -> Candidate:
-    """The float file that text and engine are judged on.
+    """The float file by which text and engine are judged.
 
-    bfloat16 kernels round the activations too, so another float file goes first.
+    bfloat16 kernels round the activations too, so a file of another float type is taken where there is one.
     """
     return min((file for file in files if file.file.is_float), key=lambda file: file.file.file_type == "BF16")
 

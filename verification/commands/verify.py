@@ -1,4 +1,4 @@
-"""`verify`: the whole ladder from the trained adapter to the shipped files, measured once and decided by the policy.
+"""`verify`: every comparison from the trained adapter to the shipped files, measured once and decided by the policy.
 
 Cheap stages come first. Then the reference computes its logits once, onto disk, and is released; after it the bake,
 after that every file in its turn: one model or one file is in memory at any time. What is measured (`stages`) and what
@@ -49,7 +49,7 @@ _COMPARED: dict[LegName, str] = {
 def verify_request(request: VerifyRequest) -> Report:
     """Verify GGUF files against the Hugging Face checkpoint they were made from.
 
-    Called by every process of a launch: they share the passages out, the first one writes; all get the report.
+    Every process of a launch calls this: the passages are divided among them, the first one writes, all get the report.
 
     Raises:
         InputError: an input that cannot be used; nothing is decided then.
@@ -167,7 +167,7 @@ def _report(run: Run) -> Report:
 
 
 def _unchanged(report: Report) -> None:
-    """What was read minutes apart, by tensor and by llama.cpp, was one and the same file all the time.
+    """Check that no input changed between its reading by tensor and its reading by llama.cpp, minutes later.
 
     Raises:
         InputError: an input was replaced, changed or taken away meanwhile.

@@ -83,7 +83,7 @@ class FileTemplate:
         self._template = ChatTemplate(template)
 
     def error(self) -> str:
-        """Why it is no Jinja template, with the line; empty for one that is."""
+        """Why Jinja cannot compile the template, with the line; empty where it can."""
         return self._template.error()
 
     def render(self, *chats: tuple[Chat, bool]) -> list[str]:
@@ -112,17 +112,17 @@ class FileTemplate:
 
 
 def _text(outcome: Outcome) -> str:
-    """A rendering's text; what a comparison shows in place of one."""
+    """A rendering's text, or the words that a comparison shows in its place."""
     return {"text": outcome.text, "refused": REFUSED}.get(outcome.kind, f"{_FAILED}{outcome.text})")
 
 
 def is_text(rendered: str) -> bool:
-    """Whether a rendering is one, neither refused nor failed."""
+    """Whether a rendering is a text, neither a refusal nor a failure."""
     return rendered != REFUSED and not rendered.startswith(_FAILED)
 
 
 def template_text(tokenizer: Any, model: Tokens) -> list[Finding]:
-    """The stored template against the reference's, byte for byte."""
+    """Compare the stored template with the reference's, byte for byte."""
     wanted, actual = tokenizer.chat_template or None, model.chat_template()
     if wanted == actual:
         return []
@@ -151,7 +151,8 @@ def fixtures(tokenizer: Any) -> list[str]:
 
 
 def render_both(tokenizer: Any, model: Tokens, template: FileTemplate | None = None) -> list[Rendered]:
-    """Every fixture with and without the generation prompt, through the template each side has; none without both.
+    """Every fixture with and without the generation prompt, rendered by both sides' templates; empty where a side has
+    none.
 
     Args:
         template: the file's, where it was opened already.

@@ -30,7 +30,7 @@ def contract_checks(
     *,
     memory: Memory | None = None,
 ) -> list[Check]:
-    """Everything that is equal or wrong: ids, specials, template, stop set, metadata."""
+    """The checks of ids, special tokens, template, stop set and metadata, each of which is equal or wrong."""
     label, file = candidate.label, candidate.file
     found = dict(vocabulary_findings(tokenizer, file, directory, memory))
     found["metadata"] = metadata.against_config(checkpoint.config, file, tokenizer_size=len(tokenizer))
@@ -108,7 +108,7 @@ def token_findings(tokenizer: Any, model: tokens.Tokens, file: GGUFFile, directo
 
 
 def aborts(reason: str) -> Finding:
-    """llama.cpp ended while it tokenised."""
+    """The finding that llama.cpp ended while it tokenised."""
     action = "convert again; a server that opens this file can be ended by a request"
     return Finding("llama.cpp", "texts tokenised", reason, action, "llama.cpp ends while it tokenises")
 

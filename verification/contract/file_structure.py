@@ -1,4 +1,4 @@
-"""A GGUF file held against itself: what can be wrong with it without knowing what it was made from.
+"""Checks of a GGUF file by itself: the faults that show without knowing what it was made from.
 
 Layout (tensors aligned, in order, without overlap, zeros between them, nothing behind them), counts that metadata and
 tensors both state, token lists of one length, special ids inside the vocabulary, weights that are NaN, Inf or saturated

@@ -1,9 +1,9 @@
-"""A GGUF file's metadata against what the reference asks for, by two roads that do not share a mistake.
+"""A GGUF file's metadata against what the reference asks for, compared in two ways that do not share a mistake.
 
-`against_oracle` holds every key against the ones that upstream's converter writes for this reference: whatever differs
+`against_oracle` compares every key with the one that upstream's converter writes for this reference: whatever differs
 is named, with no list of keys to forget one. `against_config` reads config.json itself, because a converter can be
-wrong as well (a theta it does not read is missing on both sides of the first road). A key that is absent is compared
-with the value that llama.cpp takes then. Floats are compared as float32, as GGUF stores them.
+wrong as well (a theta it does not read is missing on both sides of the first comparison). A key that is absent is
+compared with the value that llama.cpp takes then. Floats are compared as float32, as GGUF stores them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,35 @@ from verification.reference.families import KNOWN
 
 # Keys that change no number: llama.cpp reads them to show them, or not at all. Everything else in `general.` counts:
 # `general.sampling.*` sets the engine's sampling, `general.tensor_extra.*` the precision of single tensors.
-HARMLESS = frozenset({
-    "general.author", "general.basename", "general.description", "general.doi", "general.finetune",
-    "general.languages", "general.license", "general.organization", "general.quantized_by", "general.repo_url",
-    "general.size_label", "general.tags", "general.url", "general.uuid", "general.version",
-    "general.name",  # a switch of Phi-3's tokens only, and those are compared by their ids
-    "general.file_type",  # says what the tensors' own types say; `file_structure.promised_types` holds them together
-    "general.quantization_version",  # of a quantised file alone; llama.cpp writes it and never reads it
-    "quantize.imatrix.file", "quantize.imatrix.dataset", "quantize.imatrix.entries_count",
-    "quantize.imatrix.chunks_count", "split.no", "split.count", "split.tensors.count",  # `read_gguf` refuses a part
-})  # fmt: skip
+HARMLESS = frozenset(
+    {
+        "general.author",
+        "general.basename",
+        "general.description",
+        "general.doi",
+        "general.finetune",
+        "general.languages",
+        "general.license",
+        "general.organization",
+        "general.quantized_by",
+        "general.repo_url",
+        "general.size_label",
+        "general.tags",
+        "general.url",
+        "general.uuid",
+        "general.version",
+        "general.name",  # a switch of Phi-3's tokens only, and those are compared by their ids
+        "general.file_type",  # compared with the tensors' types by `file_structure.promised_types`
+        "general.quantization_version",  # of a quantised file alone; llama.cpp writes it and never reads it
+        "quantize.imatrix.file",
+        "quantize.imatrix.dataset",
+        "quantize.imatrix.entries_count",
+        "quantize.imatrix.chunks_count",
+        "split.no",
+        "split.count",
+        "split.tensors.count",  # `read_gguf` refuses a part
+    }
+)
 _HARMLESS_FAMILIES = ("general.license.", "general.source.", "general.base_model.", "general.dataset.")
 _SAMPLING = "general.sampling."
 _MEND = "convert the reference again, or set the key with gguf's gguf-set-metadata and lint once more"

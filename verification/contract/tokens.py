@@ -2,8 +2,8 @@
 
 Ids are compared on plain text, on the tokenizer's own special tokens inside text, and on rendered chats (see
 `chat`), because llama.cpp treats spaces after special tokens by its own rules and only a rendered chat shows
-it. Each function returns findings; none is agreement. U+3000 stands inside a plain text, never at its ends: both sides
-strip those differently by design (data is stripped).
+it. Each function returns findings; an empty list means agreement. U+3000 stands inside a plain text, never at its ends:
+both sides strip those differently by design (data is stripped).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class ChatTemplate:
         self._lock = threading.Lock()
 
     def error(self) -> str:
-        """Why the template is none, with the line; empty for one that can be compiled."""
+        """Why Jinja cannot compile the template, with the line; empty where it can."""
         return str(self._ask({"do": "compile"})["error"])
 
     def render(self, *variables: Mapping[str, Any], now: datetime.datetime = CLOCK) -> list[Outcome]:

@@ -32,9 +32,20 @@ CONVERTER_VERSION = "0.1.1"
 OUT_TYPES = ("f32", "f16", "bf16")
 # what the converter's Python, torch and temporary files need; credentials and settings of other programs stay here
 _PASSED = (
-    "PATH", "HOME", "TMPDIR", "TEMP", "TMP", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "SYSTEMROOT",
-)  # fmt: skip
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "TEMP",
+    "TMP",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "SYSTEMROOT",
+)
 _IMPORTED = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "yaml", "tqdm")
 _SECONDS, _BYTES_A_SECOND = 600.0, 2e6  # the converter's longest time: this, and its weights at a slow disk's pace
 _LOG = logging.getLogger(__name__)
@@ -144,9 +155,14 @@ def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str) -> 
         command = [sys.executable, str(home / SCRIPT), str(given), "--outfile", os.path.abspath(out_file), *options]
         try:
             done = subprocess.run(
-                [*command, "--model-name", name], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                env=_environment(home), errors="replace", timeout=limit,
-            )  # fmt: skip
+                [*command, "--model-name", name],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                env=_environment(home),
+                errors="replace",
+                timeout=limit,
+            )
         except subprocess.TimeoutExpired:
             raise InputError(f"upstream's converter gave nothing for {hf_dir} within {limit:.0f} s") from None
         if done.returncode != 0 or not out_file.is_file():

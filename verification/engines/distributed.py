@@ -1,8 +1,8 @@
 """Several processes of one command, as `accelerate launch` and `torchrun` start them: which one this is, and agreement.
 
 The launcher's environment variables say how many there are; without them there is one, and every function here answers
-at once. The first process owns what is written; the others lend their hands. Objects travel by pickle between the
-user's own processes. No timeout of ours: who waits may wait for hours of honest work, and when a process dies, its
+at once. The first process owns what is written; the others compute their share. Objects travel by pickle between the
+user's own processes. There is no timeout here: a process may have to wait for hours of work, and when one dies, its
 launcher ends the others.
 """
 
@@ -135,7 +135,7 @@ def everyones(value: T) -> list[T]:
 
 
 def agree(what: str, value: str) -> None:
-    """Every process has the same `value`.
+    """Check that every process has the same `value`.
 
     Raises:
         InputError: another process sees something else, usually on a machine with a disk of its own.
@@ -163,5 +163,5 @@ def together(mine: dict[int, T]) -> list[T]:
 
 
 def threads_each(cores: int) -> int:
-    """Threads for each process of a machine that has `cores`, when nobody said otherwise."""
+    """Threads for each process of a machine that has `cores`, where the user gave no number."""
     return max(1, cores // (_number("LOCAL_WORLD_SIZE", 1, least=1) if count() > 1 else 1))

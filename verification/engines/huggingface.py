@@ -1,4 +1,4 @@
-"""Logits of a chunk of tokens from the Hugging Face model; for which positions: `positions`."""
+"""Logits of a chunk of tokens from the Hugging Face model, at the positions that `positions` names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits of a chunk of tokens from llama.cpp; for which positions: `positions`."""
+"""Logits of a chunk of tokens from llama.cpp, at the positions that `positions` names."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class LlamaModel:
         return text.decode("utf-8", errors="replace")
 
     def is_control(self, token: int) -> bool:
-        """Whether this token is no text."""
+        """Whether this token is a control token and no text."""
         return bool(llama_cpp.llama_vocab_is_control(self.vocab, token))
 
     def is_end(self, token: int) -> bool:

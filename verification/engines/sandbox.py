@@ -63,7 +63,7 @@ class Vocabulary:
             self.refused = str(error)
 
     def model_refused(self) -> str:
-        """llama.cpp's reason not to load the whole file; empty where it does. Its death is a reason."""
+        """llama.cpp's reason not to load the whole file; empty where it does. A crash of the child is a reason too."""
         if self.refused:
             return self.refused
         try:

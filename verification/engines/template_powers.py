@@ -1,7 +1,7 @@
 """What the text of a chat template can do beside laying out a chat, read from Jinja's own syntax tree.
 
 A template that tests what the user wrote can answer some users otherwise (a backdoor inserts an instruction when a
-trigger word occurs). So: comparisons, tests and searches on values that come from `messages` by another road than their
+trigger word occurs). So: comparisons, tests and searches on values that come from `messages` by another way than their
 structure (role, tool calls, positions), and changes of such text by `replace`; addresses; long texts that are put into
 the prompt; the date; attributes with an underscore and names of Jinja's internals, by which templates have run code in
 engines without a sandbox. These are facts about the text, no faults: healthy templates look for `</think>`.

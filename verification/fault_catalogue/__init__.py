@@ -1,1 +1,1 @@
-"""Planted faults, and what the gate says of each: the gate's own detection power."""
+"""Planted faults and the gate's verdict on each, which measure the gate's detection power."""

@@ -1,9 +1,9 @@
 """From everything that the gate found to one sentence: what kind of fault it is, and where.
 
-One fault sets off several checks; the nearest to its cause speaks. A file that cannot be read comes first, then numbers
-out of range, keys, tensors that are missing or unexplained, tensors that are something else, types, layout, tokens and
-template, logits, and llama.cpp's refusal last, because it follows from one of the others. Where most matrices differ
-and nothing names a cause, the file was made from other weights or on another road.
+One fault sets off several checks; the diagnosis takes the one nearest to the cause. A file that cannot be read comes
+first, then numbers out of range, keys, tensors that are missing or unexplained, tensors that are something else, types,
+layout, tokens and template, logits, and llama.cpp's refusal last, because it follows from one of the others. Where most
+matrices differ and nothing names a cause, the file was made from other weights or in another way.
 """
 
 from __future__ import annotations
@@ -15,16 +15,33 @@ from verification.fault_catalogue.fault import Kind
 from verification.fault_catalogue.file_gate import Judgement, differing_matrices
 
 _ORDER = (
-    "finite_weights", "saturated_weights", "oracle_metadata", "metadata", "special_ids", "added_specials", "vocabulary",
-    "counts", "inventory", "hypotheses", "weights", "file_type", "layout", "chat_template", "chat_render", "stop_set",
-    "end_of_turn", "chat_token_ids", "token_ids", "loads",
-)  # fmt: skip
+    "finite_weights",
+    "saturated_weights",
+    "oracle_metadata",
+    "metadata",
+    "special_ids",
+    "added_specials",
+    "vocabulary",
+    "counts",
+    "inventory",
+    "hypotheses",
+    "weights",
+    "file_type",
+    "layout",
+    "chat_template",
+    "chat_render",
+    "stop_set",
+    "end_of_turn",
+    "chat_token_ids",
+    "token_ids",
+    "loads",
+)
 _SHAPES = ("block_count", "head_count", "context_length", "_length", "vocab_size", "token_embd")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the gate says is wrong."""
+    """The fault as the gate names it."""
 
     kind: Kind
     where: str

@@ -17,10 +17,24 @@ from typing import Literal
 from verification.fault_catalogue.models import Healthy
 
 Kind = Literal[
-    "rope", "norm", "window and soft-cap", "attention layout", "tokenizer", "BOS and stop", "chat template",
-    "embedding and head", "number range", "adapter", "weights", "other source", "types", "shape", "engine settings",
-    "file", "running",
-]  # fmt: skip
+    "rope",
+    "norm",
+    "window and soft-cap",
+    "attention layout",
+    "tokenizer",
+    "BOS and stop",
+    "chat template",
+    "embedding and head",
+    "number range",
+    "adapter",
+    "weights",
+    "other source",
+    "types",
+    "shape",
+    "engine settings",
+    "file",
+    "running",
+]
 Plant = Callable[[Healthy, Path, Path, float], object]  # pair, healthy file, faulty file, strength
 
 

@@ -1,7 +1,7 @@
 """One file through the gate as far as it needs no inference: `lint`, and the file legs of `verify` with their verdict.
 
-The legs are the same functions that `verify` runs and the same policy decides; only the tensors that another file had
-already are remembered instead of examined again. Logits are asked only where these legs found nothing.
+The legs are the same functions that `verify` runs and the same policy decides; only a tensor that an earlier file had
+too is not examined again, because its result is remembered. Logits are asked only where these legs found nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from verification.weight_parity.layer_output_error import output_ratios
 
 @dataclass
 class Judgement:
-    """What the gate said of one file."""
+    """The gate's verdict on one file."""
 
     unreadable: str = ""  # why the file was refused before any check
     other_vocabulary: bool = False  # whether it was refused for the size of its vocabulary
@@ -76,9 +76,13 @@ def judge(pair: Healthy, path: Path, policy: Policy) -> Judgement:
         return Judgement(unreadable=str(error), other_vocabulary=True)
     result = Judgement(file=file)
     result.linted = lint(
-        path, reference=pair.reference, base=pair.base, adapter=pair.adapter, oracle=pair.files["F16"],
+        path,
+        reference=pair.reference,
+        base=pair.base,
+        adapter=pair.adapter,
+        oracle=pair.files["F16"],
         memory=pair.memory,
-    )  # fmt: skip
+    )
     if not result.loads:  # verify refuses such a file before it opens it
         result.checks = [_not_loaded("llama.cpp refuses it")]
         return result
@@ -112,9 +116,14 @@ def logit_checks(file_type: str, said: Said, policy: Policy) -> list[Check]:
     leg: LegName = "convert" if file_type in FLOAT_TYPES else "quality"
     interval = None if said.mean_kld is None or said.upper is None else (min(said.mean_kld, said.upper), said.upper)
     check = plain_check(
-        f"{leg}.mean_kld", "Mean KL divergence", said.mean_kld, subject=file_type, unit="nats", interval=interval,
+        f"{leg}.mean_kld",
+        "Mean KL divergence",
+        said.mean_kld,
+        subject=file_type,
+        unit="nats",
+        interval=interval,
         detail=said.refused,
-    )  # fmt: skip
+    )
     return decided({leg: [check]}, policy)
 
 
@@ -122,14 +131,19 @@ def decided(legs: dict[LegName, list[Check]], policy: Policy) -> list[Check]:
     """The checks with the status that the policy gives them."""
     bare = policy.model_copy(update={"required": []})
     report = Report(
-        verdict="incomplete", summary="", created=datetime.now(UTC).isoformat(), artefacts=[],
+        verdict="incomplete",
+        summary="",
+        created=datetime.now(UTC).isoformat(),
+        artefacts=[],
         legs=[
             Leg(name=name, title=LEG_TITLES[name], compared="", status="not evaluated", checks=checks)
             for name, checks in legs.items()
             if checks
         ],
-        policy=bare.model_dump(mode="json"), versions={}, durations={},
-    )  # fmt: skip
+        policy=bare.model_dump(mode="json"),
+        versions={},
+        durations={},
+    )
     return [check for leg in decide(report, bare).legs for check in leg.checks]
 
 

@@ -1,10 +1,10 @@
 """The models that faults are planted into: healthy checkpoints, the files made from them, and what is known of them.
 
-`main` has a rotation and a LoRA baked in, so that base and adapter can be held against it: the user's model, or a small
-Llama whose logits are far from uniform. The families are tiny random models of nine architectures, each for the faults
-that only it can have, each through the real converter: hidden size 256, so that K-quants are real; heads of 64 or 128
-channels, so that `o_proj` is square in some and not in others; the RoPE scalings are spread over the families (llama3,
-linear, yarn, LongRoPE). Everything is converted and quantised once and kept in the work directory.
+`main` has a rotation and a LoRA baked in, so that it can be compared with base and adapter: the user's model, or a
+small Llama whose logits are far from uniform. The families are tiny random models of nine architectures, each for the
+faults that only it can have, each through the real converter: hidden size 256, so that K-quants are real; heads of 64
+or 128 channels, so that `o_proj` is square in some and not in others; the RoPE scalings are spread over the families
+(llama3, linear, yarn, LongRoPE). Everything is converted and quantised once and kept in the work directory.
 """
 
 from __future__ import annotations
@@ -135,10 +135,20 @@ def save_sharp(directory: Path, tokenizer: Any) -> Path:
         return directory
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -210,34 +220,65 @@ def noise(shape: tuple[int, ...], seed: int) -> np.ndarray[Any, np.dtype[np.floa
 
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
-}  # fmt: skip
+}
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + i / 64 for i in range(32)],
-    "long_factor": [1.0 + i / 4 for i in range(32)], "original_max_position_embeddings": 512,
-}  # fmt: skip
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + i / 64 for i in range(32)],
+    "long_factor": [1.0 + i / 4 for i in range(32)],
+    "original_max_position_embeddings": 512,
+}
 # family -> (config class, changes to SIZES)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"rope_parameters": LLAMA3, "attention_bias": True, "tie_word_embeddings": False}),
     "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 32, "tie_word_embeddings": False}),
-    "qwen2": ("Qwen2Config", {
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
-                            "original_max_position_embeddings": 256},
-        "tie_word_embeddings": True}),
+    "qwen2": (
+        "Qwen2Config",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3": ("Qwen3Config", {"head_dim": 128, "tie_word_embeddings": False}),
-    "phi3": ("Phi3Config", {"rope_parameters": LONGROPE, "sliding_window": 2047, "tie_word_embeddings": False,
-                            "original_max_position_embeddings": 512}),
+    "phi3": (
+        "Phi3Config",
+        {
+            "rope_parameters": LONGROPE,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+            "original_max_position_embeddings": 512,
+        },
+    ),
     "gemma2": ("Gemma2Config", {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 256}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 256}),
-    "olmo2": ("Olmo2Config", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
-                              "tie_word_embeddings": False}),
+    "olmo2": (
+        "Olmo2Config",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}, "tie_word_embeddings": False},
+    ),
     "smollm3": ("SmolLM3Config", {"tie_word_embeddings": True}),
-}  # fmt: skip
+}
 # qwen2: transformers 5 forces Qwen2's own splitting on every tokenizer.json of this model type, so that only a real
 # Qwen2 vocabulary has a hash that the converter knows; its converter takes a SentencePiece model as well
 SENTENCEPIECE = ("phi3", "gemma2", "qwen2", "llama", "mistral", "smollm3", "gemma3")
@@ -298,11 +339,23 @@ def save_sentencepiece(directory: Path, family: str) -> tuple[int, list[int]]:
     text = [f"The {a} {b} of number {i}, 東京 and code x = {i};" for i in range(400) for a, b in [("quick", "test")]]
     stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=stream, vocab_size=400, model_type="bpe", byte_fallback=True,
-        character_coverage=1.0, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=family == "phi3",
-        minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(text),
+        model_writer=stream,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=family == "phi3",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     (directory / "tokenizer.model").write_bytes(stream.getvalue())
     phi = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
     names = phi if family == "phi3" else ("<start_of_turn>", "<end_of_turn>")

@@ -1,7 +1,7 @@
 """The self-test for people: a Markdown table, and a page whose picture comes first.
 
-One lane a fault: its strengths from loud to quiet, and for each whether the gate refused the file and what the two
-other checks said of it. The page needs no network and no script; every text from outside is escaped.
+Each fault has one lane: its strengths from loud to quiet, and for each whether the gate and the two other checks
+refused the file. The page needs no network and no script; every text from outside is escaped.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def seen_by(row: Row, check: str) -> bool:
 
 
 def score(result: SelfTest, check: str) -> tuple[int, int]:
-    """(faults at the strength people met that the check stops, all of which it was asked)."""
+    """(faults that the check stops, faults that it was run on), at the strength that people met."""
     real = [row for row in result.rows if row.real and (check == "gate" or getattr(row, f"{check}_says") != "not run")]
     return sum(row.caught if check == "gate" else seen_by(row, check) for row in real), len(real)
 
@@ -80,13 +80,16 @@ def markdown(result: SelfTest, *, rows: bool = True) -> str:
     gate, nmse, kld = (score(result, check) for check in ("gate", "nmse", "kld"))
     healthy_nmse = sum(h.nmse_says == "fail" for h in result.healthy)
     lines = [
-        f"**{'Pass' if result.verdict == 'pass' else 'Fail'}** on {result.model}: {result.summary}.", "",
-        "| | this gate | llama.cpp's NMSE check | Q4_K_M KLD below 0.15 |", "|---|---|---|---|",
+        f"**{'Pass' if result.verdict == 'pass' else 'Fail'}** on {result.model}: {result.summary}.",
+        "",
+        "| | this gate | llama.cpp's NMSE check | Q4_K_M KLD below 0.15 |",
+        "|---|---|---|---|",
         f"| faults stopped at the strength people met | {gate[0]} of {gate[1]} | {nmse[0]} of {nmse[1]} | "
         f"{kld[0]} of {kld[1]} |",
         f"| healthy files refused | {len(result.alarms)} of {len(result.healthy)} | {healthy_nmse} of "
-        f"{len(result.healthy)} | {sum(_over(h.mean_kld) for h in result.healthy)} of {len(result.healthy)} |", "",
-    ]  # fmt: skip
+        f"{len(result.healthy)} | {sum(_over(h.mean_kld) for h in result.healthy)} of {len(result.healthy)} |",
+        "",
+    ]
     for title, entries in (("Missed", result.missed), ("False alarms", result.alarms)):
         if entries:
             lines += [f"{title}: " + "; ".join(visible(entry) for entry in entries) + ".", ""]
@@ -107,15 +110,19 @@ def _over(kld: float | None) -> bool:
 def _table_row(kind: str, lane: Lane) -> str:
     row = lane.real
     lost = f" (lost at {lane.lost})" if lane.lost else ""
+    more = f" and {len(row.caught_by) - 1} more" if row.caught_by[1:] else ""
     cells = [
-        kind, lane.title, f"{row.level}{'' if row.pair == 'main' else f' {row.pair}'}",
+        kind,
+        lane.title,
+        f"{row.level}{'' if row.pair == 'main' else f' {row.pair}'}",
         "-" if len(lane.rows) == 1 and row.value is None else row.strength,
-        f"{row.caught_by[0]}{f' and {len(row.caught_by) - 1} more' if row.caught_by[1:] else ''}" if row.caught
-        else "**nothing**",
-        margin(row), f"{short(row.named_where)}{'' if row.named_right else ' (wrong)'}" if row.caught else "",
+        f"{row.caught_by[0]}{more}" if row.caught else "**nothing**",
+        margin(row),
+        f"{short(row.named_where)}{'' if row.named_right else ' (wrong)'}" if row.caught else "",
         (lane.smallest if len(lane.rows) > 1 else "-") + lost,
-        said(row, "nmse"), said(row, "kld"),
-    ]  # fmt: skip
+        said(row, "nmse"),
+        said(row, "kld"),
+    ]
     return "| " + " | ".join(visible(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
@@ -141,12 +148,22 @@ def short(text: str, limit: int = 48) -> str:
 def html_page(result: SelfTest) -> str:
     """The self-contained page."""
     environment = Environment(
-        loader=PackageLoader("verification.show"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("verification.show"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"number": number, "visible": visible, "short": short, "margin": margin}
     return environment.get_template("self_test.html.j2").render(
-        result=result, groups=lanes(result.rows), seen_by=seen_by, said=said, nmse_bound=NMSE_BOUND,
-        kld_bound=KLD_BOUND, positions=CHUNKS * (N_CTX // 2 - 1), named_bar=NAMED_RIGHT,
-        scores={check: score(result, check) for check in ("gate", "nmse", "kld")}, over=_over,
-    )  # fmt: skip
+        result=result,
+        groups=lanes(result.rows),
+        seen_by=seen_by,
+        said=said,
+        nmse_bound=NMSE_BOUND,
+        kld_bound=KLD_BOUND,
+        positions=CHUNKS * (N_CTX // 2 - 1),
+        named_bar=NAMED_RIGHT,
+        scores={check: score(result, check) for check in ("gate", "nmse", "kld")},
+        over=_over,
+    )

@@ -1,4 +1,4 @@
-"""What two usual checks say about a file, and the gate's own logit leg, in a process of its own.
+"""Two usual checks of a file, and the gate's own comparison of logits, in a child process.
 
 NMSE: llama.cpp's check of a converter (examples/model-conversion): sum (a - b)^2 / sum a^2 over the logits of the last
 token of "Hello, my name is", tokenised by each side itself; below 1e-2 passes. KLD: the mean of the file's own logits

@@ -1,4 +1,4 @@
-"""Where faults are planted and judged: the healthy pairs, one faulty file at a time, and what others say of it.
+"""Plants and judges faults: the healthy pairs, one faulty file at a time, and two usual checks beside the gate.
 
 What was measured is remembered by content: the tokenizer's keys are no part of a forward pass, so a file with another
 template has the logits of the healthy one, and only its tokens are asked again.
@@ -113,10 +113,16 @@ class Bench:
         alarms = [*judgement.caught_by, *(f"verify {c.name}" for c in checks if c.status != "pass")]
         bound = checks[0].bound
         return HealthyRow(
-            pair=pair.name, level=kind, passed=not alarms and judgement.passed, alarms=alarms, mean_kld=kld.mean_kld,
-            bound=float(bound) if isinstance(bound, int | float) else None, nmse=nmse.nmse,
-            nmse_says=_says(nmse.nmse, NMSE_BOUND, nmse), entropy_share=self.entropy(pair),
-        )  # fmt: skip
+            pair=pair.name,
+            level=kind,
+            passed=not alarms and judgement.passed,
+            alarms=alarms,
+            mean_kld=kld.mean_kld,
+            bound=float(bound) if isinstance(bound, int | float) else None,
+            nmse=nmse.nmse,
+            nmse_says=_says(nmse.nmse, NMSE_BOUND, nmse),
+            entropy_share=self.entropy(pair),
+        )
 
     def entropy(self, pair: Healthy) -> float:
         """Mean entropy of the reference's logits as a share of ln V."""
@@ -127,7 +133,7 @@ class Bench:
         return float(np.mean(np.log(total) - (p * rows).sum(axis=1) / total) / np.log(rows.shape[1]))
 
     def row(self, fault: Fault, strength: Strength, *, real: bool) -> Row:
-        """Plant one fault, judge it, ask the others."""
+        """Plant one fault, judge it, and run the two usual checks on it."""
         start = time.monotonic()
         pair = self.pair(fault.pair.format(strength.value))
         if fault.judged == "checkpoint":
@@ -137,10 +143,16 @@ class Bench:
         fault.plant(pair, source, target, strength.value)
         judgement = judge(pair, target, self.policy)
         row = Row(
-            fault=fault.name, kind=fault.kind, pair=fault.pair.split()[0], level=fault.level, strength=strength.label,
-            value=None if np.isnan(strength.value) else strength.value, real=real, caught=not judgement.passed,
+            fault=fault.name,
+            kind=fault.kind,
+            pair=fault.pair.split()[0],
+            level=fault.level,
+            strength=strength.label,
+            value=None if np.isnan(strength.value) else strength.value,
+            real=real,
+            caught=not judgement.passed,
             caught_by=judgement.caught_by,
-        )  # fmt: skip
+        )
         row.identical = "{" not in fault.pair and _same_bytes(source, target)
         if fault.logits or (not row.caught and not row.identical):
             self._logits(row, judgement, pair, target)
@@ -161,15 +173,23 @@ class Bench:
         (check,) = decided({"dtype": [found]}, self.policy)
         caught, bound = check.status != "pass", self.policy.dtype.rounding
         return Row(
-            fault=fault.name, kind=fault.kind, pair=fault.pair.split()[0], level="checkpoint", strength=strength.label,
-            value=None if np.isnan(strength.value) else strength.value, real=real, caught=caught,
-            caught_by=["verify dtype.rounding"] if caught else [], margin=worst / bound if caught else None,
-            margin_words=f"{worst:.4g} roundings, {bound:g} allowed", named_where=where if caught else "",
+            fault=fault.name,
+            kind=fault.kind,
+            pair=fault.pair.split()[0],
+            level="checkpoint",
+            strength=strength.label,
+            value=None if np.isnan(strength.value) else strength.value,
+            real=real,
+            caught=caught,
+            caught_by=["verify dtype.rounding"] if caught else [],
+            margin=worst / bound if caught else None,
+            margin_words=f"{worst:.4g} roundings, {bound:g} allowed",
+            named_where=where if caught else "",
             diagnosis=f"the saved weight is {worst:.4g} roundings off the bake, {where}" if caught else "",
             named_kind="adapter" if caught else "",
             named_right=any(word in where for word in fault.where) if caught else None,
             seconds=round(time.monotonic() - start, 2),
-        )  # fmt: skip
+        )
 
     @functools.cached_property
     def baked(self) -> Any:
@@ -223,7 +243,7 @@ class Bench:
         row.kld, row.kld_says = kld.kld, _says(kld.kld, KLD_BOUND, kld)
 
     def ask(self, what: Literal["nmse", "kld"], pair: Healthy, file: GGUFFile) -> Said:
-        """Measured once for every content: the tokenizer's keys are no part of a forward pass."""
+        """Run one of the two usual checks once for every content; a forward pass does not use the tokenizer's keys."""
         tokens = _token_keys(file) if what == "nmse" else ""
         key = what, f"{pair.name} {self.digest(file)} {tokens}"
         if key not in self.said:
@@ -231,7 +251,7 @@ class Bench:
         return self.said[key]
 
     def digest(self, file: GGUFFile) -> str:
-        """Of everything that a forward pass depends on: tensors, and keys that are neither tokens nor words."""
+        """Digest of everything that a forward pass depends on: tensors, and keys that are neither tokens nor words."""
         if id(file) in self.digests and self.digests[id(file)][0]() is file:
             return self.digests[id(file)][1]
         total = hashlib.blake2b(digest_size=16)
@@ -279,8 +299,9 @@ def margin_of(judgement: Judgement) -> tuple[float | None, str]:
     for tensor in judgement.linted.tensors if judgement.linted else []:
         if tensor.how == "refused" and tensor.own_error:
             ratio = (tensor.rel_error or 0.0) / tensor.own_error
-            options.append((ratio, f"{tensor.name} error {ratio:.4g} times its own quantiser's, {tensor.blocks_differ} "
-                            f"of {tensor.blocks} blocks differ where none may"))  # fmt: skip
+            words = f"{tensor.name} error {ratio:.4g} times its own quantiser's"
+            blocks = f"{tensor.blocks_differ} of {tensor.blocks} blocks differ where none may"
+            options.append((ratio, f"{words}, {blocks}"))
     finite = [option for option in options if np.isfinite(option[0])]
     if finite:
         return max(finite)

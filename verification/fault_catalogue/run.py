@@ -1,9 +1,11 @@
-"""`so8t verify --self-test`: plant every fault of the catalogue, publish what the gate says of it and what others say.
+"""`so8t verify --self-test`: plants every fault of the catalogue and publishes the verdicts of the gate and of two
+usual checks.
 
 Healthy files first: any alarm there counts against the gate as much as a missed fault. Then every fault at every
 strength: which check refused it, by what margin, what the diagnosis is and whether it is right, and beside it two usual
-checks on the same file (`others`). A fault whose file is the healthy one to the last bit is none and is said so.
-Exit: a fault at its real-world strength that passes, or an alarm on a healthy file, fails the self-test.
+checks on the same file (`peer_checks`). A fault whose file equals the healthy one to the last bit counts as none, and
+its row says so. Exit: a fault at its real-world strength that passes, or an alarm on a healthy file, fails the
+self-test.
 """
 
 from __future__ import annotations
@@ -92,9 +94,18 @@ def _result(rows: list[Row], healthy: list[HealthyRow], bench: Bench, quick: boo
     )
     good = not missed and not alarms and right >= NAMED_RIGHT
     return SelfTest(
-        verdict="pass" if good else "fail", summary=summary, quick=quick, model=bench.model, rows=rows, healthy=healthy,
-        missed=missed, alarms=alarms, named_right=round(right, 4), versions=versions(), seconds=round(seconds, 1),
-    )  # fmt: skip
+        verdict="pass" if good else "fail",
+        summary=summary,
+        quick=quick,
+        model=bench.model,
+        rows=rows,
+        healthy=healthy,
+        missed=missed,
+        alarms=alarms,
+        named_right=round(right, 4),
+        versions=versions(),
+        seconds=round(seconds, 1),
+    )
 
 
 def write_self_test(result: SelfTest, out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Small constructors for checks. A check is measured here and decided in `decide.decide`, never both at once."""
+"""Small constructors for checks. Each has the status "not evaluated" until `decide.decide` gives it another."""
 
 from __future__ import annotations
 
@@ -77,6 +77,6 @@ def divergence_checks(leg: str, d: Divergence, *, subject: str) -> list[Check]:
 
 
 def not_evaluated(what: str, error: Exception) -> str:
-    """One line for the report about something that failed and decides nothing: its name, the error's type and text."""
+    """A line for the report about something that failed and decides nothing: its name, the error's type and text."""
     message = " ".join(str(error).split())[:300]
     return f"Not evaluated: {what}: {type(error).__name__}: {message}".rstrip(": ")

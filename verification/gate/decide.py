@@ -26,30 +26,45 @@ _ROUNDING = 1e-6  # nats; a mean KLD of equal logits is zero within float64's ro
 _BAD_FIRST: tuple[Status, ...] = ("fail", "not evaluated", "inconclusive")
 # what a report must hold of everything it names as an input: a report that lacks one of them was cut, it did not pass
 _OF_EVERY_FILE = (
-    "contract.token_ids", "contract.added_specials", "contract.chat_template", "contract.stop_set",
-    "contract.special_ids", "contract.metadata", "contract.oracle_metadata", "contract.fallback_types",
-    "contract.inventory", "contract.finite_weights", "contract.layout", "contract.end_of_turn",
-)  # fmt: skip
+    "contract.token_ids",
+    "contract.added_specials",
+    "contract.chat_template",
+    "contract.stop_set",
+    "contract.special_ids",
+    "contract.metadata",
+    "contract.oracle_metadata",
+    "contract.fallback_types",
+    "contract.inventory",
+    "contract.finite_weights",
+    "contract.layout",
+    "contract.end_of_turn",
+)
 _OF_FLOAT_FILES = ("convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite")
 _OF_QUANTS = ("quantise.tensors_differ", "quality.mean_kld", "quality.top1", "quality.non_finite")
 _OF_JUDGED = ("quantise.unexplained",)  # since schema 1.3
 _OF_ADAPTERS = (
-    "bake.max_abs_logit", "bake.top1_disagreements", "dtype.rounding", "dtype.non_finite",
-    "controls.differs_from_base", "controls.transposed",
-)  # fmt: skip
+    "bake.max_abs_logit",
+    "bake.top1_disagreements",
+    "dtype.rounding",
+    "dtype.non_finite",
+    "controls.differs_from_base",
+    "controls.transposed",
+)
 _SAVED_TYPES = tuple(f"dtype.mean_kld.{name}" for name in ("float32", "float16", "bfloat16"))  # one of them
 _OF_EVERY_RUN = (
-    "evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.repeat",
+    "evidence.positions",
+    "evidence.chunks",
+    "evidence.entropy",
+    "evidence.entropy_share",
+    "evidence.repeat",
     "evidence.noise_floor",
-)  # fmt: skip
+)
 # the cells that apply to every model and at every level; a report without them was cut
 _CELLS = ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
 _OF_EVERY_CELL = tuple(f"cells.{cell}.{value}" for cell in _CELLS for value in ("mean_kld", "top1", "non_finite"))
 _LISTINGS = ("contract.fallback_types", "quantise.tensors_differ")  # counts that a policy may accept whatever they are
 # too little or the wrong text, or an engine noisier than the bound: nothing is wrong with the file, nothing is proved
-_OPEN = {
-    "evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.noise_floor"
-}  # fmt: skip
+_OPEN = {"evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.noise_floor"}
 
 LEG_TITLES: dict[LegName, str] = {
     "bake": "Bake",
@@ -92,7 +107,7 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
 
 
 def _with_gaps(report: Report) -> list[Leg]:
-    """The measured legs, each with one check more where something that its inputs call for is not in the report."""
+    """The measured legs, each with one more check where the report lacks something that its inputs call for."""
     made_here = {f"{name}.{word}" for name in LEG_TITLES for word in ("evaluated", "complete")}
     found: dict[LegName, list[Check]] = {}
     for leg in report.legs:  # a merged report may hold a leg twice: both count
@@ -124,7 +139,7 @@ def _with_gaps(report: Report) -> list[Leg]:
 
 
 def _called_for(report: Report) -> list[tuple[str, str]]:
-    """(check, subject) of everything that the report's inputs have to be held against."""
+    """(check, subject) of every check that the report's inputs call for."""
     wanted: list[tuple[str, str]] = []
     for artefact in report.artefacts:
         if artefact.role == "candidate":
@@ -174,9 +189,11 @@ def _leg_of(check: str) -> LegName:
 
 def _missing(name: LegName) -> Leg:
     check = Check(
-        name=f"{name}.evaluated", title="Leg evaluated", status="not evaluated",
+        name=f"{name}.evaluated",
+        title="Leg evaluated",
+        status="not evaluated",
         detail="the policy requires this leg, but nothing was given to measure it with",
-    )  # fmt: skip
+    )
     return Leg(name=name, title=LEG_TITLES[name], compared="", status="not evaluated", checks=[check])
 
 

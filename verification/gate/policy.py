@@ -1,6 +1,6 @@
 """What must hold before a file may be released: bounds, requirements and waivers, from a YAML file.
 
-`default_policy.yaml` comments every key; a user's file is laid over it. What follows from it: `decide`.
+`default_policy.yaml` comments every key; a user's file is laid over it. `decide` applies the policy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _number(cls, given: Any, info: ValidationInfo) -> Any:
-        """`true` is no 1, which for nats or positions would be a bound that everything holds."""
+        """Refuse `true`, which would be read as 1: in nats or positions a bound that every file keeps."""
         if isinstance(given, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("true and false are no bounds")
         if isinstance(given, int) and abs(given) >= MAX_NUMBER:

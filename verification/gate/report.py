@@ -39,7 +39,7 @@ class Artefact(_Model):
 
 
 class Check(_Model):
-    """One measured value held against one bound."""
+    """One measured value and the bound that it is compared with."""
 
     name: str  # stable dotted id, e.g. "convert.mean_kld"
     title: str  # what a person reads, e.g. "Mean KL divergence"
@@ -58,7 +58,7 @@ class Check(_Model):
     @field_validator("value", "bound", "interval", mode="before")
     @classmethod
     def _numbers(cls, given: Any) -> Any:
-        """True is no 1; an end of an interval may be a word for what is not finite, no other text."""
+        """Refuse `true` as a number; an end of an interval may be a word for what is not finite, but no other text."""
         ends = given if isinstance(given, list | tuple) else []
         if any(isinstance(number, bool) for number in (given, *ends)):
             raise ValueError("true and false are no numbers")
@@ -117,7 +117,7 @@ class CellResult(_Model):
 
 
 class NoiseRow(_Model):
-    """One file against itself, run another way: what of a divergence is llama.cpp's own arithmetic."""
+    """One file compared with itself, run another way: the divergence that llama.cpp's arithmetic alone causes."""
 
     candidate: str
     setting: str  # "same again", "n_batch 16", "1 thread"

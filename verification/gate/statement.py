@@ -82,7 +82,7 @@ def check_policy(report: Report, wanted: str) -> None:
 
 
 def check_statement(report: Report, report_file: Path) -> None:
-    """Refuse a report, read from `report_file`, that is not the one its statement speaks of.
+    """Refuse a report, read from `report_file`, that is not the one its statement describes.
 
     Raises:
         InputError: no statement, not a statement of ours, bytes of the report changed, a digest or the verdict

@@ -1,4 +1,4 @@
-"""A file under test: what the rooms of the verification hand to each other."""
+"""A file under test, as the parts of the verification pass it to each other."""
 
 from __future__ import annotations
 

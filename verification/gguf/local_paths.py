@@ -1,4 +1,4 @@
-"""Paths of the maker's computer that a file publishes: names of people, customers and machines often stand in them.
+"""Paths of the maker's computer that a file publishes; they often name people, customers and machines.
 
 llama-quantize writes the importance matrix's path into `quantize.imatrix.file`; converters and merge tools have written
 paths into `general.source.*` and `general.base_model.*`. A value that is an absolute path (/..., ~/..., C:\\..., file://)

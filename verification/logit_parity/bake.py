@@ -1,7 +1,7 @@
 """From the trained adapter to the saved checkpoint: is the bake the same function, and is it what was saved?
 
 Compared in fp32 on a few hundred positions: base + adapter against the baked weights; two controls inside the same run
-(the baked model differs from its base; the bake of R^T misses the comparison); and the saved checkpoint's weights
+(the baked model differs from its base; the bake of R^T fails the comparison); and the saved checkpoint's weights
 against the fp32 bake, |saved - w| <= u |w| with u = 2^-p of the saved type. The core is used only through its public
 functions: load_adapter, gates, bake.
 """

@@ -1,8 +1,8 @@
-"""The legs that need inference. The reference runs once and its logits go to disk; then every file has its own turn.
+"""The comparisons that need inference. The reference runs once and its logits go to disk; then every file runs in turn.
 
 At any time one Hugging Face model or one GGUF file is open, and a bounded number of logits. A passage's logits are
-stored once, from its first position that anybody scores, and read back for every candidate and every cell. Several
-processes share the passages out: who has a passage's reference also measures the candidates on it.
+stored once, from the first position that any comparison scores, and read back for every candidate and every cell.
+Several processes share the passages out: who has a passage's reference also measures the candidates on it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Reference:
         return self.spool.read(row + start, row + stop)
 
     def mine(self, passages: Sequence[Passage]) -> dict[int, Passage]:
-        """Those of the passages whose logits are here, by their place."""
+        """The passages whose logits this process has, by their place in the list."""
         return {place: p for place, p in enumerate(passages) if p.tokens.tobytes() in self._places}
 
     def add(self, passage: Passage, model: Any) -> None:

@@ -2,7 +2,8 @@
 
 KLD_t = sum_v p_ref (log p_ref - log p_cand) over the full support; beside it llama.cpp's value, which drops v with
 log p_ref <= -16. Percentiles interpolate linearly at f(n-1); RMS dp = sqrt(mean (p_cand - p_ref)^2) of the corpus
-token; PPL ratio = exp(mean(nll_cand - nll_ref)). Intervals: `bootstrap`, over whole chunks, seeded by a digest.
+token; PPL ratio = exp(mean(nll_cand - nll_ref)). Intervals (`intervals`) are bootstrapped over whole chunks, seeded by
+a digest.
 Memory: sums per chunk and bucket, and eight bytes a scored token for the percentiles; nothing of size V is kept. What
 is kept of a chunk does not depend on the others, so they may be measured anywhere and put together in their order.
 Shapes: logits (T, V), targets (T,). Source of the definitions: llama.cpp, tools/perplexity/perplexity.cpp.

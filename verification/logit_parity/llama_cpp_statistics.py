@@ -3,7 +3,7 @@
 Every step is taken in the precision in which llama.cpp takes it (log-probabilities and percentiles float32, sums
 float64, exponentials rounded to float32), so that the printed digits agree and not only the definitions. Errors are
 the tool's: sqrt((E[x^2] - E[x]^2) / (n - 1)), tokens taken as independent, which is 1.4 to 5 times too narrow; the
-clustered intervals are in `divergence`. A compiler that contracts a * b + c (arm64) may move the last digit.
+clustered intervals are in `kl`. A compiler that contracts a * b + c (arm64) may move the last digit.
 Source of the definitions: llama.cpp, tools/perplexity/perplexity.cpp.
 """
 

@@ -1,8 +1,8 @@
-"""What was trained beside what is shipped, where the base was quantised in training (QLoRA).
+"""The divergence of the trained function from the shipped one, where the base was quantised in training (QLoRA).
 
-The adapter learned on top of the quantised base's errors; the bake folds it into the original. Both are honest, and
-they are not the same function: this measures how far apart they are, on the corpus' own chunks. Information beside the
-legs, never decided on: the ladder starts at the function that is baked.
+The adapter learned on top of the quantised base's errors; the bake folds it into the original. So the trained and the
+shipped function differ: this measures how far they are apart, on the corpus' own chunks. The result is information and
+decides nothing, because the verification starts at the function that is baked.
 """
 
 from __future__ import annotations

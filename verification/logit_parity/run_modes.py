@@ -1,4 +1,5 @@
-"""The ways of running a file that real faults hide in, each with tokens of its own and a setting of llama.cpp.
+"""The ways of running a file in which real faults hide. One way, a "cell", is a set of tokens and a setting of
+llama.cpp.
 
 A passage is a run of tokens and its first scored position; passages with the same key share the reference's logits.
 Known faults behind the cells: LongRoPE factors picked by the allocated n_ctx (llama.cpp) or by the actual length

@@ -1,4 +1,4 @@
-"""Whether the text and the evaluator can carry a verdict at all: enough of it, neither flat nor trivial, and aligned.
+"""Checks whether text and evaluator can carry a verdict: enough positions, neither flat nor trivial, logits aligned.
 
 A reference whose mean entropy is near ln V hides faults (every candidate looks alike); one near zero flatters (a
 repetitive text is predicted by anything). Both leave the verdict open. A candidate whose logits agree better with

@@ -1,6 +1,6 @@
 """The report's figures, each a function of the report; a figure without data is None and vanishes.
 
-Candidates differ by colour and by line style and marker. How a figure becomes part of the page: `svg`.
+Candidates differ by colour and by line style and marker. `svg` makes each figure a part of the page.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ def kld_by_cell(report: Report) -> str | None:
             style, shift = _style(report, name), 0.5 * (i - (len(names) - 1) / 2) / max(1, len(names))
             own = [(rows.index(c.title), d) for c, d in found if c.candidate == name]
             x = [d.mean_kld for _, d in own]
-            bars = [[max(0.0, d.mean_kld - max(d.mean_kld_interval[0], d.mean_kld / 1e3)) for _, d in own],
-                    [max(0.0, d.mean_kld_interval[1] - d.mean_kld) for _, d in own]]  # fmt: skip
+            bars = [
+                [max(0.0, d.mean_kld - max(d.mean_kld_interval[0], d.mean_kld / 1e3)) for _, d in own],
+                [max(0.0, d.mean_kld_interval[1] - d.mean_kld) for _, d in own],
+            ]
             y = [row + shift for row, _ in own]
             axes.errorbar(
                 x, y, xerr=bars, fmt=style["marker"], color=style["color"], ms=4, capsize=2, label=short(name)

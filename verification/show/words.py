@@ -1,7 +1,7 @@
 """What a person reads off a `Report`: numbers in words, margins, headlines, the ladder, the decisive check.
 
-HTML, Markdown, JUnit and the terminal all say the same because they all ask here. Nothing is decided in this module:
-statuses and the verdict are taken from the report as they are.
+HTML, Markdown, JUnit and the terminal take their words from here, so that all four say the same. Nothing is decided in
+this module: statuses and the verdict are taken from the report as they are.
 
 The margin of a check is one number on a log scale, `decades`: below 0 inside the bound, above 0 outside.
 `<=`: log10(value / bound). `>=` on a share: log10((1 - value) / (1 - bound)), so 99.93 % against 99.5 % reads as
@@ -220,7 +220,7 @@ def is_rung(step: Step) -> bool:
 
 
 def headline(checks: Sequence[Check]) -> Check | None:
-    """The check that speaks for a group: among its worst ones the mean KLD, else the largest logit difference."""
+    """The check that stands for a group: among its worst ones the mean KLD, else the largest logit difference."""
     severity = worst(check.status for check in checks)
 
     def key(check: Check) -> tuple[int, float]:
@@ -238,7 +238,9 @@ def attention(report: Report) -> list[tuple[Leg, Check]]:
 
 
 def decisive(report: Report) -> tuple[Leg, Check] | None:
-    """The check the verdict hangs on: the headline of the first leg that broke, or on a pass the tightest check."""
+    """The check that decides the verdict: the headline of the first leg with its status, or on a pass the tightest
+    check.
+    """
     wanted: dict[Verdict, Status] = {"fail": "fail", "inconclusive": "inconclusive", "incomplete": "not evaluated"}
     if report.verdict in wanted:
         for leg in report.legs:

@@ -29,9 +29,14 @@ Raw = npt.NDArray[np.uint8]
 
 # byte offsets of a block's float16 scale (and minimum); the last column: an imatrix turns the type into a search
 _DIRECT: dict[str, tuple[tuple[int, ...], bool]] = {
-    "Q8_0": ((0,), False), "Q4_0": ((0,), True), "Q5_0": ((0,), True), "Q4_1": ((0, 2), True), "Q5_1": ((0, 2), True),
-    "TQ1_0": ((52,), False), "TQ2_0": ((64,), False),
-}  # fmt: skip
+    "Q8_0": ((0,), False),
+    "Q4_0": ((0,), True),
+    "Q5_0": ((0,), True),
+    "Q4_1": ((0, 2), True),
+    "Q5_1": ((0, 2), True),
+    "TQ1_0": ((52,), False),
+    "TQ2_0": ((64,), False),
+}
 # largest share of blocks that may differ; the three searches over scale and minimum have many near ties
 _SHARES_WITHOUT_IMATRIX = {"Q2_K": 0.40, "Q4_K": 0.20, "Q5_K": 0.60}
 _SHARE_SEARCH, _SHARE_DIRECT = 0.10, 0.01
@@ -42,7 +47,7 @@ _BATCH = 1 << 14  # blocks dequantised at a time
 
 @dataclass(frozen=True)
 class Held:
-    """How one tensor stands to the oracle's, block by block."""
+    """How far one tensor's blocks lie from the oracle's."""
 
     name: str
     type: str
@@ -67,7 +72,7 @@ class Held:
 
 
 def hold(mine: GGUFTensor, twin: Raw, source: npt.NDArray[np.float32], *, imatrix: bool) -> Held:
-    """Hold a tensor's differing blocks to its type's bounds.
+    """Compare a tensor's differing blocks with its type's bounds.
 
     Args:
         mine: the candidate's quantised tensor.

@@ -1,4 +1,4 @@
-"""One candidate's weights against the reference: inventory, a float file's roundings, a quantised file's three drawers.
+"""One candidate's weights against the reference: inventory, a float file's roundings, a quantised file's proofs.
 
 The leg `quantise` counts the tensors that are not proven (`tensors_differ`, information unless the policy bounds it)
 and those that are neither proven nor judged healthy (`unexplained`, which must be none).

@@ -1,7 +1,7 @@
 """Every tensor of a file against the reference's values, without inference.
 
 The values come from the checkpoint by principle (`expected`), or from a conversion of the reference where the family
-is not mapped. How one tensor is compared: `values`. Attention tensors are
+is not mapped. `values` compares one tensor. Attention tensors are
 also named by the nearest hypothesis, o_proj by the rotation left over; a difference whose kind is still open is traced
 to what it was made from.
 """
@@ -99,7 +99,7 @@ class Examination:
         return [self._traced(r) if r.findings and all(f.cause in VAGUE for f in r.findings) else r for r in results]
 
     def _traced(self, result: TensorResult) -> TensorResult:
-        """A difference whose kind is still open, traced to what it was made from; see `causes`."""
+        """A difference whose kind is still open, traced to what it was made from; see `explain`."""
         tensor, wanted = self.file.tensors[result.name], self.expected(result.name)
         if wanted is None or wanted.size != int(np.prod(tensor.shape)):
             return result
@@ -194,9 +194,12 @@ class Examination:
         if result.findings and not fed_back:
             return measured
         judged = dataclasses.replace(
-            result, explanation="" if found.findings else found.explanation, open=found.open, findings=found.findings,
+            result,
+            explanation="" if found.findings else found.explanation,
+            open=found.open,
+            findings=found.findings,
             along=found.direction,
-        )  # fmt: skip
+        )
         return dataclasses.replace(measured, result=judged)
 
     def _head_rows(self, tensor: GGUFTensor) -> int:
@@ -243,11 +246,16 @@ class Examination:
             residual = residual_rotation(wanted, values - reference)
             if residual is not None and residual.detected and not any(m.is_fault for m in matches) and not result.equal:
                 findings.append(
-                    Finding(tensor.name, "no rotation against the reference",
-                            f"{residual.rms:.2g} rad (root mean square; largest {residual.largest:.2g} in channels "
-                            f"{8 * residual.block}..{8 * residual.block + 7}, {residual.z_single:.0f} standard errors)",
-                            "bake the adapter again and convert that", "rotation off", "rotation")
-                )  # fmt: skip
+                    Finding(
+                        tensor.name,
+                        "no rotation against the reference",
+                        f"{residual.rms:.2g} rad (root mean square; largest {residual.largest:.2g} in channels "
+                        f"{8 * residual.block}..{8 * residual.block + 7}, {residual.z_single:.0f} standard errors)",
+                        "bake the adapter again and convert that",
+                        "rotation off",
+                        "rotation",
+                    )
+                )
         if findings and not any(f.cause for f in findings) and not matches:
             findings = [dataclasses.replace(findings[0], cause=_scale_cause(values, wanted)), *findings[1:]]
         return dataclasses.replace(result, nearest=matches, residual=residual, findings=tuple(findings))

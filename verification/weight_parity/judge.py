@@ -4,8 +4,8 @@ Size: the relative error may be what the own quantiser reaches on *this* tensor 
 matrices (none, log-normal ones), and 1.1 times that. Up to 2 times the own error a quantiser that chooses which way to
 round may leave (GPTQ, AutoRound: an error uniform over a whole step instead of half a step, sqrt(1/3) / sqrt(1/12) = 2)
 in order to lower the error of the layer's output, so such a tensor is *open* until the output's error is known. Beyond,
-no quantiser explains it. Structure: see `structure`; each estimate is held to its standard error and to the own
-quantiser's on the same rows, because matrices and searches bias it.
+no quantiser explains it. `structure` looks for structure in the error; each estimate is compared with its standard
+error and with the own quantiser's on the same rows, because matrices and searches bias it.
 """
 
 from __future__ import annotations
@@ -109,9 +109,13 @@ def judge(tensor: GGUFTensor, values: Array, wanted: Array, *, base: Array | Non
         )
     if ratio > max(CHOSEN, allowed) and not findings:
         findings.append(
-            Finding(tensor.name, f"relative error near {plain:.2g}, as {tensor.type} gives for the reference",
-                    f"{error:.2g}", AGAIN)
-        )  # fmt: skip
+            Finding(
+                tensor.name,
+                f"relative error near {plain:.2g}, as {tensor.type} gives for the reference",
+                f"{error:.2g}",
+                AGAIN,
+            )
+        )
     why = ""
     if not findings and ratio > allowed:
         why = f"error {ratio:.3g} times the own quantiser's, {allowed:.3g} without error feedback"
@@ -166,8 +170,10 @@ def _along(
         less = None if other is None else direction(other, other - W[at], change[at], block=block)
         values += [] if less is None else [less.value]
     spread_of = float(np.ptp(values)) if len(values) > 1 else 0.0
-    return Direction(found.value - mine.value, float(np.hypot(np.hypot(found.standard_error, mine.standard_error),
-                                                              spread_of / CERTAIN)))  # fmt: skip
+    return Direction(
+        found.value - mine.value,
+        float(np.hypot(np.hypot(found.standard_error, mine.standard_error), spread_of / CERTAIN)),
+    )
 
 
 def _matrix(width: int, spread: float, seed: int) -> Array:

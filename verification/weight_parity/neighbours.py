@@ -1,4 +1,4 @@
-"""What a tensor's neighbours say of it.
+"""Judges a tensor by the other tensors of its file.
 
 Bytes that differ from this build's own are explained by another quantiser, machine or importance matrix only where the
 file's other tensors differ as well. In a file whose tensors are nearly all byte-equal, no other maker explains a
@@ -19,11 +19,11 @@ SAME_MAKER = 0.9  # share of equal blocks from which the file is taken to come f
 ROUNDED = "within one rounding of its type"  # proof of a float tensor that is not rounded to nearest everywhere
 AGAIN = "convert and quantise the reference again"
 _OTHER, _EDITED = "slightly other weights", "flipped bits or edited weights"
-VAGUE = ("", "damaged block", _OTHER, _EDITED)  # causes that `causes` may sharpen
+VAGUE = ("", "damaged block", _OTHER, _EDITED)  # causes that `explain` may sharpen
 
 
 def held_together(results: list[TensorResult], computed: Collection[str]) -> list[TensorResult]:
-    """The results of one file, each held against the others.
+    """The results of one file, each judged beside the others.
 
     Args:
         computed: tensors calculated here with another library's functions: not to the last bit the converter's.
@@ -94,9 +94,12 @@ def _other_weights(result: TensorResult) -> TensorResult:
     rotated = f"; rotation left over {left.rms:.1g} rad" if left is not None else ""
     text = f"{result.blocks_differ} of {result.blocks} blocks differ{rotated}"
     finding = Finding(
-        result.name, "the bytes that the quantiser gives for the reference, as in its neighbours", text, AGAIN,
+        result.name,
+        "the bytes that the quantiser gives for the reference, as in its neighbours",
+        text,
+        AGAIN,
         _OTHER,
-    )  # fmt: skip
+    )
     return dataclasses.replace(result, findings=(finding,))
 
 

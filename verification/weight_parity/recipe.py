@@ -1,7 +1,7 @@
 """Which tensors have other types than the file type's own recipe gives them: mixes per tensor, `--pure`, kept heads.
 
-Another type is no fault: each tensor is held against the reference at the type that it has. It is said, so that a
-reader knows what the file's name does not tell.
+Another type is no fault: each tensor is compared with the reference at the type that it has. The report names the other
+type, because the file's name does not.
 """
 
 from __future__ import annotations

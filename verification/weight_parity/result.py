@@ -1,8 +1,8 @@
-"""A tensor against what it should be: which drawer it lies in, what was measured, and what was found.
+"""A tensor against what it should be: how far it is proven, what was measured, and what was found.
 
-Three drawers. *proven*: the bytes are what the tool makes of the reference, or their values are the reference's.
-*judged*: the bytes differ, and what differs looks like the type's rounding. *unexplained*: anything else. A tensor that
-nothing of the reference explains was not compared.
+A tensor is in one of three drawers. *proven*: the bytes are what the tool makes of the reference, or their values are
+the reference's. *judged*: the bytes differ, and what differs looks like the type's rounding. *unexplained*: anything
+else. A tensor that nothing of the reference explains was not compared.
 """
 
 from __future__ import annotations

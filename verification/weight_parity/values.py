@@ -54,7 +54,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Measured:
-    """A tensor's result, with what was computed on the way (None where it had not to be)."""
+    """A tensor's result, with what was computed on the way (None where it was not needed)."""
 
     result: TensorResult
     values: Array | None = None  # the file's
@@ -79,10 +79,16 @@ def _float(tensor: GGUFTensor, wanted: Wanted) -> Measured:
             flushed = int(np.count_nonzero(target) - np.count_nonzero(values))
             error = _error(values, target)
             exact = TensorResult(
-                tensor.name, tensor.type, compared=True, proof=f"as {tensor.type}", rel_error=error[0],
-                max_abs_error=error[1], roundings=expected.roundings(error[2], target, tensor.type),
-                size=target.size, flushed=flushed,
-            )  # fmt: skip
+                tensor.name,
+                tensor.type,
+                compared=True,
+                proof=f"as {tensor.type}",
+                rel_error=error[0],
+                max_abs_error=error[1],
+                roundings=expected.roundings(error[2], target, tensor.type),
+                size=target.size,
+                flushed=flushed,
+            )
             return Measured(exact, values)
     values = tensor.values()
     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
@@ -98,15 +104,28 @@ def _float(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         at = np.unravel_index(int(np.argmax(difference)), difference.shape)
         place = ", ".join(map(str, at))
         findings.append(
-            Finding(tensor.name, f"{target[at]:.6g} at [{place}] within one rounding of {tensor.type}",
-                    f"{values[at]:.6g}, relative error of the tensor {error_size:.2g}", AGAIN,
-                    *(("F16 overflow", "f16_overflow") if overflow else ()))
-        )  # fmt: skip
+            Finding(
+                tensor.name,
+                f"{target[at]:.6g} at [{place}] within one rounding of {tensor.type}",
+                f"{values[at]:.6g}, relative error of the tensor {error_size:.2g}",
+                AGAIN,
+                *(("F16 overflow", "f16_overflow") if overflow else ()),
+            )
+        )
     result = TensorResult(
-        tensor.name, tensor.type, compared=True, rel_error=error_size, max_abs_error=float(difference.max(initial=0.0)),
-        roundings=worst, size=target.size, clipped=overflow, flushed=flushed, non_finite=bad,
-        proof="" if findings else ROUNDED, findings=tuple(findings),
-    )  # fmt: skip
+        tensor.name,
+        tensor.type,
+        compared=True,
+        rel_error=error_size,
+        max_abs_error=float(difference.max(initial=0.0)),
+        roundings=worst,
+        size=target.size,
+        clipped=overflow,
+        flushed=flushed,
+        non_finite=bad,
+        proof="" if findings else ROUNDED,
+        findings=tuple(findings),
+    )
     return Measured(result, values)
 
 
@@ -137,9 +156,14 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     findings = []
     if wanted.importance is not None and nearest is not None and _same(tensor, nearest, None):
         findings.append(
-            Finding(tensor.name, "the bytes that the importance matrix gives", "the bytes without a matrix",
-                    "give the matrix that the file was made with", "another importance matrix")
-        )  # fmt: skip
+            Finding(
+                tensor.name,
+                "the bytes that the importance matrix gives",
+                "the bytes without a matrix",
+                "give the matrix that the file was made with",
+                "another importance matrix",
+            )
+        )
     own_raw = None if nearest is None else quantised_bytes(nearest.values, tensor.type, wanted.importance)
     own_values, own_error, differ, damaged = None, None, blocks, 0
     if own_raw is not None:
@@ -162,9 +186,14 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     if outside.any() and not findings:
         at = int(np.argmax(within / np.maximum(most, 1e-30)))
         findings.append(
-            Finding(tensor.name, f"weights within {share_allowed * most[at]:.3g} of the reference in block {at}",
-                    f"{within[at]:.3g} off", AGAIN, DAMAGED_BLOCK)
-        )  # fmt: skip
+            Finding(
+                tensor.name,
+                f"weights within {share_allowed * most[at]:.3g} of the reference in block {at}",
+                f"{within[at]:.3g} off",
+                AGAIN,
+                DAMAGED_BLOCK,
+            )
+        )
     result = dataclasses.replace(
         bare, own_error=own_error, blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings)
     )

@@ -37,11 +37,18 @@ from so8t_core.files import atomic_dir, explain_os_errors, sweep, temporary_pref
 
 CONTENT_TYPES = frozenset(
     {
-        "application/jsonl", "application/x-jsonlines", "application/jsonlines", "application/json-lines",
-        "application/x-ndjson", "application/ndjson", "application/json", "text/plain", "application/octet-stream",
+        "application/jsonl",
+        "application/x-jsonlines",
+        "application/jsonlines",
+        "application/json-lines",
+        "application/x-ndjson",
+        "application/ndjson",
+        "application/json",
+        "text/plain",
+        "application/octet-stream",
         "binary/octet-stream",
     }
-)  # fmt: skip
+)
 
 
 AGENT_VERSION = "1"  # of how this collector behaves, not of the package

@@ -56,9 +56,13 @@ class RobotsCache:
     """
 
     def __init__(
-        self, agent: str, *, fetch: Fetch | None = None, max_seconds: float = MAX_SECONDS,
+        self,
+        agent: str,
+        *,
+        fetch: Fetch | None = None,
+        max_seconds: float = MAX_SECONDS,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._fetch_page = fetch or (lambda url, limits: get(url, agent, limits))
         self._max_seconds, self._clock = max_seconds, clock
         self._rules: dict[str, _Rules] = {}

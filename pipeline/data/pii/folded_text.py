@@ -1,6 +1,6 @@
 """Text folded for pattern search, with the way back: offsets of the folded text map onto the original.
 
-Folded are: NFKC forms (full width, half-width kana, mathematical digits), the digits of other scripts, kanji digits
+Folding covers NFKC forms (full width, half-width kana, mathematical digits), the digits of other scripts, kanji digits
 in runs of two or more (〇九〇), dashes of every kind, and invisible characters (zero width, soft hyphen, joiners,
 variation selectors), which vanish. Circled and raised numbers become spaces: list marks and exponents, not digits.
 Most text changes one character into one, which keeps the offsets; only the rest pays for a map.

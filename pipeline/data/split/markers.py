@@ -201,7 +201,7 @@ def _named_by(text: str, handover: Handover) -> str:
 
 
 def disagrees(named: str, answer: str) -> bool:
-    """Whether a text that a marker announces is another answer; words that hold no value cannot be held against it."""
+    """Whether a text that a marker announces is another answer; words without a value never disagree."""
     try:
         named = require_answer(named, marker="")
     except RowError:

@@ -1,8 +1,8 @@
 """Thinking between tags: `<think>...</think>` and its kin, anywhere in a text, with the opening one missing or not.
 
-Certain is: one pair, in order, of one name; or one closing tag, with the thinking in front of it (templates that open
-the block themselves leave texts so). Nested, repeated, unclosed, crossed or empty-and-alone tags are not. An empty
-block (`<think></think>`) is scaffold of a template and taken out.
+A split is certain with one pair, in order, of one name; or one closing tag, with the thinking in front of it (templates
+that open the block themselves leave texts so). Nested, repeated, unclosed, crossed or empty-and-alone tags are not. An
+empty block (`<think></think>`) is scaffold of a template and taken out.
 """
 
 from __future__ import annotations

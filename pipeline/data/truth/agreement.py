@@ -1,6 +1,6 @@
 """Do the steps lead to the answer? What rules can tell: the question's own sum, the last step's, and what it ends in.
 
-Judged is only what has one reading: an answer that is one number, date or weekday, and a last line that holds such
+Only what has one reading is judged: an answer that is one number, date or weekday, and a last line that holds such
 things. Everything else has no objection. A unit's change between the last step and the answer is no disagreement.
 """
 

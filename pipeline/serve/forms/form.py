@@ -1,7 +1,7 @@
 """What the guard asks of a form: to take a whole generation apart, or to say why it cannot be taken apart.
 
-A form opens narrowly: `split` accepts one spelling of its markers, each where it belongs. It closes widely: a marker of
-any form in any dress elsewhere in the text raises `Odd`.
+`split` accepts one spelling of a form's markers, each where it belongs. A marker of any form, in any spelling,
+elsewhere in the text raises `Odd`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Forms by name, and the form that a chat template speaks.
+"""Forms by name, and the form that a chat template uses.
 
 Adding one: a class as in `pair.py`, an entry in `_KNOWN`, and, where a template shows it, a text in `_SIGNS`.
 """

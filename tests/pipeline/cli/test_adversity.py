@@ -25,9 +25,12 @@ from so8t_core.files import sha256_path
 
 OUTPUTS = ("data", "adapter", "baked", "gguf", "work/answers.json")
 MADE = {  # by each step, always the same bytes
-    "data": "data", "train": "adapter/adapter_model.safetensors", "bake": "baked", "convert": "gguf",
+    "data": "data",
+    "train": "adapter/adapter_model.safetensors",
+    "bake": "baked",
+    "convert": "gguf",
     "answers": "work/answers.json",
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager

@@ -168,9 +168,27 @@ def test_verify_passes_a_healthy_file_and_gate_decides_again(
     loose = tmp_path / "loose.yaml"
     loose.write_text(LOOSE)
     code, out, err = so8t(
-        capfd, monkeypatch, "verify", "--reference", tiny_dir, "--candidate", candidate, "--out", tmp_path / "o",
-        "--chunks", 2, "--n-ctx", 128, "--cells", "quick", "--ship-n-ctx", 256, "--policy", loose, "-q",
-    )  # fmt: skip
+        capfd,
+        monkeypatch,
+        "verify",
+        "--reference",
+        tiny_dir,
+        "--candidate",
+        candidate,
+        "--out",
+        tmp_path / "o",
+        "--chunks",
+        2,
+        "--n-ctx",
+        128,
+        "--cells",
+        "quick",
+        "--ship-n-ctx",
+        256,
+        "--policy",
+        loose,
+        "-q",
+    )
     assert code == 0, out + err
     assert "Pass" in out
     report = tmp_path / "o" / "report.json"
@@ -239,9 +257,18 @@ def test_an_unknown_level_of_cells_is_named(
     tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, err = so8t(
-        capfd, monkeypatch, "verify", "--reference", tiny_dir, "--candidate", candidate, "--out", tmp_path / "o",
-        "--cells", "some",
-    )  # fmt: skip
+        capfd,
+        monkeypatch,
+        "verify",
+        "--reference",
+        tiny_dir,
+        "--candidate",
+        candidate,
+        "--out",
+        tmp_path / "o",
+        "--cells",
+        "some",
+    )
     assert (code, "some is unknown; choose quick or full" in err) == (2, True)
 
 
@@ -345,9 +372,15 @@ def test_ctrl_c_says_that_finished_steps_are_kept(capfd: Any, monkeypatch: pytes
     [("carry_out", "what was measured is in {out}/report.html", True), ("artefacts", "nothing was measured", False)],
 )
 def test_ctrl_c_says_where_the_report_of_what_was_measured_lies(
-    where: str, words: str, left: bool, tiny_dir: Path, tiny_gguf: Path, tmp_path: Path, capfd: Any,
+    where: str,
+    words: str,
+    left: bool,
+    tiny_dir: Path,
+    tiny_gguf: Path,
+    tmp_path: Path,
+    capfd: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     def stopped(*arguments: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 

@@ -163,10 +163,14 @@ def test_everything_excluded_is_an_error_with_counts_and_a_way_out(tmp_path: Pat
 
 def test_unsafe_rows_are_kept_as_refusals_only_with_their_labels_source(tmp_path: Path, phi35: Any) -> None:
     rows = [
-        qa(1), {**REFUSAL, "safety_label": "harmful"}, {**COMPLIANCE, "safety_label": "NSFW"},
-        {**REFUSAL, "prompt": "Again?", "id": "r1"}, {**COMPLIANCE, "prompt": "And again?", "id": "r2"}, COMPLIANCE,
+        qa(1),
+        {**REFUSAL, "safety_label": "harmful"},
+        {**COMPLIANCE, "safety_label": "NSFW"},
+        {**REFUSAL, "prompt": "Again?", "id": "r1"},
+        {**COMPLIANCE, "prompt": "And again?", "id": "r2"},
+        COMPLIANCE,
         {**qa(9), "safety_label": "odd"},
-    ]  # fmt: skip
+    ]
     source = write(tmp_path / "a.jsonl", *rows)
     labels = write(
         tmp_path / "labels.jsonl", {"id": "r1", "label": "nsfw"}, {"id": "r2", "label": "harmful", "by": "me"}
@@ -177,8 +181,11 @@ def test_unsafe_rows_are_kept_as_refusals_only_with_their_labels_source(tmp_path
     assert [row["source"] for row in kept] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4", "a.jsonl:6"]
     marks = [(row.get("unsafe_label"), row.get("unsafe_label_source"), row.get("purpose")) for row in kept]
     assert marks == [
-        (None, None, None), ("harmful", "row", "refusal"), ("nsfw", "labels.jsonl", "refusal"), (None, None, None)
-    ]  # fmt: skip
+        (None, None, None),
+        ("harmful", "row", "refusal"),
+        ("nsfw", "labels.jsonl", "refusal"),
+        (None, None, None),
+    ]
     assert report_of(tmp_path)["train"]["refusals"] == {"harmful (row)": 1, "nsfw (labels.jsonl)": 1}
     card = (tmp_path / "out" / "data_card.md").read_text("utf-8")
     assert "serve one purpose: to teach refusal" in card

@@ -181,6 +181,8 @@ def test_licence_expressions(licence: str) -> None:
 def test_the_lists_can_be_replaced_and_forbidding_wins() -> None:
     policy = LicencePolicy(allowed=["GPL-3.0*", "MIT"], forbidden=["MIT"])
     assert [policy.objection(name) for name in ("GPL-3.0-only", "MIT", "Apache-2.0")] == [
-        None, "licence forbidden", "licence unknown"
-    ]  # fmt: skip
+        None,
+        "licence forbidden",
+        "licence unknown",
+    ]
     assert not set(ALLOWED) & set(FORBIDDEN)

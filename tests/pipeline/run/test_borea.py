@@ -28,23 +28,33 @@ BASE = "AXCXEPT/Borea-Phi-3.5-mini-Instruct-Jp"
 CONFIG = Path(__file__).parents[3] / "configs" / SHIPPED
 # All that the miniature needs changed besides the base: it has 2 layers, random weights and two CPU cores.
 AMOUNTS = (
-    "threads=1", "train.steps=2", "answers.prompts=0",
-    "verify.chunks=24", "verify.n_ctx=128", "verify.base_damage=false",
-)  # fmt: skip
+    "threads=1",
+    "train.steps=2",
+    "answers.prompts=0",
+    "verify.chunks=24",
+    "verify.n_ctx=128",
+    "verify.base_damage=false",
+)
 
 
 def write_data(folder: Path, rows: int) -> None:
     """The two files that the configuration names, in two formats and with three rows in common, and their manifest."""
     asked = [
-        {"instruction": "Add the numbers.", "input": f"{n} and {n + 7}", "four_class_label": "ALLOW",
-         "output": f"{n} + {n + 7} = {2 * n + 7}. The answer is {2 * n + 7}"}
+        {
+            "instruction": "Add the numbers.",
+            "input": f"{n} and {n + 7}",
+            "four_class_label": "ALLOW",
+            "output": f"{n} + {n + 7} = {2 * n + 7}. The answer is {2 * n + 7}",
+        }
         for n in range(11, 11 + rows)
-    ]  # fmt: skip
+    ]
     thought = [
-        {"prompt": f"{n}個のりんごを2箱買いました。全部で何個ですか。",
-         "response": format_assistant(f"1箱に{n}個です。{n} × 2 = {2 * n}", f"{2 * n}個")}
+        {
+            "prompt": f"{n}個のりんごを2箱買いました。全部で何個ですか。",
+            "response": format_assistant(f"1箱に{n}個です。{n} × 2 = {2 * n}", f"{2 * n}個"),
+        }
         for n in range(11, 11 + rows)
-    ]  # fmt: skip
+    ]
     (folder / "data").mkdir()
     files = {"four_class.jsonl": asked, "domain_knowledge.jsonl": thought + asked[:3]}
     for name, content in files.items():
@@ -112,8 +122,9 @@ def test_it_passes_the_gate_on_the_miniature_with_only_base_and_amounts_changed(
     # the rows of both files, each common row once
     counts = json.loads((done.dir / "data" / "report.json").read_text(encoding="utf-8"))["sources"]
     assert {name: (one["read"], one["kept"], one["duplicates"]) for name, one in counts.items()} == {
-        "four_class.jsonl": (60, 60, 0), "domain_knowledge.jsonl": (63, 60, 3),
-    }  # fmt: skip
+        "four_class.jsonl": (60, 60, 0),
+        "domain_knowledge.jsonl": (63, 60, 3),
+    }
     # 8-bit base, rotations on every layer, PET
     trained = report.training
     assert trained is not None

@@ -47,8 +47,14 @@ def test_the_shipped_configuration_passes_the_gate_with_every_file(phi35_run: Mi
     report = phi35_run.report
     assert report.verdict == "pass", report.summary
     assert {leg.name for leg in report.legs} == set(make_policy({}).required) | {
-        "bake", "dtype", "quantise", "quality", "controls", "evidence", "cells",
-    }  # fmt: skip
+        "bake",
+        "dtype",
+        "quantise",
+        "quality",
+        "controls",
+        "evidence",
+        "cells",
+    }
     types = json.loads((phi35_run.dir / "gguf" / "types.json").read_text(encoding="utf-8"))
     assert [list(row["fallbacks"]) for row in types.values()] == [[], [], []]
     q4 = next(row["counts"] for name, row in types.items() if name.endswith("-Q4_K_M.gguf"))
@@ -59,9 +65,17 @@ def test_the_shipped_configuration_passes_the_gate_with_every_file(phi35_run: Mi
 def test_every_file_of_the_base_that_is_no_weights_comes_through_byte_for_byte(phi35_run: MiniatureRun) -> None:
     names = {path.name for path in phi35_run.base.iterdir()}
     assert names >= {
-        "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
-        "generation_config.json", "config.json", "model.safetensors.index.json", "modeling_phi3.py", "LICENSE",
-    }  # fmt: skip
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "config.json",
+        "model.safetensors.index.json",
+        "modeling_phi3.py",
+        "LICENSE",
+    }
     for name in names - {path.name for path in phi35_run.base.glob("*.safetensors")}:
         assert sha256_file(phi35_run.dir / "baked" / name) == sha256_file(phi35_run.base / name), name
 
@@ -217,9 +231,12 @@ def test_the_remote_code_beside_the_weights_was_never_imported(phi35_run: Miniat
     planted = save_miniature(tmp_path / "base", Size(layers=1), canary=tmp_path / "canary", weights=False)
     code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(planted)!r}, trust_remote_code=True)"
     subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True, check=True, cwd=tmp_path,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
+    )
     assert (tmp_path / "canary").read_text() == "configuration_phi3"
 
 

@@ -35,8 +35,10 @@ def test_the_full_size_took_what_was_estimated(full: Any) -> None:
     found = costs(settings, shape, machine, rows=100, tokens=64)
     found["train"] = training(settings.train, shape, machine, longest=64, tokens=64, width=2)  # a bfloat16 base there
     for name, stage, kind in (
-        ("train", "train", "all_gb"), ("bake", "bake", "own_gb"), ("convert", "convert F16", "own_gb"),
-    ):  # fmt: skip
+        ("train", "train", "all_gb"),
+        ("bake", "bake", "own_gb"),
+        ("convert", "convert F16", "own_gb"),
+    ):
         measured = 1e9 * stages[stage][kind]
         assert measured / 1.5 < found[name].host < 1.5 * measured, (name, found[name].host, measured)
     for kind in ("F16", "Q8_0", "Q4_K_M"):

@@ -156,9 +156,14 @@ def test_two_processes_verify_what_one_verifies(
 def test_two_processes_run_the_whole_road(tiny_dir: Path, tmp_path: Path) -> None:
     """Training on a 4-bit base, bake, files and every leg of verify, with base, adapter and the trained function."""
     more = [
-        "threads=1", "train.quantization=4bit", "train.steps=3", "convert.types=[F16, Q8_0]",
-        "data.generator.heldout_rows=24", "answers={prompts: 2, max_new_tokens: 8}", "verify={chunks: 3, n_ctx: 128}",
-    ]  # fmt: skip
+        "threads=1",
+        "train.quantization=4bit",
+        "train.steps=3",
+        "convert.types=[F16, Q8_0]",
+        "data.generator.heldout_rows=24",
+        "answers={prompts: 2, max_new_tokens: 8}",
+        "verify={chunks: 3, n_ctx: 128}",
+    ]
     one, two = _config(tiny_dir, tmp_path / "one", *more), _config(tiny_dir, tmp_path / "two", *more)
     Run(one, Reporter(quiet=True)).execute()
     _, printed = _launched(two, "run").communicate(timeout=1000)

@@ -101,9 +101,16 @@ def test_training_on_packed_rows_is_training_on_padded_ones(tmp_path: Path) -> N
     def run(collator: Any, features: list[Any]) -> tuple[dict[str, float], list[Tensor]]:
         model = model_of().train()
         arguments = TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=1, report_to=[], use_cpu=True,
-            remove_unused_columns=False, disable_tqdm=True, save_strategy="no", learning_rate=0.0,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=1,
+            report_to=[],
+            use_cpu=True,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            save_strategy="no",
+            learning_rate=0.0,
+        )
         trainer = SO8TTrainer(
             settings=settings, model=model, args=arguments, train_dataset=features, data_collator=collator
         )

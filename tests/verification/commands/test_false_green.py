@@ -52,9 +52,14 @@ def measured(verdict: str) -> Report:
 )
 @pytest.mark.parametrize(("verdict", "code"), [("pass", 0), ("fail", 1), ("inconclusive", 1), ("incomplete", 1)])
 def test_every_process_exits_by_the_verdict_and_the_first_one_speaks(
-    variables: dict[str, str], speaks: bool, verdict: str, code: int, tmp_path: Path, capfd: Any,
+    variables: dict[str, str],
+    speaks: bool,
+    verdict: str,
+    code: int,
+    tmp_path: Path,
+    capfd: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

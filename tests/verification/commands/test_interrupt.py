@@ -46,9 +46,17 @@ def test_sigint_in_a_stage_leaves_a_report_without_a_verdict(stage: str, family:
     try:
         with pytest.raises(KeyboardInterrupt):
             verify(
-                family.reference, files, base=family.base, adapter=family.adapter, work_dir=family.work, out=tmp_path,
-                chunks=2, n_ctx=64, threads=1, progress=stop,
-            )  # fmt: skip
+                family.reference,
+                files,
+                base=family.base,
+                adapter=family.adapter,
+                work_dir=family.work,
+                out=tmp_path,
+                chunks=2,
+                n_ctx=64,
+                threads=1,
+                progress=stop,
+            )
     finally:
         signal.signal(signal.SIGINT, before)
     stored = load_report(tmp_path)
@@ -71,10 +79,14 @@ def test_ctrl_c_at_any_time_of_a_process_leaves_no_pass_and_no_litter(family: Fa
         command = [sys.executable, "-m", "pipeline.cli.main", "verify", "--reference", family.reference, "--out", out]
         command += ["--candidate", family.files["Q8_0"], "--chunks", "2", "--n-ctx", "64", "--threads", "1"]
         process = subprocess.Popen(
-            [str(part) for part in command], env={**os.environ, "TMPDIR": str(temporary)}, text=True,
-            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [str(part) for part in command],
+            env={**os.environ, "TMPDIR": str(temporary)},
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores ctrl-C
-        )  # fmt: skip
+        )
         time.sleep(1 + 0.75 * tick)
         finished = process.poll() is not None
         if not finished:

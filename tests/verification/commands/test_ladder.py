@@ -47,9 +47,14 @@ def statuses(report: Report) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def healthy(family: Family) -> Report:
     return verify(
-        family.reference, list(family.files.values()), base=family.base, adapter=family.adapter,
-        work_dir=family.work, policy=make_policy(LOOSE), **SMALL,
-    )  # fmt: skip
+        family.reference,
+        list(family.files.values()),
+        base=family.base,
+        adapter=family.adapter,
+        work_dir=family.work,
+        policy=make_policy(LOOSE),
+        **SMALL,
+    )
 
 
 def one_file(family: Family, path: Path, **more: Any) -> Report:
@@ -179,8 +184,10 @@ def test_one_model_or_one_file_is_open_at_a_time(family: Family, monkeypatch: An
         from transformers import PreTrainedModel
 
         gc.collect()
-        return sum(isinstance(o, PreTrainedModel) and o.main_input_name == "input_ids" and hasattr(o, "lm_head")
-                   for o in gc.get_objects())  # fmt: skip
+        return sum(
+            isinstance(o, PreTrainedModel) and o.main_input_name == "input_ids" and hasattr(o, "lm_head")
+            for o in gc.get_objects()
+        )
 
     before = models()
     held = load_hf(family.reference)
@@ -202,9 +209,14 @@ def test_one_model_or_one_file_is_open_at_a_time(family: Family, monkeypatch: An
     monkeypatch.setattr(llama_engine.LlamaModel, "__init__", init)
     monkeypatch.setattr(llama_engine.LlamaModel, "close", close)
     verify(
-        family.reference, list(family.files.values()), base=family.base, adapter=family.adapter,
-        work_dir=family.work, policy=make_policy(LOOSE), **{**SMALL, "chunks": 2},
-    )  # fmt: skip
+        family.reference,
+        list(family.files.values()),
+        base=family.base,
+        adapter=family.adapter,
+        work_dir=family.work,
+        policy=make_policy(LOOSE),
+        **{**SMALL, "chunks": 2},
+    )
     assert len(most) == 3 + 2  # three files, and the noise floor's two
     assert max(most) == (0, 1)
 
@@ -278,10 +290,16 @@ def test_a_nan_of_any_setting_is_the_noise_floor() -> None:
     settings = [SAME, "n_batch 16", "n_ubatch 8", "1 thread"]
     for place in (1, 2, 3):
         rows = [
-            NoiseRow(candidate="F16", setting=name, positions=1, mean_kld=math.nan if i == place else 0.0,
-                     max_abs_logit=0.0, top1=1.0)
+            NoiseRow(
+                candidate="F16",
+                setting=name,
+                positions=1,
+                mean_kld=math.nan if i == place else 0.0,
+                max_abs_logit=0.0,
+                top1=1.0,
+            )
             for i, name in enumerate(settings)
-        ]  # fmt: skip
+        ]
         assert math.isnan(noise_checks(rows)[1].value)  # type: ignore[arg-type]
 
 
@@ -366,9 +384,16 @@ def test_smollm2_meets_the_default_policy(smollm2_file: Path, tokenizer: Any, tm
     loose = {"contract": {"allow_fallback_types": True}, "convert": {"top1": 0.985}, "quality": short}
     policy = make_policy(loose)
     report = verify(
-        family.reference, list(family.files.values()), base=base, adapter=family.adapter, policy=policy,
-        chunks=10, n_ctx=256, base_damage=False, out=tmp_path / "out",
-    )  # fmt: skip
+        family.reference,
+        list(family.files.values()),
+        base=base,
+        adapter=family.adapter,
+        policy=policy,
+        chunks=10,
+        n_ctx=256,
+        base_damage=False,
+        out=tmp_path / "out",
+    )
     assert report.verdict == "pass", report.summary
     found = values(report)
     assert found["contract.fallback_types", "Q4_K_M"].value == 181

@@ -123,7 +123,7 @@ METADATA = [
     ({"tokenizer.chat_template": "{{ messages[0]['content'] }}"}, "chat_render", "chat 'user', character 0"),
     ({"general.file_type": 15}, "file_type", "Q4_K_M (Q4_K for most weights) / F16"),
     ({"general.architecture": "mistral9"}, "loads", "mistral9"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("keys", "check", "text"), METADATA)

@@ -75,8 +75,9 @@ def test_what_a_template_can_do_is_a_note(tmp_path: Path) -> None:
     (check,) = [c for c in report.checks if c.name == "template_powers"]
     assert check.status == "note"
     assert [(f.cause, f.found) for f in check.findings] == [
-        ("condition on content", "'invoice'"), ("address", "https://evil.invalid"),
-    ]  # fmt: skip
+        ("condition on content", "'invoice'"),
+        ("address", "https://evil.invalid"),
+    ]
 
 
 def test_generation_markers_are_rendered(tmp_path: Path) -> None:
@@ -104,11 +105,15 @@ def test_what_no_json_can_hold_is_spelled_out(tmp_path: Path) -> None:
 def test_local_paths_are_noted(tmp_path: Path) -> None:
     whole = llama(bpe())
     values = {
-        "quantize.imatrix.file": "/home/anna/m.dat", "general.source.url": "file:///srv/models/x",
-        "general.base_model.0.name": r"C:\\Users\\anna\\base", "general.source.repo_url": "~/models/base",
-        "general.description": "made from /home/anna/merges/3 by hand", "general.url": "https://host.invalid/home/x",
-        "general.license.link": "LICENSE", "general.version": "1/2",
-    }  # fmt: skip
+        "quantize.imatrix.file": "/home/anna/m.dat",
+        "general.source.url": "file:///srv/models/x",
+        "general.base_model.0.name": r"C:\\Users\\anna\\base",
+        "general.source.repo_url": "~/models/base",
+        "general.description": "made from /home/anna/merges/3 by hand",
+        "general.url": "https://host.invalid/home/x",
+        "general.license.link": "LICENSE",
+        "general.version": "1/2",
+    }
     whole.keys |= {key: Value(STRING, value) for key, value in values.items()}
     whole.keys["general.tags"] = Value(ARRAY, ["chat", "/tmp/a/tag"], STRING)
     report = looked_at(whole, tmp_path / "x.gguf")
@@ -286,9 +291,15 @@ def large(name: str) -> Parts:
 
 
 LARGE = [
-    "two million empty texts", "four million numbers", "a text of 16 MB beyond the first plane", "a million tokens",
-    "a million equal tokens", "one bit a weight", "20,000 tensors", "60,000 keys",
-]  # fmt: skip
+    "two million empty texts",
+    "four million numbers",
+    "a text of 16 MB beyond the first plane",
+    "a million tokens",
+    "a million equal tokens",
+    "one bit a weight",
+    "20,000 tensors",
+    "60,000 keys",
+]
 
 
 def test_a_hostile_file_stays_within_500_megabytes(tmp_path: Path) -> None:

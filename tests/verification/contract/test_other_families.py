@@ -32,9 +32,16 @@ def quant(file_type: str, kind: str) -> GGUFFile:
 
 @pytest.mark.parametrize(
     ("file_type", "kind"),
-    [("IQ2_M", "IQ2_S"), ("IQ3_M", "IQ3_S"), ("IQ3_XS", "IQ3_S"), ("IQ3_S", "IQ3_S"), ("Q4_K_M", "Q4_K"),
-     ("Q2_K_S", "Q2_K"), ("Q8_0", "Q8_0")],
-)  # fmt: skip
+    [
+        ("IQ2_M", "IQ2_S"),
+        ("IQ3_M", "IQ3_S"),
+        ("IQ3_XS", "IQ3_S"),
+        ("IQ3_S", "IQ3_S"),
+        ("Q4_K_M", "Q4_K"),
+        ("Q2_K_S", "Q2_K"),
+        ("Q8_0", "Q8_0"),
+    ],
+)
 def test_the_main_type_of_a_file_type(file_type: str, kind: str) -> None:
     assert main_type(file_type) == kind
     assert promised_types(quant(file_type, kind)) == []
@@ -42,8 +49,10 @@ def test_the_main_type_of_a_file_type(file_type: str, kind: str) -> None:
     assert promised_types(quant(file_type, wrong))
 
 
-@pytest.mark.parametrize(("rows", "gate", "held"), [(1024, False, True), (512, False, True), (1024, True, False),
-                                                    (768, False, False), (512, True, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "gate", "held"),
+    [(1024, False, True), (512, False, True), (1024, True, False), (768, False, False), (512, True, True)],
+)
 def test_gate_and_up_may_stand_in_one_tensor(rows: int, gate: bool, held: bool) -> None:
     """GLM-4, like Phi-3: then there is no gate of its own."""
     tensors = {"blk.0.ffn_up.weight": ((rows, 256), "F16")}
@@ -65,9 +74,14 @@ def test_latent_attention_is_no_contradiction() -> None:
     """DeepSeek-V2: the latent is stored as one KV head."""
     config = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512}
     keys: dict[str, Any] = {
-        "attention__key_length": 576, "attention__value_length": 512, "attention__head_count": 16,
-        "attention__head_count_kv": 1, "attention__kv_lora_rank": 512, "embedding_length": 2048, "block_count": 1,
-    }  # fmt: skip
+        "attention__key_length": 576,
+        "attention__value_length": 512,
+        "attention__head_count": 16,
+        "attention__head_count_kv": 1,
+        "attention__kv_lora_rank": 512,
+        "embedding_length": 2048,
+        "block_count": 1,
+    }
     tensors = {"blk.0.attn_q.weight": ((3072, 2048), "F16")}
     assert against_config(config, file_of("deepseek2", tensors, **keys)) == []
     assert counts(file_of("deepseek2", tensors, **keys)) == []

@@ -33,9 +33,27 @@ from verification.weight_parity.recipe import recipe_differences
 
 RECORDED = Path(__file__).parents[1] / "data" / "contracted_build.npz"
 WITHOUT = (
-    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S",
-    "Q5_K_M", "Q6_K", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0",
-)  # fmt: skip
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K_S",
+    "Q3_K_M",
+    "Q3_K_L",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "IQ3_S",
+    "IQ3_M",
+    "IQ4_NL",
+    "IQ4_XS",
+    "TQ1_0",
+    "TQ2_0",
+)
 WITH = (
     "Q4_0",
     "Q5_1",
@@ -208,8 +226,15 @@ def test_what_a_contracting_build_really_wrote_is_explained(
     assert name in check.detail
 
 
-@pytest.mark.parametrize(("name", "kind"), [("token_embd.weight", "Q8_0"), ("blk.1.ffn_down.weight", "Q5_K"),
-                                             ("output.weight", "F16"), ("blk.0.attn_q.weight", "IQ4_XS")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("token_embd.weight", "Q8_0"),
+        ("blk.1.ffn_down.weight", "Q5_K"),
+        ("output.weight", "F16"),
+        ("blk.0.attn_q.weight", "IQ4_XS"),
+    ],
+)
 def test_a_mix_of_types_is_proven_tensor_by_tensor_and_the_recipe_noted(
     floats: tuple[Path, Path], tmp_path: Path, name: str, kind: str
 ) -> None:

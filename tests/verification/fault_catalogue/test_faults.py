@@ -48,10 +48,17 @@ QUIET = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 SAMPLE = (
-    "llama3's RoPE factors wrong", "config.json with another epsilon", "heads counted wrong", "a token's score off",
+    "llama3's RoPE factors wrong",
+    "config.json with another epsilon",
+    "heads counted wrong",
+    "a token's score off",
     "more tokens than embedding rows",
-    "a quantised tensor in a float file", "BOS missing", "untied head left out", "a bias left out", "a bias of zeros",
-)  # fmt: skip
+    "a quantised tensor in a float file",
+    "BOS missing",
+    "untied head left out",
+    "a bias left out",
+    "a bias of zeros",
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +166,10 @@ def test_no_key_can_change_unnoticed(pair: Healthy, tmp_path: Path, data: st.Dat
     findings = [*against_oracle(file, healthy, pair.checkpoint.config), *counts(file), *vocabulary(file), *layout(file)]
     default = {"general.type", "tokenizer.ggml.add_sep_token", "llama.attention.head_count_kv"}
     absent_is_the_same = key not in file.metadata and (
-        key in default or key.split(".", 1)[1] in ("attention.key_length", "attention.value_length",
-                                                   "rope.dimension_count", "vocab_size")
-    )  # fmt: skip
+        key in default
+        or key.split(".", 1)[1]
+        in ("attention.key_length", "attention.value_length", "rope.dimension_count", "vocab_size")
+    )
     assert findings or absent_is_the_same, key
     assert not findings or any(key.split("[")[0] in f.where or f.where in key or "token" in key for f in findings)
 
@@ -324,23 +332,42 @@ def test_the_self_test_itself_can_fail(bench: Bench, monkeypatch: pytest.MonkeyP
 
 
 MAIN = {  # one fault for each way of planting one into the model with rotation and LoRA, and for each kind of file
-    "linear RoPE scaling that the model has not", "norm's gain off", "merges cut off", "chat template's end cut",
-    "embedding rows shifted", "a weight is NaN", "tensors of two layers exchanged",
-    "quantised from another finetune", "weights went through a smaller float type",
-    "a quantised tensor in a float file", "one layer's R off by an angle", "rotated on the output's side",
-    "o_proj transposed", "the base converted, nothing merged", "LoRA's scale wrong in one layer",
-    "saved without the rotation in one layer", "cut off", "a bit flipped in an exponent", "a tensor nobody asked for",
-    "a key written twice", "bytes hidden in the padding",
-}  # fmt: skip
+    "linear RoPE scaling that the model has not",
+    "norm's gain off",
+    "merges cut off",
+    "chat template's end cut",
+    "embedding rows shifted",
+    "a weight is NaN",
+    "tensors of two layers exchanged",
+    "quantised from another finetune",
+    "weights went through a smaller float type",
+    "a quantised tensor in a float file",
+    "one layer's R off by an angle",
+    "rotated on the output's side",
+    "o_proj transposed",
+    "the base converted, nothing merged",
+    "LoRA's scale wrong in one layer",
+    "saved without the rotation in one layer",
+    "cut off",
+    "a bit flipped in an exponent",
+    "a tensor nobody asked for",
+    "a key written twice",
+    "bytes hidden in the padding",
+}
 
 
 def test_a_part_of_the_catalogue_through_the_whole_runner(tokenizer: Any, tmp_path: Path) -> None:
     """Every fault of it is refused and named; the rest, all strengths and the healthy files: `tox -e soak`."""
     told: list[str] = []
     result = runner.self_test(
-        tokenizer=tokenizer, quick=True, only=lambda fault: fault.name in MAIN, healthy=False, out=tmp_path / "out",
-        work=tmp_path / "work", tell=lambda stage, done, total: told.append(f"{stage} {done}/{total}"),
-    )  # fmt: skip
+        tokenizer=tokenizer,
+        quick=True,
+        only=lambda fault: fault.name in MAIN,
+        healthy=False,
+        out=tmp_path / "out",
+        work=tmp_path / "work",
+        tell=lambda stage, done, total: told.append(f"{stage} {done}/{total}"),
+    )
     assert {row.fault for row in result.rows} == MAIN
     assert result.verdict == "pass", (result.missed, result.alarms)
     assert [row.fault for row in result.rows if not row.named_right] == []

@@ -77,9 +77,18 @@ def test_the_runner_makes_the_changes_it_says(tmp_path: Path) -> None:
     )
     found = {mutant.key: mutant.source.splitlines() for mutant in mutants(path)}
     assert {key.split(" | ", 1)[1] for key in found} == {
-        "3 | + 1", "3 | - 1", "return x + 1 if x < 2 else -x | None returned", "x + 1 if x < 2 else -x | if True",
-        "x + 1 if x < 2 else -x | if False", "x < 2 | Lt -> LtE", "x + 1 | Add -> Sub", "-x | sign dropped",
-        "2 | + 1", "2 | - 1", "1 | + 1", "1 | - 1",
-    }  # fmt: skip
+        "3 | + 1",
+        "3 | - 1",
+        "return x + 1 if x < 2 else -x | None returned",
+        "x + 1 if x < 2 else -x | if True",
+        "x + 1 if x < 2 else -x | if False",
+        "x < 2 | Lt -> LtE",
+        "x + 1 | Add -> Sub",
+        "-x | sign dropped",
+        "2 | + 1",
+        "2 | - 1",
+        "1 | + 1",
+        "1 | - 1",
+    }
     assert found["f | x < 2 | Lt -> LtE"][-1] == "    return x + 1 if x <= 2 else -x"
     assert all(key.startswith("f | ") for key in found)

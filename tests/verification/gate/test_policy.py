@@ -124,8 +124,10 @@ def test_a_report_of_schema_1_0_is_read_and_said_to_lack_what_is_decided_on_now(
     given = Artefact(role="candidate", path="m.gguf", sha256="0" * 64, bytes=1, label="F16")
     names = [*(f"contract.{name}" for name in OF_A_FILE), "convert.non_finite"]
     checks = [zero_check(name, "X", 0, subject="F16") for name in names]
-    checks += [plain_check(f"convert.{n}", n, v, subject="F16") for n, v in
-               (("rounding", 0.5), ("mean_kld", 1e-6), ("top1", 1.0))]  # fmt: skip
+    checks += [
+        plain_check(f"convert.{n}", n, v, subject="F16")
+        for n, v in (("rounding", 0.5), ("mean_kld", 1e-6), ("top1", 1.0))
+    ]
     rows = [tensor("F16", "F16")]
     raw = (
         report(*checks)
@@ -327,18 +329,24 @@ def test_bfloat16_files_have_bounds_of_their_own_and_no_other_file_borrows_them(
         ({"convert": {"mean_kld": 6e-5}}, ["convert.mean_kld 6e-05 for 5e-05"]),
         ({"convert": {"top1": 0.994}}, ["convert.top1 0.994 for 0.995"]),
         ({"convert": {"BF16": {"mean_kld": 1e-4, "top1": 0.9}}}, ["convert.BF16.top1 0.9 for 0.985"]),
-        ({"evidence": {"positions": 10, "entropy_share": 0.9}},
-         ["evidence.positions 10 for 1000", "evidence.entropy_share 0.9 for 0.8"]),
-        ({"evidence": {"chunks": 2, "entropy": 0, "alignment": 1}},
-         ["evidence.chunks 2 for 8", "evidence.entropy 0 for 0.5", "evidence.alignment 1 for 2"]),
-        ({"controls": {"differs_from_base": 1e-3, "transposed": 1e-3}},
-         ["controls.differs_from_base 0.001 for 0.01", "controls.transposed 0.001 for 0.01"]),
+        (
+            {"evidence": {"positions": 10, "entropy_share": 0.9}},
+            ["evidence.positions 10 for 1000", "evidence.entropy_share 0.9 for 0.8"],
+        ),
+        (
+            {"evidence": {"chunks": 2, "entropy": 0, "alignment": 1}},
+            ["evidence.chunks 2 for 8", "evidence.entropy 0 for 0.5", "evidence.alignment 1 for 2"],
+        ),
+        (
+            {"controls": {"differs_from_base": 1e-3, "transposed": 1e-3}},
+            ["controls.differs_from_base 0.001 for 0.01", "controls.transposed 0.001 for 0.01"],
+        ),
         ({"contract": {"allow_fallback_types": False}, "quantise": {"tensors_differ": 0}}, []),
         ({"quantise": {"unexplained": 2}}, ["quantise.unexplained 2 for 0"]),
         ({"quality": {"Q2_K": {"mean_kld": 1, "top1": 0}}}, ["quality.Q2_K added"]),
         ({"waivers": [{"check": "convert.top1", "reason": "r"}]}, ["waiver of convert.top1"]),
     ],
-)  # fmt: skip
+)
 def test_what_makes_a_policy_weaker_than_the_default_is_named(overrides: dict, found: list[str]) -> None:
     assert weaker(make_policy(overrides), make_policy({})) == found
 

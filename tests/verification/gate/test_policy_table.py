@@ -106,17 +106,27 @@ def test_an_override_leaves_the_default_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("section", "key", "least", "largest"),
     [
-        ("bake", "max_abs_logit", 0, None), ("bake", "top1_disagreements", -1, None), ("dtype", "float32", 0, None),
-        ("dtype", "float16", 0, None), ("dtype", "bfloat16", 0, None), ("dtype", "rounding", 0, None),
-        ("convert", "mean_kld", 0, None), ("convert", "top1", -1e-9, 1 + 1e-9), ("convert", "rounding", 0, None),
-        ("quantise", "tensors_differ", -1, None), ("quantise", "unexplained", -1, None),
+        ("bake", "max_abs_logit", 0, None),
+        ("bake", "top1_disagreements", -1, None),
+        ("dtype", "float32", 0, None),
+        ("dtype", "float16", 0, None),
+        ("dtype", "bfloat16", 0, None),
+        ("dtype", "rounding", 0, None),
+        ("convert", "mean_kld", 0, None),
+        ("convert", "top1", -1e-9, 1 + 1e-9),
+        ("convert", "rounding", 0, None),
+        ("quantise", "tensors_differ", -1, None),
+        ("quantise", "unexplained", -1, None),
         ("quantise", "output_error", 0, None),
         ("controls", "differs_from_base", 0, None),
-        ("controls", "transposed", 0, None), ("evidence", "positions", 0, None), ("evidence", "chunks", 1, None),
-        ("evidence", "entropy", -1e-9, None), ("evidence", "entropy_share", 0, 1 + 1e-9),
+        ("controls", "transposed", 0, None),
+        ("evidence", "positions", 0, None),
+        ("evidence", "chunks", 1, None),
+        ("evidence", "entropy", -1e-9, None),
+        ("evidence", "entropy_share", 0, 1 + 1e-9),
         ("evidence", "alignment", 1 - 1e-9, None),
     ],
-)  # fmt: skip
+)
 def test_bounds_outside_their_range_are_refused(section: str, key: str, least: float, largest: float | None) -> None:
     """`least` is the first value below the range, `largest` the first above it; just inside is taken."""
     for value in (least, largest):
@@ -245,18 +255,32 @@ CELLS = [
     for cell in ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
     for value in ("mean_kld", "top1", "non_finite")
 ]
-FILE = [
-    *("contract." + name for name in (
-        "token_ids", "added_specials", "chat_template", "stop_set", "special_ids", "metadata", "oracle_metadata",
-        "fallback_types", "inventory", "finite_weights", "layout", "end_of_turn",
-    )),
-    "evidence.alignment",
-    *CELLS,
-]  # fmt: skip
+CONTRACT = [
+    "contract.token_ids",
+    "contract.added_specials",
+    "contract.chat_template",
+    "contract.stop_set",
+    "contract.special_ids",
+    "contract.metadata",
+    "contract.oracle_metadata",
+    "contract.fallback_types",
+    "contract.inventory",
+    "contract.finite_weights",
+    "contract.layout",
+    "contract.end_of_turn",
+]
+FILE = [*CONTRACT, "evidence.alignment", *CELLS]
 FLOATS = ["convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite"]
 QUANTS = ["quantise.tensors_differ", "quantise.unexplained", "quality.mean_kld", "quality.top1", "quality.non_finite"]
-ADAPTED = ["bake.max_abs_logit", "bake.top1_disagreements", "dtype.rounding", "dtype.non_finite",
-           "controls.differs_from_base", "controls.transposed", "dtype.mean_kld.bfloat16"]  # fmt: skip
+ADAPTED = [
+    "bake.max_abs_logit",
+    "bake.top1_disagreements",
+    "dtype.rounding",
+    "dtype.non_finite",
+    "controls.differs_from_base",
+    "controls.transposed",
+    "dtype.mean_kld.bfloat16",
+]
 
 
 @pytest.mark.parametrize(
@@ -328,26 +352,37 @@ def test_a_required_leg_without_anything_says_why_it_is_open() -> None:
 
 def test_legs_have_their_names_and_their_order() -> None:
     assert list(LEG_TITLES.items()) == [
-        ("bake", "Bake"), ("dtype", "Saved precision"), ("convert", "Conversion"), ("quantise", "Quantisation"),
-        ("quality", "Quality"), ("contract", "Contract"), ("controls", "Controls"), ("evidence", "Evidence"),
+        ("bake", "Bake"),
+        ("dtype", "Saved precision"),
+        ("convert", "Conversion"),
+        ("quantise", "Quantisation"),
+        ("quality", "Quality"),
+        ("contract", "Contract"),
+        ("controls", "Controls"),
+        ("evidence", "Evidence"),
         ("cells", "Cells"),
-    ]  # fmt: skip
+    ]
     mixed = report(zero_check("quality.non_finite", "X", 0, subject="Q8_0"), zero_check("contract.metadata", "X", 0))
     named = mixed.model_copy(update={"legs": [leg.model_copy(update={"compared": leg.name}) for leg in mixed.legs]})
     legs = decide(named, make_policy({"required": []})).legs
     assert [(leg.name, leg.title, leg.compared) for leg in legs] == [
-        ("quality", "Quality", "quality"), ("contract", "Contract", "contract"),
-    ]  # fmt: skip
+        ("quality", "Quality", "quality"),
+        ("contract", "Contract", "contract"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("statuses", "expected"),
     [
-        ([], "not evaluated"), (["pass"], "pass"), (["waived"], "waived"), (["waived", "pass"], "pass"),
-        (["waived", "inconclusive"], "inconclusive"), (["inconclusive", "not evaluated"], "not evaluated"),
+        ([], "not evaluated"),
+        (["pass"], "pass"),
+        (["waived"], "waived"),
+        (["waived", "pass"], "pass"),
+        (["waived", "inconclusive"], "inconclusive"),
+        (["inconclusive", "not evaluated"], "not evaluated"),
         (["inconclusive", "not evaluated", "fail"], "fail"),
     ],
-)  # fmt: skip
+)
 def test_a_leg_takes_its_worst_status(statuses: list[Any], expected: str) -> None:
     assert leg_status(statuses) == expected
 
@@ -367,13 +402,24 @@ def status_of(value: Any, relation: Any, bound: Any) -> str:
 @pytest.mark.parametrize(
     ("value", "relation", "bound", "expected"),
     [
-        (1, "<=", 1, "pass"), (2, "<=", 1, "fail"), (1, ">=", 1, "pass"), (0, ">=", 1, "fail"),
-        ("a", "==", "a", "pass"), ("a", "==", "b", "fail"), ("a", "!=", "b", "pass"), ("a", "!=", "a", "fail"),
-        ("a", "<=", "b", "fail"), (1, "<=", "2", "fail"), ("1", ">=", 1, "fail"),
-        (math.nan, "<=", 1, "fail"), (math.nan, ">=", 1, "fail"), (None, "<=", 1, "not evaluated"),
-        (1, "<=", None, "not evaluated"), (1, None, 1, "not evaluated"),
+        (1, "<=", 1, "pass"),
+        (2, "<=", 1, "fail"),
+        (1, ">=", 1, "pass"),
+        (0, ">=", 1, "fail"),
+        ("a", "==", "a", "pass"),
+        ("a", "==", "b", "fail"),
+        ("a", "!=", "b", "pass"),
+        ("a", "!=", "a", "fail"),
+        ("a", "<=", "b", "fail"),
+        (1, "<=", "2", "fail"),
+        ("1", ">=", 1, "fail"),
+        (math.nan, "<=", 1, "fail"),
+        (math.nan, ">=", 1, "fail"),
+        (None, "<=", 1, "not evaluated"),
+        (1, "<=", None, "not evaluated"),
+        (1, None, 1, "not evaluated"),
     ],
-)  # fmt: skip
+)
 def test_relations_hold_or_not(value: Any, relation: Any, bound: Any, expected: str) -> None:
     assert status_of(value, relation, bound) == expected
 
@@ -509,20 +555,36 @@ def test_sentences_of_an_open_verdict() -> None:
     assert summary(text, plain_check("evidence.chunks", "Chunks", 2)) == (
         "Inconclusive: scored Positions is 999, bound >= 1000 (1 more): use more text."
     )
-    unknown = Check(
-        name="quality.top1", title="Top", subject="Q8_0", status="not evaluated", detail="nothing finite"
-    )  # fmt: skip
+    unknown = Check(name="quality.top1", title="Top", subject="Q8_0", status="not evaluated", detail="nothing finite")
     assert summary(unknown) == "Incomplete: quality, top of Q8_0 was not evaluated: nothing finite."
     assert summary(unknown, unknown) == "Incomplete: quality, top of Q8_0 was not evaluated (1 more): nothing finite."
 
 
 def some_divergence(label: str, mean: float) -> Divergence:
     return Divergence(
-        reference="r", candidate=label, tokens=1, chunks=1, n_ctx=8, vocab=2, mean_kld=mean, mean_kld_interval=(0, 1),
-        mean_kld_llama_cpp=0, max_kld=0, kld_percentiles={}, top1=1, top1_interval=(0, 1), rms_dp=0, ppl_reference=1,
-        ppl_candidate=1, ppl_ratio=1, ppl_ratio_interval=(1, 1), reference_entropy=1, kld_by_position=[],
-        kld_by_confidence=[], histogram=[],
-    )  # fmt: skip
+        reference="r",
+        candidate=label,
+        tokens=1,
+        chunks=1,
+        n_ctx=8,
+        vocab=2,
+        mean_kld=mean,
+        mean_kld_interval=(0, 1),
+        mean_kld_llama_cpp=0,
+        max_kld=0,
+        kld_percentiles={},
+        top1=1,
+        top1_interval=(0, 1),
+        rms_dp=0,
+        ppl_reference=1,
+        ppl_candidate=1,
+        ppl_ratio=1,
+        ppl_ratio_interval=(1, 1),
+        reference_entropy=1,
+        kld_by_position=[],
+        kld_by_confidence=[],
+        histogram=[],
+    )
 
 
 def test_sentences_of_a_release() -> None:

@@ -65,7 +65,7 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("float64 as weights", tensor("blk.1.ffn_up.weight", [32, 64], 28, 32 * 64 * 8), "is F64, a type in which"),
     ("no element", tensor("blk.0.attn_q.weight", [32, 0]), "so no element"),
     ("a type for sums in memory", tensor("x", [256], 15, 292), "tensor x is Q8_K, a type in which"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
@@ -88,12 +88,15 @@ FOUND: list[tuple[str, Change, str]] = [
     ("a list of widths", key("llama.feed_forward_length", ARRAY, [64], I32), "expected 2 (one item a block), found 1"),
     ("no heads", key("llama.attention.head_count", U32, 0), ""),
     ("an id outside", key("tokenizer.ggml.eos_token_id", U32, 65), "eos_token_id: expected an id below 65"),
-    ("a token twice", key("tokenizer.ggml.tokens", ARRAY, [f"t{i % 64}" for i in range(65)], STRING),
-     "token 64: expected a text of its own, found 't0', as token 0"),
+    (
+        "a token twice",
+        key("tokenizer.ggml.tokens", ARRAY, [f"t{i % 64}" for i in range(65)], STRING),
+        "token 64: expected a text of its own, found 't0', as token 0",
+    ),
     ("scores too short", key("tokenizer.ggml.scores", ARRAY, [0.0], F32), "scores: expected 65 items, found 1"),
     ("a NaN score", key("tokenizer.ggml.scores", ARRAY, [math.nan] * 65, F32), "scores[0]: expected a number"),
     ("a type of its own", key("tokenizer.ggml.token_type", ARRAY, [9] * 65, I32), "token_type[0]: expected 0 to 6"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "sentence"), [row[1:] for row in FOUND], ids=[row[0] for row in FOUND])
@@ -139,9 +142,17 @@ def test_the_table_of_keys_is_upstreams(tiny: Path) -> None:
     for name, value in parts(tiny).keys.items():
         rule = wanted(name)
         assert rule is None or rule.allows(value.kind, value.inner), name
-    for name in ("llama.rope.freq_base_swa", "qwen2.rope.scaling.yarn_beta_fast", "x.ssm.conv_kernel", "split.no",
-                 "tokenizer.ggml.fim_pad_token_id", "tokenizer.ggml.add_sep_token", "general.sampling.top_k",
-                 "gemma3.attention.sliding_window_pattern", "llama.expert_gating_func"):  # fmt: skip
+    for name in (
+        "llama.rope.freq_base_swa",
+        "qwen2.rope.scaling.yarn_beta_fast",
+        "x.ssm.conv_kernel",
+        "split.no",
+        "tokenizer.ggml.fim_pad_token_id",
+        "tokenizer.ggml.add_sep_token",
+        "general.sampling.top_k",
+        "gemma3.attention.sliding_window_pattern",
+        "llama.expert_gating_func",
+    ):
         assert wanted(name) is not None, name
     assert wanted("general.author") is None  # nothing computes with it
 

@@ -90,8 +90,11 @@ def structures(folder: Path) -> Make:
 
 
 def headers(folder: Path) -> Make:
-    made = [(whole.data(), read_gguf(whole.write(folder / f"{name}.gguf")).header)
-            for name, whole in seeds(folder).items() if name != "part"]  # fmt: skip
+    made = [
+        (whole.data(), read_gguf(whole.write(folder / f"{name}.gguf")).header)
+        for name, whole in seeds(folder).items()
+        if name != "part"
+    ]
     return lambda rng: damage(*rng.choice(made), rng)
 
 
@@ -117,9 +120,15 @@ def against_a_reference(folder: Path) -> Callable[[Path], None]:
     rows = len(healthy.keys["tokenizer.ggml.tokens"].value)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=rows, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=BLOCKS, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2, max_position_embeddings=128, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=rows,
+        hidden_size=WIDTH,
+        intermediate_size=FFN,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "reference")
     checkpoint, oracle = Checkpoint(folder / "reference"), read_gguf(healthy.write(folder / "oracle.gguf"))
 

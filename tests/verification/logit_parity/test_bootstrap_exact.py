@@ -121,9 +121,7 @@ def test_wilsons_interval_solves_its_equation(hits: float, total: float) -> None
     """Both ends p solve (share - p)^2 = z^2 p (1 - p) / n."""
     share, z = hits / total, 1.959963984540054
     roots = np.roots([1 + z * z / total, -(2 * share + z * z / total), share * share])
-    assert wilson(hits, total) == (
-        pytest.approx(roots.min(), abs=1e-9), pytest.approx(roots.max(), abs=1e-9)
-    )  # fmt: skip
+    assert wilson(hits, total) == (pytest.approx(roots.min(), abs=1e-9), pytest.approx(roots.max(), abs=1e-9))
     assert wilson(hits, total)[0] <= share <= wilson(hits, total)[1]
 
 

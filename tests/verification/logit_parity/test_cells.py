@@ -21,10 +21,15 @@ from verification.logit_parity.text import Corpus
 from verification.reference.rope import original_length
 
 PHI35 = {
-    "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "hidden_size": 3072,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 32, "sliding_window": 262144,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "hidden_size": 3072,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "num_hidden_layers": 32,
+    "sliding_window": 262144,
     "rope_scaling": {"type": "longrope"},
-}  # fmt: skip
+}
 TEXT = [np.arange(100, 612) % 500 for _ in range(12)]
 
 
@@ -36,9 +41,19 @@ def test_every_cell_applies_or_says_why() -> None:
     plan = plan_cells("full", TEXT, PHI35, bos=1, chats=[np.arange(30)])
     why = reasons(plan)
     assert list(why) == [
-        "short", "n_ctx_shipped", "n_ctx_larger", "n_ubatch", "decode", "no_bos", "bos", "chat", "long",
-        "rope_straddle", "rope_beyond", "window",
-    ]  # fmt: skip
+        "short",
+        "n_ctx_shipped",
+        "n_ctx_larger",
+        "n_ubatch",
+        "decode",
+        "no_bos",
+        "bos",
+        "chat",
+        "long",
+        "rope_straddle",
+        "rope_beyond",
+        "window",
+    ]
     assert {name for name, text in why.items() if text} == {"window"}
     by_name = {cell.name: cell for cell in plan.cells}
     assert (by_name["n_ctx_shipped"].n_ctx, by_name["n_ctx_larger"].n_ctx) == (4096, 8192)
@@ -87,21 +102,40 @@ def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("phi3") / "model"
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        input="verification/logit_parity/corpus/default.txt", model_prefix=str(folder / "tokenizer"), vocab_size=800,
-        byte_fallback=True, model_type="bpe", character_coverage=0.98, user_defined_symbols=["<|endoftext|>"],
-        minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        input="verification/logit_parity/corpus/default.txt",
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=800,
+        byte_fallback=True,
+        model_type="bpe",
+        character_coverage=0.98,
+        user_defined_symbols=["<|endoftext|>"],
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     torch.manual_seed(0)
     half = 16  # head_dim / 2
     config = Phi3Config(
-        vocab_size=800, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=1024, original_max_position_embeddings=256,
+        vocab_size=800,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=1024,
+        original_max_position_embeddings=256,
         rope_parameters={
-            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
-            "short_factor": [1.0] * half, "long_factor": np.linspace(1.0, 8.0, half).tolist(),
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 256,
+            "short_factor": [1.0] * half,
+            "long_factor": np.linspace(1.0, 8.0, half).tolist(),
         },
-        sliding_window=None, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+        sliding_window=None,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     model = Phi3ForCausalLM(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -139,11 +173,17 @@ def decided(checks: list[Check], policy: Policy) -> Report:
     leg = Leg(name="cells", title="Cells", compared="", status="not evaluated", checks=checks)
     return decide(
         Report(
-            verdict="incomplete", summary="", created="2026-01-01T00:00:00+00:00", artefacts=[], legs=[leg], policy={},
-            versions={}, durations={},
+            verdict="incomplete",
+            summary="",
+            created="2026-01-01T00:00:00+00:00",
+            artefacts=[],
+            legs=[leg],
+            policy={},
+            versions={},
+            durations={},
         ),
         policy,
-    )  # fmt: skip
+    )
 
 
 def test_longrope_factors_picked_by_the_allocated_n_ctx_are_caught_named_and_waivable(

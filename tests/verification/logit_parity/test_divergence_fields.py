@@ -141,8 +141,9 @@ def test_a_single_chunk_has_its_extremes_in_place_of_intervals(starts: tuple[int
     assert d.chunks == 1
     assert d.mean_kld_interval == (pytest.approx(kld.min(), rel=1e-9), pytest.approx(kld.max(), rel=1e-9))
     assert d.ppl_ratio_interval == (
-        pytest.approx(math.exp(ratio.min()), rel=1e-9), pytest.approx(math.exp(ratio.max()), rel=1e-9)
-    )  # fmt: skip
+        pytest.approx(math.exp(ratio.min()), rel=1e-9),
+        pytest.approx(math.exp(ratio.max()), rel=1e-9),
+    )
     assert [start for start, _ in d.kld_by_position] == list(range(16, 56, 3))  # 40 positions in 16 buckets: 3 each
 
 
@@ -193,12 +194,30 @@ def test_nothing_finite_leaves_zeros_and_says_how_many_rows_were_lost() -> None:
     ref, _, targets = made()
     d = accumulate(ref, [np.full_like(x, np.nan) for x in ref], targets)
     assert d.model_dump() == {
-        "reference": "the reference", "candidate": "Q8_0", "tokens": 0, "chunks": 3, "n_ctx": N_CTX, "vocab": VOCAB,
-        "mean_kld": 0.0, "mean_kld_interval": (0.0, 0.0), "mean_kld_llama_cpp": 0.0, "max_kld": 0.0,
-        "kld_percentiles": {}, "top1": 0.0, "top1_interval": (0.0, 0.0), "rms_dp": 0.0, "ppl_reference": 0.0,
-        "ppl_candidate": 0.0, "ppl_ratio": 0.0, "ppl_ratio_interval": (0.0, 0.0), "reference_entropy": 0.0,
-        "kld_by_position": [], "kld_by_confidence": [], "histogram": [], "non_finite": sum(ROWS),
-    }  # fmt: skip
+        "reference": "the reference",
+        "candidate": "Q8_0",
+        "tokens": 0,
+        "chunks": 3,
+        "n_ctx": N_CTX,
+        "vocab": VOCAB,
+        "mean_kld": 0.0,
+        "mean_kld_interval": (0.0, 0.0),
+        "mean_kld_llama_cpp": 0.0,
+        "max_kld": 0.0,
+        "kld_percentiles": {},
+        "top1": 0.0,
+        "top1_interval": (0.0, 0.0),
+        "rms_dp": 0.0,
+        "ppl_reference": 0.0,
+        "ppl_candidate": 0.0,
+        "ppl_ratio": 0.0,
+        "ppl_ratio_interval": (0.0, 0.0),
+        "reference_entropy": 0.0,
+        "kld_by_position": [],
+        "kld_by_confidence": [],
+        "histogram": [],
+        "non_finite": sum(ROWS),
+    }
 
 
 def test_infinite_logits_of_both_signs_in_one_row_are_one_lost_row() -> None:

@@ -323,8 +323,11 @@ def test_a_real_browser_renders_the_page_without_sideways_scrolling(tmp_path: Pa
     assert BROWSER is not None
     done = subprocess.run(
         [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", probe.as_uri()],
-        capture_output=True, text=True, timeout=80, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=80,
+        check=False,
+    )
     found = re.search(r'<p id="out">([^<]*)</p>', done.stdout)
     assert found, done.stderr[-500:]
     title, width, figures, drawn = found[1].split(";")

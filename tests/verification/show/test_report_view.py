@@ -46,7 +46,12 @@ def test_numbers_for_people() -> None:
     shown = [number(x) for x in (0.0, 5.4e-6, 0.0041, 0.056, 28.44, 12920.4, 3.2e9, 49152, -1e-5, math.nan)]
     assert shown == ["0", "5.4e-6", "0.0041", "0.056", "28.4", "12,920", "3.2e9", "49,152", "-1e-5", "NaN"]
     assert [percent(x) for x in (0.0, 1.0, 0.9993, 0.878, 0.99999, 0.5)] == [
-        "0 %", "100 %", "99.93 %", "87.8 %", "99.999 %", "50 %"
-    ]  # fmt: skip
+        "0 %",
+        "100 %",
+        "99.93 %",
+        "87.8 %",
+        "99.999 %",
+        "50 %",
+    ]
     value, bound = texts(check("x", "X", "fail", value=0.0200001, bound=0.02))
     assert value != bound.removeprefix("<= ")  # rounding never makes a failure look equal to its bound

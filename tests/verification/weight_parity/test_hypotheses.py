@@ -56,8 +56,11 @@ def test_rotations_of_the_input_of_o_proj() -> None:
     Q = dense(R)
     found = table(Known("o", W, rotation=R))
     assert list(found) == [
-        "expected", "not rotated (R missing)", "rotated back (R^T in place of R)", "rotated twice",
-    ]  # fmt: skip
+        "expected",
+        "not rotated (R missing)",
+        "rotated back (R^T in place of R)",
+        "rotated twice",
+    ]
     assert found["expected"] is W
     assert same(found["not rotated (R missing)"], W @ Q.T)
     assert same(found["rotated back (R^T in place of R)"], W @ Q.T @ Q.T)
@@ -93,8 +96,11 @@ def test_the_base_and_the_layers_other_tensors_stand_as_they_are() -> None:
     W, base, q, k = (weights(16, 24, seed) for seed in range(4))
     found = table(Known("v", W, base=base, siblings=(("q_proj", q), ("k_proj", k), ("small", weights(8, 24)))))
     assert list(found) == [
-        "expected", "the base's own weight (nothing baked)", "q_proj of the same layer", "k_proj of the same layer",
-    ]  # fmt: skip
+        "expected",
+        "the base's own weight (nothing baked)",
+        "q_proj of the same layer",
+        "k_proj of the same layer",
+    ]
     assert found["the base's own weight (nothing baked)"] is base
     assert found["k_proj of the same layer"] is k
 
@@ -183,9 +189,14 @@ def test_a_hypothesis_of_another_shape_is_left_out() -> None:
     assert (found.best, found.second) == (EXPECTED, "")
 
 
-@pytest.mark.parametrize(("z", "best", "fault"), [
-    (4.0, "transposed", True), (3.99, "transposed", False), (math.inf, EXPECTED, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("z", "best", "fault"),
+    [
+        (4.0, "transposed", True),
+        (3.99, "transposed", False),
+        (math.inf, EXPECTED, False),
+    ],
+)
 def test_a_fault_needs_a_preference_of_four_standard_deviations(z: float, best: str, fault: bool) -> None:
     assert DECIDED == 4.0
     assert Nearest("t", best, 0, "", 0, 9, 0, z).is_fault == fault

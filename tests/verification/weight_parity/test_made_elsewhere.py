@@ -22,7 +22,7 @@ from made_elsewhere import (
     q4_grid,
     searched,
     small_llama,
-)  # fmt: skip
+)
 from safetensors.torch import load_file, save_file
 
 from verification.engines.huggingface import load_hf
@@ -175,16 +175,28 @@ FAULTS = {
     "a LoRA of 4 % missing": ("ffn_down", lambda w: _lora(w, 0.04), "low-rank", ("Q4_K_M", "Q6_K", "Q8_0")),
     "a rotation left over": ("attn_output", lambda w: _turned(w, 0.01), "rotation off", ("Q4_K_M", "Q6_K", "Q8_0")),
     "scaled": ("ffn_up", lambda w: w * np.float32(1.03), "scaled by 1.0", ("Q4_K_M", "Q6_K", "Q8_0")),
-    "one row scaled": ("ffn_gate", lambda w: np.concatenate([w[:9], w[9:10] * np.float32(1.2), w[10:]]), "row",
-                       ("Q4_K_M", "Q8_0")),
-    "one column scaled": ("ffn_gate", lambda w: w * np.where(np.arange(w.shape[1]) == 70, 1.4, 1).astype(np.float32),
-                          "column", ("Q4_K_M", "Q8_0")),
+    "one row scaled": (
+        "ffn_gate",
+        lambda w: np.concatenate([w[:9], w[9:10] * np.float32(1.2), w[10:]]),
+        "row",
+        ("Q4_K_M", "Q8_0"),
+    ),
+    "one column scaled": (
+        "ffn_gate",
+        lambda w: w * np.where(np.arange(w.shape[1]) == 70, 1.4, 1).astype(np.float32),
+        "column",
+        ("Q4_K_M", "Q8_0"),
+    ),
     "shifted": ("ffn_down", lambda w: w + np.float32(0.05 * w.std()), "shifted", ("Q4_K_M", "Q8_0")),
     "transposed": ("attn_output", lambda w: w.T, "transposed", ("Q4_K_M", "Q2_K")),
-    "noise of half its size": ("ffn_up", lambda w: w + np.float32(0.5 * w.std()) *
-                               np.random.default_rng(1).standard_normal(w.shape).astype(np.float32), "", ("Q4_K_M",)),
+    "noise of half its size": (
+        "ffn_up",
+        lambda w: w + np.float32(0.5 * w.std()) * np.random.default_rng(1).standard_normal(w.shape).astype(np.float32),
+        "",
+        ("Q4_K_M",),
+    ),
     "rows in another order": ("ffn_up", lambda w: w[np.random.default_rng(1).permutation(len(w))], "", ("Q4_K_M",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

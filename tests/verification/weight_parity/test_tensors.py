@@ -198,9 +198,17 @@ def test_experts_are_held_against_the_files_that_name_each(tmp_path: Path) -> No
     """In memory the experts of a layer are one tensor, in the files they are one each."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     save_adapter(attach(load_hf(tmp_path / "base"), SO8TConfig(init_scale=0.1)), tmp_path / "adapter")
     saved = bake_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "saved")

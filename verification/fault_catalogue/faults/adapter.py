@@ -109,23 +109,43 @@ def _base_converted(pair: Healthy, source: Path, target: Path, strength: float) 
 
 ANGLES = steps("{:g} rad", 0.1, 0.01, 0.001, 0.0001, 0.00001)
 FAULTS = [
-    Fault("one layer's R off by an angle", "adapter", _off_by, ("attn_output",), ANGLES, 2, logits=True),
-    Fault("one layer's R off by an angle", "adapter", _off_by, ("attn_output",), ANGLES, 2, level="Q8_0"),
-    Fault("one layer's R off by an angle", "adapter", _off_by, ("attn_output",), ANGLES, 2, level="Q4_K_M"),
+    Fault("one layer's R off by an angle", "adapter", _off_by, ("attn_output",), ANGLES, real=2, logits=True),
+    Fault("one layer's R off by an angle", "adapter", _off_by, ("attn_output",), ANGLES, real=2, level="Q8_0"),
+    Fault("one layer's R off by an angle", "adapter", _off_by, ("attn_output",), ANGLES, real=2, level="Q4_K_M"),
     Fault("one layer not rotated", "adapter", _with_R(-1), ("attn_output",)),
     Fault("one layer not rotated", "adapter", _with_R(-1), ("attn_output",), level="Q4_K_M"),
     Fault("one layer rotated back", "adapter", _with_R(-1, -1), ("attn_output",)),
     Fault("one layer rotated twice", "adapter", _with_R(1), ("attn_output",)),
     Fault("rotated on the output's side", "adapter", _wrong_side, ("attn_output",)),
-    Fault("o_proj transposed", "adapter", lambda pair, s, t, x: transposed(s, t, layer_of(pair, OUTPUT)),
-          ("attn_output",)),
-    Fault("the base converted, nothing merged", "adapter", _base_converted, ("attn_output", "ffn_down"),
-          level="Q4_K_M"),
-    Fault("LoRA's scale wrong", "adapter", _change_scaled("ffn_down.weight", everywhere=True), ("ffn_down",),
-          steps("x {:g}", 2.828427, 1.1, 1.01, 1.001), 0),
-    Fault("LoRA's scale wrong in one layer", "adapter", _change_scaled("ffn_down.weight"), ("ffn_down",),
-          steps("x {:g}", 2.828427, 1.1, 1.01, 1.001), 0, level="Q8_0"),
-    Fault("LoRA merged twice in one layer", "adapter", _change_scaled("ffn_down.weight"), ("ffn_down",),
-          steps("x {:g}", 2)),
+    Fault(
+        "o_proj transposed", "adapter", lambda pair, s, t, x: transposed(s, t, layer_of(pair, OUTPUT)), ("attn_output",)
+    ),
+    Fault(
+        "the base converted, nothing merged", "adapter", _base_converted, ("attn_output", "ffn_down"), level="Q4_K_M"
+    ),
+    Fault(
+        "LoRA's scale wrong",
+        "adapter",
+        _change_scaled("ffn_down.weight", everywhere=True),
+        ("ffn_down",),
+        steps("x {:g}", 2.828427, 1.1, 1.01, 1.001),
+        real=0,
+    ),
+    Fault(
+        "LoRA's scale wrong in one layer",
+        "adapter",
+        _change_scaled("ffn_down.weight"),
+        ("ffn_down",),
+        steps("x {:g}", 2.828427, 1.1, 1.01, 1.001),
+        real=0,
+        level="Q8_0",
+    ),
+    Fault(
+        "LoRA merged twice in one layer",
+        "adapter",
+        _change_scaled("ffn_down.weight"),
+        ("ffn_down",),
+        steps("x {:g}", 2),
+    ),
     Fault("LoRA missing in one layer", "adapter", _change_scaled("ffn_down.weight"), ("ffn_down",), steps("x {:g}", 0)),
-]  # fmt: skip
+]

@@ -1,4 +1,4 @@
-"""Where file and checkpoint agree and the engine computes something else: only logits show it.
+"""Faults where file and checkpoint agree but the engine computes something else, which only logits show.
 
 These pairs are healthy files of models that the engine, or the file's number format, cannot hold as they are.
 """
@@ -17,8 +17,20 @@ def _as_it_is(pair: Healthy, source: Path, target: Path, strength: float) -> Non
 
 
 FAULTS = [
-    Fault("sliding window that llama.cpp does not apply", "window and soft-cap", _as_it_is, ("sliding_window",),
-          steps("{:g} of 128 tokens", 32, 96), pair="mistral sliding_window={:g}"),
-    Fault("weights below F16's smallest number", "number range", _as_it_is, ("attn_v",),
-          steps("2^-{:g} of their size", 18, 14, 10), pair="llama small={:g}"),
-]  # fmt: skip
+    Fault(
+        "sliding window that llama.cpp does not apply",
+        "window and soft-cap",
+        _as_it_is,
+        ("sliding_window",),
+        steps("{:g} of 128 tokens", 32, 96),
+        pair="mistral sliding_window={:g}",
+    ),
+    Fault(
+        "weights below F16's smallest number",
+        "number range",
+        _as_it_is,
+        ("attn_v",),
+        steps("2^-{:g} of their size", 18, 14, 10),
+        pair="llama small={:g}",
+    ),
+]

@@ -69,24 +69,44 @@ FFN = "ffn_up.weight"
 HIGH, LOW = 21, 20  # bytes of the eleventh F16 weight: sign and exponent, mantissa
 BITS = steps("bit {:g}", 6, 4, 1)
 FAULTS = [
-    Fault("cut off", "file", _cut, ("ends at byte", "needs bytes"),
-          (*steps("half", 0), *steps("{:g} bytes", 4096, 33)), 1),
-    Fault("bytes behind the last tensor", "file", lambda pair, s, t, x: padded(s, t, round(x)), (".gguf",),
-          steps("{:g}", 4096, 1)),
+    Fault(
+        "cut off",
+        "file",
+        _cut,
+        ("ends at byte", "needs bytes"),
+        (*steps("half", 0), *steps("{:g} bytes", 4096, 33)),
+        real=1,
+    ),
+    Fault(
+        "bytes behind the last tensor",
+        "file",
+        lambda pair, s, t, x: padded(s, t, round(x)),
+        (".gguf",),
+        steps("{:g}", 4096, 1),
+    ),
     Fault("a bit flipped in an exponent", "file", _bit(FFN, HIGH), (FFN,), steps("bit {:g}", 6, 4, 2)),
     Fault("a bit flipped in a mantissa", "file", _bit(FFN, LOW), (FFN,), steps("bit {:g}", 7, 3, 0)),
-    Fault("a bit flipped in a quantised block", "file", _bit(FFN, 40), (FFN,), steps("bit {:g}", 7, 3, 0),
-          level="Q8_0"),
-    Fault("a bit flipped in a quantised block", "file", _bit(FFN, 40), (FFN,), steps("bit {:g}", 7, 3, 0),
-          level="Q4_K_M"),
+    Fault(
+        "a bit flipped in a quantised block", "file", _bit(FFN, 40), (FFN,), steps("bit {:g}", 7, 3, 0), level="Q8_0"
+    ),
+    Fault(
+        "a bit flipped in a quantised block", "file", _bit(FFN, 40), (FFN,), steps("bit {:g}", 7, 3, 0), level="Q4_K_M"
+    ),
     Fault("a tensor lost", "file", lambda pair, s, t, x: without_tensor(s, t, layer_of(pair, FFN)), (FFN,)),
-    Fault("a tensor renamed", "file",
-          lambda pair, s, t, x: renamed(s, t, layer_of(pair, FFN), layer_of(pair, "ffn_upp.weight")),
-          (FFN, "ffn_upp")),
+    Fault(
+        "a tensor renamed",
+        "file",
+        lambda pair, s, t, x: renamed(s, t, layer_of(pair, FFN), layer_of(pair, "ffn_upp.weight")),
+        (FFN, "ffn_upp"),
+    ),
     Fault("a tensor nobody asked for", "file", _extra, ("rope_freqs",), steps("1 +- {:g}", 0.1, 0.001)),
-    Fault("alignment key wrong", "file",
-          lambda pair, s, t, x: set_metadata(s, t, {"general.alignment": round(x)}), ("general.alignment",),
-          steps("{:g}", 64, 4096)),
+    Fault(
+        "alignment key wrong",
+        "file",
+        lambda pair, s, t, x: set_metadata(s, t, {"general.alignment": round(x)}),
+        ("general.alignment",),
+        steps("{:g}", 64, 4096),
+    ),
     Fault("a key written twice", "file", _duplicate, ("rope.freq_base",)),
     Fault("bytes hidden in the padding", "file", _hidden, (".weight",)),
-]  # fmt: skip
+]

@@ -1,4 +1,4 @@
-"""Faults of weights: order, size, another tensor, another road to the same file, numbers out of range."""
+"""Faults of weights: order, size, another tensor, another way to the same file, numbers out of range."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from verification.engines.quantise import quantise, quantised_bytes
-from verification.fault_catalogue.edit import (  # fmt: skip
+from verification.fault_catalogue.edit import (
     edit_tensor,
     permuted,
     poisoned,
@@ -150,43 +150,123 @@ QK = ("attn_q", "attn_k")
 GAIN = steps("x {:.9g}", 1.1, 1.01, 1.001, 1.0001)
 SHARE = steps("{:g} of its size", 0.1, 0.01, 0.001, 0.0001)
 FAULTS = [
-    Fault("q rows not permuted", "attention layout",
-          lambda pair, s, t, x: unpermuted(s, t, layer_of(pair, "attn_q.weight"), HEAD), ("attn_q",)),
-    Fault("k rows permuted twice", "attention layout",
-          lambda pair, s, t, x: permuted(s, t, layer_of(pair, "attn_k.weight"), HEAD), ("attn_k",), level="Q4_K_M"),
+    Fault(
+        "q rows not permuted",
+        "attention layout",
+        lambda pair, s, t, x: unpermuted(s, t, layer_of(pair, "attn_q.weight"), HEAD),
+        ("attn_q",),
+    ),
+    Fault(
+        "k rows permuted twice",
+        "attention layout",
+        lambda pair, s, t, x: permuted(s, t, layer_of(pair, "attn_k.weight"), HEAD),
+        ("attn_k",),
+        level="Q4_K_M",
+    ),
     Fault("two heads exchanged", "attention layout", _edit("attn_q.weight", _heads), ("attn_q",)),
     Fault("k and v rows exchanged in a fused tensor", "attention layout", _fused, ("attn_qkv",), pair="phi3"),
-    Fault("q permuted although the family needs none", "attention layout",
-          _edit("attn_q.weight", lambda w, x: halves_to_pairs(w, 128)), ("attn_q",), pair="gemma2"),
-    Fault("untied head left out", "embedding and head", lambda pair, s, t, x: without_tensor(s, t, "output.weight"),
-          ("output.weight",), pair="llama"),
-    Fault("tied head written with other values", "embedding and head", _head, ("output.weight",), SHARE, 1,
-          pair="smollm3"),
+    Fault(
+        "q permuted although the family needs none",
+        "attention layout",
+        _edit("attn_q.weight", lambda w, x: halves_to_pairs(w, 128)),
+        ("attn_q",),
+        pair="gemma2",
+    ),
+    Fault(
+        "untied head left out",
+        "embedding and head",
+        lambda pair, s, t, x: without_tensor(s, t, "output.weight"),
+        ("output.weight",),
+        pair="llama",
+    ),
+    Fault(
+        "tied head written with other values",
+        "embedding and head",
+        _head,
+        ("output.weight",),
+        SHARE,
+        real=1,
+        pair="smollm3",
+    ),
     Fault("embedding rows shifted", "embedding and head", _rolled, ("token_embd",), steps("by {:g}", 1)),
     Fault("a weight is NaN", "number range", _poison(np.nan), ("ffn_up",)),
     Fault("a weight overflowed to infinity", "number range", _poison(np.inf), ("ffn_up",)),
     Fault("a weight clipped at F16's end", "number range", _poison(65504.0), ("ffn_up",)),
-    Fault("tensors of two layers exchanged", "weights", _tensors_of("ffn_down.weight", "blk.0.ffn_down.weight"),
-          ("ffn_down",)),
-    Fault("gate and up exchanged", "weights", _tensors_of("ffn_gate.weight", "ffn_up.weight"), ("ffn_gate", "ffn_up"),
-          level="Q4_K_M"),
-    Fault("v_proj scaled", "weights", lambda pair, s, t, x: scaled(s, t, layer_of(pair, "attn_v.weight"), x),
-          ("attn_v",), GAIN, 1),
-    Fault("noise on one tensor", "weights", _edit("ffn_gate.weight", _noise), ("ffn_gate",),
-          steps("{:g} of its size", 0.1, 0.01, 0.001, 0.0001, 1e-6), 1),
-    Fault("noise on one tensor", "weights", _edit("ffn_gate.weight", _noise), ("ffn_gate",), SHARE, 1, level="Q4_K_M"),
-    Fault("one weight changed", "weights", _edit("ffn_up.weight", _one), ("ffn_up",),
-          steps("+ {:g} of it", 1, 0.1, 0.01, 0.001, 0.0001), 1),
-    Fault("a bias left out", "weights", lambda pair, s, t, x: without_tensor(s, t, layer_of(pair, "attn_q.bias")),
-          ("attn_q.bias",), pair="llama"),
+    Fault(
+        "tensors of two layers exchanged",
+        "weights",
+        _tensors_of("ffn_down.weight", "blk.0.ffn_down.weight"),
+        ("ffn_down",),
+    ),
+    Fault(
+        "gate and up exchanged",
+        "weights",
+        _tensors_of("ffn_gate.weight", "ffn_up.weight"),
+        ("ffn_gate", "ffn_up"),
+        level="Q4_K_M",
+    ),
+    Fault(
+        "v_proj scaled",
+        "weights",
+        lambda pair, s, t, x: scaled(s, t, layer_of(pair, "attn_v.weight"), x),
+        ("attn_v",),
+        GAIN,
+        real=1,
+    ),
+    Fault(
+        "noise on one tensor",
+        "weights",
+        _edit("ffn_gate.weight", _noise),
+        ("ffn_gate",),
+        steps("{:g} of its size", 0.1, 0.01, 0.001, 0.0001, 1e-6),
+        real=1,
+    ),
+    Fault(
+        "noise on one tensor", "weights", _edit("ffn_gate.weight", _noise), ("ffn_gate",), SHARE, real=1, level="Q4_K_M"
+    ),
+    Fault(
+        "one weight changed",
+        "weights",
+        _edit("ffn_up.weight", _one),
+        ("ffn_up",),
+        steps("+ {:g} of it", 1, 0.1, 0.01, 0.001, 0.0001),
+        real=1,
+    ),
+    Fault(
+        "a bias left out",
+        "weights",
+        lambda pair, s, t, x: without_tensor(s, t, layer_of(pair, "attn_q.bias")),
+        ("attn_q.bias",),
+        pair="llama",
+    ),
     Fault("a bias of zeros", "weights", _edit("attn_q.bias", lambda w, x: w * 0), ("attn_q.bias",), pair="llama"),
-    Fault("quantised from another finetune", "other source", _other_weights, ("tensors",),
-          # 0.01 adds 1 % to the error of a 4-bit type: nothing that its user could notice, and judged healthy
-          steps("{:g} of the weights", 0.1, 0.01, 0.001, 0.0001), 0, level="Q4_K_M"),
-    Fault("quantised from another finetune", "other source", _other_weights, ("tensors",),
-          steps("{:g} of the weights", 0.01, 0.001, 0.0001, 1e-5), 0, level="Q8_0"),
-    Fault("weights went through a smaller float type", "other source", _fewer_bits, ("tensors",),
-          steps("{:g} bits", 4, 5, 6, 7, 8), 0),
+    Fault(
+        "quantised from another finetune",
+        "other source",
+        _other_weights,
+        ("tensors",),
+        # 0.01 adds 1 % to the error of a 4-bit type: nothing that its user could notice, and judged healthy
+        steps("{:g} of the weights", 0.1, 0.01, 0.001, 0.0001),
+        real=0,
+        level="Q4_K_M",
+    ),
+    Fault(
+        "quantised from another finetune",
+        "other source",
+        _other_weights,
+        ("tensors",),
+        steps("{:g} of the weights", 0.01, 0.001, 0.0001, 1e-5),
+        real=0,
+        level="Q8_0",
+    ),
+    Fault(
+        "weights went through a smaller float type",
+        "other source",
+        _fewer_bits,
+        ("tensors",),
+        steps("{:g} bits", 4, 5, 6, 7, 8),
+        real=0,
+    ),
     Fault("a quantised tensor in a float file", "types", _retyped("Q8_0", "ffn_up.weight"), ("ffn_up",)),
     Fault("file type says another type", "types", _file_type, ("file_type",)),
-]  # fmt: skip
+]

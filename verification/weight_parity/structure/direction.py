@@ -34,7 +34,7 @@ class Direction:
 
     @property
     def cause(self) -> str:
-        """In words."""
+        """The cause in words."""
         return f"the change from the base scaled by {1 + self.value:.3g}"
 
 

@@ -1,7 +1,7 @@
 """A constant added to a tensor: mean(E), relative to the reference's root mean square.
 
 K-quants with a minimum are biased themselves (1e-3 of the RMS was measured, 41 standard errors from zero), so a shift
-is held to what the own quantiser leaves, never to zero. Standard error of the mean: rms(E) / sqrt(weights).
+is compared with what the own quantiser leaves, never with zero. Standard error of the mean: rms(E) / sqrt(weights).
 """
 
 from __future__ import annotations
