@@ -2,7 +2,7 @@
 
 It finds e-mail, telephone, My Number, corporate number, card, IBAN, IP and postal addresses, keys and tokens, and marks
 of confidential papers (社外秘). Names of people are out of reach of rules: no list of names is complete, and most names
-are ordinary words. All searching is done on folded text (see `text`); spans refer to the original.
+are ordinary words. All searching is done on folded text (see `folded_text`); spans refer to the original.
 """
 
 from __future__ import annotations
