@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from so8t_core.exponential import BLOCK, once
+from so8t_core.torch_private import cpu_multiplies_bfloat16
 
 ELEMENTS = 393216  # of x turned at a time on a CPU: 1.5 MB of float32; 128 rows at 3072 channels
 NARROW_ELEMENTS = 1 << 19  # the same of bfloat16: 1 MB
@@ -111,7 +112,7 @@ def _by_tile(x_TD: Tensor, width: int) -> Tensor:
 
 @cache
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type != "cpu" or cpu_multiplies_bfloat16()
 
 
 def _step(x_TD: Tensor) -> int:

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from so8t_core.block_product import Memo
 from so8t_core.exponential import BLOCK, PARAMETERS, TERMS, Evaluated, evaluate
 from so8t_core.rotation import rotate_blocks
+from so8t_core.torch_private import inside_backward, remove_forward_pre_hook, writes
 
 
 class _Known(NamedTuple):
@@ -63,7 +64,7 @@ class RotationGate(nn.Module):
         if not self._is_trained():
             return known.R[place]
         # A backward in which layers are run again one by one (checkpointing) reaches each theta by a node of its own.
-        if self._known.theta is not self.theta or torch._C._current_graph_task_id() != -1:
+        if self._known.theta is not self.theta or inside_backward():
             return known.connected([self.theta if k == place else None for k in range(len(known.R))])[place]
         return self._known.connected
 
@@ -95,7 +96,7 @@ class RotationGate(nn.Module):
         """Changes with every write that raises theta's version (not: to `theta.data`), and after every step of any
         optimiser, whose kernels may tell no one."""
         theta = self.theta
-        return (theta.data_ptr(), theta._version, theta.device, theta.dtype, _OPTIMISER_STEPS[0])
+        return (theta.data_ptr(), writes(theta), theta.device, theta.dtype, _OPTIMISER_STEPS[0])
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files carry theta alone: what is known of it takes 30 times the bytes, and a stamp means nothing
@@ -163,8 +164,7 @@ def share(model: nn.Module) -> None:
 def unshare(model: nn.Module) -> None:
     """Undo `share`."""
     model.__dict__.pop("_so8t_layers", None)
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _refresh_shared]:
-        del model._forward_pre_hooks[key]
+    remove_forward_pre_hook(model, _refresh_shared)
 
 
 def _refresh_shared(model: nn.Module, _: Any) -> None:

@@ -86,7 +86,8 @@ def weight_error(model: nn.Module, original: Callable[[str], Tensor]) -> tuple[f
     apart = whole = 0.0
     count = 0
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")  # of the layer itself: an adapter around it shows the same one
+        # The layer's own: an adapter around it shows the same one.
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if type(weight).__name__ not in ("Params4bit", "Int8Params"):
             continue
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")

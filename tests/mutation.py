@@ -3,8 +3,8 @@
 Kinds: comparisons turned or loosened by one, `and`/`or`, `not` dropped, conditions made constant, filters of
 comprehensions dropped, numbers changed, strings changed or emptied, + and -, * and / swapped, min/max and any/all
 swapped, calls dropped, slices widened, loops over nothing, results replaced by None, statements removed. Docstrings,
-annotations, type aliases and imports are left alone. Home-made because the packaged runners change function bodies
-only, and half of a gate's decisions are its tables.
+annotations, type aliases and imports are left alone. Home-made because cosmic-ray changes no string, drops no
+call and starts the tests anew for each mutant (docs/design.md).
 
 `python tests/mutation.py MODULE TEST_FILE ... [--every N] [--jobs N]` prints one JSON object. The tests are collected
 once; each mutant then gets a fork of that process, in which it takes the module's place wherever that was imported.

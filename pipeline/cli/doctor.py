@@ -45,6 +45,7 @@ _PACKAGES = (  # distribution, verbs, how to get it
     ("jinja2", "data, report, serve", "pip install jinja2"),
     ("phonenumbers", "data", "pip install 'so8t[data]'"),
     ("python-stdnum", "data", "pip install 'so8t[data]'"),
+    ("license-expression", "data with an expression of licences", "pip install 'so8t[data]'"),
     ("Protego", "data --collect", "pip install 'so8t[data]'"),
     ("httpx", "data --collect", "pip install 'so8t[data]'"),
     ("matplotlib", "report", "pip install matplotlib"),

@@ -1,14 +1,18 @@
 """Which licences allow training: SPDX identifiers against an allow-list and a forbidden list.
 
 A licence on neither list is unknown and excludes its rows like a forbidden one. `A OR B` needs one allowed part,
-`A AND B` all of them; `*` at the end of a list entry stands for any rest. Case does not matter (SPDX, annex D).
+`A AND B` all of them; OR beside AND needs parentheses. `A WITH B` is a licence of its own. `*` at the end of a list
+entry stands for any rest. Case does not matter in names (SPDX, annex D). license-expression reads the expressions.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain, zip_longest
+from typing import Any
 
 from pipeline.config import DataConfig
 
@@ -20,6 +24,10 @@ ALLOWED = (
     "ISC", "Unlicense", OWN,
 )  # fmt: skip
 FORBIDDEN = ("CC-BY-NC*", "CC-BY-ND*", "NONE", "LicenseRef-Proprietary", "LicenseRef-No-Training")
+_FORBIDDEN, _UNKNOWN = "licence forbidden", "licence unknown"
+_OPERATOR = re.compile(r"((?<![^\s()])(?:AND|OR)(?![^\s()])|[()])")
+_GAP = re.compile(r"(?:^|\(|AND|OR) *(?:$|\)|AND|OR)")  # a missing name, which the library lets pass: `MIT OR ISC OR`
+_NESTING = 50  # parentheses within each other: no licence needs them, and no row may exhaust the stack
 
 
 @dataclass(frozen=True)
@@ -37,20 +45,54 @@ class LicencePolicy:
 
     def objection(self, licence: str) -> str | None:
         """`licence forbidden`, `licence unknown`, or None where rows under it may be used."""
-        words = licence.split()
-        if "OR" in words and "AND" in words:
-            return "licence unknown"  # needs parentheses to mean one thing; state the licence that was chosen
-        joint = "OR" if "OR" in words else "AND"
-        parts = [" ".join(part.split()) for part in " ".join(words).split(f" {joint} ")]
-        found = [self._one(part) for part in parts]
-        if joint == "OR" and None in found:
-            return None
-        return "licence forbidden" if "licence forbidden" in found else next(filter(None, found), None)
+        pieces = _OPERATOR.split(licence)  # name, operator, name, ...
+        names, operators = [" ".join(name.split()) for name in pieces[::2]], pieces[1::2]
+        if not {"AND", "OR"} & set(operators):
+            whole = self._one(" ".join(licence.split()))
+            if whole != _UNKNOWN or not operators:
+                return whole  # parentheses may belong to a name on a list
+        from license_expression import ExpressionError, Licensing  # most licences are one name and do not need it
+
+        # Each name becomes a symbol: the lists may hold names that SPDX forbids, and a small `or` is no operator.
+        symbols = [f"name-{k}" if name else "" for k, name in enumerate(names)]
+        expression = " ".join(chain(*zip_longest(symbols, operators, fillvalue="")))
+        if _GAP.search(expression) or not _is_clear(operators):
+            return _UNKNOWN
+        grammar, by_symbol = Licensing(), dict(zip(symbols, names, strict=True))
+        try:
+            tree = grammar.parse(expression)
+        except ExpressionError:
+            return _UNKNOWN
+
+        def of(part: Any) -> str | None:
+            if not part.args:
+                return self._one(by_symbol[part.key])
+            found = [of(smaller) for smaller in part.args]
+            if isinstance(part, grammar.OR) and None in found:
+                return None
+            return _FORBIDDEN if _FORBIDDEN in found else next(filter(None, found), None)
+
+        return of(tree)
 
     def _one(self, licence: str) -> str | None:
         if _listed(licence, self.forbidden):
-            return "licence forbidden"
-        return None if _listed(licence, self.allowed) else "licence unknown"
+            return _FORBIDDEN
+        return None if _listed(licence, self.allowed) else _UNKNOWN
+
+
+def _is_clear(operators: Sequence[str]) -> bool:
+    """Parentheses pair, none holds both AND and OR (a reader may not know which binds first), and few lie in others."""
+    levels: list[set[str]] = [set()]
+    for operator in operators:
+        if operator == "(":
+            levels.append(set())
+        elif operator == ")":
+            levels.pop()
+        else:
+            levels[-1].add(operator)
+        if not levels or len(levels[-1]) > 1 or len(levels) > _NESTING:
+            return False
+    return len(levels) == 1
 
 
 def _listed(licence: str, patterns: Sequence[str]) -> bool:

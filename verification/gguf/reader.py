@@ -4,12 +4,14 @@ Layout (little endian): "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv x
 n_tensors x (string name, u32 n_dims, u64 dims innermost first, u32 type, u64 offset) | padding | data.
 The header is parsed here and not by gguf.GGUFReader: a truncated file must say what is missing, and 100,000 vocabulary
 strings take 0.1 s this way. Shapes are given in Hugging Face order (outermost first).
-Source: the GGUF specification (ggml, docs/gguf.md); block sizes and dequantisation come from the gguf package.
+Source: the GGUF specification (ggml, docs/gguf.md); block sizes, file types and dequantisation come from the
+gguf package.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize
 
 from so8t_core.errors import InputError
@@ -29,13 +31,12 @@ BOOL, STRING, ARRAY = 7, 8, 9
 _PLAIN = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
 FLOAT_TYPES = {"F32", "F16", "BF16"}
 
-# llama.cpp's enum llama_ftype (include/llama.h): the number stored in general.file_type
+# The number stored in general.file_type (llama.cpp's enum llama_ftype) -> its name without gguf's prefix: "Q4_K_M".
 FILE_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
-    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
-    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
-    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
-}  # fmt: skip
+    int(known): re.sub("^(ALL|MOSTLY)_|_MOE$", "", known.name)
+    for known in LlamaFileType
+    if known is not LlamaFileType.GUESSED  # a flag that llama.cpp keeps in memory, never in a file
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class GGUFFile:
 
     @property
     def file_type(self) -> str:
-        """Name of the file's type, e.g. "Q4_K_M"; "unknown" when the key is missing or new."""
+        """Name of the file's type, e.g. "Q4_K_M"; "unknown" when the key is missing or newer than the gguf package."""
         return FILE_TYPES.get(self.metadata.get("general.file_type", -1), "unknown")
 
     @property

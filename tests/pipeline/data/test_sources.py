@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +172,34 @@ LICENCES = {
     "CC-BY-*": "licence unknown",
     "": "licence unknown",
     "NONE": "licence forbidden",
+    "MIT or Apache-2.0": "licence unknown",
+    "(MIT)": None,
+    "(MIT OR Foo) AND Apache-2.0": None,
+    "(MIT OR Foo) AND Bar": "licence unknown",
+    "MIT AND (Apache-2.0 OR CC-BY-NC-4.0)": None,
+    "MIT AND (Foo OR CC-BY-NC-4.0)": "licence forbidden",
+    "MIT OR (Foo AND CC-BY-NC-4.0)": None,
+    "MIT OR (Foo OR Bar AND ISC)": "licence unknown",
+    "(MIT) OR Foo AND Bar": "licence unknown",
+    "(MIT": "licence unknown",
+    "MIT) OR (ISC": "licence unknown",
+    "()": "licence unknown",
+    "MIT OR": "licence unknown",
+    "OR MIT OR ISC": "licence unknown",
+    "MIT OR ISC OR": "licence unknown",
+    "MIT AND () AND ISC": "licence unknown",
+    "(MIT AND ISC) Foo": "licence unknown",
+    "MIT (Apache-2.0)": "licence unknown",
+    "GPL-2.0-only WITH Classpath-exception-2.0": "licence unknown",
+    "GPL-2.0-only WITH Classpath-exception-2.0 OR MIT": None,
+    "MIT WITH Foo": "licence unknown",
+    "CC-BY-NC-4.0 WITH Foo": "licence forbidden",
+    "a/b OR MIT": None,
+    "(MIT AND " * 5000 + "ISC" + ")" * 5000: "licence unknown",
 }
 
 
-@pytest.mark.parametrize("licence", LICENCES)
+@pytest.mark.parametrize("licence", LICENCES, ids=lambda licence: licence[:60])
 def test_licence_expressions(licence: str) -> None:
     assert LicencePolicy().objection(licence) == LICENCES[licence]
 
@@ -186,3 +212,18 @@ def test_the_lists_can_be_replaced_and_forbidding_wins() -> None:
         "licence unknown",
     ]
     assert not set(ALLOWED) & set(FORBIDDEN)
+
+
+def test_a_list_may_name_an_exception_and_what_spdx_could_not_name() -> None:
+    policy = LicencePolicy(allowed=["GPL-2.0-only WITH Classpath-exception-2.0", "Our terms (v2)"], forbidden=[])
+    assert policy.objection("gpl-2.0-only  with classpath-exception-2.0") is None
+    assert policy.objection("GPL-2.0-only") == "licence unknown"
+    assert policy.objection("(GPL-2.0-only WITH Classpath-exception-2.0 AND Foo) OR MIT") == "licence unknown"
+    assert policy.objection("Our terms (v2)") is None
+
+
+def test_one_name_needs_no_library_for_expressions() -> None:
+    code = "from pipeline.data.licences import *; import sys; LicencePolicy().objection({!r}); print(*sys.modules)"
+    for licence, needed in (("MIT", False), ("MIT OR ISC", True)):
+        run = subprocess.run([sys.executable, "-c", code.format(licence)], capture_output=True, text=True, check=True)
+        assert ("license_expression" in run.stdout.split()) is needed

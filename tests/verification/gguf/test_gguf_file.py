@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, LlamaFileType
 from gguf.quants import dequantize
 from verification_models import Family, rewrite
 
 from so8t_core.errors import InputError
 from verification.engines.quantise import nominal_types, quantise
 from verification.gguf.imatrix import read_imatrix
-from verification.gguf.reader import read_gguf
+from verification.gguf.reader import FILE_TYPES, read_gguf
+
+# Written down by hand: the numbers stand in files that exist, whatever a later gguf package calls them.
+NUMBERED = """
+0 F32 1 F16 2 Q4_0 3 Q4_1 7 Q8_0 8 Q5_0 9 Q5_1 10 Q2_K 11 Q3_K_S 12 Q3_K_M 13 Q3_K_L 14 Q4_K_S 15 Q4_K_M 16 Q5_K_S
+17 Q5_K_M 18 Q6_K 19 IQ2_XXS 20 IQ2_XS 21 Q2_K_S 22 IQ3_XS 23 IQ3_XXS 24 IQ1_S 25 IQ4_NL 26 IQ3_S 27 IQ3_M 28 IQ2_S
+29 IQ2_M 30 IQ4_XS 31 IQ1_M 32 BF16 36 TQ1_0 37 TQ2_0 38 MXFP4
+"""
+
+
+def test_file_types_keep_their_numbers_and_have_no_others_than_gguf() -> None:
+    wanted = {int(number): name for number, name in re.findall(r"(\d+) (\w+)", NUMBERED)}
+    assert {number: FILE_TYPES.get(number) for number in wanted} == wanted
+    assert set(FILE_TYPES) == set(LlamaFileType) - {LlamaFileType.GUESSED}
+    assert len(set(FILE_TYPES.values())) == len(FILE_TYPES)  # a name finds its number again
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
