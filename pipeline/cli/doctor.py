@@ -43,6 +43,8 @@ _PACKAGES = (  # distribution, verbs, how to get it
     ("typer", "every verb", "pip install typer"),
     ("rich", "every verb", "pip install rich"),
     ("jinja2", "data, report, serve", "pip install jinja2"),
+    ("math-verify", "data, answers", "pip install 'math-verify[antlr4_13_2]'"),
+    ("datasets", "data from Parquet or a datasets directory", "pip install 'so8t[data]'"),
     ("phonenumbers", "data", "pip install 'so8t[data]'"),
     ("python-stdnum", "data", "pip install 'so8t[data]'"),
     ("license-expression", "data with an expression of licences", "pip install 'so8t[data]'"),
