@@ -19,10 +19,26 @@ from pipeline.config import DataConfig
 OWN = "LicenseRef-Own"  # data of one's own, or made for one: stated by the user, not by SPDX
 
 ALLOWED = (
-    "CC0-1.0", "CC-BY-2.0", "CC-BY-2.5", "CC-BY-3.0", "CC-BY-4.0", "CC-BY-2.1-JP", "PDDL-1.0", "ODC-By-1.0",
-    "CDLA-Permissive-1.0", "CDLA-Permissive-2.0", "MIT", "MIT-0", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "0BSD",
-    "ISC", "Unlicense", OWN,
-)  # fmt: skip
+    "CC0-1.0",
+    "CC-BY-2.0",
+    "CC-BY-2.5",
+    "CC-BY-3.0",
+    "CC-BY-4.0",
+    "CC-BY-2.1-JP",
+    "PDDL-1.0",
+    "ODC-By-1.0",
+    "CDLA-Permissive-1.0",
+    "CDLA-Permissive-2.0",
+    "MIT",
+    "MIT-0",
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "0BSD",
+    "ISC",
+    "Unlicense",
+    OWN,
+)
 FORBIDDEN = ("CC-BY-NC*", "CC-BY-ND*", "NONE", "LicenseRef-Proprietary", "LicenseRef-No-Training")
 _FORBIDDEN, _UNKNOWN = "licence forbidden", "licence unknown"
 _OPERATOR = re.compile(r"((?<![^\s()])(?:AND|OR)(?![^\s()])|[()])")
