@@ -166,6 +166,7 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         )
     own_raw = None if nearest is None else quantised_bytes(nearest.values, tensor.type, wanted.importance)
     own_values, own_error, differ, damaged = None, None, blocks, 0
+    own_block = np.zeros(blocks, dtype=np.bool_)  # blocks that the own quantiser makes, but for a scale's last bit
     if own_raw is not None:
         own_values = dataclasses.replace(tensor, raw=own_raw).values()
         own_error = _error(own_values, wanted.values)[0]
@@ -174,7 +175,8 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         theirs = ((own_values - wanted.values) ** 2).reshape(blocks, -1).sum(axis=1)
         differ = int(np.count_nonzero(unequal))
         beyond = _beyond_last_bit(values.reshape(blocks, -1), own_values.reshape(blocks, -1))
-        damaged = int(np.count_nonzero(unequal & (mine > DAMAGED * theirs) & beyond))
+        own_block = ~unequal | ~beyond
+        damaged = int(np.count_nonzero(~own_block & (mine > DAMAGED * theirs)))
         assert nearest is not None
         held = hold(tensor, own_raw, nearest.values, imatrix=wanted.importance is not None)
         if held.within and not findings:
@@ -182,9 +184,9 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     within = difference.reshape(blocks, block).max(axis=1)
     most = np.abs(wanted.values).reshape(blocks, block).max(axis=1)
     share_allowed = OF_BLOCK[8 * block_bytes / block >= 4]
-    outside = within > share_allowed * most
+    outside = (within > share_allowed * most) & ~own_block
     if outside.any() and not findings:
-        at = int(np.argmax(within / np.maximum(most, 1e-30)))
+        at = int(np.argmax(np.where(outside, within / np.maximum(most, 1e-30), 0)))
         findings.append(
             Finding(
                 tensor.name,

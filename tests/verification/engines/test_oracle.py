@@ -321,7 +321,7 @@ def test_a_damaged_importance_matrix_is_refused(tmp_path: Path) -> None:
         (good[:-3000], "truncated"),
         (struct.pack("<2i", 1, -5), "truncated"),
         (b"", "truncated"),
-        (struct.pack("<i", 0), "holds no entry"),
+        (struct.pack("<i", 0), "states 0 entries"),
         (struct.pack("<2i", 1, 1) + b"a" + struct.pack("<2if", 1, 1, np.nan), "NaN"),
     ):
         (tmp_path / "x.dat").write_bytes(data)
