@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from so8t_core.errors import InputError
 from verification.gate.policy import Policy, make_policy
-from verification.gate.report import Check, Leg, LegName, Report, Status, TensorRow, Verdict
+from verification.gate.report import BY_OUTPUT, Check, Leg, LegName, Report, Status, TensorRow, Verdict
 
 # what `verification.gguf.reader` calls a float file; the gate imports only the core, and a test holds the two together
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
@@ -130,6 +130,8 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
         if artefact.role == "candidate":
             is_float = artefact.label.split(" ")[0] in FLOAT_TYPES
             of_type = _OF_FLOAT_FILES if is_float else (*_OF_QUANTS, *(_OF_JUDGED if _judges(report) else ()))
+            if any(row.candidate == artefact.label and row.why == BY_OUTPUT for row in report.tensors):
+                of_type = (*of_type, "quantise.output_error")
             names = (*_OF_EVERY_FILE, *of_type, "evidence.alignment")
             wanted += [(name, artefact.label) for name in (*names, *_OF_EVERY_CELL)]
         elif artefact.role == "adapter":
