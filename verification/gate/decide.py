@@ -105,6 +105,8 @@ def _with_gaps(report: Report) -> list[Leg]:
             gaps.setdefault(_leg_of(wanted), []).append(f"{wanted} of {subject}" if subject else wanted)
     for label in _labels_of_other_types(report):
         gaps.setdefault("contract", []).append(f"tensor of the type that {label} is labelled with")
+    for label in _contradicted_by_rows(report):
+        gaps.setdefault("quantise", []).append(f"count of {label}'s unexplained tensors that its table bears out")
     for name, names in gaps.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         found.setdefault(name, []).append(
@@ -154,6 +156,25 @@ def _labels_of_other_types(report: Report) -> list[str]:
         for artefact in report.artefacts
         if artefact.role == "candidate" and not _is_of_type(artefact.label.split(" ")[0], rows.get(artefact.label, []))
     ]
+
+
+def _contradicted_by_rows(report: Report) -> list[str]:
+    """Candidates of whose recorded tensors more are unexplained, or not proven, than their checks count."""
+    drawers: dict[str, list[str]] = {}
+    for row in report.tensors:
+        if row.drawer is not None:
+            drawers.setdefault(row.candidate, []).append(row.drawer)
+    counted = {(c.name, c.subject): c.value for leg in report.legs for c in leg.checks}
+    found = []
+    for label, rows in drawers.items():
+        for name, count in (
+            ("quantise.unexplained", rows.count("unexplained")),
+            ("quantise.tensors_differ", len(rows) - rows.count("proven")),
+        ):
+            value = counted.get((name, label))
+            if isinstance(value, int | float) and count > value:
+                found.append(label)
+    return list(dict.fromkeys(found))
 
 
 def _is_of_type(kind: str, rows: list[TensorRow]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from policy_reports import OF_A_FILE, everywhere, healthy, plain_check, report, tensor
+from policy_reports import OF_A_FILE, everywhere, healthy, plain_check, released, report, tensor
 
 from so8t_core.errors import InputError
 from verification import Report, decide, load_policy
@@ -208,6 +208,15 @@ def test_a_report_of_an_older_schema_needs_no_check_that_it_could_not_have() -> 
         bare = report(*healthy()).model_copy(update={"artefacts": [given], "schema_version": version})
         details = [c.detail for leg in decide(bare, make_policy({})).legs for c in leg.checks if leg.name == "quantise"]
         assert ("and 1 more" in details[0]) == gap
+
+
+@pytest.mark.parametrize(("drawer", "passes"), [("proven", True), ("judged", False), ("unexplained", False)])
+def test_a_count_that_the_table_of_tensors_contradicts_does_not_pass(drawer: str, passes: bool) -> None:
+    """The sample counts no tensor that differs."""
+    given = released()
+    row = tensor("Q8_0", "Q8_0").model_copy(update={"drawer": drawer})
+    kept = [other for other in given.tensors if other.candidate != "Q8_0"]
+    assert (decide(given.model_copy(update={"tensors": [*kept, row]})).verdict == "pass") == passes
 
 
 def test_deciding_twice_changes_nothing_and_survives_json() -> None:
