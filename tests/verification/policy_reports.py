@@ -88,6 +88,7 @@ def released(path: str = "m.gguf", sha256: str = "0" * 64, size: int = 1) -> Rep
         plain_check("convert.top1", "Top", 0.999, subject="F16", interval=(0.998, 1.0)),
         zero_check("convert.non_finite", "Finite", 0, subject="F16"),
         plain_check("quantise.tensors_differ", "Tensors", 0, subject="Q8_0"),
+        zero_check("quantise.unexplained", "Unexplained", 0, subject="Q8_0"),
         plain_check("quality.mean_kld", "KLD", 0.01, subject="Q8_0", interval=(0.008, 0.012)),
         plain_check("quality.top1", "Top", 0.97, subject="Q8_0", interval=(0.96, 0.98)),
         zero_check("quality.non_finite", "Finite", 0, subject="Q8_0"),

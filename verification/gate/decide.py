@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from so8t_core.errors import InputError
 from verification.gate.policy import Policy, make_policy
-from verification.gate.report import Check, Leg, LegName, Report, Status, TensorRow, Verdict
+from verification.gate.report import BY_OUTPUT, Check, Leg, LegName, Report, Status, TensorRow, Verdict
 
 # what `verification.gguf.reader` calls a float file; the gate imports only the core, and a test holds the two together
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
@@ -120,6 +120,8 @@ def _with_gaps(report: Report) -> list[Leg]:
             gaps.setdefault(_leg_of(wanted), []).append(f"{wanted} of {subject}" if subject else wanted)
     for label in _labels_of_other_types(report):
         gaps.setdefault("contract", []).append(f"tensor of the type that {label} is labelled with")
+    for label in _contradicted_by_rows(report):
+        gaps.setdefault("quantise", []).append(f"count of {label}'s unexplained tensors that its table bears out")
     for name, names in gaps.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         found.setdefault(name, []).append(
@@ -145,6 +147,8 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
         if artefact.role == "candidate":
             is_float = artefact.label.split(" ")[0] in FLOAT_TYPES
             of_type = _OF_FLOAT_FILES if is_float else (*_OF_QUANTS, *(_OF_JUDGED if _judges(report) else ()))
+            if any(row.candidate == artefact.label and row.why == BY_OUTPUT for row in report.tensors):
+                of_type = (*of_type, "quantise.output_error")
             names = (*_OF_EVERY_FILE, *of_type, "evidence.alignment")
             wanted += [(name, artefact.label) for name in (*names, *_OF_EVERY_CELL)]
         elif artefact.role == "adapter":
@@ -167,6 +171,25 @@ def _labels_of_other_types(report: Report) -> list[str]:
         for artefact in report.artefacts
         if artefact.role == "candidate" and not _is_of_type(artefact.label.split(" ")[0], rows.get(artefact.label, []))
     ]
+
+
+def _contradicted_by_rows(report: Report) -> list[str]:
+    """Candidates of whose recorded tensors more are unexplained, or not proven, than their checks count."""
+    drawers: dict[str, list[str]] = {}
+    for row in report.tensors:
+        if row.drawer is not None:
+            drawers.setdefault(row.candidate, []).append(row.drawer)
+    counted = {(c.name, c.subject): c.value for leg in report.legs for c in leg.checks}
+    found = []
+    for label, rows in drawers.items():
+        for name, count in (
+            ("quantise.unexplained", rows.count("unexplained")),
+            ("quantise.tensors_differ", len(rows) - rows.count("proven")),
+        ):
+            value = counted.get((name, label))
+            if isinstance(value, int | float) and count > value:
+                found.append(label)
+    return list(dict.fromkeys(found))
 
 
 def _is_of_type(kind: str, rows: list[TensorRow]) -> bool:

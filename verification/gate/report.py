@@ -144,6 +144,9 @@ class TensorRow(_Model):
     own_error: float | None = None  # rel_error of llama.cpp's own quantiser at this type
 
 
+BY_OUTPUT = "by the error of its layer's output"  # `why` of a tensor that `quantise.output_error` decides
+
+
 class TrainedFunction(_Model):
     """What was trained beside what is shipped, where the base was quantised in training; information."""
 

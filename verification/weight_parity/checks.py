@@ -16,7 +16,7 @@ from verification.contract.finding import Finding, as_check
 from verification.engines.quantise import Importance, nominal_types
 from verification.engines.reconversion import FloatFiles
 from verification.gate.check import plain_check, zero_check
-from verification.gate.report import Check, TensorRow
+from verification.gate.report import BY_OUTPUT, Check, TensorRow
 from verification.gguf.cache import Memory
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import GGUFFile
@@ -240,7 +240,7 @@ def tensor_row(label: str, result: TensorResult, file: GGUFFile, nominal: str) -
         bytes_equal_oracle=result.equal if result.compared else None,
         layer=int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None,
         drawer=result.drawer,
-        why=result.proof or result.explanation,
+        why=result.proof or (BY_OUTPUT if result.open else result.explanation),
         own_error=result.own_error,
     )
 

@@ -182,12 +182,14 @@ class Examination:
         return self._named(tensor, wanted, self._judged(tensor, wanted, measured))
 
     def _judged(self, tensor: GGUFTensor, wanted: Array, measured: Measured) -> Measured:
-        """A quantised tensor that nothing explains so far, judged by its error."""
+        """A quantised tensor that is not proven, judged by its error, also where another build's blocks explain it."""
         result, values = measured.result, measured.values
-        if values is None or not result.blocks or result.equal or result.explanation or result.non_finite:
+        if values is None or not result.blocks or result.equal or result.non_finite or not np.isfinite(wanted).all():
             return measured
         base = self._base_of(tensor.name, self.found.source_of.get(tensor.name, ""))
-        found = judge(tensor, values, wanted, base=base, head=self._head_rows(tensor))
+        found = judge(tensor, values, wanted, own=measured.own, base=base, head=self._head_rows(tensor))
+        if result.explanation and not found.findings:
+            return dataclasses.replace(measured, result=dataclasses.replace(result, along=found.direction))
         fed_back = (
             found.open and measured.worst_block < FED_BACK and all(f.cause == DAMAGED_BLOCK for f in result.findings)
         )

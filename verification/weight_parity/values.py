@@ -148,6 +148,10 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     )
     if bad:  # counted and named by the finite check
         return Measured(bare, values)
+    if lost := int(wanted.values.size - np.count_nonzero(np.isfinite(wanted.values))):  # nothing can be held to them
+        numbers = Finding(tensor.name, "a reference whose weights are numbers", f"{lost} of them are NaN or Inf",
+                          "give the checkpoint that the file was made of")  # fmt: skip
+        return Measured(dataclasses.replace(bare, findings=(numbers,)), values)
     error, largest, difference = _error(values, wanted.values)
     bare = dataclasses.replace(bare, rel_error=error, max_abs_error=largest)
     if _dequantised(values, wanted):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from policy_reports import OF_A_FILE, everywhere, healthy, plain_check, report, tensor
+from policy_reports import OF_A_FILE, everywhere, healthy, plain_check, released, report, tensor
 
 from so8t_core.errors import InputError
 from verification import Report, decide, load_policy
 from verification.gate.check import zero_check
 from verification.gate.decide import LEG_TITLES
 from verification.gate.policy import make_policy, weaker
-from verification.gate.report import Artefact, Check
+from verification.gate.report import BY_OUTPUT, Artefact, Check
 
 
 def verdict(*checks: Check, **overrides) -> str:
@@ -192,12 +192,33 @@ def test_differing_tensors_pass_only_where_each_was_judged_and_the_policy_demand
     assert decide(old, make_policy({"quantise": {"tensors_differ": 3}})).verdict == "pass"
 
 
+def test_a_tensor_that_its_layers_output_decides_needs_that_check() -> None:
+    """A report from which the check was cut does not pass by the weights alone."""
+    given = Artefact(role="candidate", path="m.gguf", sha256="0" * 64, bytes=1, label="Q4_K_M")
+    for why, gap in ((BY_OUTPUT, True), ("by another build or machine", False)):
+        row = tensor("Q4_K_M", "Q4_K").model_copy(update={"drawer": "judged", "why": why})
+        whole = report(*healthy()).model_copy(update={"artefacts": [given], "tensors": [row]})
+        detail = next(
+            c.detail for leg in decide(whole, make_policy({})).legs for c in leg.checks if leg.name == "quantise"
+        )
+        assert ("and 2 more" in detail) == gap
+
+
 def test_a_report_of_an_older_schema_needs_no_check_that_it_could_not_have() -> None:
     given = Artefact(role="candidate", path="m.gguf", sha256="0" * 64, bytes=1, label="Q8_0")
     for version, gap in (("1.2", False), ("1.3", True), ("1.10", True)):
         bare = report(*healthy()).model_copy(update={"artefacts": [given], "schema_version": version})
         details = [c.detail for leg in decide(bare, make_policy({})).legs for c in leg.checks if leg.name == "quantise"]
         assert ("and 1 more" in details[0]) == gap
+
+
+@pytest.mark.parametrize(("drawer", "passes"), [("proven", True), ("judged", False), ("unexplained", False)])
+def test_a_count_that_the_table_of_tensors_contradicts_does_not_pass(drawer: str, passes: bool) -> None:
+    """The sample counts no tensor that differs."""
+    given = released()
+    row = tensor("Q8_0", "Q8_0").model_copy(update={"drawer": drawer})
+    kept = [other for other in given.tensors if other.candidate != "Q8_0"]
+    assert (decide(given.model_copy(update={"tensors": [*kept, row]})).verdict == "pass") == passes
 
 
 def test_deciding_twice_changes_nothing_and_survives_json() -> None:

@@ -221,6 +221,30 @@ def test_a_fault_behind_an_unknown_importance_matrix_is_refused(source: Source, 
         assert any(words in f.cause for f in found), (fault, kind, found)
 
 
+def test_another_builds_blocks_are_judged_as_well(source: Source, tmp_path: Path) -> None:
+    """A scaled row lies within the blocks' bounds of another build; its structure shows what it is."""
+    from verification.gguf.writer import Raw
+
+    name = "blk.0.ffn_down.weight"
+    wanted = source.file.tensors[name].values().copy()
+    wanted[9] *= np.float32(1.05)
+    raw = Raw.read(quantise(source.floats, tmp_path / "x.gguf", "Q4_K_S"))
+    kinds = {n: t.type for n, t in read_gguf(tmp_path / "x.gguf").tensors.items()}
+    for info in raw.tensors:
+        if kinds[info.name] == "Q4_K":
+            if info.name == name:
+                data = quantised_bytes(wanted, "Q4_K")
+                assert data is not None
+                info.data = data.tobytes()
+            blocks = np.frombuffer(info.data, np.uint8).reshape(-1, 144).copy()
+            blocks[::7, 0] ^= 1  # the scale's last bit in a seventh of the blocks: another processor's sums
+            info.data = blocks.tobytes()
+    result = weighed(source, raw.write(tmp_path / "f.gguf"))
+    found = [f for r in result.results for f in r.findings]
+    assert [(f.where, f.cause) for f in found] == [(name, "a row scaled")]
+    assert {r.drawer for r in result.results if r.type == "Q4_K" and r.name != name} == {"judged"}
+
+
 def test_codes_packed_again_are_the_same_bytes(source: Source, tmp_path: Path) -> None:
     """The builder's own packing, by which GPTQ and the rounding search write their files."""
     for kind, preset in (("Q4_0", "Q4_0"), ("Q4_K", "Q4_K_S")):

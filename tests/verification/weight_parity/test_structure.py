@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from made_elsewhere import gptq, q4_grid
 from benchmarks.elsewhere import FAULTS, KNOWN_DIRECTION, causes, table
 from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import GGUFTensor
-from verification.weight_parity.judge import CHOSEN, judge
+from verification.weight_parity.judge import CHOSEN, SAMPLED, judge
 from verification.weight_parity.structure.direction import Direction, direction, together
 from verification.weight_parity.structure.low_rank import low_rank
 from verification.weight_parity.structure.scale import group_scale, scale
@@ -134,6 +135,59 @@ def test_the_judge_believes_a_matrix_and_refuses_other_weights(kind: str) -> Non
     found = judge(noisy, noisy.values(), W)
     assert found.ratio > CHOSEN
     assert found.findings
+
+
+def _row_noise(w: np.ndarray) -> np.ndarray:
+    out = w.copy()
+    out[9] += 0.4 * w.std() * np.random.default_rng(1).standard_normal(w.shape[1])
+    return out
+
+
+def _noise_off_the_sample(w: np.ndarray) -> np.ndarray:
+    out = w.copy()
+    others = np.setdiff1d(np.arange(len(w)), np.linspace(0, len(w) - 1, SAMPLED).astype(np.int64))
+    out[others] += 0.2 * w.std() * np.random.default_rng(1).standard_normal((len(others), w.shape[1]))
+    return out
+
+
+def _zeroed(at: tuple[object, object]) -> Callable[[np.ndarray], np.ndarray]:
+    def zero(w: np.ndarray) -> np.ndarray:
+        out = w.copy()
+        out[at] = 0
+        return out
+
+    return zero
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "cause"),
+    [
+        ("Q4_K", _row_noise, "a row damaged"),
+        ("Q6_K", _row_noise, "a row damaged"),
+        ("Q4_K", _noise_off_the_sample, "a row damaged"),
+        ("Q3_K", _zeroed((9, slice(None))), "a row damaged"),
+        ("Q2_K", _zeroed((9, slice(None))), "a row damaged"),
+        ("IQ2_XS", _zeroed((9, slice(None))), "a row damaged"),
+        ("Q3_K", _zeroed((slice(None), 70)), "a column damaged"),
+        ("Q2_K", _zeroed((slice(None), 70)), "a column damaged"),
+    ],
+)
+def test_damage_in_few_rows_or_columns_does_not_drown_in_the_rest(
+    kind: str, change: Callable[[np.ndarray], np.ndarray], cause: str
+) -> None:
+    faulty = tensor(change(W), kind)
+    assert cause in {finding.cause for finding in judge(faulty, faulty.values(), W).findings}
+    healthy = tensor(W, kind)
+    assert judge(healthy, healthy.values(), W).findings == ()
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0"])
+def test_a_reference_that_is_no_number_explains_nothing(kind: str) -> None:
+    wanted = W.copy()
+    wanted[5, 5] = np.nan
+    found = compared(tensor(1.2 * W, kind), Wanted(wanted, lambda: iter([Start("F16", wanted)]))).result
+    assert found.drawer == "unexplained"
+    assert "NaN" in found.findings[0].found
 
 
 def test_what_snaps_back_to_a_grid_is_not_called_missing() -> None:
