@@ -257,19 +257,21 @@ def test_a_signal_in_the_middle_leaves_what_was_measured_and_no_pass(
 
     monkeypatch.setattr("verification.verify", measure, raising=False)
     out, before = tmp_path / "out", signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangs_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     passed(out)
     given = ("verify", "--reference", family.reference, "--candidate", family.files["F16"], "--out", out, "-q")
     try:
         assert exit_code(monkeypatch, *given, "--chunks", 2, "--n-ctx", 64, "--threads", 1) == 128 + number
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGHUP, hangs_up)
     said = capfd.readouterr()
     how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
     assert said.err.strip().endswith(f"{how}; what was measured is in {out / 'report.html'}")
     assert "Pass" not in said.out
     assert load_report(out).verdict == "incomplete"
     assert exit_code(monkeypatch, "gate", out) == 1
-    assert signal.getsignal(number) in (signal.SIG_DFL, before)  # our handlers are gone with the command
+    assert signal.getsignal(number) in (signal.SIG_DFL, before, hangs_up)  # our handlers are gone with the command
 
 
 def test_a_signal_whose_exception_got_lost_still_ends_without_a_pass(
