@@ -131,20 +131,30 @@ class Examination:
     def _recalled(self, tensor: GGUFTensor) -> TensorResult:
         if self.memory is None:
             return self.examine(tensor)
-        return self.memory.recall(partial(self.examine, tensor), "examine", self._frame, tensor)
+        made = (
+            self.conversions is not None and tensor.name in self.found.computed
+        )  # against other numbers, see `expected`
+        kind = "examine against the conversion" if made else "examine"
+        return self.memory.recall(partial(self.examine, tensor), kind, self._frame, tensor)
 
     @cached_property
     def _frame(self) -> Hashable:
         return frame(self.file)
 
     def expected(self, name: str) -> Array | None:
-        """One tensor's values before the file's rounding, in its shape; None where nothing explains it."""
+        """One tensor's values before the file's rounding, in its shape; None where nothing explains it.
+
+        What the converter computes by a formula (RoPE factors) is taken from its own file, where there is one: another
+        library's powers differ in the last bit.
+        """
+        kind = self.file.file_type if self.file.is_float else "F16"
+        converted = None if self.conversions is None else self.conversions.tensor(kind, name)
+        if converted is not None and name in self.found.computed:
+            return converted.values()
         if self.sources is not None:
             values = expected.expectation(name, self.found, self.sources.reference, self.file)
             if values is not None:
                 return values
-        kind = self.file.file_type if self.file.is_float else "F16"
-        converted = None if self.conversions is None else self.conversions.tensor(kind, name)
         return None if converted is None else converted.values()
 
     def _wanted(self, tensor: GGUFTensor, values: Array) -> Wanted:
@@ -158,7 +168,7 @@ class Examination:
             (lambda: _own_starts(values)) if mapped else (lambda: self._converted_starts(name, tensor.shape)),
             importance=self.importance.get(name),
             saved_in=saved,
-            computed=name in self.found.computed,
+            computed=name in self.found.computed and self.conversions is None,
         )
 
     def _converted_starts(self, name: str, shape: tuple[int, ...]) -> Iterator[Start]:
@@ -234,7 +244,8 @@ class Examination:
         in_block = is_weight and tensor.name.startswith("blk.")
         parts = list(self._parts(tensor.name, wanted, values)) if in_block else []
         matches = tuple(nearest(name, actual, known, others) for name, actual, known, others in parts)
-        findings = [*result.findings]
+        named = not result.equal and any(match.is_fault for match in matches)
+        findings = [f for f in result.findings if not (named and f.cause in VAGUE)]
         for match in matches:
             if match.is_fault and not result.equal:  # what is proven may lie nearer to a base on the type's own grid
                 far = f"relative distance {match.distance:.2g} (to the expected {match.expected_distance:.2g})"
