@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -44,6 +45,7 @@ from verification.weight_parity.checks import output_check, weight_checks
 from verification.weight_parity.compare import Sources, rotations
 from verification.weight_parity.layer_output_error import output_ratios
 
+T = TypeVar("T")
 ORACLE_LABEL = "F16 (oracle)"  # the verifier's own conversion, where no float file was given
 CONTRACT = (
     "contract.token_ids",
@@ -177,8 +179,7 @@ def _file(label: str, run: Run) -> None:
     reference = run.checkpoint.directory
     turned = rotations(run.adapter) if run.adapter else {}
     sources = Sources(run.checkpoint, Checkpoint(run.base) if run.base else None, turned)
-    oracle = run.conversions.file(candidate.file.file_type if candidate.file.is_float else "F16")
-    assert oracle is not None  # every float type can be converted to
+    oracle = _given(run.conversions.file(candidate.file.file_type if candidate.file.is_float else "F16"))
     run.add("contract", contract_checks(candidate, oracle, run.checkpoint, run.tokenizer, reference))
     weights = weight_checks(candidate, run.conversions, sources, importance=run.oracle.imatrix)
     run.add("contract", weights.contract)
@@ -230,11 +231,17 @@ def _base_control(run: Run) -> None:
         run.add("controls", [base_control(run.base, own, first.tokens)])
 
 
+def _given(what: T | None) -> T:
+    """What is there because the stage that asks for it is in the list."""
+    if what is None:
+        raise RuntimeError("a stage was started without what puts it into the list")
+    return what
+
+
 def _bake(run: Run) -> None:
-    assert run.base is not None
-    assert run.adapter is not None
+    base, adapter = _given(run.base), _given(run.adapter)
     run.tell("bake", 0, 1)
-    result = bake_leg(run.base, run.adapter, run.text.chunks, max_abs_logit=run.policy.bake.max_abs_logit)
+    result = bake_leg(base, adapter, run.text.chunks, max_abs_logit=run.policy.bake.max_abs_logit)
     run.baked, run.gated = result.baked, result.gated
     run.add("bake", result.bake)
     run.add("controls", result.controls)
@@ -266,23 +273,18 @@ def _dtype_checks(d: Divergence, checkpoint: Checkpoint) -> list[Check]:
 
 
 def _transposed(run: Run) -> None:
-    assert run.base is not None
-    assert run.adapter is not None
+    base, adapter = _given(run.base), _given(run.adapter)
     if distributed.is_first():
         bound, first = run.policy.bake.max_abs_logit, run.text.chunks[0]
-        check = transposed_control(run.base, run.adapter, first, run.gated, max_abs_logit=bound)
+        check = transposed_control(base, adapter, first, run.gated, max_abs_logit=bound)
         run.add("controls", [check])
 
 
 def _trained_function(run: Run) -> None:
-    asked = run.request
-    assert run.base is not None
-    assert run.adapter is not None
-    assert asked.quantization is not None
     run.trained = trained_function(
-        run.base,
-        run.adapter,
-        asked.quantization,
+        _given(run.base),
+        _given(run.adapter),
+        _given(run.request.quantization),
         run.text,
         run.reference,
         seed=run.seed("trained"),
@@ -330,9 +332,8 @@ def _evidence(run: Run) -> None:
 
 
 def _base_damage(run: Run) -> None:
-    assert run.base is not None
     run.base_divergences = base_damage_of(
-        run.base,
+        _given(run.base),
         run.files,
         run.oracle,
         run.text,

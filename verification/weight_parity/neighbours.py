@@ -19,7 +19,8 @@ SAME_MAKER = 0.9  # share of equal blocks from which the file is taken to come f
 ROUNDED = "within one rounding of its type"  # proof of a float tensor that is not rounded to nearest everywhere
 AGAIN = "convert and quantise the reference again"
 _OTHER, _EDITED = "slightly other weights", "flipped bits or edited weights"
-VAGUE = ("", "damaged block", _OTHER, _EDITED)  # causes that `explain` may sharpen
+# causes that `explain` may sharpen
+VAGUE = ("", "damaged block", "a row damaged", "a column damaged", _OTHER, _EDITED)
 
 
 def held_together(results: list[TensorResult], computed: Collection[str]) -> list[TensorResult]:
