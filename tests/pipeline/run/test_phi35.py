@@ -164,9 +164,7 @@ def test_the_cell_above_the_original_length_shows_what_would_happen(phi35_run: M
 
 def test_a_tokenizer_saved_again_breaks_the_conversion(phi35_run: MiniatureRun, tokenizer: Any, tmp_path: Path) -> None:
     """What copying byte for byte avoids: `save_pretrained` leaves tokenizer.model out, and the converter needs it."""
-    again = weightless(
-        phi35_run.base, tmp_path / "again", "tokenizer.model", "tokenizer_config.json", "added_tokens.json"
-    )
+    again = copied(phi35_run.base, tmp_path / "again", "tokenizer.model", "tokenizer_config.json", "added_tokens.json")
     tokenizer.save_pretrained(again)
     assert not (again / "tokenizer.model").exists()
     with pytest.raises(InputError, match=r"tokenizer\.model"):
@@ -179,7 +177,7 @@ def test_add_bos_token_lost_on_the_way_doubles_the_beginning(
     with LlamaModel(phi35_run.file("F16"), vocab_only=True) as model:
         assert not model.add_bos
         assert tokens.added_specials(tokenizer, model) == []
-    lost = weightless(phi35_run.base, tmp_path / "lost")
+    lost = copied(phi35_run.base, tmp_path / "lost")
     fields = json.loads((lost / "tokenizer_config.json").read_text(encoding="utf-8"))
     del fields["add_bos_token"]
     (lost / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
@@ -188,8 +186,9 @@ def test_add_bos_token_lost_on_the_way_doubles_the_beginning(
     assert "double or missing BOS" in found.sentence
 
 
-def weightless(base: Path, target: Path, *without: str) -> Path:
-    return Path(shutil.copytree(base, target, ignore=shutil.ignore_patterns("*.safetensors", *without)))
+def copied(base: Path, target: Path, *without: str) -> Path:
+    """The base without some files."""
+    return Path(shutil.copytree(base, target, ignore=shutil.ignore_patterns(*without)))
 
 
 # --- trap 6: the stop set is a list
