@@ -419,6 +419,8 @@ def _bound(name: str, kind: str, policy: Json) -> tuple[str, float] | None:
     leg, _, what = name.partition(".")
     if name == "contract.fallback_types" and policy["contract"]["allow_fallback_types"]:
         return "any", 0
+    if name == "quantise.tensors_differ" and policy["quantise"]["tensors_differ"] is None:
+        return "any", 0  # `quantise.unexplained` decides
     if leg == "contract" or name.endswith(".non_finite"):
         return "<=", 0
     of_kind = policy.get(leg, {}).get(kind, {}) if leg in ("quality", "cells") else policy.get(leg, {})
