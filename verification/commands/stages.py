@@ -20,6 +20,7 @@ from verification.engines.huggingface import load_hf
 from verification.engines.llama_model import LlamaModel
 from verification.engines.sandbox import require_loadable
 from verification.gate.check import plain_check, zero_check
+from verification.gate.decide import OF_EVERY_CELL, OF_EVERY_FILE
 from verification.gate.report import Check, Divergence
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
@@ -47,26 +48,6 @@ from verification.weight_parity.layer_output_error import output_ratios
 
 T = TypeVar("T")
 ORACLE_LABEL = "F16 (oracle)"  # the verifier's own conversion, where no float file was given
-CONTRACT = (
-    "contract.token_ids",
-    "contract.added_specials",
-    "contract.chat_template",
-    "contract.stop_set",
-    "contract.special_ids",
-    "contract.metadata",
-    "contract.oracle_metadata",
-    "contract.fallback_types",
-    "contract.inventory",
-    "contract.finite_weights",
-    "contract.layout",
-    "contract.end_of_turn",
-)
-CELLS = tuple(
-    f"cells.{cell}.{value}"
-    for cell in ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
-    for value in ("mean_kld", "top1", "non_finite")
-)
-
 OPEN = ("quantise.output_error",)  # of tensors whose weights alone do not decide, where there are any
 
 
@@ -110,12 +91,12 @@ def stages(run: Run) -> list[Stage]:
 def _file_stage(label: str, *, is_float: bool) -> Stage:
     values = ("convert.rounding",) if is_float else ("quantise.tensors_differ", "quantise.unexplained")
     needs = ("checkpoint", "tokenizer", "conversions", "files")
-    return Stage("files", partial(_file, label), needs=needs, checks=(*CONTRACT, *values), subject=label)
+    return Stage("files", partial(_file, label), needs=needs, checks=(*OF_EVERY_FILE, *values), subject=label)
 
 
 def _logit_stage(label: str, *, is_float: bool) -> Stage:
     leg = "convert" if is_float else "quality"
-    values = (f"{leg}.mean_kld", f"{leg}.top1", f"{leg}.non_finite", *CELLS, "evidence.alignment")
+    values = (f"{leg}.mean_kld", f"{leg}.top1", f"{leg}.non_finite", *OF_EVERY_CELL, "evidence.alignment")
     needs = ("files", "text", "plan", "reference")
     return Stage(f"logits {label}", partial(_logits, label), needs=needs, checks=values, subject=label)
 

@@ -25,7 +25,7 @@ _NOT_QUANTISED = {*FLOAT_TYPES, "F64", "I8", "I16", "I32", "I64"}
 _ROUNDING = 1e-6  # nats; a mean KLD of equal logits is zero within float64's rounding, on either side
 _BAD_FIRST: tuple[Status, ...] = ("fail", "not evaluated", "inconclusive")
 # what a report must hold of everything it names as an input: a report that lacks one of them was cut, it did not pass
-_OF_EVERY_FILE = (
+OF_EVERY_FILE = (
     "contract.token_ids",
     "contract.added_specials",
     "contract.chat_template",
@@ -61,7 +61,7 @@ _OF_EVERY_RUN = (
 )
 # the cells that apply to every model and at every level; a report without them was cut
 _CELLS = ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
-_OF_EVERY_CELL = tuple(f"cells.{cell}.{value}" for cell in _CELLS for value in ("mean_kld", "top1", "non_finite"))
+OF_EVERY_CELL = tuple(f"cells.{cell}.{value}" for cell in _CELLS for value in ("mean_kld", "top1", "non_finite"))
 _LISTINGS = ("contract.fallback_types", "quantise.tensors_differ")  # counts that a policy may accept whatever they are
 # too little or the wrong text, or an engine noisier than the bound: nothing is wrong with the file, nothing is proved
 _OPEN = {"evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.noise_floor"}
@@ -149,8 +149,8 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
             of_type = _OF_FLOAT_FILES if is_float else (*_OF_QUANTS, *(_OF_JUDGED if _judges(report) else ()))
             if any(row.candidate == artefact.label and row.why == BY_OUTPUT for row in report.tensors):
                 of_type = (*of_type, "quantise.output_error")
-            names = (*_OF_EVERY_FILE, *of_type, "evidence.alignment")
-            wanted += [(name, artefact.label) for name in (*names, *_OF_EVERY_CELL)]
+            names = (*OF_EVERY_FILE, *of_type, "evidence.alignment")
+            wanted += [(name, artefact.label) for name in (*names, *OF_EVERY_CELL)]
         elif artefact.role == "adapter":
             wanted += [(name, "") for name in (*_OF_ADAPTERS, "dtype.mean_kld")]
     if wanted:
