@@ -24,7 +24,7 @@ from verification.engines.converter_input import converter_input
 from verification.engines.program_digests import SCRIPT, converter_digest
 from verification.engines.sandbox import require_loadable
 from verification.engines.stop_tokens import add_stop_keys
-from verification.gguf.drop_keys import drop_keys
+from verification.gguf.edit_keys import drop_keys
 from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import read_gguf
 

@@ -9,19 +9,15 @@ Source: llama.cpp, src/llama-vocab.cpp (special_eog_ids).
 
 from __future__ import annotations
 
-import os
-import shutil
-import struct
 from pathlib import Path
 
 from so8t_core.errors import InputError
-from so8t_core.files import atomic_file, read_json
+from so8t_core.files import read_json
 from verification.engines.sandbox import Vocabulary
+from verification.gguf.edit_keys import insert_keys
 from verification.gguf.reader import read_gguf
 
 KEYS = ("tokenizer.ggml.eom_token_id", "tokenizer.ggml.eot_token_id")
-_N_KV = 16  # byte at which the number of keys stands: behind magic, version and number of tensors
-_UINT32 = 4  # GGUF's number of the type
 
 
 def listed_stops(directory: Path) -> set[int]:
@@ -59,21 +55,3 @@ def add_stop_keys(gguf: Path, directory: Path) -> dict[str, int]:
     if added:
         insert_keys(gguf, added)
     return added
-
-
-def insert_keys(gguf: Path, keys: dict[str, int]) -> None:
-    """Write unsigned 32-bit keys behind a file's own, in place of the file."""
-    file = read_gguf(gguf)
-    alignment = int(file.metadata.get("general.alignment", 32))
-    entries = b"".join(
-        struct.pack(f"<Q{len(key)}sII", len(key), key.encode(), _UINT32, value) for key, value in keys.items()
-    )
-    with open(gguf, "rb") as source, atomic_file(gguf) as temporary, open(temporary, "wb") as target:
-        head = source.read(file.header)
-        n_kv = struct.unpack_from("<Q", head, _N_KV)[0] + len(keys)
-        target.write(head[:_N_KV] + struct.pack("<Q", n_kv) + head[_N_KV + 8 : file.keys_end] + entries)
-        target.write(head[file.keys_end :])
-        target.write(bytes(-target.tell() % alignment))
-        source.seek(-source.tell() % alignment, os.SEEK_CUR)  # over the padding to the data
-        shutil.copyfileobj(source, target, 1 << 22)
-    read_gguf(gguf)

@@ -15,7 +15,7 @@ from tiny_gguf import write_tiny
 from so8t_core.errors import InputError
 from verification.contract import file_structure
 from verification.gguf import admission
-from verification.gguf.drop_keys import drop_keys
+from verification.gguf.edit_keys import drop_keys
 from verification.gguf.key_types import wanted
 from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import ARRAY, STRING, read_gguf
