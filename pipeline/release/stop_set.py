@@ -16,7 +16,7 @@ from pipeline.data.masking import render_row
 from pipeline.data.think_form import RowError, chat, format_assistant
 from so8t_core.errors import InputError
 from so8t_core.files import read_json, write_text
-from verification.engines.stop_tokens import listed_stops
+from verification.engines.stop_tokens import eos_ids, listed_stops
 
 
 def stop_ids(directory: Path, tokenizer: Any) -> list[int]:
@@ -25,7 +25,7 @@ def stop_ids(directory: Path, tokenizer: Any) -> list[int]:
     Raises:
         InputError: there is none, or a file that names them is damaged.
     """
-    ids = listed_stops(directory) | _of_config(directory) | _of_template(tokenizer)
+    ids = listed_stops(directory) | set(eos_ids(directory / "config.json")) | _of_template(tokenizer)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
@@ -40,23 +40,13 @@ def complete_stop_set(directory: Path, tokenizer: Any) -> list[int]:
     """
     path = directory / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
-    listed = settings.get("eos_token_id")
-    if listed is None and (directory / "config.json").is_file():
-        listed = read_json(directory / "config.json").get("eos_token_id")
-    first = [token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int)]
+    named = path if settings.get("eos_token_id") is not None else directory / "config.json"
+    first = eos_ids(named)
     missing = [token for token in stop_ids(directory, tokenizer) if token not in first]
     if missing or (len(first) > 1 and not path.is_file()):  # verification reads generation_config.json alone
         settings["eos_token_id"] = [*first, *missing]
         write_text(path, json.dumps(settings, indent=2) + "\n")
     return missing
-
-
-def _of_config(directory: Path) -> set[int]:
-    path = directory / "config.json"
-    if not path.is_file():
-        return set()
-    value = read_json(path).get("eos_token_id")
-    return {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
 
 
 def _of_template(tokenizer: Any) -> set[int]:

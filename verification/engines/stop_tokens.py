@@ -20,18 +20,23 @@ from verification.gguf.reader import read_gguf
 KEYS = ("tokenizer.ggml.eom_token_id", "tokenizer.ggml.eot_token_id")
 
 
+def eos_ids(path: Path) -> list[int]:
+    """`eos_token_id` of a configuration file, a number or a list, in its order; empty where there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    value = read_json(path).get("eos_token_id") if path.is_file() else None
+    return [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
+
+
 def listed_stops(directory: Path) -> set[int]:
     """The eos ids of generation_config.json; empty where there is none.
 
     Raises:
         InputError: the file is damaged.
     """
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return set()
-    value = read_json(path).get("eos_token_id")
-    found = value if isinstance(value, list) else [value]
-    return {token for token in found if isinstance(token, int)}
+    return set(eos_ids(directory / "generation_config.json"))
 
 
 def add_stop_keys(gguf: Path, directory: Path) -> dict[str, int]:
