@@ -16,7 +16,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from typing import Any
 
 Message = dict[str, Any]
 _ROOT = Path(__file__).resolve().parents[2]  # what the child may import this package from
-_SAID = 1 << 20  # bytes of the child's stderr that are kept on disk
+_SAID = 1 << 16  # last bytes of the child's stderr that are kept
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,18 @@ class Child:
 
     def __init__(self, script: Path, limits: Limits, *, name: str) -> None:
         self.limits, self.name = limits, name
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+        self._said = bytearray()
         calm = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1", "PYTHONHASHSEED": "0"}
         command = [sys.executable, str(script), json.dumps(asdict(limits)), str(_ROOT)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self._said, env={**os.environ, **calm}, bufsize=0
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env={**os.environ, **calm}, bufsize=0
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._in, self._out = self._process.stdin, self._process.stdout
+        assert self._process.stderr is not None
+        self._in, self._out, self._err = self._process.stdin, self._process.stdout, self._process.stderr
+        self._speaks = True  # its stderr is open
         os.set_blocking(self._in.fileno(), False)
 
     def ask(self, question: Message) -> Message:
@@ -77,12 +78,16 @@ class Child:
         while not answer.endswith(b"\n"):
             waiting = select.poll()  # `select` cannot watch a file number above 1023
             waiting.register(self._out, select.POLLIN)
+            if self._speaks:
+                waiting.register(self._err, select.POLLIN)
             if left:
                 waiting.register(self._in, select.POLLOUT)
             ready = {number for number, _ in waiting.poll(1000 * max(deadline - time.monotonic(), 0))}
             readable, writable = self._out.fileno() in ready, self._in.fileno() in ready
             if not ready:
                 raise self._died(f"no answer within {self.limits.wall:g} s")
+            if self._err.fileno() in ready:
+                self._hear()
             if writable:
                 try:
                     left = left[os.write(self._in.fileno(), left[: 1 << 16]) :]
@@ -98,11 +103,23 @@ class Child:
         found: Message = json.loads(answer)
         return found
 
+    def _hear(self) -> None:
+        """Take what the child wrote to stderr, so that it never waits for a reader, and keep the end of it."""
+        piece = os.read(self._err.fileno(), 1 << 16)
+        self._speaks = bool(piece)
+        self._said += piece
+        del self._said[:-_SAID]
+
     def _died(self, why: str) -> ChildDied:
         """End the child where it still runs, and say how it ended."""
         if not why:
+            deadline = time.monotonic() + 10
+            waiting = select.poll()
+            waiting.register(self._err, select.POLLIN)
+            while self._speaks and waiting.poll(1000 * max(deadline - time.monotonic(), 0)):
+                self._hear()
             try:
-                code = self._process.wait(timeout=10)
+                code = self._process.wait(timeout=max(deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 why = "it closed its output"
             else:
@@ -112,8 +129,7 @@ class Child:
         return ChildDied(f"{self.name} ended: {why}" + (f": {said}" if said else ""))
 
     def _last_words(self) -> str:
-        self._said.seek(0)
-        lines = [line.strip() for line in self._said.read(_SAID).decode("utf-8", "replace").splitlines()]
+        lines = [line.strip() for line in self._said.decode("utf-8", "replace").splitlines()]
         lines = [line for line in lines if line]
         found = next((line for line in lines if "ASSERT" in line), lines[-1] if lines else "")
         return found[max(found.find("GGML_ASSERT"), 0) :][:400]  # without the path of the build
@@ -123,7 +139,7 @@ class Child:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        for stream in (self._in, self._out, self._said):
+        for stream in (self._in, self._out, self._err):
             stream.close()
 
     def __enter__(self) -> Child:
@@ -151,7 +167,7 @@ def serve(prepare: Callable[[], Callable[[Message], Message]]) -> None:
     """
     limits = Limits(**json.loads(sys.argv[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_SAID, _SAID))  # stderr is a file; nothing else is written
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a child answers over its pipes, it writes no file
     resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer

@@ -155,7 +155,7 @@ def test_a_second_run_is_refused_and_ctrl_c_keeps_what_is_finished(tiny_dir: Pat
         f"so8t: another so8t run is working in {tmp_path / 'run'}; wait for it or choose another run_dir"
     ]
     assert run.signal(signal.SIGINT, 0)
-    assert run.process.returncode == 130
+    assert run.process.returncode == 130, run.lines
     assert run.lines[-1] == "interrupted; finished steps are kept"
     _assert_like_undisturbed(config, all_of_them=False)
     _ends_undisturbed(config, "--until", "data")
