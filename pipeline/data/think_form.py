@@ -16,7 +16,7 @@ from so8t_core.errors import InputError
 THINK_MARKER = "# 思考ステップ"
 ANSWER_MARKER = "# 最終回答"
 SYSTEM_MESSAGE = (
-    "先に考え、最後に答えてください。Think first, answer last: short steps under "
+    "Write short steps under "
     f'"{THINK_MARKER}", then only the answer under "{ANSWER_MARKER}".'
 )
 
