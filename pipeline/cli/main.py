@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import exit_codes
 from pipeline.cli.serve_verbs import audit_app, serve
+from pipeline.cli.stale import take_away, take_away_named
 from pipeline.cli.stopping import Stopped, StopRequests, is_program
 from so8t_core.errors import InputError
 from verification.engines import distributed
@@ -113,6 +114,10 @@ def _explained(error: Exception) -> int:
     if isinstance(error, OSError):
         return _failed(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+        try:
+            take_away_named(sys.argv[1:])
+        except InputError as problem:
+            return _failed(str(problem))
         what = f"{error.format_message()}{_given(error)}"
         return _failed(f"{what} (so8t --help shows the verbs, so8t VERB --help its options)")
     traceback.print_exception(error)  # a fault of ours: shown whole, but as "could not run", never "not to be released"
@@ -423,12 +428,12 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Compare GGUF files with their checkpoint."""
+    take_away("verify", out)
     if self_test:
         _self_test(reference, out, quick=quick, quiet=quiet)
     if reference is None or not candidate or out is None:
         lacking = [n for n, v in (("reference", reference), ("candidate", candidate), ("out", out)) if not v]
         raise InputError(f"verify needs --{' and --'.join(lacking)}; or --self-test, which needs none of them")
-    _take_away(out)
     _must_exist(reference, *candidate, base, adapter, policy, imatrix, *(corpus or []))
     _quiet_transformers()
     from pipeline.progress import Reporter, StageProgress
@@ -458,19 +463,6 @@ def verify(
         done = f"what was measured is in {out / 'report.html'}" if written else "nothing was measured, so no report"
         raise _Interrupted(done) from None
     _announce(report, out, policy=str(policy or "the default"), speaks=distributed.is_first())
-
-
-def _take_away(out: Path) -> None:
-    """An earlier report goes before anything can stop this run: what is left behind is of this run or not there."""
-    from verification.gate.stored import clear_report
-
-    try:
-        first = distributed.is_first()
-    except InputError:
-        clear_report(out)  # refused for its launch variables: no process will write
-        raise
-    if first:
-        clear_report(out)
 
 
 def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: bool) -> None:
@@ -509,6 +501,7 @@ def lint(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="write lint.json into this folder")] = None,
 ) -> None:
     """Check a GGUF file without running it, in seconds."""
+    take_away("lint", out)
     _must_exist(file, reference, base, adapter)
     _quiet_transformers()
     from verification.commands.lint import lint as examine
@@ -581,7 +574,7 @@ def _stored(path: Path, *, statement: bool) -> Report:
     require_candidate(stored, path)
     if statement:
         check_statement(stored, path)
-    changed, absent = changed_artefacts(stored)
+    changed, absent = changed_artefacts(stored.artefacts)
     if changed:
         raise InputError(f"{_few(changed)} changed since {path} was written; verify again")
     if absent:
