@@ -2,16 +2,21 @@
 
 While `raises` is True, a handler raises `Stopped` at every request; otherwise requests are only counted. A signal
 that the caller ignores (`nohup`) stays ignored. Handlers can be set in the main thread only; elsewhere nothing is done.
+Python forgets an exception that is raised in a destructor or in a function that C code calls: the request is then made
+again a moment later.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+_AGAIN = 0.1  # seconds until a request whose exception was forgotten is made again
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # SIGHUP is not on every system
 
 
@@ -27,9 +32,10 @@ class StopRequests:
     """Context manager that receives the requests to end."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []  # signals so far; code called from C may have swallowed the exception of one
+        self.asked: list[int] = []  # signals so far; the exception of one may have been forgotten
         self.raises = False
         self._before: dict[int, Any] = {}
+        self._hook: Callable[[sys.UnraisableHookArgs], object] | None = None
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
@@ -38,10 +44,13 @@ class StopRequests:
                 if found in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = found
                     signal.signal(number, self._stop)
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.raises = False
+        if self._hook is not None:
+            sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -61,6 +70,14 @@ class StopRequests:
         self.asked.append(number)
         if self.raises:
             raise Stopped
+
+    def _unraisable(self, what: sys.UnraisableHookArgs) -> None:
+        if isinstance(what.exc_value, Stopped):
+            again = threading.Timer(_AGAIN, os.kill, (os.getpid(), self.asked[-1]))
+            again.daemon = True
+            again.start()
+        elif self._hook is not None:
+            self._hook(what)
 
 
 def is_program(main: object) -> bool:

@@ -33,6 +33,10 @@ STOPS = {
     "inside a text that is executed, as dataclasses are compiled": "exec('me({0})', globals())",
     "a second while the first one unwinds": "try: me({0})\n    finally: me({0})",
     "one whose exception got lost": "try: me({0})\n    except KeyboardInterrupt: raise SystemExit(0)",
+    "one that is forgotten in a destructor": "class D:\n        def __del__(self): me({0})\n    D(); time.sleep(99)",
+    "one that is forgotten in a callback out of C": (
+        "import ctypes\n    call = ctypes.CFUNCTYPE(None)(lambda: me({0}))\n    call(); time.sleep(99)"
+    ),
     "one that became another error": "try: me({0})\n    except KeyboardInterrupt: raise ImportError('half a module')",
     "a second while the interpreter ends": "atexit.register(me, {0}); me({0})",
     "many, all the time": "import threading\n    parent = os.getpid()\n    def hit():\n        while True:\n"
