@@ -21,6 +21,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from pipeline.cli import exit_codes
+from pipeline.cli.explain import all_explanations, explained
 from pipeline.cli.serve_verbs import audit_app, serve
 from pipeline.cli.stale import take_away, take_away_named
 from pipeline.cli.stopping import Stopped, StopRequests, is_program
@@ -487,7 +488,7 @@ def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: 
 
 @app.command(epilog="Example: so8t lint my-model-Q4_K_M.gguf --reference ./my-model")
 def lint(
-    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", show_default=False)],
+    file: Annotated[Path | None, typer.Argument(metavar="FILE.gguf", show_default=False)] = None,
     reference: Annotated[
         Path | None,
         typer.Option(metavar="HF_DIR", help="checkpoint that the file was made from; also checks tokens and weights"),
@@ -499,17 +500,27 @@ def lint(
         Path | None, typer.Option(metavar="DIR", help="the adapter that was baked; names a wrong rotation")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="write lint.json into this folder")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="say what each note and finding means; without a file: all of them")
+    ] = False,
 ) -> None:
     """Check a GGUF file without running it, in seconds."""
     take_away("lint", out)
+    console = Console(highlight=False)
+    if file is None:
+        if not explain:
+            raise InputError("lint needs a FILE.gguf; or --explain alone, which lists what each check means")
+        console.print(all_explanations())
+        return
     _must_exist(file, reference, base, adapter)
     _quiet_transformers()
     from verification.commands.lint import lint as examine
     from verification.commands.lint_terminal import lint_table, write_lint
 
     report = examine(file, reference=reference, base=base, adapter=adapter)
-    console = Console(highlight=False)
     console.print(lint_table(report))
+    if explain:
+        console.print(explained(report))
     if out is not None:
         console.print(f"Report: {write_lint(report, out)}", markup=False, soft_wrap=True)
     raise typer.Exit(exit_codes.of_verdict(report.verdict))
