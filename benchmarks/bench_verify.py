@@ -1,38 +1,38 @@
-"""What the verifier's logits cost against the bare forward passes they need: the reference once, every file once.
+"""What a whole verification costs against the bare forward passes it needs: the reference once, every file once.
 
-python -m benchmarks.bench_verify --reference HF_DIR --candidate FILE.gguf [--candidate ...] [--chunks 4] [--rounds 5]
+python -m benchmarks.bench_verify --reference HF_DIR --candidate FILE.gguf [--candidate ...] [--chunks 12] [--rounds 3]
 
-Bare: the model's forward over the chunks, and llama.cpp's decode over them, logits fetched and dropped. Ours: the same
-plus spooling, reading back, the divergence in float64 and the alignment. Both load their models and contexts inside
-the timed part. The two take turns in every round, so that a machine that slows down slows both; printed are medians and
-ranges of the rounds' times and of their ratio (bar: 1.25), the peak memory, and the cells' and noise floor's own cost.
+Bare: the model's forward over the chunks, and llama.cpp's decode over them, logits fetched and dropped. Report: every
+stage of `verify` with its default settings, the verifier's own conversion included. The two take turns in every round,
+so that a machine that slows down slows both. Printed are the rounds' wall seconds and processor seconds (children
+included), medians and ranges of their ratio, and the seconds of each stage. On a machine that others use, the
+processor seconds are the steadier of the two.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from benchmarks.peak import resident
-from benchmarks.side_by_side import interleave
-from verification.contract.chat import fixtures
+from verification import verify
+from verification.commands.stage import Run
 from verification.engines.huggingface import hf_rows, load_hf
 from verification.engines.llama_logits import LlamaLogits
 from verification.logit_parity.compare import measure_file, passages_of, run_reference
-from verification.logit_parity.engine_noise import noise_floor
-from verification.logit_parity.run_modes import Plan, plan_cells
 from verification.logit_parity.text import Corpus, read_corpus
 from verification.reference.tokenizer import load_tokenizer
+
+Seconds = tuple[float, float]  # by the wall's clock, by the processor's
 
 
 def main() -> None:
@@ -40,23 +40,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--candidate", type=Path, action="append", required=True)
-    parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--chunks", type=int, default=12)
     parser.add_argument("--n-ctx", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cells", choices=("quick", "full", "none"), default="quick")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    tokenizer = load_tokenizer(given.reference)
-    text = read_corpus(None, tokenizer, n_ctx=given.n_ctx, chunks=given.chunks)
-    work = (given.reference, given.candidate, text, given.threads)
-    times = interleave({"ours": partial(_ours, *work), "bare": partial(_bare, *work)}, rounds=given.rounds, warmup=0)
-    ratios = [ours / bare for ours, bare in zip(times["ours"], times["bare"], strict=True)]
-    shown = {name: _summary(values) for name, values in times.items()}
-    result: dict[str, object] = {**shown, "ratio": _summary(ratios)}
-    if given.cells != "none":
-        result["cells_and_noise_seconds"] = round(_cells(given, text, tokenizer), 2)
+    text = read_corpus(None, load_tokenizer(given.reference), n_ctx=given.n_ctx, chunks=given.chunks)
+    stages: dict[str, list[Seconds]] = {}
+
+    def report() -> None:
+        with _stages_timed(stages):
+            verify(given.reference, given.candidate, chunks=given.chunks, n_ctx=given.n_ctx, threads=given.threads)
+
+    bare = partial(_bare, given.reference, given.candidate, text, given.threads)
+    rounds = []
+    for number in range(given.rounds):
+        contenders: dict[str, Callable[[], None]] = {"bare": bare, "report": report}
+        order = list(contenders) if number % 2 == 0 else list(reversed(contenders))
+        rounds.append({name: _timed(contenders[name]) for name in order})
+    result: dict[str, object] = {"rounds": rounds}
+    for place, clock in enumerate(("wall", "processor")):
+        result[f"ratio, {clock}"] = _summary([r["report"][place] / r["bare"][place] for r in rounds])
+    result["stages"] = {name: [_summary([s[k] for s in found]) for k in (0, 1)] for name, found in stages.items()}
     result["peak_gib"] = round(resident("VmHWM") * 1e6 / 2**30, 2)
     print(json.dumps(result, indent=1))
+
+
+@contextlib.contextmanager
+def _stages_timed(into: dict[str, list[Seconds]]) -> Iterator[None]:
+    """Inside, the seconds of every stage are kept; a stage that one run enters several times counts once."""
+    plain, found = Run.timed, dict[str, Seconds]()
+
+    @contextlib.contextmanager
+    def timed(run: Run, stage: str) -> Iterator[None]:
+        start = _clocks()
+        with plain(run, stage):
+            yield
+        wall, processor = (now - then for now, then in zip(_clocks(), start, strict=True))
+        known = found.get(stage, (0.0, 0.0))
+        found[stage] = (known[0] + wall, known[1] + processor)
+
+    Run.timed = timed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Run.timed = plain  # type: ignore[method-assign]
+        for stage, seconds in found.items():
+            into.setdefault(stage, []).append(seconds)
 
 
 def _bare(reference: Path, files: list[Path], text: Corpus, threads: int | None) -> None:
@@ -74,37 +104,26 @@ def _bare(reference: Path, files: list[Path], text: Corpus, threads: int | None)
                     pass
 
 
-def _ours(reference: Path, files: list[Path], text: Corpus, threads: int | None, plan: Plan | None = None) -> None:
+def _ours(reference: Path, files: list[Path], text: Corpus, threads: int | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        passages = [
-            *passages_of(text.chunks),
-            *(p for group in (plan.passages.values() if plan else ()) for p in group),
-        ]
+        passages = passages_of(text.chunks)
         stored = run_reference(load_hf(reference), passages, Path(folder), name="reference", tell=_silent)
         gc.collect()
         with stored.spool:
             for path in files:
-                measure_file(path.name, path, text, stored, plan=plan, seed="s", threads=threads, tell=_silent)
+                measure_file(path.name, path, text, stored, seed="s", threads=threads, tell=_silent)
 
 
-def _cells(given: argparse.Namespace, text: Corpus, tokenizer: Any) -> float:
-    """Seconds that the cells of all files and the noise floor add, from one run with and one without them."""
-    config = json.loads((given.reference / "config.json").read_text(encoding="utf-8"))
-    ids = [np.asarray(tokenizer(c, add_special_tokens=False)["input_ids"]) for c in fixtures(tokenizer)]
-    plan = plan_cells(given.cells, text.chunks, config, bos=tokenizer.bos_token_id, chats=ids)
-
-    def everything() -> None:
-        _ours(given.reference, given.candidate, text, given.threads, plan)
-        noise_floor("first", given.candidate[0], plan.passages["plain"], threads=given.threads)
-
-    alone = _timed(lambda: _ours(given.reference, given.candidate, text, given.threads))
-    return _timed(everything) - alone
-
-
-def _timed(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def _timed(work: Callable[[], None]) -> Seconds:
+    start = _clocks()
     work()
-    return time.perf_counter() - start
+    wall, processor = (now - then for now, then in zip(_clocks(), start, strict=True))
+    return wall, processor
+
+
+def _clocks() -> Seconds:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def _summary(values: list[float]) -> dict[str, float]:

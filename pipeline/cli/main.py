@@ -5,17 +5,14 @@ Heavy imports happen inside the verbs, so that `--help` and a mistyped path answ
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,7 +21,10 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from pipeline.cli import exit_codes
+from pipeline.cli.explain import all_explanations, explained
 from pipeline.cli.serve_verbs import audit_app, serve
+from pipeline.cli.stale import take_away, take_away_named
+from pipeline.cli.stopping import Stopped, StopRequests, is_program
 from so8t_core.errors import InputError
 from verification.engines import distributed
 
@@ -61,35 +61,68 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="show no progress")]
 
 def main() -> None:
     """Entry point of the `so8t` program."""
+    with StopRequests() as requests:
+        try:
+            requests.listen()
+            code = _command(requests)
+            requests.raises = False
+        except (typer.Abort, KeyboardInterrupt, _Interrupted) as error:
+            requests.raises = False  # the line below is written whole
+            kept = str(error) if isinstance(error, _Interrupted) else "finished steps are kept"
+            number = requests.asked[0] if requests.asked else signal.SIGINT
+            how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"{how}; {kept}", markup=False)
+            code = exit_codes.of_signal(number)
+        if is_program(main):
+            requests.ignore()
+    sys.exit(code)
+
+
+def _command(requests: StopRequests) -> int | str | None:
+    """Carry out the command line; errors are shown here. Returns the exit code.
+
+    Raises:
+        KeyboardInterrupt, _Interrupted: it was asked to end, whatever became of the exception that said so.
+    """
     _calm()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        with _stop_signals():
-            code = app(standalone_mode=False)  # without standalone mode `typer.Exit(1)` comes back as a return value
-        if code == 130 or _stopped:  # and so does ctrl-C inside a verb
-            raise KeyboardInterrupt
-        sys.exit(code)
-    except InputError as error:
-        _fail(str(error))
-    except (typer.Abort, KeyboardInterrupt, _Interrupted) as error:
-        kept = str(error) if isinstance(error, _Interrupted) else "finished steps are kept"
-        how = f"stopped by {signal.Signals(_stopped[0]).name}" if _stopped else "interrupted"
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"{how}; {kept}", markup=False)
-        sys.exit(exit_codes.of_signal(_stopped[0] if _stopped else signal.SIGINT))
-    except BrokenPipeError:
-        sys.exit(exit_codes.READER_GONE)
-    except ModuleNotFoundError as error:
-        what = f"the package {error.name!r} is not installed" if error.name else str(error)  # transformers names none
-        _fail(f"{what}; `so8t doctor` says what is missing and how to get it")
-    except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        code: int | str | None = app(standalone_mode=False)  # without it `typer.Exit(1)` comes back as a return value
+        if code == exit_codes.of_signal(signal.SIGINT):  # and so does ctrl-C inside a verb
+            raise Stopped
+    except (typer.Abort, _Interrupted):
+        raise
+    except SystemExit as end:
+        code = end.code
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            what = f"{error.format_message()}{_given(error)}"
-            _fail(f"{what} (so8t --help shows the verbs, so8t VERB --help its options)")
-        traceback.print_exc()  # a fault of ours: shown whole, but as "could not run", never as "not to be released"
-        sys.exit(exit_codes.BAD_INPUT)
+        if not requests.asked:  # otherwise the error came of the signal, which child processes get too
+            return _explained(error)
+    if requests.asked:
+        raise Stopped
+    return code
+
+
+def _explained(error: Exception) -> int:
+    """Show why a command could not run; returns the exit code."""
+    if isinstance(error, InputError):
+        return _failed(str(error))
+    if isinstance(error, BrokenPipeError):
+        return exit_codes.READER_GONE
+    if isinstance(error, ModuleNotFoundError):
+        what = f"the package {error.name!r} is not installed" if error.name else str(error)  # transformers names none
+        return _failed(f"{what}; `so8t doctor` says what is missing and how to get it")
+    if isinstance(error, OSError):
+        return _failed(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+        try:
+            take_away_named(sys.argv[1:])
+        except InputError as problem:
+            return _failed(str(problem))
+        what = f"{error.format_message()}{_given(error)}"
+        return _failed(f"{what} (so8t --help shows the verbs, so8t VERB --help its options)")
+    traceback.print_exception(error)  # a fault of ours: shown whole, but as "could not run", never "not to be released"
+    return exit_codes.BAD_INPUT
 
 
 def _given(error: Exception) -> str:
@@ -99,38 +132,12 @@ def _given(error: Exception) -> str:
     return f", given was {found[-1][:80]!r}" if found else ""
 
 
-_stopped: list[int] = []  # the signal that asked for the end; a callback out of C may have swallowed the exception
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Take the requests to end that are not ctrl-C as ctrl-C: what was measured is kept, and nothing passes.
-
-    A signal that the caller ignores (`nohup`) stays ignored.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        _stopped.append(number)
-        raise KeyboardInterrupt
-
-    _stopped.clear()
-    wanted = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    is_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    taken = [number for number in wanted if is_main and signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
 class _Interrupted(Exception):
     """Ctrl-C inside a verb that can say which part of its work is kept."""
 
 
-def _fail(message: str) -> None:
+def _failed(message: str) -> int:
+    """Show an error in a line or two; returns the exit code."""
     try:
         number = distributed.rank()
     except InputError:  # the launch's variables are what is wrong, and the message says so
@@ -139,7 +146,7 @@ def _fail(message: str) -> None:
     from verification.show.words import visible
 
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"{who}: {visible(message)}", markup=False)
-    sys.exit(exit_codes.BAD_INPUT)
+    return exit_codes.BAD_INPUT
 
 
 def _calm() -> None:
@@ -422,12 +429,12 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Compare GGUF files with their checkpoint."""
+    take_away("verify", out)
     if self_test:
         _self_test(reference, out, quick=quick, quiet=quiet)
     if reference is None or not candidate or out is None:
         lacking = [n for n, v in (("reference", reference), ("candidate", candidate), ("out", out)) if not v]
         raise InputError(f"verify needs --{' and --'.join(lacking)}; or --self-test, which needs none of them")
-    _take_away(out)
     _must_exist(reference, *candidate, base, adapter, policy, imatrix, *(corpus or []))
     _quiet_transformers()
     from pipeline.progress import Reporter, StageProgress
@@ -459,19 +466,6 @@ def verify(
     _announce(report, out, policy=str(policy or "the default"), speaks=distributed.is_first())
 
 
-def _take_away(out: Path) -> None:
-    """An earlier report goes before anything can stop this run: what is left behind is of this run or not there."""
-    from verification.gate.stored import clear_report
-
-    try:
-        first = distributed.is_first()
-    except InputError:
-        clear_report(out)  # refused for its launch variables: no process will write
-        raise
-    if first:
-        clear_report(out)
-
-
 def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: bool) -> None:
     """The fault catalogue; 1 when the gate missed a fault at its real-world strength or raised a false alarm."""
     _must_exist(reference)
@@ -494,7 +488,7 @@ def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: 
 
 @app.command(epilog="Example: so8t lint my-model-Q4_K_M.gguf --reference ./my-model")
 def lint(
-    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", show_default=False)],
+    file: Annotated[Path | None, typer.Argument(metavar="FILE.gguf", show_default=False)] = None,
     reference: Annotated[
         Path | None,
         typer.Option(metavar="HF_DIR", help="checkpoint that the file was made from; also checks tokens and weights"),
@@ -506,16 +500,27 @@ def lint(
         Path | None, typer.Option(metavar="DIR", help="the adapter that was baked; names a wrong rotation")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="write lint.json into this folder")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="say what each note and finding means; without a file: all of them")
+    ] = False,
 ) -> None:
     """Check a GGUF file without running it, in seconds."""
+    take_away("lint", out)
+    console = Console(highlight=False)
+    if file is None:
+        if not explain:
+            raise InputError("lint needs a FILE.gguf; or --explain alone, which lists what each check means")
+        console.print(all_explanations())
+        return
     _must_exist(file, reference, base, adapter)
     _quiet_transformers()
     from verification.commands.lint import lint as examine
     from verification.commands.lint_terminal import lint_table, write_lint
 
     report = examine(file, reference=reference, base=base, adapter=adapter)
-    console = Console(highlight=False)
     console.print(lint_table(report))
+    if explain:
+        console.print(explained(report))
     if out is not None:
         console.print(f"Report: {write_lint(report, out)}", markup=False, soft_wrap=True)
     raise typer.Exit(exit_codes.of_verdict(report.verdict))
@@ -580,7 +585,7 @@ def _stored(path: Path, *, statement: bool) -> Report:
     require_candidate(stored, path)
     if statement:
         check_statement(stored, path)
-    changed, absent = changed_artefacts(stored)
+    changed, absent = changed_artefacts(stored.artefacts)
     if changed:
         raise InputError(f"{_few(changed)} changed since {path} was written; verify again")
     if absent:

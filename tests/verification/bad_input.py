@@ -303,6 +303,9 @@ KINDS: dict[str, Kind] = {
         "belong together",
     ),
     # files of other tools
+    "gguf short": Kind("a GGUF without a header", gguf(lambda data: data[:20]), "20 bytes", "needs 24"),
+    "gguf magic": Kind("a file of another kind", gguf(lambda data: b"PK\3\4" + data[4:]), "b'PK", "b'GGUF'"),
+    "gguf version": Kind("a GGUF of version 1", gguf(lambda data: data[:4] + b"\1" + data[5:]), "version 1", "2 and 3"),
     "gguf cut": Kind("a GGUF that was cut", gguf(lambda data: data[:-100]), "truncated", "the file has"),
     "gguf type": Kind(
         "a key of another type",

@@ -18,7 +18,7 @@ from verification.engines.convert import converter_version
 from verification.engines.llama_model import quiet
 from verification.engines.program_digests import llama_digest
 from verification.gate.policy import DEFAULT_POLICY, Policy
-from verification.gate.report import Artefact, Report
+from verification.gate.report import Artefact
 from verification.gguf.candidate import Candidate
 from verification.logit_parity.text import DEFAULT_CORPUS
 
@@ -63,15 +63,15 @@ def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
     return Artefact(role=role, path=str(path), sha256=sha256_path(path), bytes=size_of(path), label=label)
 
 
-def changed_artefacts(report: Report) -> tuple[list[str], list[str]]:
-    """Paths of the report's inputs that are here but no longer what was measured, and of those that are not here.
+def changed_artefacts(artefacts: Sequence[Artefact]) -> tuple[list[str], list[str]]:
+    """Paths of a report's inputs that are here but no longer what was measured, and of those that are not here.
 
     The policy is not checked, because its bounds are in the report, nor is the built-in text, which may differ between
     versions of so8t.
     """
     changed: list[str] = []
     absent: list[str] = []
-    for artefact in report.artefacts:
+    for artefact in artefacts:
         if artefact.role != "policy" and Path(artefact.path) != DEFAULT_CORPUS:
             if not _is_here(artefact.path):
                 absent.append(artefact.path)

@@ -38,7 +38,8 @@ class VerifyRequest:
         chunks: number of chunks to score, at least 2.
         n_ctx: tokens in a chunk, at least 64; the second half of each chunk is scored.
         threads: CPU threads; None takes all cores.
-        base_damage: also measure what the same quantisation does to the base model (information, never decided on).
+        base_damage: also measure what the same quantisation does to the base model, on the first chunks (information,
+            never decided on; `so8t run` asks for it).
         cells: ways of running each file: "quick", or "full" with the long texts.
         ship_n_ctx: context in tokens that the files are shipped for, at least 64; None takes at most 4096 and never
             more than the original length of a stretched RoPE.
@@ -64,7 +65,7 @@ class VerifyRequest:
     chunks: int = 12
     n_ctx: int = 512
     threads: int | None = None
-    base_damage: bool = True
+    base_damage: bool = False
     cells: Level = "quick"
     ship_n_ctx: int | None = None
     converter: str | Path | None = None

@@ -67,6 +67,7 @@ class Run:
     reference: Reference = field(init=False)
     baked: Any = field(init=False)  # base + adapter, baked in fp32
     gated: Array = field(init=False)  # (T, V) logits of base + adapter on the first chunk
+    baked_logits: list[Array] = field(init=False)  # (T, V) logits of the baked model on the first chunks
 
     # what the report is made of
     checks: dict[LegName, list[Check]] = field(default_factory=dict)

@@ -96,7 +96,8 @@ def _file_stage(label: str, *, is_float: bool) -> Stage:
 
 def _logit_stage(label: str, *, is_float: bool) -> Stage:
     leg = "convert" if is_float else "quality"
-    values = (f"{leg}.mean_kld", f"{leg}.top1", f"{leg}.non_finite", *OF_EVERY_CELL, "evidence.alignment")
+    cells = () if label == ORACLE_LABEL else OF_EVERY_CELL
+    values = (f"{leg}.mean_kld", f"{leg}.top1", f"{leg}.non_finite", *cells, "evidence.alignment")
     needs = ("files", "text", "plan", "reference")
     return Stage(f"logits {label}", partial(_logits, label), needs=needs, checks=values, subject=label)
 
@@ -113,13 +114,13 @@ def _bake_stages(run: Run) -> list[Stage]:
             "bake",
             _bake,
             needs=("checkpoint", "text"),
-            yields=("baked", "gated"),
+            yields=("baked", "gated", "baked_logits"),
             checks=("bake.max_abs_logit", "bake.top1_disagreements", "controls.differs_from_base", "dtype.rounding"),
         ),
         Stage(
             "saved precision",
             _saved_precision,
-            needs=("baked", "checkpoint", "text", "reference"),
+            needs=("baked", "baked_logits", "checkpoint", "text", "reference"),
             checks=("dtype.mean_kld", "dtype.non_finite"),
         ),
         Stage("transposed control", _transposed, needs=("gated", "text"), checks=("controls.transposed",)),
@@ -223,7 +224,7 @@ def _bake(run: Run) -> None:
     base, adapter = _given(run.base), _given(run.adapter)
     run.tell("bake", 0, 1)
     result = bake_leg(base, adapter, run.text.chunks, max_abs_logit=run.policy.bake.max_abs_logit)
-    run.baked, run.gated = result.baked, result.gated
+    run.baked, run.gated, run.baked_logits = result.baked, result.gated, result.own
     run.add("bake", result.bake)
     run.add("controls", result.controls)
     worst, where = saved_rounding(result.baked, run.checkpoint)
@@ -235,7 +236,10 @@ def _bake(run: Run) -> None:
 def _saved_precision(run: Run) -> None:
     name, stage = "baked fp32", "saved precision"
     seed = run.seed("saved")
-    saved = saved_against(run.baked, run.text, run.reference, name=name, seed=seed, tell=run.tell, stage=stage)
+    known = run.baked_logits
+    saved = saved_against(
+        run.baked, run.text, run.reference, name=name, seed=seed, tell=run.tell, stage=stage, known=known
+    )
     run.add("dtype", _dtype_checks(saved, run.checkpoint))
     run.divergences.append(saved)
 
@@ -274,14 +278,14 @@ def _trained_function(run: Run) -> None:
 
 
 def _logits(label: str, run: Run) -> None:
-    """One file's turn: the corpus, then every way of running it."""
+    """One file's turn: the corpus, then every cell. The stand-in, which nobody ships, runs the corpus alone."""
     _, candidate = _numbered(label, run)
     found = measure_file(
         label,
         candidate.file.path,
         run.text,
         run.reference,
-        plan=run.plan,
+        plan=None if label == ORACLE_LABEL else run.plan,
         seed=run.seed(label),
         threads=run.threads,
         tell=run.tell,

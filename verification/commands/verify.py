@@ -3,7 +3,7 @@
 Cheap stages come first. Then the reference computes its logits once, onto disk, and is released; after it the bake,
 after that every file in its turn: one model or one file is in memory at any time. What is measured (`stages`) and what
 is decided (`gate.decide` sets every status) stay apart. Ctrl-C leaves a report of what was done, with verdict
-incomplete.
+incomplete, at whatever moment it comes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import ParamSpec
 
 from so8t_core.errors import InputError
 from so8t_core.threads import torch_threads
+from verification.commands.interruption import Interruption
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
 from verification.commands.request import VerifyRequest
 from verification.commands.stage import Run, carry_out
@@ -81,27 +82,43 @@ def verify_request(request: VerifyRequest) -> Report:
             notes=list(request.notes),
         )
         comparable_base(run)
-        interrupted = False
-        try:
-            carry_out(stages(run), run)
-        except KeyboardInterrupt:
+        with Interruption() as interruption:
+            try:
+                carry_out(stages(run), run)
+                _unchanged(run)
+                interruption.held = True
+            except KeyboardInterrupt:
+                interruption.held = interruption.asked = True
+            run.durations["total"] = time.monotonic() - start
+            report = _finished(run, interruption, out if distributed.is_first() else None)
+            if interruption.asked:
+                raise KeyboardInterrupt
+    return distributed.from_first(lambda: report)
+
+
+def _finished(run: Run, interruption: Interruption, out: Path | None) -> Report:
+    """The decided report, written into `out`; of a run that was asked to end, even while it was written, no pass."""
+    interrupted = False
+    while True:
+        if interruption.asked and not interrupted:
+            _interrupt(run)
             interrupted = True
-            run.notes.append("Interrupted: only the legs shown were measured.")
-            cut: list[LegName] = ["evidence"]  # whatever was cut off, even mere information: it is no whole run
-            for leg in dict.fromkeys([*(leg for stage in run.left for leg in stage.legs), *cut]):
-                run.add(leg, [_interrupted(leg)])
-        run.durations["total"] = time.monotonic() - start
-        report = _report(run)
-        if not interrupted:
-            _unchanged(report)
-        report = decide(report, policy)
-        if out is not None and distributed.is_first():
+        report = decide(_report(run), run.policy)
+        if out is not None:
             from verification.show.write import write_report
 
             write_report(report, out)
-    if interrupted:
-        raise KeyboardInterrupt
-    return distributed.from_first(lambda: report)
+        if interrupted or not interruption.asked:
+            return report
+
+
+def _interrupt(run: Run) -> None:
+    """Say in the report that it is of no whole run, also where only its last checks or its writing were cut off."""
+    part = "only the legs shown were measured" if run.left else "everything was measured, but not all of it checked"
+    run.notes.append(f"Interrupted: {part}.")
+    cut: list[LegName] = ["evidence"]
+    for leg in dict.fromkeys([*(leg for stage in run.left for leg in stage.legs), *cut]):
+        run.add(leg, [_interrupted(leg)])
 
 
 P = ParamSpec("P")
@@ -166,13 +183,13 @@ def _report(run: Run) -> Report:
     )
 
 
-def _unchanged(report: Report) -> None:
+def _unchanged(run: Run) -> None:
     """Check that no input changed between its reading by tensor and its reading by llama.cpp, minutes later.
 
     Raises:
         InputError: an input was replaced, changed or taken away meanwhile.
     """
-    changed, absent = distributed.from_first(lambda: changed_artefacts(report))
+    changed, absent = distributed.from_first(lambda: changed_artefacts(run.inputs))
     if changed or absent:
         raise InputError(
             f"{(changed + absent)[0]} {'changed' if changed else 'went away'} while it was being verified: the numbers "

@@ -72,11 +72,15 @@ class LlamaLogits:
     def vocab(self) -> int:
         return self.file.vocab_size
 
-    def rows(self, tokens: Ids, *, first: int | None = None, singly_from: int | None = None) -> Iterator[Array]:
+    def rows(
+        self, tokens: Ids, *, first: int | None = None, singly_from: int | None = None, kept: int = 0
+    ) -> Iterator[Array]:
         """Yield (rows, V) float32 logits of the scored positions `first` .. len-2, from an empty cache.
 
         Args:
             singly_from: position from which the tokens are decoded one by one, as a generation does it.
+            kept: how many of these tokens the last call's had at their beginning: they stay in the cache, unless the
+                model's cache cannot give up its end (recurrent layers).
         """
         length = len(tokens)
         if length > self.n_ctx:
@@ -88,9 +92,12 @@ class LlamaLogits:
             )
         start, stop = scored(length)
         start = start if first is None else first
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        memory = llama_cpp.llama_get_memory(self.context)
+        if not (kept and llama_cpp.llama_memory_seq_rm(memory, 0, kept, -1)):
+            llama_cpp.llama_memory_clear(memory, True)
+            kept = 0
         together = length if singly_from is None else singly_from
-        parts = [(begin, min(begin + self.n_batch, together)) for begin in range(0, together, self.n_batch)]
+        parts = [(begin, min(begin + self.n_batch, together)) for begin in range(kept, together, self.n_batch)]
         parts += [(begin, begin + 1) for begin in range(together, length)]
         for begin, end in parts:
             wanted = self._fill(tokens[begin:end], begin, start, stop)
@@ -100,9 +107,9 @@ class LlamaLogits:
                 pointer = llama_cpp.llama_get_logits(self.context)
                 yield np.ctypeslib.as_array(pointer, shape=(wanted, self.vocab)).copy()
 
-    def chunk(self, tokens: Ids, *, first: int | None = None, singly_from: int | None = None) -> Array:
+    def chunk(self, tokens: Ids, *, first: int | None = None, singly_from: int | None = None, kept: int = 0) -> Array:
         """(T, V) float32 logits of one chunk; see `rows`."""
-        return joined(list(self.rows(tokens, first=first, singly_from=singly_from)))
+        return joined(list(self.rows(tokens, first=first, singly_from=singly_from, kept=kept)))
 
     def _fill(self, part: Ids, begin: int, start: int, stop: int) -> int:
         """Write one batch; returns how many of its rows carry logits."""

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`; 1.3: check
-# `quantise.unexplained`, each tensor's `drawer`, `why` and `own_error`, and each check's `code` and `where`
-SCHEMA_VERSION = "1.3"
+# `quantise.unexplained`, each tensor's `drawer`, `why` and `own_error`, and each check's `code` and `where`; 1.4: each
+# artefact's `type`, and each tensor's `blocks`, `blocks_differ` and `found`
+SCHEMA_VERSION = "1.4"
 
 Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
 Verdict = Literal["pass", "fail", "inconclusive", "incomplete"]
@@ -142,6 +143,9 @@ class TensorRow(_Model):
     drawer: Literal["proven", "judged", "unexplained", "not compared"] | None = None  # None before schema 1.3
     why: str = ""  # how it was proven, or why other bytes are healthy
     own_error: float | None = None  # rel_error of llama.cpp's own quantiser at this type
+    blocks: int = Field(default=0, ge=0)  # of the type; of a float type, weights; 0 where they were not counted
+    blocks_differ: int = Field(default=0, ge=0)  # whose bytes are not the own quantiser's
+    found: str = ""  # the first fault in words, with its place in the tensor
 
 
 BY_OUTPUT = "by the error of its layer's output"  # `why` of a tensor that `quantise.output_error` decides

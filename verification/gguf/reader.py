@@ -188,6 +188,9 @@ class Cursor:
         return self.unpack(SCALARS[kind])
 
 
+_AGAIN = "Check the path, and copy or download the file again."
+
+
 def read_gguf(path: str | Path) -> GGUFFile:
     """Open a GGUF file and check that every tensor lies inside it.
 
@@ -199,15 +202,18 @@ def read_gguf(path: str | Path) -> GGUFFile:
         raise InputError(f"{path} is not a file; a GGUF file is expected here")
     size = path.stat().st_size
     if size < 24:
-        raise InputError(f"{path} is not a GGUF file: it has {size} bytes, the header alone needs 24")
+        raise InputError(f"{path} is not a GGUF file: it has {size} bytes, the header alone needs 24. {_AGAIN}")
     data = np.memmap(path, dtype=np.uint8, mode="r")
     cursor = Cursor(path, data)
     magic = bytes(cursor.take(4))
     if magic != b"GGUF":
-        raise InputError(f"{path} is not a GGUF file: it begins with {magic!r}, expected b'GGUF'")
+        raise InputError(f"{path} is not a GGUF file: it begins with {magic!r}, expected b'GGUF'. {_AGAIN}")
     version = cursor.unpack("I")
     if version not in (2, 3):
-        raise InputError(f"{path} has GGUF version {version}; versions 2 and 3 (little endian) can be read")
+        raise InputError(
+            f"{path} has GGUF version {version}; versions 2 and 3 (little endian) can be read. "
+            "Convert it again with a current converter."
+        )
     n_tensors, n_kv = cursor.unpack("Q"), cursor.unpack("Q")
     admission.counts(path, n_tensors, n_kv)
     metadata: dict[str, Any] = {}

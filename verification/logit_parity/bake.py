@@ -35,12 +35,13 @@ _SMALLEST = {
 
 @dataclass(frozen=True)
 class BakeResult:
-    """Checks of the leg `bake` and of one control, the model baked in fp32, and what the other control needs."""
+    """Checks of the leg `bake` and of one control, the model baked in fp32, and logits that other stages need."""
 
     bake: list[Check]
     controls: list[Check]
     baked: Any
     gated: Array  # logits of base + adapter on the first chunk
+    own: list[Array]  # logits of the baked model on the first chunks
 
 
 def bake_leg(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit: float) -> BakeResult:
@@ -85,6 +86,7 @@ def bake_leg(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit:
         ],
         baked=baked,
         gated=gated[0],
+        own=own,
     )
 
 

@@ -8,7 +8,7 @@ Several processes share the passages out: who has a passage's reference also mea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ from verification.gate.report import CellResult, Check, Divergence
 from verification.gguf.candidate import Candidate
 from verification.logit_parity.kl import DivergenceAccumulator, Ids
 from verification.logit_parity.logit_store import LogitSpool
-from verification.logit_parity.run_modes import BLOCK, Cell, Passage, Plan
+from verification.logit_parity.run_modes import BLOCK, CHAT_LENGTH, Cell, Passage, Plan
 from verification.logit_parity.text import Corpus
 from verification.logit_parity.text_checks import ALIGNED_ROWS, alignment
 
 Tell = Callable[[str, int, int], None]
 SAVED = "saved checkpoint"
 MID = "mid"  # the cell that is the ladder's own comparison
+SHARED = CHAT_LENGTH  # tokens up to which a text may hold another's logits: no stretched RoPE begins as early
+BASE_CHUNKS = 4  # chunks on which the base's own damage is shown: information, so a third of the usual text
 
 
 def passages_of(chunks: Iterable[Ids]) -> list[Passage]:
@@ -49,13 +51,13 @@ class Reference:
 
     def read(self, passage: Passage, start: int, stop: int) -> Any:
         """Rows start .. stop-1 of a passage's scored positions, (rows, V) float32."""
-        row, first = self._places[passage.tokens.tobytes()]
+        row, first = self._places[_key_of(passage, self._places)]
         row += passage.first - first
         return self.spool.read(row + start, row + stop)
 
     def mine(self, passages: Sequence[Passage]) -> dict[int, Passage]:
         """The passages whose logits this process has, by their place in the list."""
-        return {place: p for place, p in enumerate(passages) if p.tokens.tobytes() in self._places}
+        return {place: p for place, p in enumerate(passages) if _key_of(p, self._places) in self._places}
 
     def add(self, passage: Passage, model: Any) -> None:
         """Run the model over a passage and keep its logits."""
@@ -66,13 +68,25 @@ class Reference:
 
 
 def distinct(groups: Iterable[Sequence[Passage]]) -> list[Passage]:
-    """Each text once, from the first position that any group scores."""
+    """Each text once, from the first position that any group scores; a beginning of another text lies in that one.
+
+    A causal model's logits at a position do not depend on what follows.
+    """
     found: dict[bytes, Passage] = {}
-    for passage in (p for group in groups for p in group):
-        key = passage.tokens.tobytes()
+    for passage in sorted((p for group in groups for p in group), key=lambda p: -len(p.tokens)):
+        key = _key_of(passage, found)
         if key not in found or passage.first < found[key].first:
-            found[key] = passage
+            found[key] = replace(found.get(key, passage), first=passage.first)
     return list(found.values())
+
+
+def _key_of(passage: Passage, texts: Mapping[bytes, object]) -> bytes:
+    """The text of `texts` that this one is, or that begins with it and has at most `SHARED` tokens; else its own."""
+    own = passage.tokens.tobytes()
+    if own in texts:
+        return own
+    longest = SHARED * passage.tokens.itemsize
+    return next((key for key in texts if len(own) < len(key) <= longest and key.startswith(own)), own)
 
 
 def run_reference(
@@ -97,16 +111,17 @@ def run_reference(
 def in_turn(
     passages: Sequence[Passage],
     reference: Reference,
-    into: DivergenceAccumulator,
+    into: Sequence[DivergenceAccumulator],
     measure: Callable[[int, Passage], None],
 ) -> None:
-    """Measure the passages that are here; then `into` has the clusters of all, in their order, in every process."""
+    """Measure the passages that are here; then each of `into` has the clusters of all, in order, in every process."""
     parts = {}
     for place, passage in reference.mine(passages).items():
         measure(place, passage)
-        parts[place] = into.take()
-    for clusters in distributed.together(parts):
-        into.extend(clusters)
+        parts[place] = [total.take() for total in into]
+    for everything in distributed.together(parts):
+        for total, clusters in zip(into, everything, strict=True):
+            total.extend(clusters)
 
 
 def compare_rows(
@@ -116,11 +131,12 @@ def compare_rows(
     into: DivergenceAccumulator,
     *,
     block: int | None = None,
+    aligned: bool = True,
 ) -> float | None:
     """Add one passage of a candidate; every `block` rows are a cluster, None makes the whole passage one.
 
     Returns:
-        How much worse a shift by one position is, from the first rows; None for a single row.
+        How much worse a shift by one position is, from the first rows; None for a single row or without `aligned`.
 
     Raises:
         InputError: the candidate gave more or fewer rows than are scored.
@@ -129,7 +145,7 @@ def compare_rows(
     into.begin_chunk()
     for part in rows:
         own = reference.read(passage, done, done + len(part))
-        if ratio is None and len(part) > 1:  # the first batch may end behind the first scored row
+        if aligned and ratio is None and len(part) > 1:  # the first batch may end behind the first scored row
             ratio = alignment(own[:ALIGNED_ROWS], part[:ALIGNED_ROWS])
         start = 0
         while start < len(part):
@@ -176,7 +192,7 @@ def measure_file(
     chunks, cells = passages_of(text.chunks), plan.cells if plan else []
     steps, n_ctx = len(chunks) + len(cells), len(text.chunks[0])
     stage = stage or label
-    ratios: dict[int, float | None] = {}
+    ratio: dict[int, float | None] = {}
     with LlamaModel(path) as model:
         if model.vocab_size != reference.spool.vocab:
             raise InputError(
@@ -188,18 +204,23 @@ def measure_file(
 
             def measure(place: int, passage: Passage) -> None:
                 tell(stage, place, steps)
-                ratios[place] = compare_rows(
-                    engine.rows(passage.tokens, first=passage.first), reference, passage, total
-                )
+                rows = engine.rows(passage.tokens, first=passage.first)
+                found = compare_rows(rows, reference, passage, total, aligned=place == 0)
+                if place == 0:
+                    ratio[place] = found
 
-            in_turn(chunks, reference, total, measure)
+            in_turn(chunks, reference, [total], measure)
         divergence = total.result()
         results = [_mid(label, divergence)] if plan else []
+        measured: dict[str, Divergence] = {}
         for number, cell in enumerate(cells):
             tell(stage, len(chunks) + number, steps)
-            results.append(_run_cell(cell, label, model, plan, reference, seed, threads))
+            if plan is not None and not (cell.why or cell.same_as or cell.after):
+                together = [cell, *(other for other in cells if other.after == cell.name)]
+                measured |= _run_cells(together, label, model, plan, reference, seed, threads)
+        results += [_cell_result(cell, label, measured.get(cell.same_as or cell.name)) for cell in cells]
     tell(stage, steps, steps)
-    return FileResult(divergence, distributed.together(ratios)[0], results)
+    return FileResult(divergence, distributed.together(ratio)[0], results)
 
 
 def _mid(label: str, divergence: Divergence) -> CellResult:
@@ -209,24 +230,36 @@ def _mid(label: str, divergence: Divergence) -> CellResult:
     )
 
 
-def _run_cell(
-    cell: Cell, label: str, model: LlamaModel, plan: Plan | None, reference: Reference, seed: str, threads: int | None
-) -> CellResult:
-    divergence = None
-    if plan is not None and not cell.why:
-        passages = plan.passages[cell.passages]
-        longest = max(len(p.tokens) for p in passages)
-        total = _accumulator(reference, label, longest, f"{cell.name} {seed}")
-        with LlamaLogits(model, n_ctx=cell.n_ctx or longest, n_ubatch=cell.n_ubatch, threads=threads) as engine:
+def _run_cells(
+    cells: Sequence[Cell],
+    label: str,
+    model: LlamaModel,
+    plan: Plan,
+    reference: Reference,
+    seed: str,
+    threads: int | None,
+) -> dict[str, Divergence]:
+    """One cell and those that go on from its cache, passage by passage in one context; results by the cells' names."""
+    first = cells[0]
+    passages = plan.passages[first.passages]
+    longest = max(len(p.tokens) for p in passages)
+    totals = {cell.name: _accumulator(reference, label, longest, f"{cell.name} {seed}") for cell in cells}
+    with LlamaLogits(model, n_ctx=first.n_ctx or longest, n_ubatch=first.n_ubatch, threads=threads) as engine:
 
-            def measure(_: int, passage: Passage) -> None:
+        def measure(place: int, _: Passage) -> None:
+            for cell in cells:
+                passage = plan.passages[cell.passages][place]
                 singly = len(passage.tokens) - cell.singly if cell.singly else None
-                rows = engine.rows(passage.tokens, first=passage.first, singly_from=singly)
+                kept = singly or 0 if cell.after else 0
+                rows = engine.rows(passage.tokens, first=passage.first, singly_from=singly, kept=kept)
                 block = BLOCK if passage.rows >= 2 * BLOCK else None
-                compare_rows(rows, reference, passage, total, block=block)
+                compare_rows(rows, reference, passage, totals[cell.name], block=block, aligned=False)
 
-            in_turn(passages, reference, total, measure)
-        divergence = total.result()
+        in_turn(passages, reference, list(totals.values()), measure)
+    return {name: total.result() for name, total in totals.items()}
+
+
+def _cell_result(cell: Cell, label: str, divergence: Divergence | None) -> CellResult:
     return CellResult(
         cell=cell.name, title=cell.title, candidate=label, setting=cell.setting, why=cell.why, divergence=divergence
     )
@@ -239,9 +272,21 @@ def _accumulator(reference: Reference, label: str, n_ctx: int, seed: str) -> Div
 
 
 def saved_against(
-    model: Any, text: Corpus, reference: Reference, *, name: str, seed: str, tell: Tell, stage: str
+    model: Any,
+    text: Corpus,
+    reference: Reference,
+    *,
+    name: str,
+    seed: str,
+    tell: Tell,
+    stage: str,
+    known: Sequence[Any] = (),
 ) -> Divergence:
-    """Divergence of the saved checkpoint, whose logits are in the spool, from `model`: the bake in fp32, say."""
+    """Divergence of the saved checkpoint, whose logits are in the spool, from `model`: the bake in fp32, say.
+
+    Args:
+        known: the model's logits (T, V) of the first chunks, where they were computed before.
+    """
     total = DivergenceAccumulator(
         reference=name, candidate=SAVED, n_ctx=len(text.chunks[0]), vocab=reference.spool.vocab, seed=seed
     )
@@ -251,13 +296,14 @@ def saved_against(
         tell(stage, place, len(chunks))
         total.begin_chunk()
         done = 0
-        for part in hf_rows(model, passage.tokens, first=passage.first):
+        own = [known[place]] if place < len(known) else hf_rows(model, passage.tokens, first=passage.first)
+        for part in own:
             at = passage.first + done
             targets = passage.tokens[at + 1 : at + 1 + len(part)]
             total.add(part, reference.read(passage, done, done + len(part)), targets, first_position=at)
             done += len(part)
 
-    in_turn(chunks, reference, total, measure)
+    in_turn(chunks, reference, [total], measure)
     tell(stage, len(chunks), len(chunks))
     return total.result()
 
@@ -291,7 +337,7 @@ def base_damage_of(
     threads: int | None,
     tell: Tell,
 ) -> list[Divergence]:
-    """What the same quantisation does to the base model on the same text; information, never decided on."""
+    """What the same quantisation does to the base model on the first chunks of the text; never decided on."""
     kinds = list(dict.fromkeys(c.file.file_type for c in files if not c.file.is_float))
     if not kinds:
         return []
@@ -302,6 +348,7 @@ def base_damage_of(
         return {kind: oracle.of_type(source, kind, base, digest) for kind in kinds}
 
     paths = distributed.from_first(make)
+    text = replace(text, chunks=text.chunks[:BASE_CHUNKS])
     chunks = passages_of(text.chunks)
     reference = run_reference(load_hf(base), chunks, directory, name="base", tell=tell, stage="base")
     with reference.spool:

@@ -5,6 +5,9 @@ A passage is a run of tokens and its first scored position; passages with the sa
 Known faults behind the cells: LongRoPE factors picked by the allocated n_ctx (llama.cpp) or by the actual length
 (Hugging Face); wrong results for prompts longer than n_ubatch; prefill and decoding that differ; agreement up to a
 length and divergence behind it; a missing or doubled BOS. A cell that cannot apply says why.
+
+Nothing runs twice: a cell takes the result of another cell that has the same tokens and arithmetic, and a cell whose
+tokens begin as another cell's starts from that cell's cache.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from verification.reference.rope import is_longrope, original_length
+from verification.reference.rope import depends_on_length, is_longrope, original_length
 
 Ids = npt.NDArray[np.int64]
 Level = Literal["quick", "full"]
@@ -55,6 +58,8 @@ class Cell:
     n_ctx: int = 0  # allocated; 0 = as long as the longest passage
     n_ubatch: int | None = None
     singly: int = 0  # tokens at the end that are decoded one by one
+    after: str = ""  # the cell whose cache holds these passages' first tokens: they are not computed again
+    same_as: str = ""  # the cell with the same tokens and arithmetic: its result is this one's
     note: str = ""  # printed beside the measured value: what a difference here means
     why: str = ""  # why it does not apply
 
@@ -95,16 +100,20 @@ def plan_cells(
     limit = int(config.get("max_position_embeddings") or 1 << 20)
     stream = np.concatenate(list(text))
     plain = _cut(stream, LENGTH, PASSAGES, FIRST)
-    passages = {"plain": plain, "short": _cut(stream, SHORT, PASSAGES, 1, offset=LENGTH)}
+    passages = {"plain": plain, "short": [Passage(p.tokens[:SHORT], 1) for p in plain]}
+    passages["decode"] = [Passage(p.tokens, LENGTH - DECODED) for p in plain]
+    allocated = _allocated("n_ctx_shipped", "Context allocated as shipped", shipped, config)
+    # where the allocated context does not change the arithmetic, this cell's run is also that of the text as it is
+    common = "" if allocated.why or allocated.note else allocated.name
+    singly = f"the last {DECODED} tokens decoded one by one"
     cells = [
         Cell("short", "Short prompts", f"{PASSAGES} x {SHORT} tokens", "short"),
-        _allocated("n_ctx_shipped", "Context allocated as shipped", shipped, config),
+        allocated,
         _larger(shipped, limit, config),
         Cell("n_ubatch", "Prompt beyond n_ubatch", f"n_ubatch 16, {LENGTH} tokens", "plain", n_ubatch=16),
-        Cell("decode", "Token by token", f"the last {DECODED} tokens decoded one by one", "decode", singly=DECODED),
-        Cell("no_bos", "Without BOS", "text as it is", "plain"),
+        Cell("decode", "Token by token", singly, "decode", singly=DECODED, after=common),
+        Cell("no_bos", "Without BOS", "text as it is", "plain", same_as=common),
     ]
-    passages["decode"] = [Passage(p.tokens, LENGTH - DECODED) for p in plain]
     if bos is None:
         cells.append(Cell("bos", "With BOS", "", why="the tokenizer has no BOS token"))
     else:
@@ -136,10 +145,15 @@ def _allocated(name: str, title: str, n_ctx: int, config: Config) -> Cell:
 
 
 def _larger(shipped: int, limit: int, config: Config) -> Cell:
-    """Twice the shipped context, or the first one beyond the original length, whichever is more."""
+    """Twice the shipped context, or the first one beyond the original length, whichever is more.
+
+    Only where the factors of RoPE may be chosen by that: elsewhere it would be `n_ctx_shipped` with a larger buffer.
+    """
     wanted = max(2 * shipped, ((original_length(config) or 0) // 256 + 1) * 256)
     wanted = min(wanted, limit)
     name, title = "n_ctx_larger", "Context allocated larger"
+    if not depends_on_length(config):
+        return Cell(name, title, "", why="the model's RoPE is the same for every length and allocated context")
     if wanted <= shipped:
         return Cell(name, title, "", why=f"the model's context ends at the shipped {shipped}")
     return _allocated(name, title, wanted, config)
@@ -180,10 +194,9 @@ def cache_bytes(config: Config, n_ctx: int) -> int:
     return int(4 * n_ctx * (config.get("num_hidden_layers") or 0) * (config.get("num_key_value_heads") or heads) * head)
 
 
-def _cut(stream: Ids, length: int, count: int, first: int, *, offset: int = 0, repeat: bool = False) -> list[Passage]:
+def _cut(stream: Ids, length: int, count: int, first: int, *, repeat: bool = False) -> list[Passage]:
     """`count` passages spread evenly over the text; a text that is too short for a long passage is repeated."""
     if repeat and len(stream) < length:
         stream = np.resize(stream, length)
-    last = max(0, len(stream) - length - offset)
-    starts = [min(offset, len(stream) - length) + round(i * last / max(1, count - 1)) for i in range(count)]
+    starts = [round(i * (len(stream) - length) / max(1, count - 1)) for i in range(count)]
     return [Passage(np.array(stream[start : start + length]), first) for start in starts]

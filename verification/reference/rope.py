@@ -24,6 +24,7 @@ from verification.gguf.reader import GGUFFile
 
 Array = npt.NDArray[np.float32]
 PAD = 256  # llama.cpp rounds a sequence's context up to a multiple of this
+_FIXED = ("default", "linear", "llama3", "yarn", "mrope", "proportional")  # one set of frequencies for every length
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +107,14 @@ def is_longrope(config: Mapping[str, Any]) -> bool:
     """Whether two sets of factors exist, one for short and one for long texts (Phi-3)."""
     kind = _in_rope(config, "rope_type") or _in_rope(config, "type")
     return str(kind).lower() in ("longrope", "su")
+
+
+def depends_on_length(config: Mapping[str, Any]) -> bool:
+    """Whether the length of a text, or the context allocated for it, changes the frequencies; an unknown type may."""
+    given = [value for name in ("rope_parameters", "rope_scaling") if isinstance(value := config.get(name), Mapping)]
+    nested = [value for settings in given for value in settings.values() if isinstance(value, Mapping)]  # by layer type
+    kinds = [settings.get("rope_type") or settings.get("type") or "default" for settings in (*given, *nested)]
+    return any(str(kind).lower() not in _FIXED for kind in kinds)
 
 
 def _in_rope(config: Mapping[str, Any], key: str) -> Any:

@@ -25,7 +25,7 @@ from verification.gate.check import not_evaluated
 from verification.gate.report import NOT_FINITE, SCHEMA_VERSION, Check, Report, Status
 from verification.gate.statement import write_statement
 from verification.gate.strict_json import read_json
-from verification.show import figures, words
+from verification.show import figures, tensor_map, words
 from verification.show.junit import junit_xml
 from verification.show.terminal import decisive_text
 from verification.show.words import Step, margin, number, texts, visible
@@ -184,6 +184,8 @@ def _context(report: Report) -> dict[str, Any]:
         "scale": _scale(rungs),
         "fallbacks": _fallbacks(report),
         "worst_tensors": figures.worst_tensors(report),
+        "tensor_maps": tensor_map.tensor_maps(report),
+        "unproven": tensor_map.unproven(report),
         "percentiles": figures.percentiles([*report.divergences, *report.base_divergences]),
         "divergences": [(d, False) for d in report.divergences] + [(d, True) for d in report.base_divergences],
         "policy_yaml": yaml.safe_dump(json.loads(to_json(report))["policy"], sort_keys=False, allow_unicode=True),
@@ -308,4 +310,6 @@ _FILTERS = {
     "value": lambda check: texts(check)[0],
     "bound": _bound,
     "margin": margin,
+    "differing": tensor_map.differing,
+    "shown": tensor_map.shown,
 }

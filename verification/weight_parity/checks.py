@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from verification.contract.finding import Finding, as_check
+from verification.contract.finding import Finding, as_check, writable
 from verification.engines.quantise import Importance, nominal_types
 from verification.engines.reconversion import FloatFiles
 from verification.gate.check import plain_check, zero_check
@@ -242,6 +242,9 @@ def tensor_row(label: str, result: TensorResult, file: GGUFFile, nominal: str) -
         drawer=result.drawer,
         why=result.proof or (BY_OUTPUT if result.open else result.explanation),
         own_error=result.own_error,
+        blocks=result.blocks,
+        blocks_differ=result.blocks_differ,
+        found=writable(sentence_of(result)) if result.drawer == "unexplained" else "",
     )
 
 

@@ -244,6 +244,31 @@ def test_an_earlier_pass_does_not_outlive_a_run_that_fails(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "mistake", [("--chunks", "many"), ("--chunks=1",), ("--polcy", "x"), (), ("--self-test", "--reference", "gone")]
+)
+def test_an_earlier_pass_does_not_outlive_a_mistake_on_the_command_line(
+    mistake: tuple[str, ...], tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stale(monkeypatch, tmp_path / "out", *mistake) == 2
+    passed(tmp_path / "other")
+    assert exit_code(monkeypatch, "verify", f"--out={tmp_path / 'other'}", *mistake) == 2
+    assert not (tmp_path / "other" / "report.json").exists()
+
+
+def test_a_refused_lint_takes_its_earlier_result_away_and_nothing_else(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mistake in (("--bas", "x"), ("--reference", tmp_path / "gone")):
+        passed(tmp_path)
+        (tmp_path / "lint.json").write_text("{}")
+        assert exit_code(monkeypatch, "lint", tmp_path / "m.gguf", "--out", tmp_path, *mistake) == 2
+        assert not (tmp_path / "lint.json").exists()
+        assert (tmp_path / "report.json").exists()
+    assert exit_code(monkeypatch, "lint", tmp_path / "m.gguf", "--nothing", "--out", tmp_path / "new") == 2
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=["TERM", "HUP", "INT"])
 def test_a_signal_in_the_middle_leaves_what_was_measured_and_no_pass(
     number: signal.Signals, family: Family, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -11,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from policy_reports import released
 from verification_models import Family
 
+from pipeline.cli.stopping import StopRequests
 from verification import decide, verify
+from verification.commands.stage import Run
 from verification.gate.decide import LEG_TITLES
+from verification.gate.stored import REPORT_FILES
 from verification.show.write import load_report
 
 # stage: legs that were finished when it began, with base, adapter and one F16 and one Q8_0 file
@@ -67,6 +72,59 @@ def test_sigint_in_a_stage_leaves_a_report_without_a_verdict(stage: str, family:
     open_legs = set(LEG_TITLES) - STAGES[stage]
     assert {leg for leg in open_legs & set(found) if found[leg].status == "pass"} == set()
     assert any(check.detail == "interrupted" for check in found["evidence"].checks)
+
+
+# what works after the last stage
+LATE = {
+    "verification.commands.verify.changed_artefacts": "the inputs are hashed again",
+    "verification.commands.verify.decide": "the report is decided",
+    "verification.show.write.to_json": "its source is written",
+    "verification.show.write.to_html": "its page is drawn",
+    "verification.show.write.junit_xml": "its last form is drawn",
+}
+
+
+def _finishing(monkeypatch: pytest.MonkeyPatch, family: Family, out: Path) -> None:
+    """Verify with measurements that are at hand already: those of a report that passes."""
+
+    def measured(stages: Any, run: Run) -> None:
+        found = released()
+        run.tensors = found.tensors
+        for leg in found.legs:
+            run.add(leg.name, leg.checks)
+
+    monkeypatch.setattr("verification.commands.verify.carry_out", measured)
+    files = [family.files["F16"], family.files["Q8_0"]]
+    verify(family.reference, files, base=family.base, adapter=family.adapter, work_dir=family.work, out=out)
+
+
+@pytest.mark.parametrize("place", [None, *LATE], ids=["undisturbed", *LATE.values()])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_a_request_to_end_after_the_measuring_keeps_it_and_never_passes(
+    place: str | None, number: signal.Signals, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place is not None:
+        module, _, name = place.rpartition(".")
+        work = getattr(importlib.import_module(module), name)
+
+        def stop(*given: Any) -> Any:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            return work(*given)
+
+        monkeypatch.setattr(place, stop)
+    with StopRequests() as requests:
+        requests.listen()
+        if place is None:
+            _finishing(monkeypatch, family, tmp_path)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                _finishing(monkeypatch, family, tmp_path)
+        requests.raises = False
+    stored = load_report(tmp_path)
+    assert len([check for leg in stored.legs for check in leg.checks if check.status == "pass"]) > 20
+    assert stored.verdict == decide(stored).verdict == ("pass" if place is None else "incomplete")
+    assert {path.name for path in tmp_path.iterdir()} == set(REPORT_FILES)
 
 
 @pytest.mark.soak

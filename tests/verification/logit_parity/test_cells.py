@@ -11,14 +11,23 @@ import pytest
 import torch
 
 from verification.engines.convert import convert
-from verification.engines.huggingface import load_hf
+from verification.engines.huggingface import hf_chunk, load_hf
+from verification.engines.llama_logits import LlamaLogits
 from verification.gate.decide import decide
 from verification.gate.policy import Policy, make_policy
 from verification.gate.report import Check, Leg, Report
-from verification.logit_parity.compare import cell_checks, distinct, measure_file, passages_of, run_reference
+from verification.logit_parity.compare import (
+    Reference,
+    cell_checks,
+    distinct,
+    measure_file,
+    passages_of,
+    run_reference,
+)
+from verification.logit_parity.kl import mean_kld
 from verification.logit_parity.run_modes import CACHE_LIMIT, Passage, Plan, cache_bytes, plan_cells, shipped_n_ctx
 from verification.logit_parity.text import Corpus
-from verification.reference.rope import original_length
+from verification.reference.rope import depends_on_length, original_length
 
 PHI35 = {
     "max_position_embeddings": 131072,
@@ -69,7 +78,39 @@ def test_every_cell_applies_or_says_why() -> None:
     assert "no chat template" in quick["chat"]
     plain = reasons(plan_cells("full", TEXT, {"max_position_embeddings": 2048}, bos=1))
     assert "no original length" in plain["rope_straddle"]
-    assert plain["n_ctx_larger"] == "the model's context ends at the shipped 2048"
+    assert plain["n_ctx_larger"] == "the model's RoPE is the same for every length and allocated context"
+    dynamic = {"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert reasons(plan_cells("full", TEXT, dynamic))["n_ctx_larger"] == "the model's context ends at the shipped 2048"
+
+
+@pytest.mark.parametrize(
+    ("rope", "depends"),
+    [
+        (None, False),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, False),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, False),
+        ({"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear"}}, False),
+        ({"type": "su", "long_factor": [1.0], "short_factor": [1.0]}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, True),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}, True),
+        ({"rope_type": "of next year"}, True),  # unknown: it may depend on the length
+    ],
+)
+def test_a_larger_context_is_tried_wherever_rope_may_depend_on_it(rope: Any, depends: bool) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        config = {"max_position_embeddings": 131072, key: rope}
+        assert depends_on_length(config) is depends
+        assert bool(reasons(plan_cells("quick", TEXT, config))["n_ctx_larger"]) is not depends
+
+
+def test_cells_share_a_run_only_where_the_allocated_context_changes_nothing() -> None:
+    def shared(**options: Any) -> tuple[str, str]:
+        by_name = {cell.name: cell for cell in plan_cells("quick", TEXT, PHI35, **options).cells}
+        return by_name["no_bos"].same_as, by_name["decode"].after
+
+    assert shared() == ("n_ctx_shipped", "n_ctx_shipped")
+    assert shared(n_ctx=8192) == ("", "")  # other factors there: a waiver of that cell must not hide these two
+    assert shared(n_ctx=131072) == ("", "")  # more cache than cells may use: it does not run
 
 
 def test_a_cell_never_allocates_more_than_its_limit() -> None:
@@ -89,8 +130,47 @@ def test_the_original_length_is_found_wherever_it_stands() -> None:
 def test_passages_of_one_text_share_the_references_logits() -> None:
     plan = plan_cells("quick", TEXT, PHI35, bos=1)
     plain, decode = plan.passages["plain"], plan.passages["decode"]
-    kept = distinct([decode, plain])
-    assert [p.first for p in kept] == [p.first for p in plain]
+    kept = distinct([decode, plan.passages["short"], plain])
+    assert [len(p.tokens) for p in kept] == [len(p.tokens) for p in plain]
+    assert {p.first for p in kept} == {1}  # the first position that any of them scores
+    chunk = np.concatenate([plain[0].tokens, np.arange(1000)])
+    long = [Passage(chunk, 520), plain[0]]
+    assert len(distinct([long])) == 2  # a long text may lie beyond an original length, where the factors are others
+
+
+def test_the_beginning_of_a_text_is_read_from_the_longer_one(phi3: Path, tmp_path: Path) -> None:
+    model, tokens = load_hf(phi3), np.random.default_rng(1).integers(10, 790, 40)
+    whole, short = Passage(tokens, 24), Passage(tokens[:12], 1)
+    with run_reference(model, distinct([[whole, short]]), tmp_path, name="", tell=lambda *_: None).spool as spool:
+        assert spool.rows == 38
+        stored = Reference(spool, "", {tokens.tobytes(): (0, 1)})
+        assert stored.mine([short, whole, Passage(tokens[1:], 3)]) == {0: short, 1: whole}
+        # sums over 12 or 40 columns are ordered otherwise: 24 roundings of fp32 on logits of some units
+        np.testing.assert_allclose(stored.read(short, 0, 10), hf_chunk(model, short.tokens, first=1), atol=1e-4)
+        np.testing.assert_array_equal(stored.read(whole, 0, 15), hf_chunk(model, tokens, first=1)[23:])
+
+
+def test_decoding_goes_on_from_the_cache_as_after_a_prefill_and_sees_a_wrong_cache(phi3: Path) -> None:
+    path = phi3.parent / "m-F16.gguf"
+    if not path.exists():
+        convert(phi3, path, model_name="Phi-3 tiny")
+    tokens, others = np.random.default_rng(2).integers(10, 790, (2, 40))
+    with LlamaLogits(path, n_ctx=256, threads=1) as engine:
+        wanted = engine.chunk(tokens, first=28, singly_from=28)
+        engine.chunk(tokens, first=24)
+        again = engine.chunk(tokens, first=28, singly_from=28, kept=28)
+        engine.chunk(others, first=24)
+        wrong = engine.chunk(tokens, first=28, singly_from=28, kept=28)
+    assert mean_kld(wanted, again) < 1e-6 < 0.05 < mean_kld(wanted, wrong)
+
+
+def test_the_text_as_it_is_has_the_result_of_the_run_that_it_shares(phi3: Path, tmp_path: Path) -> None:
+    found = {check.name: check for check in cells_of(phi3, tmp_path, "quick")}
+    alone = {check.name: check for check in cells_of(phi3, tmp_path, "quick", ship=512)}
+    for value in ("mean_kld", "top1", "non_finite"):
+        assert found[f"cells.no_bos.{value}"].value == found[f"cells.n_ctx_shipped.{value}"].value
+    assert alone["cells.no_bos.mean_kld"].value < 1e-4 < alone["cells.n_ctx_shipped.mean_kld"].value
+    assert alone["cells.decode.mean_kld"].value < 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,137 @@
+"""The drawers of a file's tensors as a picture: layers across, roles downwards, one cell a tensor.
+
+A role is a tensor's name without its layer: `blk.3.attn_q.weight` is `attn_q.weight` in layer 3. Tensors outside the
+layers stand in a column of their own, to the left of layer 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from verification.gate.report import Report, TensorRow
+from verification.show.words import number, visible
+
+DRAWERS = {  # in the order of the legend
+    "proven": "the bytes or values are the reference's at this type",
+    "judged": "other bytes; the difference looks like rounding of this type",
+    "unexplained": "the difference is no rounding",
+    "not compared": "nothing of the reference belongs to it",
+}
+_LAYERED = re.compile(r"(?P<before>(?:.*?\.)?)blk\.(?P<layer>\d+)\.(?P<after>.+)")
+_MOST_LAYERS, _MOST_ROLES, _MOST_ROWS = 256, 120, 40
+_LETTER = 6.7  # units of width of a letter of a role's name
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One tensor: its place in the picture, its drawer, and what a pointer on it shows."""
+
+    x: float
+    y: float
+    drawer: str
+    words: str
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """One file's picture."""
+
+    candidate: str
+    counts: list[tuple[str, int, str]]  # drawer, tensors, what the drawer means
+    roles: list[tuple[float, str]]  # y, name
+    layers: list[tuple[float, str]]  # x, number
+    cells: list[Cell]
+    size: float  # side of a cell
+    width: float
+    height: float
+
+    @property
+    def label(self) -> str:
+        """The picture in words, for a reader that does not see it."""
+        found = ", ".join(f"{count} {drawer}" for drawer, count, _ in self.counts)
+        return f"Tensors of {self.candidate} by layer and role: {found}"
+
+
+def tensor_maps(report: Report) -> list[TensorMap]:
+    """One picture a candidate whose tensors were put into drawers."""
+    by_file: dict[str, list[TensorRow]] = {}
+    for row in report.tensors:
+        if row.drawer is not None:  # None in reports before schema 1.3
+            by_file.setdefault(row.candidate, []).append(row)
+    return [_tensor_map(candidate, rows) for candidate, rows in by_file.items()]
+
+
+def unproven(report: Report) -> list[TensorRow]:
+    """Tensors that are not proven: unexplained ones first, then those of which the most blocks differ."""
+    order = ("unexplained", "judged", "not compared")
+    rows = [row for row in report.tensors if row.drawer in order]
+    return sorted(rows, key=lambda row: (order.index(str(row.drawer)), -_share(row)))
+
+
+def shown(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
+    """As many of them as a page can hold."""
+    return rows[:_MOST_ROWS]
+
+
+def differing(row: TensorRow) -> str:
+    """How much of a tensor differs from the own quantiser's: "12 of 4608 blocks (0.3 %)"; "" where unknown."""
+    if not row.blocks:
+        return ""
+    return f"{number(row.blocks_differ)} of {number(row.blocks)} blocks ({number(100 * _share(row), 2)} %)"
+
+
+def _share(row: TensorRow) -> float:
+    return row.blocks_differ / row.blocks if row.blocks else 0.0
+
+
+def _tensor_map(candidate: str, rows: Sequence[TensorRow]) -> TensorMap:
+    places = [_place(row.name) for row in rows]
+    roles = list(dict.fromkeys(role for _, role in places))[:_MOST_ROLES]
+    layers = sorted({layer for layer, _ in places if layer is not None})[:_MOST_LAYERS]
+    size = 15.0 if len(layers) <= 48 else 10.0
+    left, top = 12 + _LETTER * max((len(_short(role)) for role in roles), default=0), 20.0
+    x_of = {None: left} | {layer: left + size * (1.5 + column) for column, layer in enumerate(layers)}
+    y_of = {role: top + size * line for line, role in enumerate(roles)}
+    cells = [
+        Cell(x_of[layer], y_of[role], row.drawer or "", _words(row))
+        for row, (layer, role) in zip(rows, places, strict=True)
+        if layer in x_of and role in y_of
+    ]
+    every = max(1, round(len(layers) / 12))
+    counts = Counter(str(row.drawer) for row in rows)
+    return TensorMap(
+        candidate=candidate,
+        counts=[(drawer, counts[drawer], meaning) for drawer, meaning in DRAWERS.items() if counts[drawer]],
+        roles=[(y + size / 2, _short(role)) for role, y in y_of.items()],
+        layers=[(x_of[layer] + size / 2, str(layer)) for layer in layers[::every]],
+        cells=cells,
+        size=size,
+        width=left + size * (2 + len(layers)),
+        height=top + size * len(roles) + 4,
+    )
+
+
+def _place(name: str) -> tuple[int | None, str]:
+    """(layer, role) of a tensor."""
+    found = _LAYERED.fullmatch(name)
+    if found is None:
+        return None, name
+    return int(found["layer"]), found["before"] + found["after"]
+
+
+def _short(role: str) -> str:
+    text = visible(role.removesuffix(".weight"))
+    return text if len(text) <= 30 else f"{text[:27]}..."
+
+
+def _words(row: TensorRow) -> str:
+    error = "" if row.rel_error is None else f", relative error {number(row.rel_error)}"
+    own = "" if row.own_error is None else f" (own quantiser {number(row.own_error)})"
+    why = row.found or row.why
+    blocks = differing(row)
+    return f"{row.name}, {row.actual_type}: {row.drawer}{', ' + why if why else ''}{error}{own}" + (
+        f", {blocks} differ" if blocks and row.blocks_differ else ""
+    )
