@@ -15,10 +15,7 @@ from so8t_core.errors import InputError
 
 THINK_MARKER = "# 思考ステップ"
 ANSWER_MARKER = "# 最終回答"
-SYSTEM_MESSAGE = (
-    "Write short steps under "
-    f'"{THINK_MARKER}", then only the answer under "{ANSWER_MARKER}".'
-)
+SYSTEM_MESSAGE = f'Write short steps under "{THINK_MARKER}", then only the answer under "{ANSWER_MARKER}".'
 
 # Invisible at the ends of a message: zero width space, word joiner, Mongolian vowel separator, byte order mark.
 # Joiners (U+200C, U+200D) carry meaning in some scripts and stay.

@@ -80,7 +80,7 @@ class LlamaLogits:
         Args:
             singly_from: position from which the tokens are decoded one by one, as a generation does it.
             kept: how many of these tokens the last call's had at their beginning: they stay in the cache, unless the
-                model's cache cannot give up its end (recurrent layers).
+                model's cache has lost its beginning (sliding window) or cannot give up its end (recurrent layers).
         """
         length = len(tokens)
         if length > self.n_ctx:
@@ -93,7 +93,8 @@ class LlamaLogits:
         start, stop = scored(length)
         start = start if first is None else first
         memory = llama_cpp.llama_get_memory(self.context)
-        if not (kept and llama_cpp.llama_memory_seq_rm(memory, 0, kept, -1)):
+        whole = llama_cpp.llama_memory_seq_pos_min(memory, 0) == 0  # a sliding window may have let the beginning go
+        if not (kept and whole and llama_cpp.llama_memory_seq_rm(memory, 0, kept, -1)):
             llama_cpp.llama_memory_clear(memory, True)
             kept = 0
         together = length if singly_from is None else singly_from
