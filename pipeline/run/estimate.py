@@ -27,6 +27,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pipeline.config import RunConfig, TrainConfig
 from so8t_core.threads import torch_threads
+from verification.logit_parity.text import BASE_CHUNKS
 
 RUNTIME = 0.7e9  # bytes of a process that has imported torch, transformers and peft; measured 0.5 to 0.8
 STARTED = 3.0  # seconds until such a process works: upstream's converter is one
@@ -265,7 +266,7 @@ def _verifying(config: RunConfig, kinds: list[str], files: dict[str, float], sha
     made = 2 * STARTED + 2 * disk / DISK
     made += sum(quantising(kind, shape, machine) for kind in [*own, *again] if kind not in ("F32", "F16", "BF16"))
     if settings.base_damage:
-        forward += scored * len(kinds)
+        forward += min(settings.chunks, BASE_CHUNKS) * settings.n_ctx * len(kinds)
     spool = (scored / 2 + CELLS) * shape.vocabulary * 4.0
     logits = settings.n_ctx * shape.vocabulary * 4.0 * 4
     work = 2.0 * shape.parameters * forward / (machine.cpu * EFFICIENCY)

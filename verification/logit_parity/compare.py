@@ -26,14 +26,13 @@ from verification.gguf.candidate import Candidate
 from verification.logit_parity.kl import DivergenceAccumulator, Ids
 from verification.logit_parity.logit_store import LogitSpool
 from verification.logit_parity.run_modes import BLOCK, CHAT_LENGTH, Cell, Passage, Plan
-from verification.logit_parity.text import Corpus
+from verification.logit_parity.text import BASE_CHUNKS, Corpus
 from verification.logit_parity.text_checks import ALIGNED_ROWS, alignment
 
 Tell = Callable[[str, int, int], None]
 SAVED = "saved checkpoint"
 MID = "mid"  # the cell that is the ladder's own comparison
 SHARED = CHAT_LENGTH  # tokens up to which a text may hold another's logits: no stretched RoPE begins as early
-BASE_CHUNKS = 4  # chunks on which the base's own damage is shown: information, so a third of the usual text
 
 
 def passages_of(chunks: Iterable[Ids]) -> list[Passage]:

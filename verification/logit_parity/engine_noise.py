@@ -23,7 +23,7 @@ from verification.logit_parity.run_modes import Passage
 
 Array = npt.NDArray[np.float32]
 SAME = "same again"
-PASSAGES = 4
+PASSAGES = 2  # every position but a passage's first is compared: 76 of 80 tokens, where no reference is waited for
 
 
 def settings(threads: int) -> dict[str, dict[str, int]]:
@@ -63,7 +63,7 @@ def noise_floor(
 def _run(model: LlamaModel, passages: Sequence[Passage], arguments: dict[str, int]) -> list[Array]:
     longest = max(len(p.tokens) for p in passages)
     with LlamaLogits(model, n_ctx=longest, **arguments) as engine:
-        return [engine.chunk(p.tokens, first=p.first) for p in passages]
+        return [engine.chunk(p.tokens, first=1) for p in passages]
 
 
 def _row(label: str, name: str, usual: list[Array], other: list[Array]) -> NoiseRow:

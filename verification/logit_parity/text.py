@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from so8t_core.errors import InputError
 
+BASE_CHUNKS = 4  # chunks on which the base's own damage is shown: information, so a third of the usual text
 DEFAULT_CORPUS = Path(__file__).parent / "corpus" / "default.txt"
 Ids = npt.NDArray[np.int64]
 
