@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline import hub
 from pipeline.config import DEMO_MODEL
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir
@@ -61,33 +62,7 @@ def prepare_base(base: str, work_dir: Path) -> Path:
                 f"model.base = {base}: the directory has no config.json, so it is no Hugging Face checkpoint"
             )
         return path
-    return _from_hub(base)
-
-
-def _from_hub(base: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
-    try:
-        return Path(snapshot_download(base, allow_patterns=patterns))
-    except hub_errors() as error:
-        raise not_on_the_hub(base, error) from None
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises for an id that it cannot give."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    return (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
-
-
-def not_on_the_hub(base: str, error: Exception) -> InputError:
-    """The refusal of such an id."""
-    reason = str(error).strip().splitlines()[0]
-    return InputError(
-        f"model.base = {base!r} is no directory here and the hub did not give it ({reason}). "
-        f"Give a checkpoint directory, a hub id, or {DEMO_MODEL}"
-    )
+    return hub.snapshot(base, None, hub.CHECKPOINT, named=f"model.base = {base!r}")
 
 
 def demo_tokenizer() -> Any:
@@ -119,12 +94,7 @@ def base_tokenizer(base: str) -> Any:
         return demo_tokenizer()
     if Path(base).is_dir():
         return load_tokenizer(Path(base))
-    from huggingface_hub import snapshot_download
-
-    try:
-        return load_tokenizer(Path(snapshot_download(base, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt"])))
-    except hub_errors() as error:
-        raise not_on_the_hub(base, error) from None
+    return load_tokenizer(hub.snapshot(base, None, hub.TOKENIZER, named=f"model.base = {base!r}"))
 
 
 @contextlib.contextmanager

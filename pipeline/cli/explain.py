@@ -20,8 +20,8 @@ def explained(report: LintReport) -> RenderableType:
     for check in report.checks:
         if check.status == "pass":
             continue
-        codes = list(dict.fromkeys(finding.code for finding in check.findings if finding.code)) or [""]
-        for code in codes:
+        codes: list[str] = list(dict.fromkeys(finding.code for finding in check.findings if finding.code))
+        for code in codes or [""]:
             lines += _entry(
                 f"{check.name}{f', {code}' if code else ''} ({check.status})", explanation(check.name, code)
             )

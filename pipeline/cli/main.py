@@ -390,10 +390,11 @@ def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = Fals
 @app.command(epilog="Example: so8t verify --reference my-model --candidate my-Q8_0.gguf --out out")
 def verify(
     reference: Annotated[
-        Path | None, typer.Option(metavar="HF_DIR", help="checkpoint the files were made from", show_default=False)
+        Path | None, typer.Option(metavar="HF_DIR", help="checkpoint of the files, or its hub id", show_default=False)
     ] = None,
     candidate: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE.gguf", help="file to judge; repeatable", show_default=False)
+        list[Path] | None,
+        typer.Option(metavar="FILE.gguf", help="file to judge, or OWNER/NAME:TYPE; repeatable", show_default=False),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write the report into this folder", show_default=False)
@@ -435,8 +436,12 @@ def verify(
     if reference is None or not candidate or out is None:
         lacking = [n for n, v in (("reference", reference), ("candidate", candidate), ("out", out)) if not v]
         raise InputError(f"verify needs --{' and --'.join(lacking)}; or --self-test, which needs none of them")
-    _must_exist(reference, *candidate, base, adapter, policy, imatrix, *(corpus or []))
     _quiet_transformers()
+    from pipeline import hub
+
+    reference, base = hub.checkpoint(reference), base and hub.checkpoint(base)
+    candidate = [hub.gguf_file(path) for path in candidate]
+    _must_exist(reference, *candidate, base, adapter, policy, imatrix, *(corpus or []))
     from pipeline.progress import Reporter, StageProgress
     from verification import verify as measure
 
@@ -512,8 +517,11 @@ def lint(
             raise InputError("lint needs a FILE.gguf; or --explain alone, which lists what each check means")
         console.print(all_explanations())
         return
-    _must_exist(file, reference, base, adapter)
     _quiet_transformers()
+    from pipeline import hub
+
+    file, reference, base = hub.gguf_file(file), reference and hub.checkpoint(reference), base and hub.checkpoint(base)
+    _must_exist(file, reference, base, adapter)
     from verification.commands.lint import lint as examine
     from verification.commands.lint_terminal import lint_table, write_lint
 
@@ -660,6 +668,43 @@ def report(
     stored = decide(_stored(folder / "report.json", statement=statement))
     write_report(stored, folder)
     _announce(stored, folder, policy="the report's own")
+
+
+@app.command(epilog="Example: so8t release runs/demo --to my-name/my-model-GGUF")
+def release(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="OWNER/NAME", help="upload to this repository of the Hub")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="gate.yaml", help="bounds; default: the policy inside the report")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="a repository that does not exist yet is private")] = False,
+) -> None:
+    """Publish a run's files that passed the gate.
+
+    RUN_DIR/release gets the verified files, the report, VERIFICATION.md and a badge; --to uploads that folder. Nothing
+    is written or sent unless the gate passes.
+    """
+    from pipeline import hub
+    from pipeline.release.publish import local_paths, make_release
+    from verification import decide, load_policy
+
+    if to is not None:
+        hub.check_repository(to)
+    folder = run_dir / "report" if (run_dir / "report").is_dir() else run_dir
+    report = decide(_stored(folder / "report.json", statement=True), load_policy(policy) if policy else None)
+    if report.verdict != "pass":
+        _announce(report, folder, policy=str(policy or "the report's own"))
+    digests = make_release(report, folder, run_dir / "release")
+    said = [f"Release: {run_dir / 'release'}, {len(digests)} verified files", *local_paths(report)]
+    if to is not None:
+        message = f"Files verified by SO8T: {report.summary}"[:200]
+        said.append(
+            f"Uploaded: {hub.upload(run_dir / 'release', to, digests=digests, private=private, message=message)}"
+        )
+    _say("\n".join(said) + "\n")
+    raise typer.Exit(exit_codes.of_verdict(report.verdict))
 
 
 @app.command("config-schema", epilog="Example: so8t config-schema > so8t.schema.json")

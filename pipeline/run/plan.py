@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import hub
 from pipeline.config import DEMO_MODEL
 from pipeline.data.inputs import expected_rows
 from pipeline.run.estimate import Cost, Machine, Shape, costs, mean_length, shape_of, this_machine
@@ -124,14 +125,9 @@ def _base(run: Run, plan: Plan) -> _Base:
 
 def _on_the_hub(named: str, plan: Plan) -> _Base:
     """A hub id: what the cache holds of it; of the rest only the small files are fetched."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
-    from pipeline.base_model import hub_errors, not_on_the_hub
-
-    try:
-        here = Path(snapshot_download(named, allow_patterns=list(SMALL_FILES)))
-    except hub_errors() as error:
-        raise not_on_the_hub(named, error) from None
+    here = hub.snapshot(named, None, list(SMALL_FILES), named=f"model.base = {named!r}")
     admit_config(here)
     missing = missing_weights(here)
     if not missing:

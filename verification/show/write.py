@@ -154,6 +154,11 @@ def to_html(report: Report) -> str:
 
 def to_markdown(report: Report) -> str:
     """A short form for a step summary."""
+    return render_markdown("report.md.j2", **_context(report))
+
+
+def render_markdown(template: str, **fields: Any) -> str:
+    """A Markdown template with its fields, every text of which is escaped."""
     environment = Environment(  # not HTML: `finalize` escapes what Markdown would read as markup
         loader=PackageLoader("verification.show"),
         autoescape=False,
@@ -163,7 +168,7 @@ def to_markdown(report: Report) -> str:
         finalize=lambda value: _markdown_escape(value) if isinstance(value, str) else value,
     )
     environment.filters.update(_FILTERS)
-    return environment.get_template("report.md.j2").render(_context(report))
+    return environment.get_template(template).render(fields)
 
 
 def _context(report: Report) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""Models on the Hugging Face Hub: files fetched into its cache, and a release uploaded as one commit.
+
+A checkpoint is `OWNER/NAME`, a file `OWNER/NAME/FILE.gguf` or `OWNER/NAME:TYPE` (the file whose name ends so, as in
+`llama-cli -hf`); `@REVISION` may stand behind NAME. A path that exists here is never taken for an id. Only data is
+fetched: safetensors, JSON, texts and GGUF files, no code and no pickles.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.config import DEMO_MODEL
+from so8t_core.errors import InputError
+
+CHECKPOINT = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
+_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(@(?P<revision>[\w.-]+))?"
+    r"(:(?P<type>[\w-]+)|/(?P<file>[^:@]+\.gguf))?"
+)
+
+
+class HubId(NamedTuple):
+    """A model on the hub, or one file of it."""
+
+    repo: str
+    revision: str | None
+    file: str | None  # its path inside the repository
+    type: str | None  # "Q4_K_M": the file whose name ends so
+
+
+def hub_id(given: str | Path) -> HubId | None:
+    """The id that a path is, where it is none on this machine."""
+    path = Path(given)
+    if path.exists() or path.is_absolute() or (len(path.parts) > 1 and Path(path.parts[0]).exists()):
+        return None
+    found = _ID.fullmatch(str(given))
+    return HubId(found["repo"], found["revision"], found["file"], found["type"]) if found else None
+
+
+def checkpoint(given: Path) -> Path:
+    """A checkpoint's directory: the one given, or the hub's files of an id, fetched.
+
+    Raises:
+        InputError: the hub did not give them.
+    """
+    found = hub_id(given)
+    if found is None or found.file or found.type:
+        return given
+    return snapshot(found.repo, found.revision, CHECKPOINT, named=repr(str(given)))
+
+
+def gguf_file(given: Path) -> Path:
+    """A GGUF file: the one given, or the hub's file of an id, fetched.
+
+    Raises:
+        InputError: the hub did not give it, or the id names a repository of several files.
+    """
+    found = hub_id(given)
+    if found is None:
+        return given
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        name = found.file
+        if name is None:
+            names = HfApi().list_repo_files(found.repo, revision=found.revision)
+            name = _one_of([n for n in names if n.endswith(".gguf")], found, str(given))
+        return Path(hf_hub_download(found.repo, name, revision=found.revision))
+    except hub_errors() as error:
+        what = f"{str(given)!r} is no file here and the hub did not give it"
+        raise not_on_the_hub(what, error, "Check the id, log in with `hf auth login`, or give a file") from None
+
+
+def _one_of(names: list[str], wanted: HubId, given: str) -> str:
+    fitting = [n for n in names if wanted.type is None or _type_of(n) == wanted.type.upper()]
+    if len(fitting) == 1:
+        return fitting[0]
+    shown = ", ".join(sorted(names)[:8]) or "none"
+    raise InputError(
+        f"{given} fits {len(fitting)} GGUF files of {wanted.repo}, one is needed; its files: {shown}. "
+        f"Name one as {wanted.repo}/FILE.gguf"
+    )
+
+
+def _type_of(name: str) -> str:
+    """ "Q4_K_M" of "folder/my-model-Q4_K_M.gguf" or "my-model.Q4_K_M.gguf"."""
+    return re.split(r"[-./]", name.removesuffix(".gguf"))[-1].upper()
+
+
+def snapshot(repo: str, revision: str | None, patterns: list[str], *, named: str) -> Path:
+    """Directory of a repository's files, fetched.
+
+    Args:
+        patterns: which files.
+        named: how the id was given, for the message.
+
+    Raises:
+        InputError: the hub did not give them.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except hub_errors() as error:
+        way_out = f"Give a checkpoint directory, a hub id, or {DEMO_MODEL}; `hf auth login` opens private ones"
+        raise not_on_the_hub(f"{named} is no directory here and the hub did not give it", error, way_out) from None
+
+
+def check_repository(name: str) -> None:
+    """Refuse what is no repository's name before anything is done for it.
+
+    Raises:
+        InputError: it is not of the form OWNER/NAME.
+    """
+    found = _ID.fullmatch(name)
+    if found is None or found["repo"] != name:
+        raise InputError(f"--to {name} is no repository's name; write OWNER/NAME, as in my-name/my-model-GGUF")
+
+
+def upload(folder: Path, repo: str, *, digests: Mapping[str, str], private: bool, message: str) -> str:
+    """Upload everything in a folder as one commit; returns the commit's address.
+
+    Args:
+        digests: sha256 of the files that must arrive as they are, by their path in the folder.
+        private: of a repository that does not exist yet.
+
+    Raises:
+        InputError: the hub refused, or holds other bytes under one of these names afterwards.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
+        commit = api.create_commit(repo, added, commit_message=message)
+        stored = api.model_info(repo, revision=commit.oid, files_metadata=True).siblings or []
+    except hub_errors() as error:
+        way_out = "Check the name, and log in with `hf auth login` as someone who may write there"
+        raise not_on_the_hub(f"the hub did not take the release as {repo!r}", error, way_out) from None
+    there = {file.rfilename: file.lfs.sha256 for file in stored if file.lfs is not None}
+    for name, digest in digests.items():
+        if there.get(name) != digest:
+            raise InputError(
+                f"{repo} holds {name} with sha256 {there.get(name, 'unknown')}, verified was {digest}: it changed on "
+                "the way. Delete that commit, and release again."
+            )
+    return str(commit.commit_url)
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises for an id that it cannot give."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    client = HfHubHTTPError.__bases__[0]  # the HTTP client's own error, of the package that this version uses
+    return (HFValidationError, HfHubHTTPError, client, OSError)  # a file that is not there, no way out: both OSErrors
+
+
+def not_on_the_hub(what: str, error: Exception, way_out: str) -> InputError:
+    """The refusal of an id; `what` says what it is not and what the hub did not do."""
+    said = str(error).strip()
+    reason = " ".join((said.splitlines() or [type(error).__name__])[0].split())[:300]
+    return InputError(f"{what} ({reason}). {way_out}")
