@@ -20,6 +20,7 @@ from typing import ParamSpec
 from so8t_core.errors import InputError
 from so8t_core.threads import torch_threads
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
+from verification.commands.reference_file import file_stages, is_reference_file
 from verification.commands.request import VerifyRequest
 from verification.commands.stage import Run, carry_out
 from verification.commands.stages import comparable_base, stages
@@ -83,7 +84,7 @@ def verify_request(request: VerifyRequest) -> Report:
         comparable_base(run)
         interrupted = False
         try:
-            carry_out(stages(run), run)
+            carry_out(file_stages(run) if is_reference_file(request) else stages(run), run)
         except KeyboardInterrupt:
             interrupted = True
             run.notes.append("Interrupted: only the legs shown were measured.")
