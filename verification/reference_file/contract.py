@@ -55,20 +55,9 @@ class RecordedTokenizer:
 
 def contract_of(candidate: Candidate, reference: ReferenceFile) -> tuple[list[Check], list[TensorRow]]:
     """The checks of one candidate, and a row for each of its tensors."""
-    header, file = reference.header, candidate.file
-    found = _tokens(header, file)
-    found["metadata"] = _against_config(header, file)
-    recorded = dataclasses.replace(file, metadata=dict(header.metadata))
-    own = dataclasses.replace(file, metadata=metadata_record(file))
-    found["oracle_metadata"] = metadata.against_oracle(own, recorded)
-    found["layout"] = file_structure.layout(file)
-    found["counts"] = file_structure.counts(file)
-    found["vocabulary"] = file_structure.vocabulary(file)
-    found["file_type"] = file_structure.promised_types(file)
-    found["fallback_types"] = file_structure.fallbacks(file)
-    found["finite_weights"], _ = file_structure.weights(file)
-    found["inventory"] = _inventory(header, file)
-    found["tensor_statistics"], errors = _statistics(reference, file)
+    file = candidate.file
+    found, errors = static_findings(file, reference)
+    found = {**_tokens(reference.header, file), **found}
     rows = [
         TensorRow(
             candidate=candidate.label,
@@ -83,6 +72,24 @@ def contract_of(candidate: Candidate, reference: ReferenceFile) -> tuple[list[Ch
     label = candidate.label
     checks = [as_check(f"contract.{name}", _TITLES[name], findings, subject=label) for name, findings in found.items()]
     return checks, rows
+
+
+def static_findings(file: GGUFFile, reference: ReferenceFile) -> tuple[dict[str, list[Finding]], dict[str, float]]:
+    """What needs no llama.cpp: keys, layout and tensors, by check, and every tensor's estimated relative error."""
+    header = reference.header
+    found = {"metadata": _against_config(header, file)}
+    recorded = dataclasses.replace(file, metadata=dict(header.metadata))
+    own = dataclasses.replace(file, metadata=metadata_record(file))
+    found["oracle_metadata"] = metadata.against_oracle(own, recorded)
+    found["layout"] = file_structure.layout(file)
+    found["counts"] = file_structure.counts(file)
+    found["vocabulary"] = file_structure.vocabulary(file)
+    found["file_type"] = file_structure.promised_types(file)
+    found["fallback_types"] = file_structure.fallbacks(file)
+    found["finite_weights"], _ = file_structure.weights(file)
+    found["inventory"] = _inventory(header, file)
+    found["tensor_statistics"], errors = _statistics(reference, file)
+    return found, errors
 
 
 def _tokens(header: Header, file: GGUFFile) -> dict[str, list[Finding]]:
