@@ -387,10 +387,58 @@ def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = Fals
     _execute(config, overrides, until="convert", quiet=quiet)
 
 
+@app.command(epilog="Example: so8t reference ./my-model --out reference.so8t")
+def reference(
+    checkpoint: Annotated[Path, typer.Argument(metavar="HF_DIR", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE.so8t", help="the reference file to write", show_default=False)],
+    corpus: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score, published with it; repeatable")
+    ] = None,
+    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks of text to score")] = 12,
+    n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens in a chunk")] = 512,
+    cells: Annotated[str, typer.Option(metavar="LEVEL", help="ways of running: quick or full")] = "quick",
+    ship_n_ctx: Annotated[
+        int | None, typer.Option(metavar="N", min=64, help="context as shipped; default: up to 4096")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint's reference file.
+
+    With these few megabytes anybody repeats the verdict on a downloaded GGUF without the weights:
+    `so8t verify --reference FILE.so8t`. The file holds the tokens of the text that was scored.
+    """
+    _must_exist(checkpoint, *(corpus or []))
+    _quiet_transformers()
+    from pipeline.progress import Reporter, StageProgress
+    from verification.commands.provenance import versions
+    from verification.reference_file.make import write_reference
+
+    level = _level(cells)
+    with StageProgress(Reporter(quiet=quiet)) as progress:
+        write_reference(
+            checkpoint,
+            out,
+            corpus=corpus or None,
+            chunks=chunks,
+            n_ctx=n_ctx,
+            level=level,
+            ship_n_ctx=ship_n_ctx,
+            threads=threads,
+            versions=versions(),
+            tell=progress,
+        )
+    console = Console(highlight=False)
+    console.print(f"Reference file: {out}, {out.stat().st_size / 1e6:.1f} MB", markup=False, soft_wrap=True)
+
+
 @app.command(epilog="Example: so8t verify --reference my-model --candidate my-Q8_0.gguf --out out")
 def verify(
     reference: Annotated[
-        Path | None, typer.Option(metavar="HF_DIR", help="checkpoint of the files, or its hub id", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="HF_DIR", help="checkpoint of the files, its hub id, or its reference.so8t", show_default=False
+        ),
     ] = None,
     candidate: Annotated[
         list[Path] | None,

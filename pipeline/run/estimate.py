@@ -257,6 +257,7 @@ def _verifying(config: RunConfig, kinds: list[str], files: dict[str, float], sha
     scored = settings.chunks * settings.n_ctx
     loads = 6 * shape.parameters * 4 / DISK
     forward = 2 * scored + CELLS + BAKE_PASSES * settings.n_ctx  # the reference, what was baked, the bake's legs
+    forward += scored + CELLS  # the reference file's own pass
     forward += len(kinds) * (scored + 2 * CELLS)
     own = {"F16": shape.parameters * 2.0, **files}  # the oracle's files of the checkpoint, and those of its base
     again = own if settings.base_damage else {}

@@ -252,6 +252,29 @@ def _verify(run: Run) -> None:
             notes=[DEMO_NOTE] if run.config.model.base == DEMO_MODEL else [],
             quantization=None if run.config.train.quantization == "none" else run.config.train.quantization,
         )
+        if distributed.is_first():
+            _write_reference(run, progress)
+
+
+def _write_reference(run: Run, progress: StageProgress) -> None:
+    """The release's reference file, on the built-in text: no row of the data is published with it."""
+    from pipeline.release.gguf_files import released_n_ctx
+    from verification.commands.provenance import versions as versions_of_parts
+    from verification.reference_file.make import write_reference
+
+    settings = run.config.verify
+    write_reference(
+        run.baked,
+        run.report / "reference.so8t",
+        chunks=settings.chunks,
+        n_ctx=settings.n_ctx,
+        ship_n_ctx=released_n_ctx(run.config, run.base_dir),
+        threads=run.config.threads,
+        converter=run.config.convert.converter,
+        work_dir=run.work / "oracle",
+        versions=versions_of_parts(run.config.convert.converter),
+        tell=progress,
+    )
 
 
 def check_steps(first: str | None, until: str | None, force: tuple[str, ...]) -> None:
@@ -326,5 +349,5 @@ WORK: dict[str, Step] = {
         ("work/answers.json",),
         _answers,
     ),
-    "verify": Step(_section("verify"), _verify_inputs, ("report/report.json",), _verify),
+    "verify": Step(_section("verify"), _verify_inputs, ("report/report.json", "report/reference.so8t"), _verify),
 }

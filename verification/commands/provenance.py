@@ -22,7 +22,7 @@ from verification.gate.report import Artefact
 from verification.gguf.candidate import Candidate
 from verification.logit_parity.text import DEFAULT_CORPUS
 
-Role = Literal["reference", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
+Role = Literal["reference", "reference_file", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
 _MOST_FILES = 100_000  # of a checkpoint's directory
 _PARTS = ("so8t", "torch", "transformers", "peft", "gguf", "llama-cpp-python", "numpy")
 
@@ -42,10 +42,12 @@ def artefacts(
         InputError: an input that does not exist.
     """
     texts = [corpus] if isinstance(corpus, str | Path) else list(corpus or [DEFAULT_CORPUS])
-    found = [_artefact("reference", reference), *(_artefact("candidate", c.file.path, c.label) for c in files)]
+    by_file = reference.is_file()  # it carries the tokens of its own text
+    found = [_artefact("reference_file" if by_file else "reference", reference)]
+    found += [_artefact("candidate", c.file.path, c.label) for c in files]
     found += [_artefact("base", base)] if base is not None else []
     found += [_artefact("adapter", adapter)] if adapter is not None else []
-    found += [_artefact("corpus", path) for path in texts]
+    found += [] if by_file else [_artefact("corpus", path) for path in texts]
     if not isinstance(policy, Policy):
         found.append(_artefact("policy", policy or DEFAULT_POLICY))
     return found

@@ -26,7 +26,7 @@ class VerifyRequest:
     """GGUF files to verify against the Hugging Face checkpoint they were made from, and how.
 
     Args:
-        reference: directory of the saved (baked) checkpoint.
+        reference: directory of the saved (baked) checkpoint, or a reference file (`so8t reference`) that stands for it.
         candidates: GGUF files. Float files are measured in the leg `convert`, quantised ones in `quantise` and
             `quality`.
         base: directory of the model before training. Alone it adds a control; with `adapter` the legs `bake`, `dtype`

@@ -21,6 +21,7 @@ from so8t_core.errors import InputError
 from so8t_core.threads import torch_threads
 from verification.commands.interruption import Interruption
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
+from verification.commands.reference_file import file_stages, is_reference_file
 from verification.commands.request import VerifyRequest
 from verification.commands.stage import Run, carry_out
 from verification.commands.stages import comparable_base, stages
@@ -84,7 +85,7 @@ def verify_request(request: VerifyRequest) -> Report:
         comparable_base(run)
         with Interruption() as interruption:
             try:
-                carry_out(stages(run), run)
+                carry_out(file_stages(run) if is_reference_file(request) else stages(run), run)
                 _unchanged(run)
                 interruption.held = True
             except KeyboardInterrupt:

@@ -42,6 +42,9 @@ OF_EVERY_FILE = (
 _OF_FLOAT_FILES = ("convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite")
 _OF_QUANTS = ("quantise.tensors_differ", "quality.mean_kld", "quality.top1", "quality.non_finite")
 _OF_JUDGED = ("quantise.unexplained",)  # since schema 1.3
+# beside those of every file; the checks of `convert` and `quantise` that read tensors need the weights
+_OF_REFERENCE_FILES = ("contract.tensor_statistics",)
+NEED_WEIGHTS = ("convert.rounding", "quantise.tensors_differ", "quantise.unexplained", "quantise.output_error")
 _OF_ADAPTERS = (
     "bake.max_abs_logit",
     "bake.top1_disagreements",
@@ -94,7 +97,7 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
     policy = policy or make_policy(report.policy, source="the report's policy")
     legs = [_decide_leg(leg, policy, judged=_judges(report)) for leg in _with_gaps(report)]
     present = {leg.name for leg in legs}
-    legs += [_missing(name) for name in policy.required if name not in present]
+    legs += [_missing(name) for name in policy.required if name not in present and _can_be_had(name, report)]
     verdict = _verdict(legs)
     return report.model_copy(
         update={
@@ -104,6 +107,24 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
             "policy": policy.model_dump(mode="json"),
         }
     )
+
+
+def by_reference_file(report: Report) -> bool:
+    """Whether the files were held against a reference file, without the original weights."""
+    roles = {artefact.role for artefact in report.artefacts}
+    return "reference_file" in roles and "reference" not in roles
+
+
+def _can_be_had(name: LegName, report: Report) -> bool:
+    """Whether a leg could have been measured; `convert` not, where only quants and a reference file were given.
+
+    With the weights, the verifier makes the float file of that leg itself.
+    """
+    return name != "convert" or not by_reference_file(report) or any(_is_float(a.label) for a in report.artefacts)
+
+
+def _is_float(label: str) -> bool:
+    return label.split(" ")[0] in FLOAT_TYPES
 
 
 def _with_gaps(report: Report) -> list[Leg]:
@@ -145,16 +166,19 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
     wanted: list[tuple[str, str]] = []
     for artefact in report.artefacts:
         if artefact.role == "candidate":
-            is_float = artefact.label.split(" ")[0] in FLOAT_TYPES
+            is_float = _is_float(artefact.label)
             of_type = _OF_FLOAT_FILES if is_float else (*_OF_QUANTS, *(_OF_JUDGED if _judges(report) else ()))
             if any(row.candidate == artefact.label and row.why == BY_OUTPUT for row in report.tensors):
                 of_type = (*of_type, "quantise.output_error")
+            if by_reference_file(report):
+                of_type = (*(name for name in of_type if name not in NEED_WEIGHTS), *_OF_REFERENCE_FILES)
             names = (*OF_EVERY_FILE, *of_type, "evidence.alignment")
             wanted += [(name, artefact.label) for name in (*names, *OF_EVERY_CELL)]
         elif artefact.role == "adapter":
             wanted += [(name, "") for name in (*_OF_ADAPTERS, "dtype.mean_kld")]
     if wanted:
-        wanted += [(name, "") for name in _OF_EVERY_RUN]
+        floor = not by_reference_file(report) or any(_is_float(a.label) for a in report.artefacts)
+        wanted += [(name, "") for name in _OF_EVERY_RUN if floor or name != "evidence.noise_floor"]
     return wanted
 
 
@@ -334,6 +358,11 @@ def _summary(verdict: Verdict, legs: list[Leg], report: Report) -> str:
     number = f"; largest mean KLD {worst.mean_kld:.2g} nats ({worst.candidate})" if worst else ""
     tail = f", {waived} waived" if waived else ""
     total = sum(check.status == "pass" for _, check in checks)
+    if by_reference_file(report):
+        return (
+            f"Agrees with the reference file: all {total} checks that need no weights passed in {len(legs)} legs{tail}"
+            f"{number}."
+        )
     return f"Release: all {total} checks in {len(legs)} legs passed{tail}{number}."
 
 

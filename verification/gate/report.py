@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`; 1.3: check
 # `quantise.unexplained`, each tensor's `drawer`, `why` and `own_error`, and each check's `code` and `where`; 1.4: each
-# artefact's `type`, and each tensor's `blocks`, `blocks_differ` and `found`
+# artefact's `type`, role `reference_file` of an input, and each tensor's `blocks`, `blocks_differ` and `found`
 SCHEMA_VERSION = "1.4"
 
 Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
@@ -31,7 +31,7 @@ class _Model(BaseModel):
 class Artefact(_Model):
     """One input of the verification, bound to its bytes."""
 
-    role: Literal["reference", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
+    role: Literal["reference", "reference_file", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
     path: str
     # of the file; for a directory: of the sorted list of (name, sha256) of its files
     sha256: str = Field(pattern="^[0-9a-f]{64}$")

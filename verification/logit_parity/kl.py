@@ -49,6 +49,34 @@ class Cluster:
     log_ratio: tuple[float, float] = (math.inf, -math.inf)
     non_finite: int = 0
 
+    def keep(
+        self,
+        *,
+        kld: Floats,
+        kld_cut: Floats,
+        same_top: npt.NDArray[np.bool_],
+        nll_ref: Floats,
+        nll_cand: Floats,
+        entropy: Floats,
+        confidence: Floats,
+        positions: Ids,
+    ) -> None:
+        """Add positions whose logits are finite, one entry each; `confidence` is the reference's largest p."""
+        dp = np.exp(-nll_cand) - np.exp(-nll_ref)
+        columns = (kld, kld_cut, same_top, dp * dp, nll_ref, nll_cand, entropy)
+        self.sums += [column.sum() for column in columns]
+        self.count += len(kld)
+        self.kld.append(kld)
+        if not len(kld):
+            return
+        low, high = self.log_ratio
+        self.log_ratio = (min(low, (nll_cand - nll_ref).min()), max(high, (nll_cand - nll_ref).max()))
+        _into(self.position, positions, kld)
+        _into(self.confidence, np.minimum((confidence * 10).astype(np.int64), 9), kld)
+        log = np.minimum(np.log10(np.maximum(kld, 10.0**_HISTOGRAM_LOW)), _HISTOGRAM_HIGH)
+        bucket = ((log - _HISTOGRAM_LOW) / _HISTOGRAM_STEP).astype(np.int64)
+        self.histogram += np.bincount(bucket, minlength=_HISTOGRAM_SIZE)
+
 
 class DivergenceAccumulator:
     """Streams the rows of one comparison, chunk after chunk."""
@@ -112,21 +140,16 @@ class DivergenceAccumulator:
         p.masked_fill_(log_p <= LLAMA_CPP_CUT, 0.0)
         kld_cut = (torch.linalg.vecdot(p, a) + shift * p.sum(dim=1)).numpy()[good]
         same_top = (np.argmax(cand, axis=1) == np.argmax(ref, axis=1))[good]  # the first of equals
-        dp = np.exp(-nll_cand) - np.exp(-nll_ref)
-        columns = (kld, kld_cut, same_top, dp * dp, nll_ref, nll_cand, entropy.numpy()[good])
-        into.sums += [column.sum() for column in columns]
-        into.count += len(kld)
-        into.kld.append(kld)
-        if not len(kld):
-            return
-        low, high = into.log_ratio
-        into.log_ratio = (min(low, (nll_cand - nll_ref).min()), max(high, (nll_cand - nll_ref).max()))
-        position = np.arange(first_position, first_position + len(good))[good]
-        _into(into.position, position, kld)
-        _into(into.confidence, np.minimum((confidence * 10).astype(np.int64), 9), kld)
-        log = np.minimum(np.log10(np.maximum(kld, 10.0**_HISTOGRAM_LOW)), _HISTOGRAM_HIGH)
-        bucket = ((log - _HISTOGRAM_LOW) / _HISTOGRAM_STEP).astype(np.int64)
-        into.histogram += np.bincount(bucket, minlength=_HISTOGRAM_SIZE)
+        into.keep(
+            kld=kld,
+            kld_cut=kld_cut,
+            same_top=same_top,
+            nll_ref=nll_ref,
+            nll_cand=nll_cand,
+            entropy=entropy.numpy()[good],
+            confidence=confidence,
+            positions=np.arange(first_position, first_position + len(good))[good],
+        )
 
     def result(self) -> Divergence:
         """The statistics of everything added. Rows with a non-finite logit are counted, not averaged."""

@@ -1,0 +1,182 @@
+"""What a reference file keeps of a checkpoint beside its logits: tokenizer, chats, metadata, tensors.
+
+Each is what `verification.contract` compares, written down: ids of the adversarial texts, renderings of chats (with
+tools, with `enable_thinking` both ways), the stop set, the keys of upstream's own conversion and what config.json asks
+for, names, shapes and statistics of the tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from verification.contract import chat, metadata, tokens
+from verification.engines.chat_template import ChatTemplate, Outcome
+from verification.gguf.reader import GGUFFile
+from verification.reference_file.header import SKETCH, ChatRecord, TensorRecord, TextRecord, TokenizerRecord, Value
+from verification.reference_file.sketch import finite, projections
+
+_LONG = 64  # items of a list, or characters times 64 of a text, that are kept by their digest
+_SPECIAL = ("bos", "eos", "unk", "pad")
+_WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "e.g. 大阪"}},
+            "required": ["city"],
+        },
+    },
+}
+_ASK = {"role": "user", "content": "How is the weather in Osaka?"}
+_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Osaka"}}}],
+}
+_RESULT = {"role": "tool", "name": "weather", "content": '{"sky": "曇り", "celsius": 23}'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A chat and the variables that its template gets."""
+
+    name: str
+    messages: list[dict[str, Any]]
+    prompt: bool
+    tools: list[dict[str, Any]] | None = None
+    enable_thinking: bool | None = None
+
+    def variables(self) -> dict[str, Any]:
+        """What is passed beside the special tokens' texts."""
+        more = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {"messages": self.messages, "add_generation_prompt": self.prompt, "tools": self.tools, **more}
+
+
+def asked_chats() -> list[Asked]:
+    """The chats of the contract with and without the generation prompt, then tools and thinking."""
+    found = [
+        Asked(name if prompt else f"{name}, without generation prompt", [dict(m) for m in messages], prompt)
+        for name, messages in chat.CHATS.items()
+        for prompt in (True, False)
+    ]
+    found += [
+        Asked("tools offered", [_ASK], True, [_WEATHER]),
+        Asked("a tool called", [_ASK, _CALL, _RESULT], True, [_WEATHER]),
+    ]
+    return found + [
+        Asked(f"thinking {'on' if on else 'off'}", [_ASK], True, enable_thinking=on) for on in (True, False)
+    ]
+
+
+def words(outcome: Outcome) -> str:
+    """A rendering's text, or what stands for a refusal or a failure; the engines word failures in their own way."""
+    return {"text": outcome.text, "refused": chat.REFUSED}.get(outcome.kind, "(the template fails)")
+
+
+def is_text(rendered: str) -> bool:
+    """Whether a rendering is a text, neither a refusal nor a failure."""
+    return rendered not in (chat.REFUSED, "(the template fails)")
+
+
+def tokenizer_record(tokenizer: Any, stops: set[int]) -> TokenizerRecord:
+    """A Hugging Face tokenizer; `stops` are the ids at which the reference ends a generation."""
+
+    def ids(text: str, special: bool) -> list[int]:
+        return [int(i) for i in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
+
+    texts = dict.fromkeys([*tokens.corpus(tokenizer), "a"])  # "a" shows whether BOS and EOS are added
+    template = tokenizer.chat_template
+    return TokenizerRecord(
+        size=len(tokenizer),
+        texts=[TextRecord(text=text, bare=ids(text, False), special=ids(text, True)) for text in texts],
+        special_ids={name: getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL},
+        chat_template=template if isinstance(template, str) and template else None,
+        stops=sorted(stops),
+        strips_unicode_space=chat.strips_unicode_space(tokenizer),
+    )
+
+
+def chat_records(tokenizer: Any) -> list[ChatRecord]:
+    """Every chat as the reference renders and tokenises it; none without a template."""
+    if not tokenizer.chat_template:
+        return []
+    names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    asked = asked_chats()
+    with ChatTemplate(tokenizer.get_chat_template()) as template:
+        texts = [words(one) for one in template.render(*({**names, "documents": None, **a.variables()} for a in asked))]
+    skips = chat.strips_unicode_space(
+        tokenizer
+    )  # llama.cpp keeps such a space: a difference of the engine, not of files
+
+    def ids(one: Asked, text: str) -> list[int] | None:
+        if not is_text(text) or (skips and one.name.startswith("leading U+3000")):
+            return None
+        return [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    return [
+        ChatRecord(**dataclasses.asdict(one), text=text, ids=ids(one, text))
+        for one, text in zip(asked, texts, strict=True)
+    ]
+
+
+def metadata_record(file: GGUFFile) -> dict[str, Value]:
+    """The keys of a GGUF file that can change what it computes, long values by their digest."""
+    kept = {key: value for key, value in file.metadata.items() if not metadata.is_harmless(key)}
+    size = f"{file.architecture}.vocab_size"
+    if size not in kept and isinstance(kept.get("tokenizer.ggml.tokens"), list):
+        kept[size] = len(kept["tokenizer.ggml.tokens"])  # llama.cpp's default, which a digest would hide
+    return {key: _short(value) for key, value in kept.items()}
+
+
+def _short(value: Any) -> Value:
+    long = (isinstance(value, list) and len(value) > _LONG) or (isinstance(value, str) and len(value) > 64 * _LONG)
+    if not long and not _odd(value):
+        return value  # type: ignore[no-any-return]
+    digest = hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
+    return f"sha256 {digest} of {len(value) if hasattr(value, '__len__') else 1} items"
+
+
+def _odd(value: Any) -> bool:
+    """Numbers that JSON does not have, and bytes that are not UTF-8."""
+    items = value if isinstance(value, list) else [value]
+    return any(
+        (isinstance(item, float) and not np.isfinite(item))
+        or (isinstance(item, str) and item.encode("utf-8", "replace") != item.encode("utf-8", "surrogatepass"))
+        for item in items
+    )
+
+
+def expected_record(config: Mapping[str, Any], architecture: str) -> dict[str, str | bool | int | float]:
+    """What config.json asks for, by GGUF key without its family; numbers and texts only."""
+    asked = metadata.expected_metadata(dict(config), architecture)
+    return {key: value for key, value in asked.items() if isinstance(value, str | bool | int | float)}
+
+
+def tensor_records(
+    file: GGUFFile, tell: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[list[TensorRecord], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Every tensor of the reference's own conversion, their norms (M,) and projections (M, SKETCH)."""
+    records, norms, sketches = [], [], []
+    for number, tensor in enumerate(file.tensors.values()):
+        tell(number, len(file.tensors))
+        norm, sketch = projections(tensor, SKETCH)
+        good = finite([norm, *sketch.tolist()])
+        records.append(TensorRecord(name=tensor.name, shape=list(tensor.shape), finite=good))
+        norms.append(norm if good else 0.0)
+        sketches.append(sketch if good else np.zeros(SKETCH))
+    return records, np.asarray(norms, dtype="<f4"), np.asarray(sketches, dtype="<f4")
+
+
+def stops_of(directory: Path, tokenizer: Any) -> set[int]:
+    """Ids at which the reference ends a generation."""
+    return {int(token) for token in tokens.wanted_stops(directory, tokenizer)}
