@@ -107,8 +107,8 @@ def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str
     """Weight name in the base checkpoint -> what to fold into it.
 
     Raises:
-        InputError: a tensor that is neither of a rotation, theta (n, 28) and its companions, nor half of a LoRA pair; or
-            one that is missing.
+        InputError: a tensor that is neither of a rotation, theta (n, 28) and its companions, nor half of a LoRA pair,
+            or one that is missing.
     """
     folds: dict[str, Fold] = {}
     turned: dict[str, dict[str, Tensor]] = {}  # module: the tensors of its gate by name

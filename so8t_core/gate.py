@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from so8t_core.block_product import Memo
 from so8t_core.exponential import BLOCK, PARAMETERS, TERMS, Evaluated, evaluate
 from so8t_core.folding import Fold, Turn
-from so8t_core.rotation import exp_so8, rotate_blocks
+from so8t_core.rotation import exp_so8, log_so8, plane_angles, rotate_blocks
 from so8t_core.torch_private import inside_backward, remove_forward_pre_hook, writes
 
 
@@ -159,6 +159,16 @@ class RotationGate(nn.Module):
         if self.shuffled is None or self.permutation is None:
             return y
         return self.shuffled._turn(y.index_select(-1, self.permutation)).index_select(-1, self.permutation.argsort())
+
+    def angles(self) -> Tensor:
+        """The four plane angles of each block's rotation, R_acc exp(A), largest first: (n, 4), radians, float64.
+
+        Without an R_acc they are theta's own and may exceed pi.
+        """
+        if self.accumulated is None:
+            return plane_angles(self.theta)
+        R = Turn(self.theta, self.accumulated).matrix(self.theta.device)
+        return plane_angles(log_so8(R))
 
     @torch.no_grad()
     def restart(self) -> None:
