@@ -6,7 +6,7 @@ Every key has a type, a default and a bound here; `configs/*.yaml` comment each 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -102,7 +102,15 @@ class PetSection(_Section):
 class TrainConfig(_Section):
     """The training; rates are per optimiser step."""
 
-    layers: list[int] | None = None  # decoder layers that get a rotation; null = all; negative counts from the end
+    # decoder layers that get a rotation; null = all; negative counts from the end; auto:N = the N with most gradient
+    layers: list[int] | Annotated[str, Field(pattern=r"^auto:[1-9][0-9]*$")] | None = None
+    # linear layers whose input is rotated, by name
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default_factory=lambda: ["o_proj"]
+    )
+    share: bool = True  # one rotation for targets that read the same tensor
+    scale: Literal["none", "block", "channel"] = "none"  # a learned factor before the rotation
+    shuffle: bool = False  # a second rotation, of channels from distant blocks
     init_scale: float = Field(0.0, ge=0)  # standard deviation of theta at the start; 0 = identity
     lora: LoraSection | None = None
     quantization: Literal["none", "8bit", "4bit"] = "none"
@@ -111,6 +119,8 @@ class TrainConfig(_Section):
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(5e-4, gt=0)
     rotation_learning_rate: float | None = Field(None, gt=0)  # null = learning_rate
+    scale_learning_rate: float | None = Field(None, gt=0)  # null = learning_rate; of the factors of `scale`
+    restart_every: int | None = Field(None, ge=1)  # steps; theta then starts anew on top of the rotation so far
     warmup_share: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)

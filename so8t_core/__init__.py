@@ -11,7 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from so8t_core.adapter import SO8TLinear, SO8TModel, gates, orthogonality_loss, resolve_layers, trainable_counts
+    from so8t_core.adapter import (
+        SO8TLinear,
+        SO8TModel,
+        gates,
+        orthogonality_loss,
+        resolve_layers,
+        restart,
+        trainable_counts,
+    )
     from so8t_core.baking import bake, bake_checkpoint, unbake
     from so8t_core.config import SO8TConfig
     from so8t_core.errors import InputError
@@ -32,6 +40,7 @@ _HOME = {
         "gates",
         "orthogonality_loss",
         "resolve_layers",
+        "restart",
         "trainable_counts",
     ),
     "baking": ("bake", "bake_checkpoint", "unbake"),
@@ -68,6 +77,7 @@ __all__ = [
     "pet_penalty",
     "plane_angles",
     "resolve_layers",
+    "restart",
     "rotate_blocks",
     "rotate_weight",
     "round_once",

@@ -1,8 +1,10 @@
-"""SO8T as a PEFT method: every `o_proj` becomes SO8TLinear, y = inner(gate(x)), the inner being a Linear or LoRA.
+"""SO8T as a PEFT method: every target becomes SO8TLinear, y = inner(gate(x)), the inner being a Linear or LoRA.
 
 The order is fixed by construction: rotation outside, LoRA inside, so the function is (W + s B A) @ R. Every target is
-wrapped, the chosen layers alone get gates: so adapters with different layers can live side by side.
-State-dict names: <module>.lora_so8t.theta (n, 28), and <module>.base_layer.lora_{A,B}.weight for a LoRA inside.
+wrapped, the chosen layers alone get gates: so adapters with different layers can live side by side. Targets that read
+the same tensor share one gate: the first of them owns it, the others follow it.
+State-dict names: <module>.lora_so8t.theta (n, 28) and the gate's other tensors, on the module that owns the gate, and
+<module>.base_layer.lora_{A,B}.weight for a LoRA inside.
 Source: PEFT's BaseTuner contract (peft 0.21).
 """
 
@@ -22,13 +24,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from so8t_core.config import METHOD, SO8TConfig
+from so8t_core.config import ALL_LINEAR, METHOD, SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK
-from so8t_core.folding import Fold
-from so8t_core.gate import RotationGate, share, unshare
+from so8t_core.gate import RotationGate, refresh_apart, refresh_together
+from so8t_core.shared_input import shared_inputs
 
 PREFIX = "lora_"  # see SO8TLinear.adapter_layer_names and transformers.load_adapter
+# Linear layers that choose experts: "all-linear" leaves them out, so that the choice stays the base's own
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -42,33 +46,48 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
     guard: RemovableHandle | None = None  # of the hook that _refuse_outer_adapter is
 
     adapter_layer_names: tuple[str, ...] = ("lora_so8t",)
-    other_param_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ("followed",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.lora_so8t = nn.ModuleDict()
+        self.followed: dict[str, RotationGate] = {}  # gates of other layers that read the same tensor
         self.merged_adapters = []
         self._active_adapter = adapter_name
         linear = self.get_base_layer()
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
-    def add_gate(self, adapter_name: str, *, init_scale: float, layer: str) -> None:
-        """Give adapter `adapter_name` a rotation here."""
-        gate = RotationGate(self.in_features, init_scale=init_scale, layer=layer)
+    def add_gate(self, adapter_name: str, *, init_scale: float, layer: str, **options: Any) -> None:
+        """Give adapter `adapter_name` a rotation here; `options` are those of RotationGate."""
+        gate = RotationGate(self.in_features, init_scale=init_scale, layer=layer, **options)
         device = self.get_base_layer().weight.device
         self.lora_so8t[adapter_name] = gate if gate.theta.is_meta else gate.to(device)
 
+    def follow(self, adapter_name: str, gate: RotationGate) -> None:
+        """Let adapter `adapter_name` turn this input with the gate of another layer, which reads the same tensor."""
+        self.followed[adapter_name] = gate
+        gate.readers += 1
+
+    def own_gates(self) -> list[RotationGate]:
+        """The active adapters' gates that lie here: those of `active_gates` but for the followed ones."""
+        return [self.gate(name) for name in self.active_adapters if name in self.lora_so8t]
+
     def active_gates(self) -> list[RotationGate]:
         """Gates in the order in which x passes through them."""
-        return [self._gate(name) for name in self.active_adapters if name in self.lora_so8t]
+        return [self.gate(name) for name in self.active_adapters if self.is_rotated_by(name)]
+
+    def is_rotated_by(self, adapter_name: str) -> bool:
+        """Adapter `adapter_name` turns this layer's input."""
+        return adapter_name in self.lora_so8t or adapter_name in self.followed
 
     def gates_in_use(self) -> list[RotationGate]:
         """Those of `active_gates` that the next forward applies: none while adapters are disabled or merged."""
         return [] if self.disable_adapters or self.merged else self.active_gates()
 
-    def _gate(self, name: str) -> RotationGate:
-        gate = self.lora_so8t[name]
+    def gate(self, name: str) -> RotationGate:
+        """The gate of adapter `name`, which lies here or is followed; KeyError where there is none."""
+        gate = self.followed[name] if name in self.followed else self.lora_so8t[name]
         assert isinstance(gate, RotationGate)
         return gate
 
@@ -76,7 +95,7 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         for gate in self.gates_in_use():
-            x = gate(x)
+            x = gate(x, self)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
@@ -100,27 +119,29 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
                 "Bake from the original checkpoint: bake_checkpoint(base_dir, adapter_dir, out_dir)"
             )
         for name in names if safe_merge else ():
-            if name in self.lora_so8t and not bool(torch.isfinite(self._gate(name).theta).all()):
+            if self.is_rotated_by(name) and not all(
+                bool(torch.isfinite(p).all()) for p in self.gate(name).parameters()
+            ):
                 raise InputError(f"adapter {name} has a NaN or Inf in its rotation; it cannot be merged")
         if isinstance(self.base_layer, BaseTunerLayer):
             self.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         for name in reversed(names):  # x meets the first gate first: W' = W @ R_last @ ... @ R_first
-            if name in self.lora_so8t:
-                self._turn_weight(self._gate(name).theta)
+            if self.is_rotated_by(name):
+                self._turn_weight(self.gate(name), undo=False)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Undo `merge` within one rounding of the weight's dtype."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name in self.lora_so8t:
-                self._turn_weight(-self._gate(name).theta)  # R^-1 = exp(-A)
+            if self.is_rotated_by(name):
+                self._turn_weight(self.gate(name), undo=True)
         if isinstance(self.base_layer, BaseTunerLayer):
             self.base_layer.unmerge()
 
-    def _turn_weight(self, theta: Tensor) -> None:
+    def _turn_weight(self, gate: RotationGate, *, undo: bool) -> None:
         linear = self.get_base_layer()
-        linear.weight.data = Fold(theta=theta).apply(linear.weight.data)
+        linear.weight.data = gate.fold().apply(linear.weight.data, undo=undo)
 
 
 class SO8TModel(BaseTuner):
@@ -137,16 +158,12 @@ class SO8TModel(BaseTuner):
     def _prepare_model(self, peft_config: SO8TConfig, model: nn.Module) -> None:
         """Every check of the choice, before anything is replaced: a refused model stays as it was."""
         modules = dict(model.named_modules())
-        targets = {name: layer_of(name) for name in modules if _is_target(peft_config, name)}
-        if not targets:
-            raise InputError(
-                f"no decoder layer of {type(model).__name__} has a `{peft_config.target}`; "
-                f"SO8T needs an architecture with one (target={peft_config.target!r})"
-            )
-        self.so8t_layers = resolve_layers(peft_config.layers, 1 + max(map(layer_of, modules)))
-        without = sorted(self.so8t_layers - set(targets.values()))
+        targets = {name: layer_of(name) for name in target_names(model, peft_config.targets)}
+        layers = resolve_layers(peft_config.layers, 1 + max(map(layer_of, modules)))
+        without = sorted(layers - set(targets.values()))
         if peft_config.layers is not None and without:
-            raise InputError(f"layer {without[0]} has no `{peft_config.target}` to rotate; leave it out of `layers`")
+            wanted = " or ".join(f"`{name}`" for name in _listed(peft_config.targets))
+            raise InputError(f"layer {without[0]} has no {wanted} to rotate; leave it out of `layers`")
         for name, layer in targets.items():
             module = modules[name]
             if isinstance(module, BaseTunerLayer) and not isinstance(module, SO8TLinear):
@@ -159,16 +176,24 @@ class SO8TModel(BaseTuner):
                 raise InputError(
                     f"{name} is a {type(module).__name__}, not a linear layer: SO8T cannot rotate its input"
                 )
-            if width % BLOCK and layer in self.so8t_layers:
+            if width % BLOCK and layer in layers:
                 raise InputError(f"{name} has {width} input features, not a multiple of {BLOCK}: SO8T cannot rotate it")
         if peft_config.lora_config is not None:
             _check_lora_targets(peft_config.lora_config, model, modules)
         _keep_unpacked(modules)
+        rotated = [name for name, layer in targets.items() if layer in layers]
+        if peft_config.shared is None:
+            several = len(rotated) > len({layer_of(name) for name in rotated})  # alone in its layer, it shares nothing
+            peft_config.shared = shared_inputs(model, rotated) if peft_config.share and several else {}
+        first_of = {other: first for first, others in peft_config.shared.items() for other in others}
+        if unknown := sorted({*first_of, *first_of.values()} - set(rotated)):
+            raise InputError(f"`shared` names {unknown[0]}, which is no target of this model: made for another model?")
+        self.so8t_targets, self.so8t_rotated, self.so8t_first_of = set(targets), set(rotated), first_of
+        peft_config.name_modules(sorted({name.rpartition(".")[2] for name in targets}))
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: SO8TConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: SO8TConfig, key: str) -> bool:
         lora = peft_config.lora_config
-        return _is_target(peft_config, key) or bool(lora is not None and check_target_module_exists(lora, key))
+        return key in self.so8t_targets or bool(lora is not None and check_target_module_exists(lora, key))
 
     def _create_and_replace(
         self,
@@ -180,13 +205,18 @@ class SO8TModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if _is_target(config, current_key):
+        if current_key in self.so8t_targets:
             if not isinstance(target, SO8TLinear):
                 wrapper = SO8TLinear(target, adapter_name)
                 self._replace_module(parent, target_name, wrapper, target)
                 target = wrapper
-            if layer_of(current_key) in self.so8t_layers:
-                target.add_gate(adapter_name, init_scale=config.init_scale, layer=current_key)
+            if current_key in self.so8t_first_of:
+                first = self.model.get_submodule(self.so8t_first_of[current_key])
+                assert isinstance(first, SO8TLinear)  # replaced before: it comes first among the modules
+                target.follow(adapter_name, first.gate(adapter_name))
+            elif current_key in self.so8t_rotated:
+                options = {"scale": config.scale, "shuffle": config.shuffle, "accumulate": config.accumulate}
+                target.add_gate(adapter_name, init_scale=config.init_scale, layer=current_key, **options)
             parent, target_name, target = target, "base_layer", target.base_layer
         lora = config.lora_config
         if lora is not None and check_target_module_exists(lora, current_key):
@@ -194,14 +224,16 @@ class SO8TModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
-        share(model)  # anew with every adapter: PEFT calls its own hook after an injection for the first one only
+        refresh_together(
+            model
+        )  # anew with every adapter: PEFT calls its own hook after an injection for the first one only
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         super()._replace_module(parent, child_name, new_module, child)
         if isinstance(new_module, SO8TLinear):
             new_module.guard = parent.register_forward_pre_hook(_refuse_outer_adapter)
         elif isinstance(child, SO8TLinear):
-            unshare(self.model)
+            refresh_apart(self.model)
             if child.guard is not None:
                 child.guard.remove()
 
@@ -223,7 +255,7 @@ def _keep_unpacked(modules: dict[str, Any]) -> None:
 
 
 def _refuse_outer_adapter(parent: nn.Module, args: Any) -> None:
-    """An adapter wrapped around o_proj afterwards would see x unrotated: a silently different function."""
+    """An adapter wrapped around a target afterwards would see x unrotated: a silently different function."""
     for name, child in parent.named_children():
         inner = getattr(child, "base_layer", None)
         if isinstance(inner, SO8TLinear) and not isinstance(child, SO8TLinear):
@@ -257,8 +289,36 @@ def layer_of(key: str) -> int:
     return int(found.group(1)) if found else -1
 
 
-def _is_target(config: SO8TConfig, key: str) -> bool:
-    return key.rpartition(".")[2] == config.target and layer_of(key) >= 0
+def target_names(model: nn.Module, targets: list[str] | str) -> list[str]:
+    """Names of the modules inside decoder layers whose input is to be rotated, in the model's order.
+
+    "all-linear" means every linear layer but those that choose experts.
+
+    Raises:
+        InputError: one of `targets` matches no module, or the decoder layers have no linear layer.
+    """
+    inside = [
+        (name, module)
+        for name, module in model.named_modules()
+        if layer_of(name) >= 0 and ".base_layer" not in name and f".{PREFIX}" not in name
+    ]
+    linear = [name for name, module in inside if isinstance(module, nn.Linear | BaseTunerLayer)]
+    if targets == ALL_LINEAR:
+        if not linear:
+            raise InputError(f"no decoder layer of {type(model).__name__} has a linear layer to rotate")
+        return [name for name in linear if name.rpartition(".")[2] not in ROUTERS]
+    found = {name for name, _ in inside if f".{name}".endswith(tuple(f".{target}" for target in targets))}
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in found):
+            own = sorted({name.rpartition(".")[2] for name in linear})
+            raise InputError(
+                f"no decoder layer of {type(model).__name__} has a `{target}`; its linear layers are {', '.join(own)}"
+            )
+    return [name for name, _ in inside if name in found]
+
+
+def _listed(targets: list[str] | str) -> list[str]:
+    return [targets] if isinstance(targets, str) else targets
 
 
 def _check_lora_targets(lora: LoraConfig, model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -281,11 +341,14 @@ def _check_lora_targets(lora: LoraConfig, model: nn.Module, modules: dict[str, n
 
 
 def gates(model: nn.Module) -> dict[str, RotationGate]:
-    """Active gates by the name of the layer they rotate, e.g. "model.layers.0.self_attn.o_proj"."""
+    """Active gates by the name of the layer they rotate, e.g. "model.layers.0.self_attn.o_proj".
+
+    A gate that several layers share stands once, under the first of them.
+    """
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, SO8TLinear):
-            for gate in module.active_gates():
+            for gate in module.own_gates():
                 found[name.removeprefix("base_model.model.")] = gate
     return found
 
@@ -297,6 +360,21 @@ def trainable_counts(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in trainable), sum(p.numel() for p in trainable if id(p) in rotation)
 
 
+def restart(model: nn.Module) -> None:
+    """Move the active adapters' rotations into their products of earlier ones; theta starts anew at zero.
+
+    The function stays as it was, within the rounding of theta's dtype. The optimiser's state belongs to the old theta.
+
+    Raises:
+        InputError: an adapter without `accumulate=True`, or a theta with a NaN, an Inf or an absurd angle.
+    """
+    found = gates(model).values()
+    if not found or any(gate.accumulated is None for gate in found):
+        raise InputError("the adapter keeps no product of earlier rotations; attach SO8TConfig(accumulate=True)")
+    for gate in found:
+        gate.restart()
+
+
 def orthogonality_loss(model: nn.Module) -> Tensor:
     """Mean over all gates of ||R^T R - I||_F^2 per block: rounding noise for exp; an optional term in training.
 
@@ -304,8 +382,8 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         InputError: the model has no gate.
     """
     terms = []
-    for gate in gates(model).values():
-        R = gate.rotation()
+    for part in (part for gate in gates(model).values() for part in gate.parts()):
+        R = part.rotation()
         terms.append((R.mT @ R - torch.eye(R.shape[-1], device=R.device)).square().sum((-2, -1)).mean())
     if not terms:
         raise InputError("the model has no rotation gate; attach an adapter first")

@@ -17,11 +17,14 @@ _WORDS: dict[str, Check] = {
     "a whole number from 1 to 65536": lambda value: type(value) is int and 1 <= value <= 1 << 16,
     "a finite number": lambda value: _finite(value),
     "a list of whole numbers": lambda value: isinstance(value, list) and all(_index(item) for item in value),
-    "a list of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    "a list of texts": lambda value: _texts(value),
     "a list of texts or a pattern": lambda value: _pattern(value) or _WORDS["a list of texts"](value),
     "a whole number or a list of them": lambda value: _index(value) or _WORDS["a list of whole numbers"](value),
     "true, false or a text": lambda value: isinstance(value, bool | str),
     "a mapping": lambda value: isinstance(value, dict),
+    "a mapping of texts to lists of texts": lambda value: (
+        isinstance(value, dict) and all(isinstance(key, str) and _texts(item) for key, item in value.items())
+    ),
     "a mapping of patterns to ranks": lambda value: _patterns(value, "a whole number from 1 to 65536"),
     "a mapping of patterns to numbers": lambda value: _patterns(value, "a finite number"),
 }
@@ -29,6 +32,13 @@ _ADAPTER = {
     "layers": "a list of whole numbers",
     "init_scale": "a finite number",
     "target": "a text",
+    "targets": "a list of texts or a pattern",
+    "share": "true or false",
+    "scale": "a text",
+    "shuffle": "true or false",
+    "accumulate": "true or false",
+    "shared": "a mapping of texts to lists of texts",
+    "format_version": "a whole number from 1 to 65536",
     "lora": "a mapping",
     "target_modules": "a list of texts or a pattern",
     "inference_mode": "true or false",
@@ -47,7 +57,8 @@ _LORA = {
     "layers_pattern": "a list of texts or a pattern",
     "inference_mode": "true or false",
 }
-_NOT_NULL = frozenset({"init_scale", "target", "r", "lora_alpha", "lora_dropout"})
+_NOT_NULL = frozenset({"init_scale", "targets", "share", "scale", "shuffle", "accumulate", "format_version"})
+_NOT_NULL |= {"r", "lora_alpha", "lora_dropout"}
 
 
 def check_fields(path: Path, fields: dict[str, Any]) -> None:
@@ -72,6 +83,10 @@ def _check(path: Path, fields: dict[str, Any], table: dict[str, str], prefix: st
 
 def _index(value: Any) -> bool:
     return type(value) is int and abs(value) < 1 << 31
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _finite(value: Any) -> bool:

@@ -24,7 +24,7 @@ from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
 from so8t_core.files import atomic_dir, read_json
-from so8t_core.folding import Fold, named
+from so8t_core.folding import Fold, Turn, named
 from so8t_core.safetensors_stream import FLOATS, read_entries, rewrite
 from so8t_core.store import KEY_PREFIX, fold_layers, read_adapter
 from so8t_core.weight_files import INDEX, SINGLE, WeightFiles
@@ -60,7 +60,7 @@ def _folded(name: str, layer: Any) -> nn.Module:
     fold = Fold()
     inner = layer
     if isinstance(inner, SO8TLinear):
-        fold.theta = next((gate.theta for gate in inner.active_gates()), None)
+        fold = next((gate.fold() for gate in inner.active_gates()), fold)
         inner = inner.base_layer
     if isinstance(inner, LoraLayer):
         for adapter in inner.active_adapters:
@@ -107,15 +107,16 @@ def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str
     """Weight name in the base checkpoint -> what to fold into it.
 
     Raises:
-        InputError: a tensor that is neither a rotation (n, 28) nor half of a LoRA pair.
+        InputError: a tensor that is neither of a rotation, theta (n, 28) and its companions, nor half of a LoRA pair,
+            or one that is missing.
     """
     folds: dict[str, Fold] = {}
+    turned: dict[str, dict[str, Tensor]] = {}  # module: the tensors of its gate by name
     for key, value in tensors.items():
         name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-        if name.endswith(".lora_so8t.theta"):
-            if value.ndim != 2 or value.shape[1] != PARAMETERS:
-                raise InputError(f"{key} has shape {tuple(value.shape)}, a rotation is (n, {PARAMETERS})")
-            folds.setdefault(name.removesuffix(".lora_so8t.theta"), Fold()).theta = value
+        module, separator, part = name.partition(".lora_so8t.")
+        if separator:
+            turned.setdefault(module, {})[part] = value
         elif name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
             B = tensors.get(key.replace(".lora_A.", ".lora_B."))
@@ -124,7 +125,43 @@ def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str
             folds.setdefault(module, Fold()).loras.append((value, B, _lora_scale(config, module)))
         elif not name.endswith(".lora_B.weight"):
             raise InputError(f"unknown tensor {key} in the adapter; it cannot be folded exactly")
+    for module, parts in turned.items():
+        for reader in (module, *(config.shared or {}).get(module, [])):
+            fold = _turning(config, module, parts)
+            fold.loras = folds[reader].loras if reader in folds else []
+            folds[reader] = fold
+    if lost := sorted(set(config.shared or {}) - set(turned)):
+        raise InputError(f"{lost[0]} should own a rotation that others share, but the adapter has none for it")
     return {f"{module}.weight": fold for module, fold in folds.items()}
+
+
+def _turning(config: SO8TConfig, module: str, parts: dict[str, Tensor]) -> Fold:
+    """The fold of one gate's tensors, whose names and shapes docs/adapter_format.md lists."""
+    n = parts["theta"].shape[0] if "theta" in parts and parts["theta"].ndim else 0
+    shapes: dict[str, tuple[int, ...]] = {"theta": (n, PARAMETERS)}
+    if config.scale != "none":
+        shapes["log_scale"] = (n if config.scale == "block" else n * BLOCK,)
+    if config.shuffle:
+        shapes |= {"permutation": (n * BLOCK,), "shuffled_theta": (n, PARAMETERS)}
+    if config.accumulate:
+        shapes["accumulated"] = (n, BLOCK, BLOCK)
+        shapes |= {"shuffled_accumulated": (n, BLOCK, BLOCK)} if config.shuffle else {}
+    for part in sorted({*shapes, *parts}):
+        found, wanted = parts.get(part), shapes.get(part)
+        if found is None or wanted is None:
+            state = "misses" if found is None else "has, against its config,"
+            raise InputError(f"the adapter {state} {module}.lora_so8t.{part}; the file is incomplete or damaged")
+        if tuple(found.shape) != wanted:
+            kind = f"a rotation is (n, {PARAMETERS})" if part.endswith("theta") else f"wanted {wanted}"
+            raise InputError(f"{module}.lora_so8t.{part} has shape {tuple(found.shape)}, {kind}")
+    second = parts.get("shuffled_theta")
+    return Fold(
+        theta=parts["theta"],
+        accumulated=parts.get("accumulated"),
+        log_scale=parts.get("log_scale"),
+        shuffled=None if second is None else Turn(second, parts.get("shuffled_accumulated")),
+        order=parts.get("permutation"),
+    )
 
 
 def _lora_scale(config: SO8TConfig, module: str) -> float:
@@ -166,9 +203,8 @@ def bake_checkpoint(
             raise InputError(f"out_dir {out_dir} would replace its own input {source}; choose another place")
     weights, _ = admit_checkpoint(base_dir)
     folds = folds_from_files(*read_adapter(adapter_dir))
-    if invert:
-        for fold in folds.values():
-            fold.theta = None if fold.theta is None else -fold.theta
+    for fold in folds.values():
+        fold.transposed = invert
     _check_fit({name: (entry.dtype, entry.shape) for name, entry in weights.entries.items()}, folds, adapter_dir)
     with atomic_dir(out_dir) as temporary:
         _copy_other_files(weights, temporary, dtype)

@@ -7,16 +7,19 @@ The method "so8t" becomes a true member of PEFT's `PeftType` when this module is
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import peft
 from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from so8t_core.errors import InputError
+from so8t_core.gate import Scale
 from so8t_core.versions import check_version
 
 METHOD = "SO8T"
+ALL_LINEAR = "all-linear"
+FORMAT_VERSION = 2  # of adapter_config.json; 1 had `target` and neither scale nor shuffle
 TESTED_PEFT = (0, 21)
 # LoRA options under which its function is W + s B A on the original W: all others would make the bake inexact, or
 # (init_lora_weights "pissa", "olora", ...) change W itself when the adapter is attached.
@@ -63,20 +66,34 @@ class SO8TConfig(PeftConfig):
     Args:
         layers: decoder layers that get a rotation; None = all; negative indices count from the end.
         init_scale: standard deviation of theta at the start, radians; 0 = exactly the identity.
-        target: name of the rotated linear layer inside a decoder layer.
+        targets: names of the linear layers inside a decoder layer whose input is rotated, or "all-linear".
+        target: short for `targets=[target]`; format version 1 wrote it. Always None afterwards.
+        share: one rotation for the targets of a layer that read the same tensor (q, k and v; gate and up).
+        scale: a learned positive factor for every channel or block of the input, before the rotation.
+        shuffle: a second rotation, of eight channels from distant blocks each.
+        accumulate: keep earlier rotations as a product beside theta, so that a training may start theta anew.
         lora: `LoraConfig` arguments (r, lora_alpha, target_modules, ...) of a LoRA inside the rotation, or None.
 
     Raises:
-        InputError: a negative or non-finite init_scale, layers that are no integers, or LoRA arguments that are wrong
-            or that the bake cannot fold exactly.
+        InputError: a negative or non-finite init_scale, layers that are no integers, targets that are no names, an
+            unknown scale, a newer format, or LoRA arguments that are wrong or that the bake cannot fold exactly.
     """
 
     layers: list[int] | None = None
     init_scale: float = 0.0
-    target: str = "o_proj"
+    targets: list[str] | str = field(default_factory=lambda: ["o_proj"])
+    target: str | None = None
+    share: bool = True
+    scale: Scale = "none"
+    shuffle: bool = False
+    accumulate: bool = False
     lora: dict[str, Any] | None = None
+    shared: dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "derived: the module that owns a shared rotation, and those that follow it"}
+    )
+    format_version: int = FORMAT_VERSION
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "derived: target and LoRA's own; not read"}
+        default=None, metadata={"help": "derived: targets and LoRA's own; not read"}
     )
 
     def __post_init__(self) -> None:
@@ -88,11 +105,38 @@ class SO8TConfig(PeftConfig):
             self.layers = list(self.layers)
             if not all(type(layer) is int for layer in self.layers):
                 raise InputError(f"layers must be integers, e.g. [0, 3, -1], or null for all; got {self.layers}")
+        if self.format_version not in range(1, FORMAT_VERSION + 1):
+            raise InputError(
+                f"format_version is {self.format_version}, this SO8T reads 1 to {FORMAT_VERSION}; install a newer one"
+            )
+        self.format_version = FORMAT_VERSION
+        self._set_targets()
+        if self.scale not in get_args(Scale):
+            raise InputError(f"scale must be one of {', '.join(get_args(Scale))}; got {self.scale!r}")
         self._lora_config = None if self.lora is None else _lora_config(self.lora)
-        lora_modules = self._lora_config.target_modules if self._lora_config else set()
-        if self.lora is not None:
-            self.lora = {**self.lora, "target_modules": sorted(lora_modules)}
-        self.target_modules = sorted(lora_modules | {self.target})
+        if self._lora_config is not None:
+            self.lora = {**(self.lora or {}), "target_modules": sorted(self._lora_config.target_modules)}
+        self.name_modules([] if isinstance(self.targets, str) else self.targets)
+
+    def _set_targets(self) -> None:
+        """Bring `target` and `targets` into one form."""
+        if self.target is not None:
+            self.targets, self.target = [self.target], None
+        if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
+            self.targets = [self.targets]
+        names = [] if isinstance(self.targets, str) else list(self.targets)
+        if self.targets != ALL_LINEAR:
+            if not names or not all(isinstance(name, str) and name for name in names):
+                raise InputError(
+                    f"targets must be names of linear layers, e.g. ['o_proj', 'down_proj'], or {ALL_LINEAR!r}; "
+                    f"got {self.targets!r}"
+                )
+            self.targets = list(dict.fromkeys(names))
+
+    def name_modules(self, targets: list[str]) -> None:
+        """Set PEFT's `target_modules`: the rotated modules and the LoRA's."""
+        lora = set() if self._lora_config is None else set(self._lora_config.target_modules)
+        self.target_modules = sorted(lora | set(targets)) or [ALL_LINEAR]
 
     @property
     def lora_config(self) -> LoraConfig | None:

@@ -1,8 +1,13 @@
 """Fold: what an adapter does to one weight, W' = (W + s B A) @ R with R = blockdiag(exp(theta)), and its inverse.
 
+With every option R stands for P^T R2 P R_acc exp(theta) diag(exp(c)): the input is scaled by exp(c) first, turned by
+R1 = R_acc exp(theta), and turned by R2 once more between a permutation P of its channels and the way back. Scaling the
+columns last keeps unbake from mixing the roundings of columns of unequal size.
+
 Everything is computed in float64 and rounded once to the storage dtype. Rows are independent of each other, so a few
 at a time stay in the processor's cache, and float64 memory is needed for those alone.
-Shapes: W (out, in), A (r, in), B (out, r), theta (in/8, 28), R (in/8, 8, 8).
+Shapes: W (out, in), A (r, in), B (out, r), theta (in/8, 28), R (in/8, 8, 8), c (in,) or (in/8,), P (in,) as an order of
+channels, z = x[P].
 """
 
 from __future__ import annotations
@@ -21,22 +26,45 @@ from so8t_core.exponential import BLOCK
 from so8t_core.rotation import exp_so8
 from so8t_core.rounding import all_finite, round_once
 
+Step = Callable[[Tensor], Tensor]  # rows of W (k, in) -> (k, in), float64
 ROWS = 64  # folded at a time: 1.5 MB of float64 at 3072 columns
 CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Turn:
+    """blockdiag(R_acc exp(theta)): theta (n, 28), R_acc (n, 8, 8) float64 or None for the identity."""
+
+    theta: Tensor
+    accumulated: Tensor | None = None
+
+    def matrix(self, device: torch.device = CPU) -> Tensor:
+        """R (n, 8, 8), float64.
+
+        Raises:
+            InputError: theta holds a NaN, an Inf or an absurd angle.
+        """
+        R = exp_so8(self.theta.detach().to(device, torch.float64))
+        return R if self.accumulated is None else self.accumulated.detach().to(R) @ R
+
+
 @dataclass
 class Fold:
-    """What has to be folded into one weight: LoRA pairs first, then the rotation."""
+    """What has to be folded into one weight: LoRA pairs first, then what happens to the input."""
 
     loras: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)  # (A (r, in), B (out, r), scale)
     theta: Tensor | None = None  # (in/8, 28)
+    accumulated: Tensor | None = None  # R_acc (in/8, 8, 8)
+    log_scale: Tensor | None = None  # c
+    shuffled: Turn | None = None  # R2, where there is a P
+    order: Tensor | None = None  # P
+    transposed: bool = False  # R^T in place of each R: the wrong bake of negative controls
 
     def apply(self, W_OI: Tensor, dtype: torch.dtype | None = None, *, undo: bool = False) -> Tensor:
         """W (out, in) of any dtype -> W' (out, in) in `dtype` (None: that of W), computed in float64, rounded once.
 
         Args:
-            undo: W' -> W = W' @ R^T - s B A instead.
+            undo: W' -> W = W' @ R^-1 - s B A instead.
 
         Raises:
             ValueError: a NaN or Inf, or a value that overflows `dtype`.
@@ -47,24 +75,43 @@ class Fold:
         with torch.inference_mode(False):  # the workers write into it, and they know nothing of the caller's mode
             out = torch.empty(W_OI.shape, dtype=dtype or W_OI.dtype, device=W_OI.device)
 
-        def exponential(theta: Tensor) -> Tensor:
-            return exp_so8(sign * theta.detach().to(*exact))  # R^T = exp(-A)
+        def matrix(turn: Turn) -> Tensor:
+            R = turn.matrix(W_OI.device)
+            return R.mT.contiguous() if undo != self.transposed else R
 
         def fold(start: int) -> None:
             rows = slice(start, start + ROWS)
             W = W_OI.detach()[rows].double()
-            for R in turns if undo else ():
-                W = rotate_rows(W, R)
+            for step in steps if undo else ():
+                W = step(W)
             for A, B in pairs:
                 W = W + B[rows] @ A
-            for R in () if undo else turns:
-                W = rotate_rows(W, R)
+            for step in () if undo else steps:
+                W = step(W)
             out[rows] = rounded(W, out.dtype)
 
         with mapping(W_OI.device) as run:
-            turns = list(run(exponential, [] if self.theta is None else [self.theta]))
+            turns = [] if self.theta is None else [Turn(self.theta, self.accumulated)]
+            turns += [] if self.shuffled is None else [self.shuffled]
+            steps = self._steps(list(run(matrix, turns)), W_OI.device, undo)
             list(run(fold, range(0, W_OI.shape[0], ROWS)))
         return out
+
+    def _steps(self, R: list[Tensor], device: torch.device, undo: bool) -> list[Step]:
+        """What happens to rows of W, in order: P^T R2 P, then R1, then the scale; backwards to undo it."""
+        steps: list[Step] = []
+        if self.shuffled is not None and self.order is not None:
+            order = self.order.to(device)
+            back = order.argsort()
+            steps.append(lambda W: rotate_rows(W[:, order], R[1])[:, back])
+        if self.theta is not None:
+            steps.append(lambda W: rotate_rows(W, R[0]))
+        if self.log_scale is not None and self.theta is not None:
+            c = self.log_scale.detach().to(device, torch.float64)
+            c = c.repeat_interleave(BLOCK) if len(c) == len(self.theta) else c
+            scale = torch.exp(-c if undo else c)
+            steps.append(lambda W: W * scale)
+        return steps[::-1] if undo else steps
 
 
 @contextmanager

@@ -1,15 +1,16 @@
-"""RotationGate: the rotation of one layer, y_k = R_k x_k on the input of `o_proj`.
+"""RotationGate: the rotation of the input of one linear layer, or of several that read the same tensor, y_k = R_k x_k.
 
 It owns theta (n, 28) in float32, whatever dtype the model is cast to: at bfloat16's 8 bits an angle below 0.004 rad
 beside 1 would vanish. R (n, 8, 8) is computed when theta has changed, for all gates of a model in one batch
-(`share`), and shared by micro-batches, evaluation and decoding.
-Source: DESIGN: o_proj(gate(x)) = (W @ blockdiag(R)) x, hence W'[:, 8k:8k+8] = W[:, 8k:8k+8] @ R_k.
+(`refresh_together`), and shared by micro-batches, evaluation and decoding.
+Options: a scale exp(c) before R, a second rotation R2 after a fixed permutation P, a product R_acc of earlier
+rotations. y = P^T R2 P R_acc exp(A) diag(exp(c)) x; how that folds into a weight is in `folding`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from so8t_core.block_product import Memo
 from so8t_core.exponential import BLOCK, PARAMETERS, TERMS, Evaluated, evaluate
-from so8t_core.rotation import rotate_blocks
+from so8t_core.folding import Fold, Turn
+from so8t_core.rotation import exp_so8, log_so8, plane_angles, rotate_blocks
 from so8t_core.torch_private import inside_backward, remove_forward_pre_hook, writes
 
 
@@ -32,14 +34,43 @@ class _Known(NamedTuple):
     connected: Tensor  # R (n, 8, 8) has a graph, one node for all of them: their backward is one batch
 
 
+class _Applied(NamedTuple):
+    """An input, its image, and the readers that have received the image."""
+
+    x: Tensor
+    y: Tensor
+    stamp: tuple[Any, ...]
+    served: set[int]
+
+
+Scale = Literal["none", "block", "channel"]
+
+
 class RotationGate(nn.Module):
     """n = features / 8 learned rotations. forward: x (..., features) -> (..., features).
+
+    Args:
+        scale: "channel" or "block" adds c, (features,) or (n,), zero at the start; exp(c) multiplies x first.
+        shuffle: adds P (features,) and R2, identity at the start; P puts eight channels of distant blocks into one.
+        accumulate: adds R_acc (n, 8, 8), float64, identity at the start; `restart` moves exp(A) into it.
 
     Raises:
         ValueError: features is not a positive multiple of 8 (the message names the layer).
     """
 
-    def __init__(self, features: int, *, init_scale: float = 0.0, layer: str = "this layer") -> None:
+    permutation: Tensor | None
+    accumulated: Tensor | None
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        init_scale: float = 0.0,
+        scale: Scale = "none",
+        shuffle: bool = False,
+        accumulate: bool = False,
+        layer: str = "this layer",
+    ) -> None:
         super().__init__()
         if features <= 0 or features % BLOCK:
             raise ValueError(
@@ -49,7 +80,24 @@ class RotationGate(nn.Module):
         self.blocks = features // BLOCK
         theta = torch.zeros(self.blocks, PARAMETERS, dtype=torch.float32)
         self.theta = nn.Parameter(theta.normal_(std=init_scale) if init_scale else theta)
+        self.log_scale = None
+        if scale != "none":
+            self.log_scale = nn.Parameter(torch.zeros(features if scale == "channel" else self.blocks))
+        self.shuffled: RotationGate | None = None
+        if shuffle:
+            self.shuffled = RotationGate(features, init_scale=init_scale, accumulate=accumulate, layer=layer)
+            self.register_state_dict_post_hook(_flat_names)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_pre_hook(_nested_names)  # type: ignore[no-untyped-call]
+        self.register_buffer("permutation", distant_channels(self.blocks) if shuffle else None)
+        eye = torch.eye(BLOCK, dtype=torch.float64)
+        self.register_buffer("accumulated", eye.repeat(self.blocks, 1, 1) if accumulate else None)
+        self.readers = 1  # linear layers that read what this gate turns
         self._known: _Known | None = None
+        self._applied: _Applied | None = None
+
+    def parts(self) -> list[RotationGate]:
+        """This gate and the rotation after its permutation, where it has one."""
+        return [self] if self.shuffled is None else [self, self.shuffled]
 
     def rotation(self) -> Tensor:
         """R (n, 8, 8), float32; with a graph when theta is being trained.
@@ -59,20 +107,92 @@ class RotationGate(nn.Module):
         """
         if not self._is_current():
             refresh([self])
-        assert self._known is not None
-        known, place = self._known.exponential, self._known.place
+        R = self._exponential(self._known)
+        return R if self.accumulated is None else (self.accumulated @ R.double()).to(R.dtype)
+
+    def _exponential(self, own: _Known | None) -> Tensor:
+        """exp(A) (n, 8, 8), with a graph when theta is being trained."""
+        assert own is not None
+        known, place = own.exponential, own.place
         if not self._is_trained():
             return known.R[place]
         # A backward in which layers are run again one by one (checkpointing) reaches each theta by a node of its own.
-        if self._known.theta is not self.theta or inside_backward():
+        if own.theta is not self.theta or inside_backward():
             return known.connected([self.theta if k == place else None for k in range(len(known.R))])[place]
-        return self._known.connected
+        return own.connected
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor) -> Tensor:
-        R = self.rotation()
-        assert self._known is not None
-        return rotate_blocks(x, R, memo=self._known.memo)
+    def forward(self, x: Tensor, reader: object = None) -> Tensor:
+        """Turn x, or hand over its image where another reader has had the very same tensor turned.
+
+        Args:
+            reader: the linear layer that asks. The first of a group has x turned, the others receive the result: for
+                the same object with the same values, under the same parameters and grad mode, and each reader once.
+                An object held here cannot be confused with a later one; a layer run again by checkpointing reads a
+                new one.
+        """
+        if self.readers == 1 or reader is None:
+            return self._turn(x)
+        stamp = self._applied_stamp(x)
+        known = self._applied
+        if known is None or known.x is not x or known.stamp != stamp or id(reader) in known.served:
+            known = _Applied(x, self._turn(x), self._applied_stamp(x), set())
+        known.served.add(id(reader))
+        self._applied = known if len(known.served) < self.readers else None  # the last reader needs no copy kept
+        return known.y
+
+    def _applied_stamp(self, x: Tensor) -> tuple[Any, ...]:
+        parts = self.parts()
+        scale = None if self.log_scale is None else (writes(self.log_scale), _OPTIMISER_STEPS[0])
+        written = 0 if x.is_inference() else writes(x)
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        return (written, trained, scale, *(id(part._known) if part._is_current() else None for part in parts))
+
+    def _turn(self, x: Tensor) -> Tensor:
+        """x (..., features) -> P^T R2 P R diag(exp(c)) x, in x's dtype."""
+        M, memo = self.rotation(), None
+        if self.log_scale is not None:  # scaled columns of R: no pass over x and no rounding of their own
+            M = M * self.log_scale.exp().to(M.dtype).view(self.blocks, 1, -1)  # (n, 8, 8) by (n, 1, 8 or 1)
+        elif self.accumulated is None and self._known is not None:
+            memo = self._known.memo  # of exp(A) alone
+        y = rotate_blocks(x, M, memo=memo)
+        if self.shuffled is None or self.permutation is None:
+            return y
+        return self.shuffled._turn(y.index_select(-1, self.permutation)).index_select(-1, self.permutation.argsort())
+
+    def angles(self) -> Tensor:
+        """The four plane angles of each block's rotation, R_acc exp(A), largest first: (n, 4), radians, float64.
+
+        Without an R_acc they are theta's own and may exceed pi.
+        """
+        if self.accumulated is None:
+            return plane_angles(self.theta)
+        R = Turn(self.theta, self.accumulated).matrix(self.theta.device)
+        return plane_angles(log_so8(R))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Move exp(A) into R_acc and set theta to zero: the same function, whose parameters start anew.
+
+        Raises:
+            InputError: theta holds a NaN, an Inf or an absurd angle.
+        """
+        for part in self.parts():
+            assert part.accumulated is not None
+            part.accumulated.copy_(part.accumulated @ exp_so8(part.theta.double()))
+            part.theta.zero_()
+            part._known = None
+
+    def fold(self) -> Fold:
+        """How this gate folds into a weight that reads its output."""
+        second = self.shuffled
+        return Fold(
+            theta=self.theta.detach(),
+            accumulated=self.accumulated,
+            log_scale=None if self.log_scale is None else self.log_scale.detach(),
+            shuffled=None if second is None else Turn(second.theta.detach(), second.accumulated),
+            order=self.permutation,
+        )
 
     def is_whole(self) -> bool:
         """theta is an ordinary tensor of its full shape: not sharded over processes, not on the meta device."""
@@ -101,18 +221,42 @@ class RotationGate(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files carry theta alone: what is known of it takes 30 times the bytes, and a stamp means nothing
         in another process."""
-        return {**self.__dict__, "_known": None}
+        return {**self.__dict__, "_known": None, "_applied": None}
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotationGate:
-        exact = self.theta.detach()
+        least = {"theta": torch.float32, "log_scale": torch.float32, "accumulated": torch.float64}
+        exact = {name: value.detach() for name in least if (value := getattr(self, name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._known = None
-        if self.theta.dtype.itemsize < torch.float32.itemsize:  # .half() and the like: keep float32, from exact values
-            self.theta.data = exact.to(self.theta.device, torch.float32)
+        self._known = self._applied = None
+        for name, value in exact.items():
+            own = getattr(self, name)
+            if own.dtype.itemsize < least[name].itemsize:  # .half() and the like: keep it, from exact values
+                own.data = value.to(own.device, least[name])
         return self
+
+
+def distant_channels(blocks: int) -> Tensor:
+    """P as an order of channels (8 n,), int64: z = x[P]. Block k of z holds lane j of block (k + j n/8) mod n of x.
+
+    So each new block takes one lane from each of eight blocks spread over the whole width, that is from other heads.
+    """
+    k, j = torch.arange(blocks)[:, None], torch.arange(BLOCK)[None, :]
+    return (BLOCK * ((k + j * max(1, blocks // BLOCK)) % blocks) + j).reshape(-1)
+
+
+def _flat_names(gate: RotationGate, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """shuffled.theta -> shuffled_theta: PEFT takes an adapter's name out of keys with one part after it alone."""
+    for key in [key for key in state if key.startswith(f"{prefix}shuffled.")]:
+        state[f"{prefix}shuffled_{key.removeprefix(f'{prefix}shuffled.')}"] = state.pop(key)
+
+
+def _nested_names(gate: RotationGate, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The way back of `_flat_names`."""
+    for key in [key for key in state if key.startswith(f"{prefix}shuffled_")]:
+        state[f"{prefix}shuffled.{key.removeprefix(f'{prefix}shuffled_')}"] = state.pop(key)
 
 
 _OPTIMISER_STEPS = [0]
@@ -154,19 +298,20 @@ class Rotated(Protocol):
         """The gates of the active adapter."""
 
 
-def share(model: nn.Module) -> None:
+def refresh_together(model: nn.Module) -> None:
     """Before every forward of `model`, refresh the gates in use of all layers that it has now, in one batch."""
-    unshare(model)
+    refresh_apart(model)
     model.__dict__["_so8t_layers"] = [module for module in model.modules() if hasattr(module, "gates_in_use")]
     model.register_forward_pre_hook(_refresh_shared)
 
 
-def unshare(model: nn.Module) -> None:
-    """Undo `share`."""
+def refresh_apart(model: nn.Module) -> None:
+    """Undo `refresh_together`."""
     model.__dict__.pop("_so8t_layers", None)
     remove_forward_pre_hook(model, _refresh_shared)
 
 
 def _refresh_shared(model: nn.Module, _: Any) -> None:
     layers: list[Rotated] = model.__dict__["_so8t_layers"]
-    refresh(gate for layer in layers for gate in layer.gates_in_use() if gate.is_whole())
+    found = dict.fromkeys(part for layer in layers for gate in layer.gates_in_use() for part in gate.parts())
+    refresh(gate for gate in found if gate.is_whole())

@@ -16,11 +16,13 @@ from peft import OFTConfig
 from torch import Tensor
 
 from so8t_core.adapter import layer_of
+from so8t_core.baking import folds_from_files
 from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
-from so8t_core.rotation import exp_so8, log_so8, plane_angles, skew
-from so8t_core.store import read_adapter, read_files, write_files
+from so8t_core.folding import Fold, Turn
+from so8t_core.rotation import log_so8, plane_angles, skew
+from so8t_core.store import KEY_PREFIX, read_adapter, read_files, write_files
 
 LARGEST_ANGLE = 3.1  # rad; tan(1.55) = 48, and float32 still gives the angle back to 1e-6
 _OURS, _THEIRS = ".lora_so8t.theta", ".oft_R.weight"
@@ -29,22 +31,25 @@ _OURS, _THEIRS = ".lora_so8t.theta", ".oft_R.weight"
 def export_oft(adapter_dir: str | Path, out_dir: str | Path) -> Path:
     """Write the adapter as a stock PEFT OFT adapter with the same function; returns `out_dir`.
 
+    A rotation that several modules share is written for each of them, and a product of earlier rotations as one.
+
     Raises:
-        InputError: the adapter has a LoRA inside (OFT has none: bake instead), or an angle above 3.1 rad.
+        InputError: the adapter has a LoRA inside, a scale or a shuffle (OFT has none: bake instead), or an angle above
+            3.1 rad, as is that of an eigenvalue -1.
     """
     config, tensors = read_adapter(adapter_dir)
-    if config.lora is not None:
-        raise InputError(
-            f"{adapter_dir} has a LoRA inside the rotation, which an OFT adapter cannot hold; bake it instead"
-        )
-    exported = {key.removesuffix(_OURS) + _THEIRS: _to_oft(key, theta) for key, theta in tensors.items()}
-    layers = sorted(layer for key in tensors if (layer := layer_of(key)) >= 0)
+    held = {"a LoRA inside the rotation": config.lora is not None, "a shuffle": config.shuffle}
+    held |= {"a scale": config.scale != "none"}
+    for what in (name for name, there in held.items() if there):
+        raise InputError(f"{adapter_dir} has {what}, which an OFT adapter cannot hold; bake it instead")
+    folds = {name.removesuffix(".weight"): fold for name, fold in folds_from_files(config, tensors).items()}
+    exported = {KEY_PREFIX + module + _THEIRS: _to_oft(module, fold) for module, fold in folds.items()}
     stock = OFTConfig(
         r=0,
         oft_block_size=BLOCK,
         use_cayley_neumann=False,
-        target_modules=[config.target],
-        layers_to_transform=layers,
+        target_modules=sorted({module.rpartition(".")[2] for module in folds}),
+        layers_to_transform=sorted({layer for module in folds if (layer := layer_of(module)) >= 0}),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
@@ -74,12 +79,11 @@ def import_oft(oft_dir: str | Path, out_dir: str | Path) -> Path:
         if not key.endswith(_THEIRS) or weight.ndim != 2 or weight.shape[1] != PARAMETERS:
             raise InputError(f"{folder}: {key} {tuple(weight.shape)} is no OFT rotation of block size {BLOCK}")
         imported[key.removesuffix(_THEIRS) + _OURS] = _from_oft(weight)
-    modules = {key.removesuffix(_OURS).rpartition(".")[2] for key in imported}
-    if len(modules) != 1:
-        raise InputError(f"{folder} turns {', '.join(sorted(modules))}; an SO8T adapter turns one kind of layer")
     config = SO8TConfig(
-        layers=sorted(layer for key in imported if (layer := layer_of(key)) >= 0),
-        target=modules.pop(),
+        layers=sorted({layer for key in imported if (layer := layer_of(key)) >= 0}),
+        targets=sorted({key.removesuffix(_OURS).rpartition(".")[2] for key in imported}),
+        share=False,
+        shared={},
         task_type=fields.get("task_type"),
         base_model_name_or_path=fields.get("base_model_name_or_path"),
         inference_mode=True,
@@ -87,14 +91,15 @@ def import_oft(oft_dir: str | Path, out_dir: str | Path) -> Path:
     return write_files(out_dir, config.to_dict(), imported)
 
 
-def _to_oft(key: str, theta: Tensor) -> Tensor:
-    """theta (n, 28) -> OFT's weight (n, 28), float32."""
-    R = exp_so8(theta.double())
+def _to_oft(module: str, fold: Fold) -> Tensor:
+    """The rotation of one module -> OFT's weight (n, 28), float32."""
+    assert fold.theta is not None  # without a LoRA there is nothing else in the adapter
+    R = Turn(fold.theta, fold.accumulated).matrix()
     # The angles of R itself, at most pi: theta may have gone around more than once.
-    largest = plane_angles(log_so8(R)).max().item() if theta.numel() else 0.0
+    largest = plane_angles(log_so8(R)).max().item() if R.numel() else 0.0
     if largest > LARGEST_ANGLE:
         raise InputError(
-            f"{key.removesuffix(_OURS)} turns a plane by {largest:.4f} rad; above {LARGEST_ANGLE} OFT's Cayley map "
+            f"{module} turns a plane by {largest:.4f} rad; above {LARGEST_ANGLE} OFT's Cayley map "
             "is too close to its singularity at pi. Bake the adapter instead"
         )
     eye = torch.eye(BLOCK, dtype=torch.float64)

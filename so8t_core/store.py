@@ -6,6 +6,7 @@ Keys of the tensor file are the module names under "base_model.model.", without 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +25,13 @@ from so8t_core.adapter_fields import check_fields
 from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, read_json, write_text
-from so8t_core.gate import unshare
+from so8t_core.gate import refresh_apart
 from so8t_core.safetensors_stream import FLOATS, read_entries
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+PERMUTATION = ".lora_so8t.permutation"
 ADAPTER = "default"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,6 +52,7 @@ def attach(model: Model, config: SO8TConfig) -> Model:
         raise InputError(
             "the model already carries an adapter; detach it first, or give the LoRA to SO8TConfig(lora={...})"
         )
+    config = copy.deepcopy(config)  # it learns which layers share an input; of another model that is another list
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except BaseException:
@@ -97,7 +100,7 @@ def _replace_layers(model: nn.Module, make: Callable[[str, Any], nn.Module]) -> 
         for part in layer.modules():
             if isinstance(part, SO8TLinear) and part.guard is not None:
                 part.guard.remove()
-    unshare(model)
+    refresh_apart(model)
     model.__dict__.pop("peft_config", None)
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
@@ -188,7 +191,7 @@ def read_files(directory: str | Path, method: str) -> tuple[dict[str, Any], dict
     if fields.get("peft_type") != method:
         raise InputError(f"{directory} holds a {fields.get('peft_type')} adapter, expected {method}")
     for entry in read_entries(directory / WEIGHTS_NAME):
-        if entry.dtype not in FLOATS:
+        if entry.dtype not in FLOATS and not (entry.dtype == "I64" and entry.name.endswith(PERMUTATION)):
             raise InputError(f"{directory / WEIGHTS_NAME}: {entry.name} is stored as {entry.dtype}, wanted floats")
     try:
         return fields, load_file(directory / WEIGHTS_NAME)
@@ -217,6 +220,9 @@ def read_adapter(directory: str | Path) -> tuple[SO8TConfig, dict[str, Tensor]]:
         raise InputError(
             f"the adapter in {directory} has a NaN or Inf in {broken[0]}; train it again or take an earlier checkpoint"
         )
+    for key, tensor in tensors.items():
+        if key.endswith(PERMUTATION) and not torch.equal(tensor.sort().values, torch.arange(tensor.numel())):
+            raise InputError(f"the adapter in {directory}: {key} is no permutation; the file is damaged")
     try:
         return SO8TConfig(**fields), tensors
     except (TypeError, ValueError) as error:

@@ -23,12 +23,14 @@ def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n
     """Markdown with the hub's YAML header."""
     training = config.train
     lora = f"with LoRA (r {training.lora.r}, alpha {training.lora.alpha:g})" if training.lora else "without LoRA"
+    every = training.targets == "all-linear"
+    targets = "every linear layer" if every else ", ".join(f"`{target}`" for target in training.targets)
     licence = licence_of(config, base_dir)
     header = ["---", f"license: {licence}", "library_name: gguf", "tags: [so8t, gguf, think]", "---"]
     body = [
         f"# {name}",
         "",
-        f"Base: `{config.model.base}`. An SO(8) rotation on the input of `o_proj` {lora}, {training.steps} optimiser "
+        f"Base: `{config.model.base}`. An SO(8) rotation on the input of {targets} {lora}, {training.steps} optimiser "
         "steps on /think data (thinking first, answer last), folded into the ordinary weights: nothing of the adapter "
         "is left at inference.",
         "",

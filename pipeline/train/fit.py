@@ -22,10 +22,21 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArgument
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
+from pipeline.train import placement
 from pipeline.train.collate import IGNORED, Collator, EncodedRows
 from pipeline.train.sharding import shard_base, take_request
-from pipeline.train.trainer import SaveCurves, SO8TTrainer, Watch, last_complete_checkpoint, restore_curves, split_step
-from so8t_core import SO8TConfig, gates, plane_angles, save_adapter, trainable_counts
+from pipeline.train.trainer import (
+    Restart,
+    SaveCurves,
+    SO8TTrainer,
+    Watch,
+    first_rows,
+    last_complete_checkpoint,
+    restore_curves,
+    split_step,
+)
+from so8t_core import SO8TConfig, gates, save_adapter, trainable_counts
+from so8t_core.adapter import layer_of
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, write_text
 from so8t_core.quantised import load_quantised
@@ -56,6 +67,9 @@ def train(
     distributed.agree("training rows", sha256_path(data_dir))
     distributed.from_first(lambda: _forget_other_runs(work_dir, config, base_dir, data_dir))
     started = time.monotonic()
+    if isinstance(settings.layers, str):
+        text = distributed.from_first(lambda: _chosen_layers(config, base_dir, rows, collator, work_dir, report))
+        settings = settings.model_copy(update={"layers": json.loads(text)})
 
     def fit(settings: TrainConfig, name: str, title: str, before: float | None = None) -> _Fitted:
         return _fit(config, settings, base_dir, rows, heldout, collator, work_dir / name, report, title, split, before)
@@ -104,6 +118,23 @@ def _forget_other_runs(work_dir: Path, config: RunConfig, base_dir: Path, data_d
     if work_dir.is_dir() and not (stored.is_file() and stored.read_text(encoding="utf-8") == text):
         shutil.rmtree(work_dir)
     write_text(stored, text)
+
+
+def _chosen_layers(
+    config: RunConfig, base_dir: Path, rows: EncodedRows, collator: Collator, work_dir: Path, report: Reporter
+) -> str:
+    """The layers that `train.layers: auto:N` means, as JSON; decided once and kept beside the checkpoints."""
+    kept = work_dir / "layers.json"
+    if not kept.is_file():
+        settings = config.train
+        model = load_base(base_dir, settings.quantization)
+        places = placement.rank(
+            model, settings, [rows[i] for i in first_rows(settings, len(rows), config.seed)], collator
+        )
+        layers = placement.best_layers(places, placement.wanted(settings.layers))
+        report.note(f"  layers with the most gradient: {', '.join(map(str, layers))}")
+        write_text(kept, json.dumps(layers))
+    return kept.read_text(encoding="utf-8")
 
 
 def training_arguments(settings: TrainConfig, output_dir: Path, seed: int, **more: Any) -> TrainingArguments:
@@ -196,6 +227,8 @@ def _fit(
             advance(done, info="resumed")
         trainer.remove_callback(PrinterCallback)  # the curves and the bar say it all
         trainer.add_callback(watch)
+        if settings.restart_every is not None:
+            trainer.add_callback(Restart(settings.restart_every))
         trainer.add_callback(SaveCurves(watch))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = heldout_loss(peft, heldout, collator, settings.batch_size)
@@ -218,7 +251,19 @@ def adapter_config(settings: TrainConfig) -> SO8TConfig:
             "lora_dropout": settings.lora.dropout,
             "target_modules": list(settings.lora.targets),
         }
-    return SO8TConfig(layers=settings.layers, init_scale=settings.init_scale, lora=lora, task_type="CAUSAL_LM")
+    # `auto:N` is decided by a gradient (`placement`); until then the first N stand for them: as many parameters
+    layers = list(range(placement.wanted(settings.layers))) if isinstance(settings.layers, str) else settings.layers
+    return SO8TConfig(
+        layers=layers,
+        init_scale=settings.init_scale,
+        targets=settings.targets,
+        share=settings.share,
+        scale=settings.scale,
+        shuffle=settings.shuffle,
+        accumulate=settings.restart_every is not None,
+        lora=lora,
+        task_type="CAUSAL_LM",
+    )
 
 
 def load_base(
@@ -270,25 +315,32 @@ def heldout_loss(model: nn.Module, rows: EncodedRows, collator: Collator, batch_
 
 @contextmanager
 def rotation_off(model: nn.Module) -> Iterator[None]:
-    """Every rotation replaced by the identity while the block runs."""
-    saved = [(gate.theta, gate.theta.detach().clone()) for gate in gates(model).values()]
+    """Every rotation replaced by the identity, its scale included, while the block runs."""
+    found = gates(model).values()
+    saved = [(gate, {name: value.clone() for name, value in gate.state_dict().items()}) for gate in found]
     try:
         with torch.no_grad():
-            for theta, _ in saved:
-                theta.zero_()
+            for gate in found:
+                for parameter in gate.parameters():
+                    parameter.zero_()
+                if gate.accumulated is not None:
+                    gate.restart()  # forgets what was computed from the former values
+                    for part in gate.parts():
+                        part.accumulated.copy_(torch.eye(8))  # type: ignore[union-attr]
         yield
     finally:
-        with torch.no_grad():
-            for theta, value in saved:
-                theta.copy_(value)
+        for gate, state in saved:
+            gate.load_state_dict(state)
 
 
 def _record(model: nn.Module, settings: TrainConfig, before: float, after: float, watch: Watch) -> TrainingRecord:
     trainable, rotation = trainable_counts(model)
-    by_layer, by_block = [], []
+    of_layer: dict[int, list[torch.Tensor]] = {}  # (n, 4) of each rotation there, largest first
     for name, gate in gates(model).items():
-        angles = plane_angles(gate.theta)  # (n, 4), largest first
-        layer = int(name.split("layers.")[1].split(".")[0])
+        of_layer.setdefault(layer_of(name), []).extend(part.angles() for part in gate.parts())
+    by_layer, by_block = [], []
+    for layer, found in of_layer.items():
+        angles = torch.cat(found)
         by_layer.append((layer, angles.mean().item(), angles.max().item()))
         by_block.append((layer, [float(f"{angle:.4g}") for angle in angles[:, 0].tolist()]))
     return TrainingRecord(

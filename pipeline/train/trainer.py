@@ -28,6 +28,7 @@ from so8t_core import (
     orthogonality_error,
     orthogonality_loss,
     plane_angles,
+    restart,
 )
 from so8t_core.errors import InputError
 from so8t_core.files import write_text
@@ -54,6 +55,11 @@ class Order(Sampler[int]):
                 generator = torch.Generator().manual_seed(self.seed + number // self.rows)
                 shuffled = torch.randperm(self.rows, generator=generator).tolist()
             yield shuffled[number % self.rows]
+
+
+def first_rows(settings: TrainConfig, rows: int, seed: int) -> list[int]:
+    """Numbers of the rows that the first optimiser step learns from, of `rows` in all."""
+    return list(Order(rows, settings.batch_size * settings.gradient_accumulation, seed))
 
 
 def split_step(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
@@ -175,13 +181,17 @@ class SO8TTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            rotation = {id(gate.theta) for gate in gates(self.model).values()}
+            found = gates(self.model).values()
+            rotation = {id(part.theta) for gate in found for part in gate.parts()}
+            scale = {id(gate.log_scale) for gate in found if gate.log_scale is not None}
             named = [p for p in self.model.parameters() if p.requires_grad]
-            rate = self.settings.rotation_learning_rate or self.settings.learning_rate
+            own, settings = self.settings.learning_rate, self.settings
+            turning, scaling = settings.rotation_learning_rate or own, settings.scale_learning_rate or own
             groups = [
                 # A pull of theta towards 0 is a pull towards the identity: weight decay is meant for LoRA alone.
-                {"params": [p for p in named if id(p) in rotation], "lr": rate, "weight_decay": 0.0},
-                {"params": [p for p in named if id(p) not in rotation], "lr": self.settings.learning_rate},
+                {"params": [p for p in named if id(p) in rotation], "lr": turning, "weight_decay": 0.0},
+                {"params": [p for p in named if id(p) in scale], "lr": scaling, "weight_decay": 0.0},
+                {"params": [p for p in named if id(p) not in rotation | scale], "lr": own},
             ]
             self.optimizer = torch.optim.AdamW(
                 [group for group in groups if group["params"]],
@@ -220,12 +230,12 @@ class Watch(TrainerCallback):
         for name in ("lambda", "pet"):
             if name in extra:
                 self.add(name, step, extra[name])
-        found = gates(self.trainer.model)
-        angles = torch.cat([plane_angles(gate.theta) for gate in found.values()])  # (all blocks, 4)
+        found = [(name, part) for name, gate in gates(self.trainer.model).items() for part in gate.parts()]
+        angles = torch.cat([plane_angles(part.theta) for _, part in found])  # (all blocks, 4)
         with torch.no_grad():
-            error = max(orthogonality_error(gate.rotation()).max().item() for gate in found.values())
+            error = max(orthogonality_error(part.rotation()).max().item() for _, part in found)
         if not torch.isfinite(angles).all():
-            bad = next(name for name, gate in found.items() if not bool(torch.isfinite(gate.theta).all()))
+            bad = next(name for name, part in found if not bool(torch.isfinite(part.theta).all()))
             raise InputError(f"theta of {bad} is NaN or Inf at step {step}; lower train.rotation_learning_rate")
         self.add("max_angle", step, angles.max().item())
         self.add("mean_angle", step, angles.mean().item())
@@ -234,6 +244,27 @@ class Watch(TrainerCallback):
         if step % self.every == 0 and step < args.max_steps:
             self.add("heldout_loss", step, self.heldout())
         self.advance(1, info=f"loss {extra['task']:.3f}")
+        return control
+
+
+class Restart(TrainerCallback):
+    """Every few steps theta moves into the product of earlier rotations; what the optimiser knew of it is forgotten.
+
+    Adam's means belong to the coordinates of the old theta; those of a LoRA and of a scale stay, as they do.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step % self.every == 0 and state.global_step < args.max_steps:
+            model = kwargs["model"]
+            restart(model)
+            for gate in gates(model).values():
+                for part in gate.parts():
+                    kwargs["optimizer"].state.pop(part.theta, None)
         return control
 
 
