@@ -42,9 +42,9 @@ from verification.logit_parity.text import read_corpus
 from verification.logit_parity.text_checks import alignment_check, evidence_checks
 from verification.reference.checkpoint import Checkpoint, read_config
 from verification.reference.tokenizer import load_tokenizer
-from verification.weight_parity.checks import output_check, weight_checks
+from verification.weight_parity.checks import output_checks, weight_checks
 from verification.weight_parity.compare import Sources, rotations
-from verification.weight_parity.layer_output_error import output_ratios
+from verification.weight_parity.layer_output_error import output_errors
 
 T = TypeVar("T")
 ORACLE_LABEL = "F16 (oracle)"  # the verifier's own conversion, where no float file was given
@@ -195,8 +195,7 @@ def _layer_outputs(run: Run) -> None:
         run.tell("layer outputs", 0, 1)
         model = load_hf(run.request.reference)
         for label, tensors in run.open.items():
-            ratios = output_ratios(model, run.text.chunks[0], tensors)
-            run.add("quantise", [output_check(label, tensors, ratios)])
+            run.add("quantise", output_checks(label, tensors, output_errors(model, run.text.chunks[0], tensors)))
 
 
 def _reference(run: Run) -> None:

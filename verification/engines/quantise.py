@@ -191,6 +191,11 @@ def quantised_bytes(
     return target
 
 
+def needs_matrix(kind: str) -> bool:
+    """Whether llama.cpp makes a type only with an importance matrix."""
+    return bool(_needs_imatrix(int(GGMLQuantizationType[kind])))
+
+
 def nominal_types(file: GGUFFile) -> list[NominalType]:
     """Nominal and actual type of every tensor.
 

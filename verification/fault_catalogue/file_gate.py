@@ -26,8 +26,8 @@ from verification.gate.policy import Policy
 from verification.gate.report import Check, Leg, LegName, Report
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile, read_gguf
-from verification.weight_parity.checks import output_check, weight_checks
-from verification.weight_parity.layer_output_error import output_ratios
+from verification.weight_parity.checks import output_checks, weight_checks
+from verification.weight_parity.layer_output_error import output_errors
 
 
 @dataclass
@@ -101,8 +101,8 @@ def _file_legs(pair: Healthy, file: GGUFFile) -> dict[LegName, list[Check]]:
     outputs = []
     if weights.open:  # on a passage of the model's own vocabulary: any inputs tell error feedback from damage
         tokens = np.random.default_rng(0).integers(0, int(pair.checkpoint.config["vocab_size"]), 384)
-        ratios = output_ratios(load_hf(pair.reference), tokens, weights.open)
-        outputs = [output_check(candidate.label, weights.open, ratios)]
+        errors = output_errors(load_hf(pair.reference), tokens, weights.open)
+        outputs = output_checks(candidate.label, weights.open, errors)
     legs: dict[LegName, list[Check]] = {
         "contract": [*contract, *weights.contract],
         "convert": weights.convert,

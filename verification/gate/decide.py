@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from so8t_core.errors import InputError
 from verification.gate.policy import Policy, make_policy
-from verification.gate.report import BY_OUTPUT, Check, Leg, LegName, Report, Status, TensorRow, Verdict
+from verification.gate.report import BY_CODES, BY_OUTPUT, Check, Leg, LegName, Report, Status, TensorRow, Verdict
 
 # what `verification.gguf.reader` calls a float file; the gate imports only the core, and a test holds the two together
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
@@ -168,8 +168,9 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
         if artefact.role == "candidate":
             is_float = _is_float(artefact.label)
             of_type = _OF_FLOAT_FILES if is_float else (*_OF_QUANTS, *(_OF_JUDGED if _judges(report) else ()))
-            if any(row.candidate == artefact.label and row.why == BY_OUTPUT for row in report.tensors):
-                of_type = (*of_type, "quantise.output_error")
+            ways = {row.why for row in report.tensors if row.candidate == artefact.label}
+            of_type += ("quantise.output_error",) if ways & {BY_OUTPUT, BY_CODES} else ()
+            of_type += ("quantise.codes_error",) if BY_CODES in ways else ()
             if by_reference_file(report):
                 of_type = (*(name for name in of_type if name not in NEED_WEIGHTS), *_OF_REFERENCE_FILES)
             names = (*OF_EVERY_FILE, *of_type, "evidence.alignment")
@@ -318,7 +319,8 @@ def _evaluate(check: Check) -> Status:
 
 def _is_statistic(check: Check) -> bool:
     """Means over tokens, which come with an interval and, but for the cells', are decided on its far end."""
-    return check.name.endswith((".mean_kld", ".top1")) or check.name.startswith("dtype.mean_kld.")
+    means = (".mean_kld", ".top1", ".codes_error")
+    return check.name.endswith(means) or check.name.startswith("dtype.mean_kld.")
 
 
 def _is_possible(name: str, value: float | int | str) -> bool:

@@ -78,6 +78,7 @@ class QuantiseBounds(_Section):
     tensors_differ: int | None = Field(default=None, ge=0)  # None: any number that is judged healthy
     unexplained: int = Field(ge=0)
     output_error: float = Field(gt=0)  # in llama.cpp's own quantiser's
+    codes_error: float = Field(gt=0)  # squared, in that of the nearest codes
 
 
 class ContractBounds(_Section):
@@ -143,6 +144,7 @@ class Policy(_Section):
             "quantise.tensors_differ": ("<=", self.quantise.tensors_differ or 0),
             "quantise.unexplained": ("<=", self.quantise.unexplained),
             "quantise.output_error": ("<=", self.quantise.output_error),
+            "quantise.codes_error": ("<=", self.quantise.codes_error),
             "controls.differs_from_base": (">=", self.controls.differs_from_base),
             # never below the bake leg's own bound: a loosened bake leg must still refuse the wrong bake
             "controls.transposed": (">=", max(self.controls.transposed, 2 * self.bake.max_abs_logit)),

@@ -148,7 +148,9 @@ class TensorRow(_Model):
     found: str = ""  # the first fault in words, with its place in the tensor
 
 
-BY_OUTPUT = "by the error of its layer's output"  # `why` of a tensor that `quantise.output_error` decides
+# `why` of a tensor that `quantise.output_error` decides, and of one that `quantise.codes_error` decides as well
+BY_OUTPUT = "by the error of its layer's output"
+BY_CODES = "by the error of its layer's output: not the nearest codes"
 
 
 class TrainedFunction(_Model):

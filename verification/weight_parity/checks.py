@@ -16,19 +16,20 @@ from verification.contract.finding import Finding, as_check, writable
 from verification.engines.quantise import Importance, nominal_types
 from verification.engines.reconversion import FloatFiles
 from verification.gate.check import plain_check, zero_check
-from verification.gate.report import BY_OUTPUT, Check, TensorRow
+from verification.gate.report import BY_CODES, BY_OUTPUT, Check, TensorRow
 from verification.gguf.cache import Memory
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import GGUFFile
 from verification.weight_parity.compare import Examination, Sources
 from verification.weight_parity.expected import Inventory, inventory, is_known
-from verification.weight_parity.layer_output_error import OpenTensor
+from verification.weight_parity.layer_output_error import OpenTensor, OutputError
 from verification.weight_parity.recipe import recipe_differences
 from verification.weight_parity.result import TensorResult
 from verification.weight_parity.values import with_error
 
 _IMATRIX_KEY = "quantize.imatrix.file"  # llama-quantize writes it, among others, when it was given a matrix
 ROTATED = "rotation off"
+NORMAL_95 = 1.96  # standard errors either side of a mean
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def weight_checks(
         wanted = examination.expected(result.name) if result.open and not result.findings else None
         if wanted is not None:
             module = found.source_of.get(result.name, "").removesuffix(".weight")
-            undecided[result.name] = OpenTensor(file.tensors[result.name], wanted, module)
+            tensor, by_codes = file.tensors[result.name], result.codes_nearest is False
+            undecided[result.name] = OpenTensor(tensor, wanted, module, by_codes)
     return WeightResult(contract, [], quantise, rows, results, undecided, notes)
 
 
@@ -199,21 +201,43 @@ def quantise_checks(candidate: Candidate, results: Sequence[TensorResult], *, wi
     ]
 
 
-def output_check(label: str, tensors: Mapping[str, OpenTensor], ratios: Mapping[str, float]) -> Check:
-    """The worst output error of the tensors that it decides; not evaluated where one could not be measured."""
-    left = [name for name in tensors if name not in ratios]
-    worst = max(ratios, key=lambda name: ratios[name], default="")
-    detail = f"{len(tensors)} tensors with larger or structured errors of their weights"
-    detail += f"; worst {worst}" if worst else ""
-    detail += f"; not measured: {', '.join(left[:3])}" if left else ""
-    return plain_check(
-        "quantise.output_error",
-        "Error of a layer's output, in the own quantiser's",
-        None if left else ratios[worst] if worst else None,
-        subject=label,
-        detail=detail,
-        where=worst,
+def output_checks(label: str, tensors: Mapping[str, OpenTensor], errors: Mapping[str, OutputError]) -> list[Check]:
+    """The worst output error of the tensors that it decides, and what their codes do to it together.
+
+    A check is not evaluated where a tensor could not be measured.
+    """
+    left = [name for name in tensors if name not in errors]
+    worst = max(errors, key=lambda name: errors[name].ratio, default="")
+    missing = f"; not measured: {', '.join(left[:3])}" if left else ""
+    named = f"; worst {worst}" if worst else ""
+    found = [
+        plain_check(
+            "quantise.output_error",
+            "Error of a layer's output, in the own quantiser's",
+            None if left else errors[worst].ratio if worst else None,
+            subject=label,
+            detail=f"{len(tensors)} tensors that their weights cannot decide{named}{missing}",
+            where=worst,
+        )
+    ]
+    names = [name for name, one in tensors.items() if one.by_codes]
+    if not names:
+        return found
+    known = [(one.codes, one.standard_error) for name in names if (one := errors.get(name)) and one.codes is not None]
+    mean = sum(value for value, _ in known) / len(known) if known else math.nan
+    margin = NORMAL_95 * math.sqrt(sum(error**2 for _, error in known)) / max(len(known), 1)
+    whole = len(known) == len(names)
+    found.append(
+        plain_check(
+            "quantise.codes_error",
+            "Squared error of the layers' outputs, in that of the nearest codes",
+            mean if whole else None,
+            interval=(mean - margin, mean + margin) if whole else None,
+            subject=label,
+            detail=f"{len(names)} tensors whose codes are not the nearest to the reference{missing}",
+        )
     )
+    return found
 
 
 def sentence_of(result: TensorResult) -> str:
@@ -240,12 +264,16 @@ def tensor_row(label: str, result: TensorResult, file: GGUFFile, nominal: str) -
         bytes_equal_oracle=result.equal if result.compared else None,
         layer=int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None,
         drawer=result.drawer,
-        why=result.proof or (BY_OUTPUT if result.open else result.explanation),
+        why=result.proof or (_by_output(result) if result.open else result.explanation),
         own_error=result.own_error,
         blocks=result.blocks,
         blocks_differ=result.blocks_differ,
         found=writable(sentence_of(result)) if result.drawer == "unexplained" else "",
     )
+
+
+def _by_output(result: TensorResult) -> str:
+    return BY_CODES if result.codes_nearest is False else BY_OUTPUT
 
 
 def _summary(judged: Sequence[TensorResult]) -> str:

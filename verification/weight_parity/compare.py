@@ -31,14 +31,13 @@ from verification.weight_parity.explain import damage_cause, merge_cause
 from verification.weight_parity.hypotheses import Known, Other, Role, Rotation, nearest, sample_rows
 from verification.weight_parity.judge import judge
 from verification.weight_parity.neighbours import AGAIN, VAGUE, held_together, merged_together
+from verification.weight_parity.places import Heads
 from verification.weight_parity.result import TensorResult
 from verification.weight_parity.structure.rotation import residual_rotation
-from verification.weight_parity.values import DAMAGED_BLOCK, Measured, Start, Wanted, compared
+from verification.weight_parity.values import Measured, Start, Wanted, compared
 
 Array = npt.NDArray[np.float32]
 _SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # of neighbouring numbers, relative, at most
-# Error feedback collects the errors of the columns before in one weight, and may exceed a block's bound by as much
-FED_BACK = 4.0
 _ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
 
 
@@ -197,30 +196,39 @@ class Examination:
         if values is None or not result.blocks or result.equal or result.non_finite or not np.isfinite(wanted).all():
             return measured
         base = self._base_of(tensor.name, self.found.source_of.get(tensor.name, ""))
-        found = judge(tensor, values, wanted, own=measured.own, base=base, head=self._head_rows(tensor))
-        if result.explanation and not found.findings:
-            return dataclasses.replace(measured, result=dataclasses.replace(result, along=found.direction))
-        fed_back = (
-            found.open and measured.worst_block < FED_BACK and all(f.cause == DAMAGED_BLOCK for f in result.findings)
+        found = judge(
+            tensor, values, wanted, own=measured.own, base=base, heads=self._heads(tensor), saved=self._saved(tensor)
         )
-        if result.findings and not fed_back:
+        if result.explanation and not found.findings:
+            return dataclasses.replace(
+                measured, result=dataclasses.replace(result, along=found.direction, codes_nearest=found.nearest)
+            )
+        if result.findings:
             return measured
         judged = dataclasses.replace(
             result,
             explanation="" if found.findings else found.explanation,
             open=found.open,
+            codes_nearest=found.nearest,
             findings=found.findings,
             along=found.direction,
         )
         return dataclasses.replace(measured, result=judged)
 
-    def _head_rows(self, tensor: GGUFTensor) -> int:
-        """Rows a head of q, k and v; 1 elsewhere."""
-        parts = tensor.name.split(".")
+    def _heads(self, tensor: GGUFTensor) -> Heads:
+        """Rows a head of q, k and v, columns a head of o."""
+        role = _ATTENTION.get(tensor.name.removesuffix(".weight").rsplit(".", 1)[-1])
         config = {} if self.sources is None else self.sources.reference.config
-        heads = config.get("num_attention_heads" if parts[2:3] == ["attn_q"] else "num_key_value_heads")
-        attention = parts[2:3] in (["attn_q"], ["attn_k"], ["attn_v"]) and len(tensor.shape) == 2
-        return tensor.shape[0] // heads if attention and isinstance(heads, int) and 0 < heads <= tensor.shape[0] else 1
+        heads = config.get("num_attention_heads" if role in ("q", "o") else "num_key_value_heads")
+        if role is None or len(tensor.shape) != 2 or not isinstance(heads, int) or not 0 < heads <= min(tensor.shape):
+            return Heads()
+        return Heads(columns=tensor.shape[1] // heads) if role == "o" else Heads(rows=tensor.shape[0] // heads)
+
+    def _saved(self, tensor: GGUFTensor) -> float:
+        """Half a rounding of the reference's own type, relative: the file's maker may have had more bits."""
+        source = self.found.source_of.get(tensor.name)
+        kind = "F32" if self.sources is None else self.sources.reference.saved_in(source)
+        return _SPACING["BF16"] / 2 if kind == "BF16" else 0.0
 
     def _alone(self, tensor: GGUFTensor) -> TensorResult:
         """A tensor without an expectation: whether its weights are numbers."""

@@ -33,6 +33,10 @@ def held_together(results: list[TensorResult], computed: Collection[str]) -> lis
     same_maker = blocks > 0 and 1 - sum(r.blocks_differ for r in results) / blocks >= SAME_MAKER
     results = [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
     results = [_other_weights(r) if _stands_out(r, results) else r for r in results]
+    asked = [r for r in results if r.codes_nearest is not None]
+    rounds = sum(bool(r.codes_nearest) for r in asked) >= SAME_MAKER * len(asked)
+    strange = {r.name for r in asked if rounds and not r.codes_nearest and r.open and not r.findings}
+    results = [_other_codes(r) if r.name in strange else r for r in results]
     exact = sum(r.equal and r.proof != ROUNDED and not r.blocks for r in results)
     floats = sum(r.compared and not r.blocks for r in results)
     if exact >= SAME_MAKER * (floats - 1):  # one rounding is not enough where all others are exactly rounded
@@ -100,6 +104,14 @@ def _other_weights(result: TensorResult) -> TensorResult:
         text,
         AGAIN,
         _OTHER,
+    )
+    return dataclasses.replace(result, findings=(finding,))
+
+
+def _other_codes(result: TensorResult) -> TensorResult:
+    """In a file whose maker rounds to nearest, codes that are not the nearest hold other weights."""
+    finding = Finding(
+        result.name, "the nearest codes to the reference, as in its neighbours", result.open, AGAIN, _OTHER
     )
     return dataclasses.replace(result, findings=(finding,))
 

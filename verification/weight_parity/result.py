@@ -38,6 +38,7 @@ class TensorResult:
     flushed: int = 0  # weights that became zero
     non_finite: int = 0
     explanation: str = ""  # why other bytes are healthy: "by another build or machine"
+    codes_nearest: bool | None = None  # whether every code is the nearest on the file's own scales; None: not asked
     open: str = ""  # why only the error of the layer's output can decide; "" where it need not
     nearest: tuple[Nearest, ...] = ()
     residual: Residual | None = None

@@ -27,8 +27,6 @@ from verification.weight_parity.result import TensorResult
 
 Array = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
-OF_BLOCK = {True: 0.5, False: 1.0}  # largest error in a block, in its largest weight; key: at least 4 bits a weight
-DAMAGED_BLOCK = "damaged block"
 SAMPLE = 16  # rows that are quantised first: where their bytes differ, the whole tensor's do
 MIXED_UP = 1e-3  # share of weights whose rounding may fall the other way, where dequantisers differ in the last bit
 
@@ -61,7 +59,6 @@ class Measured:
     own: Array | None = None  # what the own quantiser's bytes mean
     own_raw: Raw | None = None
     start: Start | None = None  # from which the own was quantised
-    worst_block: float = 0.0  # largest |value - wanted| of a block, in what the type allows
 
 
 def compared(tensor: GGUFTensor, wanted: Wanted) -> Measured:
@@ -131,7 +128,7 @@ def _float(tensor: GGUFTensor, wanted: Wanted) -> Measured:
 
 def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     """A tensor in a quantised type."""
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
+    block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]][1]
     blocks = tensor.raw.size // block_bytes
     nearest: Start | None = None
     fewest = 2.0
@@ -185,26 +182,10 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         held = hold(tensor, own_raw, nearest.values, imatrix=wanted.importance is not None)
         if held.within and not findings:
             bare = dataclasses.replace(bare, explanation="by another build or machine")
-    within = difference.reshape(blocks, block).max(axis=1)
-    most = np.abs(wanted.values).reshape(blocks, block).max(axis=1)
-    share_allowed = OF_BLOCK[8 * block_bytes / block >= 4]
-    outside = (within > share_allowed * most) & ~own_block
-    if outside.any() and not findings:
-        at = int(np.argmax(np.where(outside, within / np.maximum(most, 1e-30), 0)))
-        findings.append(
-            Finding(
-                tensor.name,
-                f"weights within {share_allowed * most[at]:.3g} of the reference in block {at}",
-                f"{within[at]:.3g} off",
-                AGAIN,
-                DAMAGED_BLOCK,
-            )
-        )
     result = dataclasses.replace(
         bare, own_error=own_error, blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings)
     )
-    worst = float((within / np.maximum(share_allowed * most, 1e-30)).max(initial=0.0))
-    return Measured(result, values, own_values, own_raw, nearest, worst)
+    return Measured(result, values, own_values, own_raw, nearest)
 
 
 def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:

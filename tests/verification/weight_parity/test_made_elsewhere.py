@@ -20,6 +20,7 @@ from made_elsewhere import (
     matrix,
     q4_bytes,
     q4_grid,
+    rewritten,
     searched,
     small_llama,
 )
@@ -28,13 +29,16 @@ from safetensors.torch import load_file, save_file
 from verification.engines.huggingface import load_hf
 from verification.engines.quantise import quantise, quantised_bytes
 from verification.engines.reconversion import FloatFiles
+from verification.gate.decide import _decide_check
+from verification.gate.policy import make_policy
+from verification.gate.report import Check
 from verification.gguf.candidate import Candidate
-from verification.gguf.reader import read_gguf
+from verification.gguf.reader import GGUFTensor, read_gguf
 from verification.reference.checkpoint import Checkpoint
-from verification.weight_parity.checks import WeightResult, output_check, weight_checks
+from verification.weight_parity.checks import WeightResult, output_checks, weight_checks
 from verification.weight_parity.compare import Sources
 from verification.weight_parity.expected import inventory
-from verification.weight_parity.layer_output_error import output_ratios
+from verification.weight_parity.layer_output_error import output_errors
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,13 @@ def alarms(result: WeightResult) -> list[str]:
     return [f"{finding.where}: {finding.found} ({finding.cause})" for r in result.results for finding in r.findings]
 
 
+def refused(checks: list[Check]) -> list[Check]:
+    """Checks that the default policy does not let pass."""
+    return [
+        one for one in (_decide_check(check, make_policy({}), judged=True) for check in checks) if one.status != "pass"
+    ]
+
+
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_every_healthy_maker_passes(source: Source, model: Any, tmp_path: Path, every: bool) -> None:
     """Also where only the layers' outputs can say so; what was open is measured on tokens of another passage."""
@@ -83,10 +94,8 @@ def test_every_healthy_maker_passes(source: Source, model: Any, tmp_path: Path, 
         bad = alarms(result)
         drawers[maker] = Counter(r.drawer for r in result.results)
         if result.open and not bad:
-            ratios = output_ratios(model, tokens(6), result.open)
-            check = output_check("X", result.open, ratios)
-            if not isinstance(check.value, float) or check.value > 1.1:
-                bad.append(f"{check.value} {check.detail}")
+            checks = output_checks("X", result.open, output_errors(model, tokens(6), result.open))
+            bad += [f"{one.name} {one.status} {one.value} {one.detail}" for one in refused(checks)]
         if bad:
             seen[maker] = bad[0]
     print(json.dumps({maker: dict(counts) for maker, counts in drawers.items()}, indent=1))
@@ -103,14 +112,60 @@ def test_error_feedback_is_left_to_the_layers_output(source: Source, model: Any,
     path = _gptq(source, tmp_path)
     result = weighed(source, path)
     assert len(result.open) >= 4
-    ratios = output_ratios(model, tokens(6), result.open)
-    assert ratios.keys() == result.open.keys()
-    assert max(ratios.values()) <= 1.1
-    assert np.median(list(ratios.values())) < 0.95
+    errors = output_errors(model, tokens(6), result.open)
+    assert errors.keys() == result.open.keys()
+    assert max(one.ratio for one in errors.values()) <= 1.1
+    assert np.median([one.ratio for one in errors.values()]) < 0.95
+    assert not refused(output_checks("X", result.open, errors))
     scrambled = {name: _scrambled(one) for name, one in result.open.items()}
-    worse = output_ratios(model, tokens(6), scrambled)
-    assert min(worse.values()) > 1.1
-    assert output_check("X", result.open, {}).value is None  # what was not measured cannot pass
+    worse = output_errors(model, tokens(6), scrambled)
+    assert min(one.ratio for one in worse.values()) > 1.1
+    nothing = output_checks("X", result.open, {})
+    assert [one.name for one in nothing] == ["quantise.output_error", "quantise.codes_error"]
+    assert {one.value for one in nothing} == {None}  # what was not measured cannot pass
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q4_0"])
+def test_a_close_fine_tune_behind_an_unknown_matrix_is_refused(
+    source: Source, model: Any, tmp_path: Path, kind: str
+) -> None:
+    """1 % of noise in every matrix raises no tensor's error by 1 %; its codes are not the nearest, and gain nothing."""
+    weights, rng = matrix(source, 1.0, 11), np.random.default_rng(3)
+    path = quantise(source.floats, tmp_path / "x.gguf", kind, imatrix=weights)
+    assert not weighed(source, path).open
+
+    def tuned(name: str, kind: str, data: bytes) -> tuple[str, bytes] | None:
+        if name not in weights:
+            return None
+        wanted = source.file.tensors[name].values()
+        other = wanted + 0.01 * wanted.std() * rng.standard_normal(wanted.shape)
+        raw = quantised_bytes(other.astype(np.float32), kind, weights[name])
+        assert raw is not None
+        return kind, raw.tobytes()
+
+    result = weighed(source, rewritten(path, tmp_path / "y.gguf", tuned))
+    assert len(result.open) > 10
+    checks = output_checks("X", result.open, output_errors(model, tokens(6), result.open))
+    assert "quantise.codes_error" in {check.name for check in refused(checks)}  # Q6_K tensors also fail by size
+
+
+def test_a_file_quantised_from_a_q8_0_is_judged(source: Source, tmp_path: Path) -> None:
+    """Its codes are the nearest to the reference's Q8_0, not to the reference."""
+    path = quantise(source.floats, tmp_path / "x.gguf", "Q4_K_M")
+
+    def again(name: str, kind: str, data: bytes) -> tuple[str, bytes] | None:
+        if kind not in ("Q4_K", "Q6_K"):
+            return None
+        eight = quantised_bytes(source.file.tensors[name].values(), "Q8_0")
+        assert eight is not None
+        raw = quantised_bytes(GGUFTensor("", source.file.tensors[name].shape, "Q8_0", eight).values(), kind)
+        assert raw is not None
+        return kind, raw.tobytes()
+
+    result = weighed(source, rewritten(path, tmp_path / "y.gguf", again))
+    assert alarms(result) == []
+    assert not result.open
+    assert sum(r.drawer == "judged" for r in result.results) > 10
 
 
 def _gptq(source: Source, root: Path) -> Path:

@@ -14,7 +14,8 @@ from made_elsewhere import gptq, q4_grid
 from benchmarks.elsewhere import FAULTS, KNOWN_DIRECTION, causes, table
 from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import GGUFTensor
-from verification.weight_parity.judge import CHOSEN, SAMPLED, judge
+from verification.weight_parity.judge import CHOSEN, judge
+from verification.weight_parity.own_quantiser import SAMPLED
 from verification.weight_parity.structure.direction import Direction, direction, together
 from verification.weight_parity.structure.low_rank import low_rank
 from verification.weight_parity.structure.scale import group_scale, scale

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-GROUP_Z = 14.0  # of one row or column against the others; healthy files of all makers reached 11 (columns of Q2_K)
+GROUP_Z = 12.0  # of one row or column against the others; see `docs/detection.md` for its rate
+SIGMA = 1.4826  # median absolute deviation of a Gaussian variable -> its standard deviation
+ENOUGH = 32  # groups from which their own spread is known
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,21 @@ def scale(values: Array, error: Array) -> Scale:
 
 
 def group_scale(values: Array, error: Array, *, axis: int, size: int = 1) -> GroupScale:
-    """The group of `size` neighbouring rows (axis 0) or columns (axis 1) of (O, I) arrays that stands out most."""
+    """The group of `size` neighbouring rows (axis 0) or columns (axis 1) of (O, I) arrays that stands out most.
+
+    z counts in the groups' own spread where there are enough of them: a matrix moves each a little, so their standard
+    errors are too small.
+    """
+    found, errors = group_scales(values, error, axis=axis, size=size)
+    apart = found - np.median(found)
+    spread = SIGMA * float(np.median(np.abs(apart))) if len(found) >= ENOUGH else 0.0
+    z = np.abs(apart) / np.maximum(np.maximum(errors, spread), 1e-12)
+    at = int(z.argmax())
+    return GroupScale(at, float(apart[at]), float(z[at]))
+
+
+def group_scales(values: Array, error: Array, *, axis: int, size: int = 1) -> tuple[Float64, Float64]:
+    """Scales of groups of neighbouring rows or columns, and their standard errors; both (groups,)."""
     F, E = values.astype(np.float64), error.astype(np.float64)
     other = 1 - axis
     squares = _groups((F * F).sum(axis=other), size)
@@ -53,11 +69,7 @@ def group_scale(values: Array, error: Array, *, axis: int, size: int = 1) -> Gro
     found = _groups((E * F).sum(axis=other), size) / squares
     spread = found.repeat(size)[: F.shape[axis]]
     rest = ((E - (spread[:, None] if axis == 0 else spread[None, :]) * F) * F) ** 2
-    errors = np.sqrt(_groups(rest.sum(axis=other), size)) / squares
-    apart = found - np.median(found)
-    z = np.abs(apart) / np.maximum(errors, 1e-12)
-    at = int(z.argmax())
-    return GroupScale(at, float(apart[at]), float(z[at]))
+    return found, np.sqrt(_groups(rest.sum(axis=other), size)) / squares
 
 
 def _groups(sums: Float64, size: int) -> Float64:

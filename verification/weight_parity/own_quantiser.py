@@ -1,0 +1,78 @@
+"""What the own quantiser does to a few rows of a tensor, without and under importance matrices.
+
+A maker's matrix is not known, so the own quantiser is asked under several: none, log-normal ones of spread 1 (as real
+matrices have it, two of them) and 1.5. Estimates that a matrix moves are held to the range that these give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from verification.engines.quantise import WRITTEN, needs_matrix, quantised_bytes
+from verification.gguf.reader import GGUFTensor
+from verification.weight_parity.structure.scale import Scale, group_scales, scale
+from verification.weight_parity.structure.shift import Shift, shift
+
+Array = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+SAMPLED = 64  # rows that are quantised under other matrices
+SPREADS = (1.0, 1.0, 1.5)  # of the log-normal matrices; real ones have about 1
+
+
+@dataclass(frozen=True)
+class Own:
+    """The own quantiser on a few rows under one matrix."""
+
+    error: float  # relative
+    scale: Scale
+    shift: Shift
+    values: Array  # (rows, in)
+
+
+def own_values(kind: str, W: Array, matrix: Array | None = None) -> Array | None:
+    """What the own quantiser makes of W (.., in); None for a type that it does not write.
+
+    A type that is never made without a matrix is made with an even one.
+    """
+    if kind not in WRITTEN or not np.isfinite(W).all():
+        return None
+    if matrix is None and needs_matrix(kind):
+        matrix = np.ones(W.shape[-1], dtype=np.float32)
+    raw = quantised_bytes(W, kind, matrix)
+    return None if raw is None else GGUFTensor("", W.shape, kind, raw).values()
+
+
+def own_spread(kind: str, W: Array) -> list[Own]:
+    """The own quantiser on rows W (rows, in), without a matrix first; empty for a type that it does not write."""
+    found = []
+    for number, spread in enumerate((0.0, *SPREADS)):
+        F = own_values(kind, W, log_normal(W.shape[1], spread, number) if spread else None)
+        if F is None:
+            break
+        E = F - W
+        norm = float(np.linalg.norm(W)) or 1.0
+        found.append(Own(float(np.linalg.norm(E)) / norm, scale(F, E), shift(W, E), F))
+        if kind == "Q8_0":  # the one type that no matrix changes
+            break
+    return found
+
+
+def largest_row_errors(spread: list[Own], W: Array) -> Float64:
+    """The largest error norm of each row (rows,) under the matrices tried."""
+    found: Float64 = np.max([np.linalg.norm((one.values - W).astype(np.float64), axis=1) for one in spread], axis=0)
+    return found
+
+
+def largest_group_scale(spread: list[Own], W: Array, *, axis: int, size: int = 1) -> float:
+    """The largest scale of a group, less the median of all, under the matrices tried."""
+    apart = [group_scales(one.values, one.values - W, axis=axis, size=size)[0] for one in spread]
+    return max((float(np.abs(found - np.median(found)).max()) for found in apart), default=0.0)
+
+
+def log_normal(width: int, spread: float, seed: int) -> Array:
+    """A log-normal importance matrix."""
+    rng = np.random.default_rng(seed)
+    return np.exp(np.float32(spread) * rng.standard_normal(width)).astype(np.float32)

@@ -1,0 +1,213 @@
+"""Where in a tensor the error stands out: rows, heads, columns and blocks, though the whole tensor looks healthy.
+
+Two kinds of evidence. *Codes* (`structure.rounding`): where most rows, or most columns, hold nothing but the nearest
+codes, their maker rounds to nearest, and codes that are not the nearest hold other weights. *Size*: a row's error in
+that of the own quantiser on this very row, against the tensor's other rows; a maker's matrix and error feedback move
+all rows alike. A block is lost where the file holds zeros for weights, or is further from the reference than zeros are,
+and the own quantiser keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from verification.gguf.reader import GGUFTensor
+from verification.weight_parity.own_quantiser import Own, largest_group_scale, largest_row_errors, own_spread
+from verification.weight_parity.structure.rounding import STORED_OTHERWISE, Rounding, rounding
+from verification.weight_parity.structure.scale import GROUP_Z, SIGMA, group_scale
+
+Array = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+MOST = 0.5  # of the rows or columns may be strange, and of as many as chance would hit
+FEWEST = 10  # strange codes from which their places say something
+EXPLAINED = 0.1  # share of the strange codes that may be left once a scale explains them
+LOST_SCALE = 0.1  # a smaller factor is no scale: next to nothing of the reference is left
+CANDIDATES = 8  # rows with the largest relative error, which are quantised again
+ROW_Z = 12.0  # standard deviations of the rows' log error ratios; see `docs/detection.md` for its rate
+LEAST_SPREAD = 0.02  # of these ratios
+BEYOND_ZEROS = 1.1  # error of a block, in the reference's norm; healthy blocks of one bit reached 0.83
+LOST = 0.9  # error of a column, in the reference's norm: 1 are zeros, less what noise may take away
+
+
+@dataclass(frozen=True)
+class Place:
+    """What stands out, in words."""
+
+    expected: str
+    found: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Rows or columns of one attention head; 1 where the tensor has none along this axis."""
+
+    rows: int = 1
+    columns: int = 1
+
+
+def by_codes(
+    tensor: GGUFTensor, F: Array, W: Array, found: Rounding, heads: Heads, *, saved: float = 0.0
+) -> Place | None:
+    """Rows or columns whose codes are not the nearest, where most others' are; (out, in) arrays."""
+    rows = found.unexplained_rows if tensor.type in STORED_OTHERWISE else found.rows
+    if not rows.any():
+        return None
+    columns = found.columns
+    strange = [("row", 0, rows, heads.rows)]
+    if tensor.type not in STORED_OTHERWISE:  # of those, groups are known, not single codes
+        strange.append(("column", 1, columns, heads.columns))
+    share = {name: _crowded(counts) for name, _, counts, _ in strange}
+    for name, axis, counts, head in sorted(strange, key=lambda one: share[one[0]]):
+        if share[name] > MOST:
+            continue
+        at = np.flatnonzero(counts)
+        groups = np.unique(at // head)
+        whole = head > 1 and len(at) > MOST * len(groups) * head
+        what, shown = (f"{name}s of heads", groups) if whole else (f"{name}s", at)
+        size = head if whole else 1
+        part = [slice(None), slice(None)]
+        part[axis] = slice(int(shown[0]) * size, (int(shown[0]) + 1) * size)
+        factor = _factor(tensor, F, W, (part[0], part[1]), counts, axis, saved=saved)
+        text = f"{int(counts.sum())} other codes in {len(shown)} {what} ({', '.join(map(str, shown[:3]))})"
+        noun = f"a head's {name}s" if whole else f"a {name}"
+        cause = f"{noun} damaged" if factor is None else f"{noun} scaled"
+        text += "" if factor is None else f", scaled by {factor:.4g}"
+        return Place(f"the nearest codes to the reference's weights, as in the other {name}s", text, cause)
+    return None
+
+
+def _crowded(counts: npt.NDArray[np.int64]) -> float:
+    """Rows (columns) that hold the strange codes, in the number that as many codes at random places would hit.
+
+    1 where all, or too few to tell, are there: ten codes at random among 100 rows hit five rows once in 10,000 files.
+    """
+    total, size = int(counts.sum()), len(counts)
+    found = int(np.count_nonzero(counts))
+    if total < FEWEST or found > MOST * size:
+        return 1.0
+    return found / (size * -float(np.expm1(total * np.log1p(-1 / size))))
+
+
+def _factor(
+    tensor: GGUFTensor,
+    F: Array,
+    W: Array,
+    part: tuple[slice, slice],
+    counts: npt.NDArray[np.int64],
+    axis: int,
+    *,
+    saved: float,
+) -> float | None:
+    """The scale of one group of rows or columns that explains its codes; None where none does."""
+    square = float(np.vdot(W[part], W[part]))
+    factor = float(np.vdot(F[part], W[part])) / square if square else 1.0
+    scaled = W.copy()
+    scaled[part] *= np.float32(factor)
+    again = rounding(tensor, F, scaled, saved=saved)
+    assert again is not None  # the tensor has cells
+    before = counts[part[axis]].sum()
+    kept = again.unexplained_rows if tensor.type in STORED_OTHERWISE else (again.rows, again.columns)[axis]
+    return factor if factor > LOST_SCALE and kept[part[axis]].sum() <= EXPLAINED * before else None
+
+
+def by_scale(
+    kind: str, F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int64], heads: Heads
+) -> Place | None:
+    """A row, column or head whose scale stands out of the tensor's, and of what the own quantiser does to it.
+
+    Args:
+        kind: the tensor's type.
+        sampled: the own quantiser on rows `at`.
+    """
+    E = F - W
+    options = [(0, 1, "row"), (1, 1, "column")]
+    options += [(0, heads.rows, "head")] if heads.rows > 1 else []
+    options += [(1, heads.columns, "head's columns")] if heads.columns > 1 else []
+    found = [(group_scale(F, E, axis=axis, size=size), axis, size, name) for axis, size, name in options]
+    found.sort(key=lambda one: -one[0].z)  # a whole head stands out more than its rows
+    for group, axis, size, name in found:
+        if group.z <= GROUP_Z:
+            break
+        if axis:
+            most = largest_group_scale(sampled, W[at], axis=1, size=size)
+        else:
+            own = W[group.index * size : (group.index + 1) * size]
+            pairs = zip(own_spread(kind, own), sampled, strict=True)
+            most = max(abs(here.scale.value - beside.scale.value) for here, beside in pairs)
+        if abs(group.value) > most + GROUP_Z * abs(group.value) / group.z:
+            text = f"{name} {group.index} scaled by {1 + group.value:.4g} ({group.z:.0f} standard deviations)"
+            one = "a head's columns" if axis and size > 1 else f"a {name}"
+            if abs(group.value) > 1 - LOST_SCALE:
+                return Place(f"weights in every {name}", f"{name} {group.index} is lost", f"{one} damaged")
+            return Place(f"one scale in all {name if name.endswith('columns') else name + 's'}", text, f"{one} scaled")
+    return None
+
+
+def by_size(
+    tensor: GGUFTensor, F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int64], *, rows: bool
+) -> Place | None:
+    """Rows whose error stands out, columns and blocks that are lost.
+
+    Args:
+        sampled: the own quantiser on rows `at`.
+        rows: False where the codes explain every row's error, whose size is then the scales' alone.
+    """
+    apart = _rows(tensor.type, F, W, sampled, at) if rows else None
+    return apart or _lost_columns(F, W, sampled, at) or _lost_blocks(tensor, F, W)
+
+
+def _rows(kind: str, F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int64]) -> Place | None:
+    """Rows whose error, in the own quantiser's on this row, stands out of the sampled rows'."""
+    errors, weights = (np.linalg.norm(x.astype(np.float64), axis=1) for x in (F - W, W))
+    own = largest_row_errors(sampled, W[at])
+    used = (own > 0) & (errors[at] > 0)
+    if not used.any():
+        return None
+    usual = np.log(errors[at][used] / own[used])
+    middle = float(np.median(usual))
+    spread = max(SIGMA * float(np.median(np.abs(usual - middle))), LEAST_SPREAD)
+    relative = np.where(weights > 0, errors / np.where(weights > 0, weights, 1), 0)
+    some = np.argsort(relative)[-CANDIDATES:]
+    again = largest_row_errors(own_spread(kind, W[some]), W[some])
+    ratios = errors[some] / np.where(again > 0, again, np.inf)
+    z = (np.log(np.maximum(ratios, 1e-30)) - middle) / spread
+    if z.max() <= ROW_Z:
+        return None
+    worst = int(np.argmax(z))
+    text = f"row {some[worst]}: {ratios[worst]:.3g} times that error, the others {np.exp(middle):.3g} times"
+    return Place(f"weights within the error of {kind} in every row", text, "a row damaged")
+
+
+def _lost_columns(F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int64]) -> Place | None:
+    """Columns that are no nearer to the reference than zeros are, where no matrix makes the own quantiser lose any."""
+    weights, errors = (np.linalg.norm(x.astype(np.float64), axis=0) for x in (W, F - W))
+    size = np.linalg.norm(W[at].astype(np.float64), axis=0)
+    own = [np.linalg.norm((one.values - W[at]).astype(np.float64), axis=0) for one in sampled]
+    most = max(float((one[size > 0] / size[size > 0]).max(initial=0.0)) for one in own)
+    bad = (errors >= max(LOST, (1 + most) / 2) * weights) & (weights > 0)
+    if most >= LOST or not bad.any():
+        return None
+    text = f"{int(bad.sum())} columns are lost, the first is {int(np.argmax(bad))}"
+    return Place("columns nearer to the reference's than zeros are", text, "a column damaged")
+
+
+def _lost_blocks(tensor: GGUFTensor, F: Array, W: Array) -> Place | None:
+    """Blocks of zeros for weights, and blocks further from the reference than zeros are."""
+    block = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]][0]
+    if F.shape[1] % block:
+        return None
+    found, weights, errors = (np.linalg.norm(x.reshape(-1, block), axis=1) for x in (F, W, F - W))
+    bad = np.flatnonzero((weights > 0) & ((found == 0) | (errors > BEYOND_ZEROS * weights)))
+    for at in bad[np.argsort(-weights[bad])][:CANDIDATES]:
+        row = W[at * block // W.shape[1]][None]
+        place = slice(at * block % W.shape[1], at * block % W.shape[1] + block)
+        kept = [one.values[0, place] for one in own_spread(tensor.type, row)]
+        if kept and all(np.linalg.norm(one - row[0, place]) < LOST * weights[at] for one in kept):
+            text = f"{'zeros' if found[at] == 0 else 'other weights'} in block {at}, one of {len(bad)}"
+            return Place(f"weights within the error of {tensor.type} in every block", text, "damaged block")
+    return None
