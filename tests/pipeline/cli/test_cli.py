@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from test_run import TEXT  # the tiny run's settings
@@ -100,7 +101,6 @@ def test_mistake_gets_one_clear_line_and_exit_2(
 def test_width_that_is_no_multiple_of_8_names_the_layer(
     config: Path, tmp_path: Path, tiny_dir: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
 
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -149,7 +149,6 @@ def test_truncated_gguf_is_refused(
 def test_vocabulary_mismatch_is_refused(
     tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
 
     other = Path(shutil.copytree(tiny_dir, tmp_path / "other"))
     fields = json.loads((other / "config.json").read_text(encoding="utf-8"))
@@ -162,36 +161,43 @@ def test_vocabulary_mismatch_is_refused(
     assert "49000" in err
 
 
-def test_verify_passes_a_healthy_file_and_gate_decides_again(
-    tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loose = tmp_path / "loose.yaml"
-    loose.write_text(LOOSE)
-    code, out, err = so8t(
-        capfd,
-        monkeypatch,
-        "verify",
-        "--reference",
-        tiny_dir,
-        "--candidate",
-        candidate,
-        "--out",
-        tmp_path / "o",
-        "--chunks",
-        2,
-        "--n-ctx",
-        128,
-        "--cells",
-        "quick",
-        "--ship-n-ctx",
-        256,
-        "--policy",
-        loose,
-        "-q",
+class Verified(NamedTuple):
+    """A candidate of its own and the report of its verification, by the command."""
+
+    candidate: Path
+    report: Path
+    out: str
+
+
+@pytest.fixture(scope="session")
+def verified_once(tiny_dir: Path, candidate: Path, tmp_path_factory: pytest.TempPathFactory) -> Verified:
+    folder = tmp_path_factory.mktemp("verified")
+    mine = folder / "mine.gguf"
+    shutil.copyfile(candidate, mine)
+    (folder / "loose.yaml").write_text(LOOSE)
+    command = ["verify", "--reference", tiny_dir, "--candidate", mine, "--out", folder / "o", "--chunks", 2]
+    command += ["--n-ctx", 128, "--cells", "quick", "--ship-n-ctx", 256, "--policy", folder / "loose.yaml", "-q"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli.main", *map(str, command)], capture_output=True, text=True, timeout=500
     )
-    assert code == 0, out + err
-    assert "Pass" in out
-    report = tmp_path / "o" / "report.json"
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Verified(mine, folder / "o" / "report.json", done.stdout)
+
+
+@pytest.fixture
+def verified(verified_once: Verified) -> Iterator[Verified]:
+    """The same for each test, whatever the one before did to it."""
+    files = {path: path.read_bytes() for path in [verified_once.candidate, *verified_once.report.parent.iterdir()]}
+    yield verified_once
+    for path, data in files.items():
+        path.write_bytes(data)
+
+
+def test_verify_passes_a_healthy_file_and_gate_decides_again(
+    verified: Verified, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Pass" in verified.out
+    report = verified.report
     assert so8t(capfd, monkeypatch, "gate", report)[0] == 0
     default = tmp_path / "default.yaml"
     default.write_text("{}\n", encoding="utf-8")
@@ -427,15 +433,9 @@ def test_a_place_that_cannot_hold_the_report_is_found_before_the_measuring(
 
 
 def test_gate_refuses_a_report_whose_files_changed(
-    tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+    verified: Verified, tiny_dir: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = tmp_path / "mine.gguf"
-    mine.write_bytes(candidate.read_bytes())
-    loose = tmp_path / "loose.yaml"
-    loose.write_text(LOOSE)
-    arguments = ("verify", "--reference", tiny_dir, "--candidate", mine, "--out", tmp_path / "o", "--chunks", 2)
-    assert so8t(capfd, monkeypatch, *arguments, "--n-ctx", 128, "--policy", loose, "-q")[0] == 0
-    report = tmp_path / "o" / "report.json"
+    mine, report, _ = verified
     with open(mine, "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
@@ -448,8 +448,8 @@ def test_gate_refuses_a_report_whose_files_changed(
     assert err == f"Not here, so not held against their digests: {mine}\n"
     assert f"Report: {report.parent / 'report.html'}" in out
     # A verification that cannot run takes the old pass away.
-    broken = (*arguments[:4], report, *arguments[5:])
-    code, _, _ = so8t(capfd, monkeypatch, *broken, "-q")
+    broken = ("verify", "--reference", tiny_dir, "--candidate", report, "--out", report.parent, "-q")
+    code, _, _ = so8t(capfd, monkeypatch, *broken)
     assert code == 2
     assert not report.exists()
 
