@@ -353,6 +353,19 @@ def test_a_restart_keeps_the_function_and_starts_the_angles_anew() -> None:
         restart(attach(tiny_llama(), SO8TConfig()))
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_the_transpose_of_a_gate_is_the_transposed_rotation(accumulate: bool) -> None:
+    gate = RotationGate(32, init_scale=0.5, accumulate=accumulate)
+    if accumulate:
+        gate.restart()
+        with torch.no_grad():
+            gate.theta.normal_(std=0.5)
+    before = gate.rotation().detach().clone()
+    gate.transpose()
+    assert gap(gate.rotation().detach(), before.mT) < 1e-6
+    assert gap(before.mT, before) > 0.1
+
+
 def test_a_restarted_and_shared_rotation_goes_through_stock_oft(tmp_path: Path) -> None:
     model = attach(tiny_llama(), SO8TConfig(targets="all-linear", accumulate=True))
     for _ in range(2):
