@@ -38,13 +38,22 @@ class _Verbs(TyperGroup):
     """Help without the section that only names `--help`, so that all verbs fit on a screen of 24 lines."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Only the verbs."""
-        self.format_commands(ctx, formatter)
+        """Only the verbs, without a blank line before them."""
+        names = self.list_commands(ctx)
+        rows = [(name, self.commands[name].get_short_help_str(limit=formatter.width)) for name in names]
+        formatter.write("Commands:\n")
+        with formatter.indentation():
+            formatter.write_dl(rows)
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """One line under the usage, without a blank one between."""
         with formatter.indentation():
             formatter.write_text(self.help or "")
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Without a blank line before it."""
+        with formatter.indentation():
+            formatter.write_text(self.epilog or "")
 
 
 app = typer.Typer(
