@@ -442,3 +442,32 @@ def test_an_adapter_learns_in_every_form(form: SO8TConfig) -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_every_option_trains_and_reloads_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from so8t_core.quantised import load_quantised
+
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    model = attach(load_quantised(tmp_path / "base", kind), copy.deepcopy(WHOLE))  # type: ignore[arg-type]
+    assert len(config_of(model).shared or {}) == 3 * 2
+    moved(model).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad is not None and bool(grad.isfinite().all()) for grad in trained)
+    save_adapter(model.eval(), tmp_path / "adapter")
+    again = load_adapter(load_quantised(tmp_path / "base", kind), tmp_path / "adapter").eval()  # type: ignore[arg-type]
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_compiled_model_shares_and_learns_the_same() -> None:
+    model = moved(attach(tiny_llama(), copy.deepcopy(FORMS["all shared"])))
+    compiled = torch.compile(model, backend="eager")
+
+    def gradients(called: nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        called(input_ids=IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(compiled), gradients(model), strict=True))
