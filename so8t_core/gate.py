@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from so8t_core.block_product import Memo
 from so8t_core.exponential import BLOCK, PARAMETERS, TERMS, Evaluated, evaluate
 from so8t_core.folding import Fold, Turn
-from so8t_core.rotation import exp_so8, log_so8, plane_angles, rotate_blocks
+from so8t_core.rotation import exp_so8, log_so8, plane_angles, rotate_blocks, skew
 from so8t_core.torch_private import inside_backward, remove_forward_pre_hook, writes
 
 
@@ -182,6 +182,23 @@ class RotationGate(nn.Module):
             part.accumulated.copy_(part.accumulated @ exp_so8(part.theta.double()))
             part.theta.zero_()
             part._known = None
+
+    @torch.no_grad()
+    def transpose(self) -> None:
+        """Replace R by R^T, for negative controls: (R_acc exp(A))^T = exp(-A) R_acc^T = R_acc^T exp(-R_acc A R_acc^T).
+
+        Raises:
+            InputError: theta holds a NaN, an Inf or an absurd angle.
+        """
+        if self.accumulated is None:
+            self.theta.neg_()
+        else:
+            RA = self.accumulated
+            A = RA @ skew(self.theta.double()) @ RA.mT
+            i, j = torch.triu_indices(BLOCK, BLOCK, 1)
+            self.theta.copy_(-A[:, i, j])
+            RA.copy_(RA.mT.clone())
+        self._known = None
 
     def fold(self) -> Fold:
         """How this gate folds into a weight that reads its output."""

@@ -1,5 +1,6 @@
-"""`python -m benchmarks.study [all|run|tune|cost|report]`: see docs/study.md.
+"""`python -m benchmarks.study [all|run|tune|select|confirm|finalists|cost|report]`: see docs/study.md.
 
+select, confirm and finalists belong to a study of forms (`--configs configs/study_forms --work runs/study_forms`).
 all (the default): run every arm, measure the costs, write tables and figures. Exit 0 done, 2 bad input. Two processes
 may run two seeds at once (`run --seeds 1` beside `run --seeds 2`): each takes one thread.
 """
@@ -11,11 +12,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+VERBS = ["all", "run", "tune", "select", "confirm", "finalists", "cost", "report"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
-    parser.add_argument("verb", nargs="?", default="all", choices=["all", "run", "tune", "cost", "report"])
+    parser.add_argument("verb", nargs="?", default="all", choices=VERBS)
     parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "study")
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where study.md and study/ are")
@@ -43,6 +45,11 @@ def _do(args: argparse.Namespace) -> int:
         shop = Workshop(study, arms, args.work, Reporter())
         if args.verb == "tune":
             tune(shop)
+        if args.verb in ("select", "confirm", "finalists"):
+            from benchmarks.study.selection import confirm, evaluate_finalists, select
+
+            done = {"select": select, "confirm": confirm, "finalists": evaluate_finalists}[args.verb](shop)
+            print(done or "done")
         if args.verb in ("all", "run"):
             run_all(shop, seeds, args.arms or list(arms))
         if args.verb in ("all", "cost"):

@@ -39,6 +39,20 @@ class CostPlan(_Section):
     steps: int = Field(ge=2)  # timed steps a round, after one that is not
 
 
+class Selection(_Section):
+    """Successive halving on seeds of its own: which arm, at which rate, is confirmed.
+
+    `steps` are the rungs. On every rung each arm that is left is trained at rates a factor of two apart, from its own
+    start outwards until the best one has a worse neighbour on both sides; the better half of the arms goes on.
+    """
+
+    seeds: list[int] = Field(min_length=1)
+    steps: list[int] = Field(min_length=1)
+    widest: int = Field(ge=1)  # factors of two, up or down from an arm's start, before the search gives up
+    text_chunks: int = Field(ge=2)  # of general text, behind the forgetting
+    rate_factors: list[float] = Field(min_length=2)  # of the chosen rate: points of a finalist's curve
+
+
 class Study(_Section):
     """What all arms share."""
 
@@ -47,19 +61,26 @@ class Study(_Section):
     base_dtype: Literal["float32", "bfloat16"]  # of the frozen base during training
     comparisons: list[tuple[str, str]]  # [arm, against]
     tuning: Tuning
+    selection: Selection | None = None  # a study of forms at equal budgets; null = of the arms as they stand
     cost: CostPlan
     run: dict[str, Any]  # keys of a run's configuration
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Study:
-        if len(set(self.seeds)) != len(self.seeds) or {self.heldout_seed, self.tuning.seed} & set(self.seeds):
-            raise ValueError("seeds, heldout_seed and tuning.seed must all differ")
+        apart = [self.heldout_seed, self.tuning.seed, *(self.selection.seeds if self.selection else [])]
+        if len(set(self.seeds)) != len(self.seeds) or set(apart) & set(self.seeds):
+            raise ValueError("seeds, heldout_seed, tuning.seed and selection.seeds must all differ")
         return self
+
+
+Method = Literal["none", "lora", "so8t", "oft", "peft"]
 
 
 class _ArmFile(_Section):
     title: str
-    method: Literal["none", "lora", "so8t", "oft"]
+    method: Method
+    budget: str | None = None  # arms of one budget are compared: "60k"
+    peft: dict[str, Any] | None = None  # method peft: `peft_type` and that config's own arguments
     train: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -68,8 +89,10 @@ class Arm(_Section):
 
     name: str
     title: str
-    method: Literal["none", "lora", "so8t", "oft"]
+    method: Method
     config: RunConfig
+    budget: str | None = None
+    peft: dict[str, Any] | None = None
 
     @property
     def train(self) -> TrainConfig:
@@ -94,18 +117,22 @@ def load_study(directory: Path) -> tuple[Study, dict[str, Arm]]:
         except ValidationError as error:
             raise ConfigError(f"{path}: {describe_errors(error)}") from None
         _check_method(path, given, config.train)
-        arms[path.stem] = Arm(name=path.stem, title=given.title, method=given.method, config=config)
+        arms[path.stem] = Arm(name=path.stem, config=config, **given.model_dump(exclude={"train"}))
     if arms.get(BASE) is None or arms[BASE].method != "none":
         raise ConfigError(f"{directory} needs {BASE}.yaml with method: none; every arm is held against it")
     named = {name for pair in study.comparisons for name in pair} | set(study.tuning.grid)
     if unknown := sorted(named - set(arms)):
         raise ConfigError(f"{directory / STUDY_NAME} names {unknown[0]}, but the arms are {', '.join(arms)}")
+    if study.selection is not None and (lost := [a.name for a in arms.values() if a.name != BASE and not a.budget]):
+        raise ConfigError(f"{directory / lost[0]}.yaml needs `budget`: arms are selected among those of one budget")
     return study, arms
 
 
 def _check_method(path: Path, given: _ArmFile, train: TrainConfig) -> None:
     if given.method == "lora" and train.lora is None:
         raise ConfigError(f"{path}: method lora needs `train.lora`")
+    if (given.method == "peft") != (given.peft is not None):
+        raise ConfigError(f"{path}: method peft, and only that one, needs `peft` with a `peft_type`")
     if given.method == "oft" and train.lora is not None:
         raise ConfigError(f"{path}: method oft has no LoRA inside; set `train.lora: null`")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
@@ -23,8 +24,9 @@ from pipeline.config import TrainConfig
 from pipeline.progress import Reporter
 from pipeline.train.collate import Collator, EncodedRows
 from pipeline.train.fit import adapter_config, heldout_loss, training_arguments
-from pipeline.train.trainer import SO8TTrainer
-from so8t_core import gates, plane_angles
+from pipeline.train.trainer import Restart, SO8TTrainer
+from so8t_core import gates
+from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, write_text
 
 FIT_NAME = "fit.json"
@@ -42,6 +44,16 @@ def with_adapter(model: Any, arm: Arm) -> PeftModel:
         return get_peft_model(
             model, OFTConfig(r=0, oft_block_size=BLOCK, target_modules=[TARGET], task_type="CAUSAL_LM")
         )
+    if arm.method == "peft":
+        fields = dict(arm.peft or {})
+        kind = fields.pop("peft_type", None)
+        if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise InputError(f"arm {arm.name}: peft.peft_type is {kind!r}, which this peft does not have")
+        try:
+            stock = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**fields, task_type="CAUSAL_LM")
+        except (TypeError, ValueError) as error:
+            raise InputError(f"arm {arm.name}: peft: {error}") from None
+        return get_peft_model(model, stock)
     lora = train.lora
     assert lora is not None
     return get_peft_model(
@@ -66,6 +78,8 @@ def make_trainer(peft: PeftModel, arm: Arm, rows: EncodedRows, collator: Any, se
     arguments = training_arguments(train, work_dir, seed)
     trainer = SO8TTrainer(settings=train, model=peft, args=arguments, train_dataset=rows, data_collator=collator)
     trainer.remove_callback(PrinterCallback)
+    if train.restart_every is not None and arm.method == "so8t":
+        trainer.add_callback(Restart(train.restart_every))
     return trainer
 
 
@@ -146,7 +160,7 @@ def _first(rows: EncodedRows, count: int) -> EncodedRows:
 
 
 def _angles(peft: nn.Module) -> dict[str, float]:
-    found = [plane_angles(gate.theta.detach()) for gate in gates(peft).values()]
+    found = [part.angles() for gate in gates(peft).values() for part in gate.parts()]
     if not found:
         return {}
     angles = torch.cat(found)

@@ -59,6 +59,7 @@ class Workshop:
         parts = {
             "config": arm.config.model_dump(mode="json"),
             "method": arm.method,
+            "peft": arm.peft,
             "dtype": self.study.base_dtype,
             "base": self.digest,
             "heldout": sha256_file(self.heldout),
@@ -82,10 +83,11 @@ def run_all(shop: Workshop, seeds: list[int], names: list[str]) -> None:
         raise InputError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(shop.arms)}")
     for seed in seeds:
         for name in names:
-            _one(shop, shop.arms[name], seed)
+            run_one(shop, shop.arms[name], seed)
 
 
-def _one(shop: Workshop, arm: Arm, seed: int) -> None:
+def run_one(shop: Workshop, arm: Arm, seed: int) -> None:
+    """Train and evaluate one arm with one seed, unless that is up to date."""
     target, key = result_path(shop.work, arm.name, seed), shop.key(arm, seed)
     title = arm.name if arm.name == BASE else f"seed {seed} {arm.name}"
     if target.is_file() and json.loads(target.read_text(encoding="utf-8"))["key"] == key:
@@ -137,6 +139,22 @@ def _do(shop: Workshop, arm: Arm, seed: int, title: str, target: Path, key: str)
     shop.report.note(f"{title}: {json.dumps(means)}")
 
 
+def split_rows(shop: Workshop, seed: int) -> tuple[EncodedRows, EncodedRows]:
+    """(training rows, validation rows) of a seed: each n-th training family is kept for validation."""
+    plan = shop.study.tuning
+    kept = {family.name for family in families(heldout=False)[plan.every - 1 :: plan.every]}
+    rows = read_jsonl(shop.rows(seed) / "train.jsonl")
+    parts = []
+    for name, chosen in (
+        ("train", [r for r in rows if r["family"] not in kept]),
+        ("validation", [r for r in rows if r["family"] in kept][: plan.validation_rows]),
+    ):
+        path = shop.work / "tuning" / f"seed{seed}-{name}.jsonl"
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen))
+        parts.append(EncodedRows(path, shop.tokenizer))
+    return parts[0], parts[1]
+
+
 def tune(shop: Workshop) -> dict[str, list[dict[str, float]]]:
     """Validation loss of each learning rate of the grid; the choice is written into the arms' files by hand.
 
@@ -144,16 +162,7 @@ def tune(shop: Workshop) -> dict[str, list[dict[str, float]]]:
     the study's rows nor its held-out families have a part in it.
     """
     plan = shop.study.tuning
-    kept = {family.name for family in families(heldout=False)[plan.every - 1 :: plan.every]}
-    rows = read_jsonl(shop.rows(plan.seed) / "train.jsonl")
-    parts = {}
-    for name, chosen in (
-        ("train", [r for r in rows if r["family"] not in kept]),
-        ("validation", [r for r in rows if r["family"] in kept][: plan.validation_rows]),
-    ):
-        path = shop.work / "tuning" / f"{name}.jsonl"
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen))
-        parts[name] = EncodedRows(path, shop.tokenizer)
+    parts = dict(zip(("train", "validation"), split_rows(shop, plan.seed), strict=True))
     done_path = shop.work / "tuning" / "tuning.json"
     done: dict[str, Any] = json.loads(done_path.read_text(encoding="utf-8")) if done_path.is_file() else {}
     with locked(shop.work / "tuning"):

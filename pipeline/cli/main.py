@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import exit_codes
 from pipeline.cli.explain import all_explanations, explained
+from pipeline.cli.layers_verb import layers
 from pipeline.cli.serve_verbs import audit_app, serve
 from pipeline.cli.stale import take_away, take_away_named
 from pipeline.cli.stopping import Stopped, StopRequests, is_program
@@ -37,8 +38,22 @@ class _Verbs(TyperGroup):
     """Help without the section that only names `--help`, so that all verbs fit on a screen of 24 lines."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Only the verbs."""
-        self.format_commands(ctx, formatter)
+        """Only the verbs, without a blank line before them."""
+        names = self.list_commands(ctx)
+        rows = [(name, self.commands[name].get_short_help_str(limit=formatter.width)) for name in names]
+        formatter.write("Commands:\n")
+        with formatter.indentation():
+            formatter.write_dl(rows)
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """One line under the usage, without a blank one between."""
+        with formatter.indentation():
+            formatter.write_text(self.help or "")
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Without a blank line before it."""
+        with formatter.indentation():
+            formatter.write_text(self.epilog or "")
 
 
 app = typer.Typer(
@@ -787,6 +802,7 @@ def doctor() -> None:
     raise typer.Exit(1 if any(finding.mend for finding in findings) else 0)
 
 
+app.command(epilog="Example: so8t layers path/to/model --rows chats.jsonl --plot layers.svg")(layers)
 app.command(epilog="Example: so8t serve --model model-Q8_0.gguf --audit-key-file audit.key")(serve)
 app.add_typer(audit_app, name="audit")
 

@@ -59,8 +59,8 @@ def rank(model: nn.Module, settings: TrainConfig, rows: Sequence[Any], collator:
     return sorted(places, key=lambda place: (-place.score, place.layer, place.target))
 
 
-def best_layers(places: Sequence[Place], count: int) -> list[int]:
-    """The `count` layers with the largest gradient over all their places, by number.
+def best_layers(places: Sequence[Place], count: int, *, ranked: bool = False) -> list[int]:
+    """The `count` layers with the largest gradient over all their places, by number, or `ranked` by gradient.
 
     Raises:
         InputError: the model has fewer layers with a target.
@@ -72,7 +72,8 @@ def best_layers(places: Sequence[Place], count: int) -> list[int]:
         raise InputError(
             f"train.layers = auto:{count}, but only {len(of_layer)} layers have a target; use null for all"
         )
-    return sorted(sorted(of_layer, key=lambda layer: (-of_layer[layer], layer))[:count])
+    best = sorted(of_layer, key=lambda layer: (-of_layer[layer], layer))[:count]
+    return best if ranked else sorted(best)
 
 
 def wanted(layers: str | list[int] | None) -> int:

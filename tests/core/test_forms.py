@@ -353,6 +353,19 @@ def test_a_restart_keeps_the_function_and_starts_the_angles_anew() -> None:
         restart(attach(tiny_llama(), SO8TConfig()))
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_the_transpose_of_a_gate_is_the_transposed_rotation(accumulate: bool) -> None:
+    gate = RotationGate(32, init_scale=0.5, accumulate=accumulate)
+    if accumulate:
+        gate.restart()
+        with torch.no_grad():
+            gate.theta.normal_(std=0.5)
+    before = gate.rotation().detach().clone()
+    gate.transpose()
+    assert gap(gate.rotation().detach(), before.mT) < 1e-6
+    assert gap(before.mT, before) > 0.1
+
+
 def test_a_restarted_and_shared_rotation_goes_through_stock_oft(tmp_path: Path) -> None:
     model = attach(tiny_llama(), SO8TConfig(targets="all-linear", accumulate=True))
     for _ in range(2):
@@ -429,3 +442,32 @@ def test_an_adapter_learns_in_every_form(form: SO8TConfig) -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_every_option_trains_and_reloads_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from so8t_core.quantised import load_quantised
+
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    model = attach(load_quantised(tmp_path / "base", kind), copy.deepcopy(WHOLE))  # type: ignore[arg-type]
+    assert len(config_of(model).shared or {}) == 3 * 2
+    moved(model).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad is not None and bool(grad.isfinite().all()) for grad in trained)
+    save_adapter(model.eval(), tmp_path / "adapter")
+    again = load_adapter(load_quantised(tmp_path / "base", kind), tmp_path / "adapter").eval()  # type: ignore[arg-type]
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_compiled_model_shares_and_learns_the_same() -> None:
+    model = moved(attach(tiny_llama(), copy.deepcopy(FORMS["all shared"])))
+    compiled = torch.compile(model, backend="eager")
+
+    def gradients(called: nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        called(input_ids=IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(compiled), gradients(model), strict=True))

@@ -146,10 +146,12 @@ def _kind_of_tensor(check: str, where: str, finding: LintFinding) -> Kind:
         return "norm"
     if where.startswith(("output.weight", "token_embd")):
         return "embedding and head" if check != "metadata" else "shape"
+    if code in ("rotation", "merge"):
+        return "adapter"
     if code == "head_rows" or "attn_qkv" in where:
         return "attention layout"
     if code == "row_order" and ("attn_q" in where or "attn_k" in where):
         return "attention layout"
-    if code in ("rotation", "merge") or ".attn_output." in where:
+    if ".attn_output." in where:
         return "adapter"
     return "weights"

@@ -171,17 +171,36 @@ def make_family(name: str, work: Path, tokenizer: Any = None) -> Healthy:
     Args:
         tokenizer: for the other families; None gives these a SentencePiece vocabulary too.
         name: the family, and after a space "key=value": "mistral sliding_window=32" changes the config; "llama
-            small=16" moves 2^16 of size from each v_proj to its o_proj, which leaves the function as it is.
+            small=16" moves 2^16 of size from each v_proj to its o_proj, which leaves the function as it is; "llama
+            rotated" is the family as base, with rotations of every linear input baked in, scaled and shuffled.
     """
     family, _, change = name.partition(" ")
     key, _, value = change.partition("=")
     reference = work / "hf"
     if not (reference / "config.json").is_file():
-        save_model(family, reference, tokenizer, **({key: int(value)} if key and key != "small" else {}))
+        save_model(family, reference, tokenizer, **({key: int(value)} if value and key != "small" else {}))
         _rescale(reference, _SHARP | _OTHERWISE.get(family, {}))
         if key == "small":
             _rescale(reference, {".v_proj.": 2.0 ** -int(value), "o_proj.weight": 2.0 ** int(value)})
+    if key == "rotated":
+        base, reference, adapter = reference, work / "reference", work / "adapter"
+        if not (reference / "config.json").is_file():
+            save_rotated(base, adapter)
+            bake_checkpoint(base, adapter, reference)
+        files = make_files(reference, work, name=f"tiny-{family}")
+        return Healthy(name, reference, work, files, base, adapter)
     return Healthy(name, reference, work, make_files(reference, work, name=f"tiny-{family}"))
+
+
+def save_rotated(base: Path, adapter: Path) -> None:
+    """An adapter on every linear input of `base`, scaled and shuffled, with random values of `ANGLE`."""
+    model = attach(load_hf(base), SO8TConfig(targets="all-linear", scale="channel", shuffle=True))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_so8t." in name:
+                parameter.normal_(std=ANGLE, generator=generator)
+    save_adapter(model, adapter)
 
 
 # A random model's logits are nearly uniform and its quantisation errors add up undamped; a trained one's are neither.

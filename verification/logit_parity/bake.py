@@ -112,13 +112,14 @@ def base_control(base: Path, reference: Array, chunk: Ids) -> Check:
 
 
 def _logits_of_transposed(base: Path, adapter: Path, chunk: Ids) -> Array:
-    """exp(-A) = R^T: the same adapter with every angle negated, baked the same way."""
+    """R^T in place of every R, the rest of the adapter as it is, baked the same way."""
     from so8t_core import bake, gates, load_adapter
 
     model = load_adapter(load_hf(base), adapter)
     with torch.no_grad():
         for gate in gates(model).values():
-            gate.theta.neg_()
+            for part in gate.parts():
+                part.transpose()
     return hf_chunk(bake(model), chunk)
 
 

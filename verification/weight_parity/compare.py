@@ -28,7 +28,7 @@ from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity import expected
 from verification.weight_parity.expected import Inventory, is_known
 from verification.weight_parity.explain import damage_cause, merge_cause
-from verification.weight_parity.hypotheses import Known, Other, Role, Rotation, nearest, sample_rows
+from verification.weight_parity.hypotheses import Known, Other, Role, Rotation, nearest, rotation_of, sample_rows
 from verification.weight_parity.judge import judge
 from verification.weight_parity.neighbours import AGAIN, VAGUE, held_together, merged_together
 from verification.weight_parity.places import Heads
@@ -47,21 +47,20 @@ class Sources:
 
     reference: Checkpoint
     base: Checkpoint | None = None
-    rotations: dict[str, Rotation] = field(default_factory=dict)  # checkpoint weight name -> R (in/8, 8, 8)
+    rotations: dict[str, Rotation] = field(default_factory=dict)  # checkpoint weight name -> what turns its input
 
 
 def rotations(adapter: Path) -> dict[str, Rotation]:
-    """R of every rotated weight of an adapter directory, by checkpoint name.
+    """R (in/8, 8, 8), or the fold, of every rotated weight of an adapter directory, by checkpoint name.
 
     Raises:
         InputError: not an SO8T adapter.
     """
     from so8t_core.baking import folds_from_files
-    from so8t_core.rotation import exp_so8
     from so8t_core.store import read_adapter
 
     folds = folds_from_files(*read_adapter(adapter))
-    return {name: exp_so8(fold.theta.double()) for name, fold in folds.items() if fold.theta is not None}
+    return {name: turned for name, fold in folds.items() if (turned := rotation_of(fold)) is not None}
 
 
 class Examination:
@@ -294,8 +293,10 @@ class Examination:
         if kind != "attn_qkv":
             role = _ATTENTION.get(kind, "other")
             head_rows = wanted.shape[0] // {"q": heads, "k": kv_heads}.get(role, 1) if role in ("q", "k") else 0
-            rotation = self._rotation(prefix, source, role)
-            known = Known(role, wanted, base, rotation, in_pairs, head_rows, tuple(self._siblings(name, prefix)))
+            after = self.sources.rotations.get(self.found.source_of.get(f"{prefix}.attn_output.weight", ""))
+            siblings = tuple(self._siblings(name, prefix))
+            own = self.sources.rotations.get(source)
+            known = Known(role, wanted, base, after, in_pairs, head_rows, siblings, own)
             yield name, values, known, self._others(name)
             return
         rows = wanted.shape[0] // (heads + 2 * kv_heads)
@@ -305,7 +306,8 @@ class Examination:
         for role, part in slices.items():
             siblings = tuple((f"the {other} rows", wanted[cut]) for other, cut in slices.items() if other != role)
             own_base = None if base is None else base[part]
-            known = Known(role, wanted[part], own_base, None, in_pairs, 0 if role == "v" else rows, siblings)
+            own = self.sources.rotations.get(source)
+            known = Known(role, wanted[part], own_base, None, in_pairs, 0 if role == "v" else rows, siblings, own)
             yield f"{name} ({role} rows)", values[part], known, []
 
     def _base_of(self, name: str, source: str) -> Array | None:
@@ -315,12 +317,6 @@ class Examination:
         values = expected.expected_values(name, source, base, self.file.architecture)
         tensor = self.file.tensors[name]  # a fine-tune with more tokens than its base has other embeddings
         return values if values.size == int(np.prod(tensor.shape)) else None
-
-    def _rotation(self, prefix: str, source: str, role: Role) -> Rotation | None:
-        if role == "v":  # the o_proj of the same layer
-            source = self.found.source_of.get(f"{prefix}.attn_output.weight", "")
-        turned = {} if self.sources is None else self.sources.rotations
-        return turned.get(source) if role in ("o", "v") else None
 
     def _siblings(self, name: str, prefix: str) -> Iterator[tuple[str, Array]]:
         shape = self.file.tensors[name].shape

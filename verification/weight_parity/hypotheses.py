@@ -3,27 +3,28 @@
 Every hypothesis is an array H of the tensor's shape; its distance is ||T - H|| / ||expected||. With noise of standard
 deviation s a weight (the distance to the best, spread over n weights), two hypotheses a, b are told apart by
 z = (d_b^2 - d_a^2) / (2 s ||H_a - H_b||): the choice holds at every quantisation level whose noise leaves z large.
-R stands for blockdiag(R_k) on o_proj's input, W' = W @ R (see so8t_core.baking). Hypotheses that need R or the base
-are left out where no adapter or base is given; transposes where the tensor is not square.
+R stands for blockdiag(R_k) on the input of the tensor, W' = W @ R (see so8t_core.folding); in an adapter with scale or
+second rotation for the whole map, and R^T for its inverse. Hypotheses that need R or the base are left out where no
+adapter or base is given; transposes where the tensor is not square.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from so8t_core.folding import rotate_rows
+from so8t_core.folding import Fold, Turn, rotate_rows
 from verification.contract.finding import Code
 
 Array = npt.NDArray[np.float32]
 Role = Literal["o", "v", "q", "k", "other"]
-Rotation = torch.Tensor  # (in/8, 8, 8), float64
+Rotation = torch.Tensor | Fold  # R (in/8, 8, 8), float64; a fold where the map of the input is more than that
 EXPECTED = "expected"
 BASE = "the base's own weight (nothing baked)"
 UNROTATED, TURNED_BACK, TWICE = "not rotated (R missing)", "rotated back (R^T in place of R)", "rotated twice"
@@ -85,10 +86,23 @@ class Known:
     in_pairs: bool = False  # q and k rows permuted for RoPE on neighbours
     head_rows: int = 0  # rows a head, for q and k
     siblings: tuple[tuple[str, Array], ...] = ()  # other tensors of the layer with the same shape: ("k_proj", values)
+    own: Rotation | None = None  # of this tensor's own input, where that is not o_proj's
+
+
+def rotation_of(fold: Fold) -> Rotation | None:
+    """What an adapter does to the input of one weight: R (in/8, 8, 8) or a fold without its LoRA; None for nothing."""
+    if fold.theta is None:
+        return None
+    if fold.log_scale is None and fold.shuffled is None:
+        return Turn(fold.theta, fold.accumulated).matrix()
+    return replace(fold, loras=[])
 
 
 def rotated(W: Array, R: Rotation, *, transposed: bool = False) -> Array:
-    """W @ blockdiag(R), or R^T, in float64, as float32."""
+    """W @ blockdiag(R), or R^T, in float64, as float32; of a fold its map, or the inverse of that."""
+    if isinstance(R, Fold):
+        folded: Array = R.apply(torch.from_numpy(W), undo=transposed).numpy()
+        return folded
     turned = rotate_rows(torch.from_numpy(W).double(), R.transpose(1, 2) if transposed else R)
     result: Array = turned.float().numpy()
     return result
@@ -96,20 +110,22 @@ def rotated(W: Array, R: Rotation, *, transposed: bool = False) -> Array:
 
 def hypotheses(known: Known) -> Iterator[tuple[str, Array]]:
     """Every hypothesis about one tensor (its own shape) but other layers; "expected" first."""
-    W, R = known.expected, known.rotation
+    W = known.expected
+    R = known.rotation if known.role == "o" else known.own
     square = W.shape[0] == W.shape[1]
     yield EXPECTED, W
     if known.base is not None:
         yield BASE, known.base
-    if R is not None and known.role == "o":
+    if R is not None:
         unrotated = rotated(W, R, transposed=True)
         yield UNROTATED, unrotated
         yield TURNED_BACK, rotated(unrotated, R, transposed=True)
         yield TWICE, rotated(W, R)
-        if W.shape[0] == R.shape[0] * 8:
+        if isinstance(R, torch.Tensor) and W.shape[0] == R.shape[0] * 8:
             yield WRONG_SIDE, _left(unrotated, R)
-    if R is not None and known.role == "v" and W.shape[0] == R.shape[0] * 8:
-        yield ON_V, _left(W, R)
+    output = known.rotation if known.role == "v" else None
+    if isinstance(output, torch.Tensor) and W.shape[0] == output.shape[0] * 8:
+        yield ON_V, _left(W, output)
     if square:
         yield TRANSPOSED, np.ascontiguousarray(W.T)
     if known.role in ("q", "k") and known.head_rows % 2 == 0 and known.head_rows:

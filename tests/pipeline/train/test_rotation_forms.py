@@ -170,3 +170,43 @@ def test_auto_takes_the_layers_of_the_ranking(tiny_dir: Path, data_dir: Path, tm
 def test_a_wrong_form_is_named(wrong: str) -> None:
     with pytest.raises(ConfigError, match=f"train.{wrong.partition('=')[0]}"):
         parse_config(TEXT, overrides=[f"train.{wrong}"])
+
+
+@pytest.fixture(scope="module")
+def chats(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Rows as a user has them: messages alone."""
+    lines = (data_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": json.loads(line)["messages"]}) + "\n" for line in lines))
+    return path
+
+
+def test_the_verb_ranks_layers_and_targets_and_draws_them(
+    tiny_dir: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.cli.layers_verb import layers
+    from pipeline.train.layers import ranked_places
+
+    layers(tiny_dir, chats, plot=tmp_path / "layers.svg", top=3)
+    shown = capsys.readouterr().out
+    places = ranked_places(tiny_dir, chats)
+    assert len(places) == 2 * 4  # inputs of two layers: attention, o_proj, MLP, down_proj
+    assert [p.score for p in places] == sorted((p.score for p in places), reverse=True)
+    first = shown.splitlines()[1].split()
+    assert first[:3] == [str(places[0].layer), places[0].target, f"{places[0].score:.3g}"]
+    assert "5 more places" in shown
+    ranking = best_layers(places, 2, ranked=True)
+    assert f"most gradient first: {ranking[0]}, {ranking[1]}" in shown
+    drawing = (tmp_path / "layers.svg").read_text(encoding="utf-8")
+    assert all(f">{target}</text>" in drawing for target in ("q_proj", "o_proj", "gate_proj", "down_proj"))
+
+
+def test_the_verb_names_what_is_wrong(tiny_dir: Path, chats: Path, tmp_path: Path) -> None:
+    from pipeline.train.layers import ranked_places
+
+    with pytest.raises(InputError, match=r"nowhere\.jsonl does not exist"):
+        ranked_places(tiny_dir, tmp_path / "nowhere.jsonl")
+    with pytest.raises(InputError, match="has a `qkv_proj`; its linear layers are"):
+        ranked_places(tiny_dir, chats, targets=["qkv_proj"])
+    with pytest.raises(InputError, match=r"has no config\.json|is not a directory"):
+        ranked_places(tmp_path / "no-model", chats)

@@ -98,6 +98,21 @@ def test_a_fault_at_its_real_strength_is_refused_and_named(
     assert not row.identical
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["attn_k of one layer rotated twice", "ffn_down of one layer rotated back", "attn_qkv of one layer not rotated"],
+)
+def test_a_wrong_fold_of_any_target_is_refused_and_named(
+    bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_others", lambda *_: None)
+    fault = by_name(name)
+    assert judge(bench.pair(fault.pair), bench.pair(fault.pair).files["F16"], bench.policy).caught_by == []
+    row = bench.row(fault, fault.strengths[fault.real], real=True)
+    assert row.caught
+    assert row.named_right, (row.named_kind, row.named_where, row.diagnosis)
+
+
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
 def test_a_healthy_file_raises_no_alarm(bench: Bench, pair: Healthy, kind: str) -> None:
     judgement = judge(pair, pair.files[kind], bench.policy)

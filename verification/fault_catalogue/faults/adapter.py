@@ -65,6 +65,45 @@ def _with_R(*powers: int) -> Plant:
     return plant
 
 
+def _with_fold(tensor: str, *powers: int) -> Plant:
+    """`tensor` of one layer times what the adapter does to its input, to the powers, on top of what is baked."""
+
+    def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
+        name = layer_of(pair, tensor)
+        fold = pair.sources.rotations[inventory(pair.checkpoint, pair.opened["F16"]).source_of[name]]
+
+        def turn(w: Any) -> Any:
+            for power in powers:
+                w = rotated(w, fold, transposed=power < 0)
+            return w
+
+        _from_float(pair, source, target, {name: turn})
+
+    return plant
+
+
+def _every_target() -> list[Fault]:
+    """The folds of every linear input, in an architecture with separate and in one with fused projections."""
+    targets = {
+        "llama rotated": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+        "phi3 rotated": ("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+    }
+    kinds = {"not rotated": (-1,), "rotated back": (-1, -1), "rotated twice": (1,)}
+    return [
+        Fault(
+            f"{tensor} of one layer {kind}",
+            "adapter",
+            _with_fold(f"{tensor}.weight", *powers),
+            (tensor,),
+            pair=pair,
+            quick=number == place % len(kinds),  # one of the three in the short run
+        )
+        for pair, names in targets.items()
+        for place, tensor in enumerate(names)
+        for number, (kind, powers) in enumerate(kinds.items())
+    ]
+
+
 def _wrong_side(pair: Healthy, source: Path, target: Path, strength: float) -> None:
     R = pair.rotation(pair.layers // 2)
 
@@ -148,4 +187,5 @@ FAULTS = [
         steps("x {:g}", 2),
     ),
     Fault("LoRA missing in one layer", "adapter", _change_scaled("ffn_down.weight"), ("ffn_down",), steps("x {:g}", 0)),
+    *_every_target(),
 ]

@@ -1,0 +1,54 @@
+"""The verb `so8t layers`: where a rotation would learn most.
+
+Heavy imports happen inside the verb, so that help and a mistyped path answer at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+BAR = 24  # characters of the longest bar
+
+
+def layers(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face checkpoint", show_default=False)],
+    rows: Annotated[Path, typer.Option(metavar="FILE", help="JSONL or Parquet file of chats", show_default=False)],
+    targets: Annotated[
+        list[str] | None, typer.Option("--target", metavar="NAME", help="a linear layer; repeat it [all of them]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="rows in the gradient")] = 4,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="chooses the rows")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="layers by targets")] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="places shown")] = 20,
+) -> None:
+    """Rank where a rotation would learn most.
+
+    Rotations at the identity on every linear input; the gradient of the first training step tells layers and targets
+    apart. `train.layers: auto:N` takes the N layers with the most of it.
+    """
+    from transformers.utils import logging as chatter
+
+    from pipeline.train.layers import ranked_places, write_plot
+    from pipeline.train.placement import best_layers
+
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    places = ranked_places(directory, rows, targets=targets or (), batch_size=batch_size, seed=seed)
+    if plot is not None:
+        write_plot(places, plot)
+    table = Table("layer", "target", "gradient, nats per rad", "", "parameters", box=None, pad_edge=False)
+    largest = max((place.score for place in places), default=0.0) or 1.0
+    for place in places[:top]:
+        bar = "#" * round(BAR * place.score / largest)
+        table.add_row(str(place.layer), place.target, f"{place.score:.3g}", bar, f"{place.parameters:,}")
+    console = Console(highlight=False)
+    console.print(table)
+    if len(places) > top:
+        console.print(f"{len(places) - top} more places; --top shows them.")
+    order = best_layers(places, len({place.layer for place in places}), ranked=True)
+    console.print(f"Layers, most gradient first: {', '.join(map(str, order))}", soft_wrap=True)
