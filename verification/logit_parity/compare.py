@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
 from verification.engines import distributed
-from verification.engines.huggingface import hf_rows, load_hf
+from verification.engines.huggingface import hf_rows, open_reference
 from verification.engines.llama_logits import LlamaLogits
 from verification.engines.llama_model import LlamaModel
 from verification.engines.positions import scored
 from verification.engines.reconversion import Oracle
+from verification.engines.streamed import StreamedModel
 from verification.gate.check import divergence_checks
 from verification.gate.report import CellResult, Check, Divergence
 from verification.gguf.candidate import Candidate
@@ -97,14 +99,31 @@ def run_reference(
     spool = LogitSpool(directory, rows=sum(p.rows for p in passages), vocab=vocab)
     reference = Reference(spool, name)
     try:
+        ahead, weight = _layers_first(model, passages, partial(tell, stage))
+        total = ahead + weight * len(passages)
         for number, passage in enumerate(passages):
-            tell(stage, number, len(passages))
+            tell(stage, ahead + weight * number, total)
             reference.add(passage, model)
     except BaseException:
         spool.__exit__(None, None, None)
         raise
-    tell(stage, len(passages), len(passages))
+    tell(stage, total, total)
     return reference
+
+
+def _layers_first(model: Any, passages: Sequence[Passage], tell: Callable[[int, int], None]) -> tuple[int, int]:
+    """Take the passages through a streamed model's layers; (steps done, steps a passage takes in the head)."""
+    if not isinstance(model, StreamedModel) or not passages:
+        return 0, 1
+    units = model.head_units(sum(p.rows for p in passages), sum(len(p.tokens) for p in passages))
+    weight, done = max(1, units // len(passages)), [0]
+
+    def in_layers(now: int, layers: int) -> None:
+        done[0] = layers
+        tell(now, layers + weight * len(passages))
+
+    model.prepare([p.tokens for p in passages], in_layers)
+    return done[0], weight
 
 
 def in_turn(
@@ -290,6 +309,8 @@ def saved_against(
         reference=name, candidate=SAVED, n_ctx=len(text.chunks[0]), vocab=reference.spool.vocab, seed=seed
     )
     chunks = passages_of(text.chunks)
+    if isinstance(model, StreamedModel):
+        model.prepare([p.tokens for place, p in reference.mine(chunks).items() if place >= len(known)])
 
     def measure(place: int, passage: Passage) -> None:
         tell(stage, place, len(chunks))
@@ -335,6 +356,7 @@ def base_damage_of(
     seed: str,
     threads: int | None,
     tell: Tell,
+    stream: bool | None = None,
 ) -> list[Divergence]:
     """What the same quantisation does to the base model on the first chunks of the text; never decided on."""
     kinds = list(dict.fromkeys(c.file.file_type for c in files if not c.file.is_float))
@@ -349,7 +371,8 @@ def base_damage_of(
     paths = distributed.from_first(make)
     text = replace(text, chunks=text.chunks[:BASE_CHUNKS])
     chunks = passages_of(text.chunks)
-    reference = run_reference(load_hf(base), chunks, directory, name="base", tell=tell, stage="base")
+    model = open_reference(base, stream=stream)
+    reference = run_reference(model, chunks, directory, name="base", tell=tell, stage="base")
     with reference.spool:
         return [
             measure_file(
