@@ -230,12 +230,18 @@ def measure_file(
             in_turn(chunks, reference, [total], measure)
         divergence = total.result()
         results = [_mid(label, divergence)] if plan else []
-        measured: dict[str, Divergence] = {}
+        measured, refused = dict[str, Divergence](), dict[str, str]()
         for number, cell in enumerate(cells):
             tell(stage, len(chunks) + number, steps)
             if plan is not None and not (cell.why or cell.same_as or cell.after):
                 together = [cell, *(other for other in cells if other.after == cell.name)]
-                measured |= _run_cells(together, label, model, plan, reference, seed, threads)
+                try:
+                    measured |= _run_cells(together, label, model, plan, reference, seed, threads)
+                except InputError as error:
+                    if cell.flash is None:
+                        raise
+                    refused[cell.name] = str(error)  # an architecture without that kernel
+        cells = [replace(cell, why=refused.get(cell.name, cell.why)) for cell in cells]
         results += [_cell_result(cell, label, measured.get(cell.same_as or cell.name)) for cell in cells]
     tell(stage, steps, steps)
     return FileResult(divergence, distributed.together(ratio)[0], results)
@@ -262,7 +268,8 @@ def _run_cells(
     passages = plan.passages[first.passages]
     longest = max(len(p.tokens) for p in passages)
     totals = {cell.name: _accumulator(reference, label, longest, f"{cell.name} {seed}") for cell in cells}
-    with LlamaLogits(model, n_ctx=first.n_ctx or longest, n_ubatch=first.n_ubatch, threads=threads) as engine:
+    served: dict[str, Any] = {"n_ubatch": first.n_ubatch, "kv": first.kv, "flash": first.flash}
+    with LlamaLogits(model, n_ctx=first.n_ctx or longest, threads=threads, **served) as engine:
 
         def measure(place: int, _: Passage) -> None:
             for cell in cells:
@@ -334,11 +341,12 @@ def files_leg(candidate: Candidate, d: Divergence) -> list[Check]:
 
 
 def cell_checks(results: Sequence[CellResult], plan: Plan) -> list[Check]:
-    """Mean KLD, top-1 and finiteness of every cell that was measured."""
+    """Mean KLD, top-1 and finiteness of every cell that was measured and is the file's own affair."""
     notes: Mapping[str, str] = {cell.name: cell.note for cell in plan.cells}
+    shown = {cell.name for cell in plan.cells if cell.informs}
     checks: list[Check] = []
     for result in results:
-        if result.divergence is None:
+        if result.divergence is None or result.cell in shown:
             continue
         for check in divergence_checks(f"cells.{result.cell}", result.divergence, subject=result.candidate):
             note = notes.get(result.cell) or f"{result.setting}, {check.detail}".rstrip(", ")
