@@ -485,6 +485,10 @@ def verify(
         int | None,
         typer.Option(metavar="N", min=64, help="context as shipped; default: up to 4096"),
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="the reference layer by layer; default: where it does not fit"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="plant known faults, show which the gate finds")
@@ -523,6 +527,7 @@ def verify(
                 chunks=chunks,
                 n_ctx=n_ctx,
                 threads=threads,
+                stream=stream,
                 cells=level,
                 ship_n_ctx=ship_n_ctx,
                 progress=progress,

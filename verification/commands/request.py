@@ -40,6 +40,8 @@ class VerifyRequest:
         threads: CPU threads; None takes all cores.
         base_damage: also measure what the same quantisation does to the base model, on the first chunks (information,
             never decided on; `so8t run` asks for it).
+        stream: read the reference (and base, adapter and bake) layer by layer, so that it need not fit into memory;
+            None does so where its float32 weights would not fit.
         cells: ways of running each file: "quick", or "full" with the long texts.
         ship_n_ctx: context in tokens that the files are shipped for, at least 64; None takes at most 4096 and never
             more than the original length of a stretched RoPE.
@@ -66,6 +68,7 @@ class VerifyRequest:
     n_ctx: int = 512
     threads: int | None = None
     base_damage: bool = False
+    stream: bool | None = None
     cells: Level = "quick"
     ship_n_ctx: int | None = None
     converter: str | Path | None = None

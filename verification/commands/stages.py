@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from verification.commands.stage import Run, Stage
 from verification.contract import chat
 from verification.contract.checks import contract_checks
 from verification.engines import distributed
-from verification.engines.huggingface import load_hf
+from verification.engines.huggingface import float32_bytes, free_memory, open_reference
 from verification.engines.llama_model import LlamaModel
 from verification.engines.sandbox import require_loadable
+from verification.engines.streamed import StreamedModel
 from verification.gate.check import plain_check, zero_check
 from verification.gate.decide import OF_EVERY_CELL, OF_EVERY_FILE
 from verification.gate.report import Check, Divergence
@@ -193,14 +194,22 @@ def _layer_outputs(run: Run) -> None:
     """The outputs of layers whose weights alone cannot be judged, on one passage; first process only, as `_file`."""
     if run.open:
         run.tell("layer outputs", 0, 1)
-        model = load_hf(run.request.reference)
+        model = open_reference(run.request.reference, stream=run.request.stream)
         for label, tensors in run.open.items():
             run.add("quantise", output_checks(label, tensors, output_errors(model, run.text.chunks[0], tensors)))
 
 
 def _reference(run: Run) -> None:
     wanted = distinct([passages_of(run.text.chunks), *run.plan.passages.values()])
-    model = load_hf(run.request.reference)
+    asked = run.request
+    model = open_reference(asked.reference, stream=asked.stream, keep=run.work if asked.work_dir else None)
+    if isinstance(model, StreamedModel):
+        need, free = (size / 1e9 for size in (float32_bytes(asked.reference), free_memory()))
+        because = "as was asked for" if asked.stream else f"{free:.1f} GB are free"
+        run.notes.append(
+            f"The reference was streamed, one decoder layer in memory at a time: its weights take {need:.1f} GB in "
+            f"float32, {because}."
+        )
     run.reference = run_reference(model, wanted, run.work, name="saved checkpoint", tell=run.tell)
 
 
@@ -209,7 +218,7 @@ def _base_control(run: Run) -> None:
     if run.base is not None and distributed.is_first():  # who has the first passage
         first = passages_of(run.text.chunks)[0]
         own = run.reference.read(first, 0, first.rows)
-        run.add("controls", [base_control(run.base, own, first.tokens)])
+        run.add("controls", [base_control(run.base, own, first.tokens, stream=run.request.stream)])
 
 
 def _given(what: T | None) -> T:
@@ -222,7 +231,8 @@ def _given(what: T | None) -> T:
 def _bake(run: Run) -> None:
     base, adapter = _given(run.base), _given(run.adapter)
     run.tell("bake", 0, 1)
-    result = bake_leg(base, adapter, run.text.chunks, max_abs_logit=run.policy.bake.max_abs_logit)
+    bound, stream = run.policy.bake.max_abs_logit, run.request.stream
+    result = bake_leg(base, adapter, run.text.chunks, max_abs_logit=bound, work=run.work, stream=stream)
     run.baked, run.gated, run.baked_logits = result.baked, result.gated, result.own
     run.add("bake", result.bake)
     run.add("controls", result.controls)
@@ -260,7 +270,8 @@ def _transposed(run: Run) -> None:
     base, adapter = _given(run.base), _given(run.adapter)
     if distributed.is_first():
         bound, first = run.policy.bake.max_abs_logit, run.text.chunks[0]
-        check = transposed_control(base, adapter, first, run.gated, max_abs_logit=bound)
+        where: dict[str, Any] = {"work": run.work, "stream": run.request.stream}
+        check = transposed_control(base, adapter, first, run.gated, max_abs_logit=bound, **where)
         run.add("controls", [check])
 
 
@@ -325,6 +336,7 @@ def _base_damage(run: Run) -> None:
         seed=run.text.sha256,
         threads=run.threads,
         tell=run.tell,
+        stream=run.request.stream,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 
 from so8t_core.checkpoint_admission import admit_checkpoint
 from so8t_core.errors import InputError
+from so8t_core.weight_files import weight_files
 from verification.engines.positions import Array, Ids, joined, scored
 
 PIECE_ELEMENTS = 1 << 27  # logits held at once: 512 MiB of float32
+SHARE = 0.7  # of the free memory that a whole model's float32 weights may take; its logits and activations need some
 
 
 def load_hf(directory: str | Path) -> Any:
@@ -36,6 +39,52 @@ def load_hf(directory: str | Path) -> Any:
     return model.eval()
 
 
+def open_reference(
+    directory: str | Path, *, stream: bool | None = None, adapter: Path | None = None, keep: Path | None = None
+) -> Any:
+    """A checkpoint for `hf_rows`, whole or streamed layer by layer; with an adapter attached where one is given.
+
+    Args:
+        stream: None streams what would not fit into the free memory.
+        keep: see `StreamedModel`.
+
+    Raises:
+        InputError: as `load_hf`, or the family cannot be streamed.
+    """
+    from verification.engines.streamed import StreamedModel
+
+    if must_stream(directory) if stream is None else stream:
+        return StreamedModel(directory, adapter=adapter, keep=keep)
+    model = load_hf(directory)
+    if adapter is not None:
+        from so8t_core import load_adapter
+
+        model = load_adapter(model, adapter)
+    return model
+
+
+def must_stream(directory: str | Path) -> bool:
+    """Whether a checkpoint's weights in float32 would not fit into the free memory."""
+    return float32_bytes(directory) > SHARE * free_memory()
+
+
+def float32_bytes(directory: str | Path) -> int:
+    """Bytes of a checkpoint's weights in float32."""
+    return sum(4 * math.prod(entry.shape) for entry in weight_files(directory).entries.values())
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its control group where that is less."""
+    found = [1 << 62]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+        found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8")))
+    return min(found)
+
+
 def hf_rows(model: Any, tokens: Ids, *, first: int | None = None, piece: int = PIECE_ELEMENTS) -> Iterator[Array]:
     """Yield (rows, V) float32 logits of the scored positions `first` .. len-2, at most `piece` elements at a time.
 
@@ -44,6 +93,12 @@ def hf_rows(model: Any, tokens: Ids, *, first: int | None = None, piece: int = P
     """
     import torch  # here: a command that runs llama.cpp alone starts two seconds sooner without
 
+    from verification.engines.streamed import StreamedModel
+
+    if isinstance(model, StreamedModel):
+        with model.known(tokens) as inner:
+            yield from hf_rows(inner, tokens, first=first, piece=piece)
+        return
     start, stop = scored(len(tokens))
     start = start if first is None else first
     ids_1T = torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(model.device)

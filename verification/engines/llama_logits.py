@@ -13,6 +13,8 @@ from so8t_core.errors import InputError
 from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 from verification.engines.positions import Array, Ids, joined, scored
 
+KV_TYPES = {"q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
+FLASH = {True: llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED}
 N_BATCH = 512  # llama.cpp keeps one row of logits for each scored token of a batch
 
 
@@ -22,6 +24,8 @@ class LlamaLogits:
     Args:
         file: a path, or a model that is loaded already and stays its owner's.
         n_batch: tokens given to llama.cpp at once; also bounds the rows of logits that it holds.
+        kv: type of the cached keys and values, "q8_0" or "q4_0" (with `flash`); None leaves llama.cpp's float16.
+        flash: whether attention is computed by the flash kernel; None leaves it to llama.cpp.
 
     Raises:
         InputError: llama.cpp cannot load the file or make the context.
@@ -35,6 +39,8 @@ class LlamaLogits:
         n_batch: int | None = None,
         n_ubatch: int | None = None,
         threads: int | None = None,
+        kv: str | None = None,
+        flash: bool | None = None,
     ) -> None:
         self._own = not isinstance(file, LlamaModel)
         self.file = file if isinstance(file, LlamaModel) else LlamaModel(file)
@@ -44,6 +50,10 @@ class LlamaLogits:
         params.n_seq_max, params.no_perf = 1, True
         # llama.cpp's default is 4 whatever the machine: more threads than cores spin at each other's barriers
         params.n_threads = params.n_threads_batch = threads or usable_cores()
+        if kv is not None:
+            params.type_k = params.type_v = KV_TYPES[kv]
+        if flash is not None:
+            params.flash_attn_type = FLASH[flash]
         self.context = llama_cpp.llama_init_from_model(self.file.model, params)
         if not self.context:
             if self._own:

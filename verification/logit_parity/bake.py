@@ -3,12 +3,13 @@
 Compared in fp32 on a few hundred positions: base + adapter against the baked weights; two controls inside the same run
 (the baked model differs from its base; the bake of R^T fails the comparison); and the saved checkpoint's weights
 against the fp32 bake, |saved - w| <= u |w| with u = 2^-p of the saved type. The core is used only through its public
-functions: load_adapter, gates, bake.
+functions: load_adapter, gates, bake; bake_checkpoint, into a temporary float32 checkpoint, where a model is streamed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verification.engines.huggingface import hf_chunk, load_hf
+from verification.engines.huggingface import hf_chunk, load_hf, must_stream, open_reference
+from verification.engines.streamed import StreamedModel
 from verification.gate.check import plain_check
 from verification.gate.report import Check
 from verification.reference.checkpoint import Checkpoint
@@ -44,21 +46,32 @@ class BakeResult:
     own: list[Array]  # logits of the baked model on the first chunks
 
 
-def bake_leg(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit: float) -> BakeResult:
-    """Bake in memory and compare on chunks of ids (n,); one model is in memory at a time.
+def bake_leg(
+    base: Path,
+    adapter: Path,
+    chunks: Sequence[Ids],
+    *,
+    max_abs_logit: float,
+    work: Path | None = None,
+    stream: bool | None = None,
+) -> BakeResult:
+    """Bake and compare on chunks of ids (n,); one model, or one layer of one, is in memory at a time.
 
     Args:
         max_abs_logit: the bake leg's bound; top-1 must agree wherever the reference's margin exceeds twice that.
+        work: directory for the baked checkpoint of a model that is streamed; None takes the system's temporary one.
+        stream: see `open_reference`.
     """
     from so8t_core import bake, load_adapter
 
     used = list(chunks[:BAKE_CHUNKS])
-    model = load_hf(base)
+    stream = must_stream(base) if stream is None else stream
+    model = open_reference(base, stream=stream)
     plain = hf_chunk(model, used[0])
-    model = load_adapter(model, adapter)
-    gated = [hf_chunk(model, tokens) for tokens in used]
-    baked = bake(model)
-    own = [hf_chunk(baked, tokens) for tokens in used]
+    model = open_reference(base, stream=True, adapter=adapter) if stream else load_adapter(model, adapter)
+    gated = _logits(model, used)
+    baked = _baked_in_files(base, adapter, work) if stream else bake(model)
+    own = _logits(baked, used)
     positions = sum(len(rows) for rows in own)
     flips = _flips(gated, own, 2 * max_abs_logit)
     return BakeResult(
@@ -90,9 +103,40 @@ def bake_leg(base: Path, adapter: Path, chunks: Sequence[Ids], *, max_abs_logit:
     )
 
 
-def transposed_control(base: Path, adapter: Path, chunk: Ids, gated: Array, *, max_abs_logit: float) -> Check:
-    """The same comparison with the wrong bake, which must miss the bound; `gated` is from `bake_leg`."""
-    wrong = _logits_of_transposed(base, adapter, chunk)
+def _logits(model: Any, chunks: Sequence[Ids]) -> list[Array]:
+    if isinstance(model, StreamedModel):
+        model.prepare(chunks)
+    return [hf_chunk(model, tokens) for tokens in chunks]
+
+
+def _baked_in_files(base: Path, adapter: Path, work: Path | None, *, invert: bool = False) -> StreamedModel:
+    """base + adapter baked in float32 into a directory that goes when the model goes."""
+    from so8t_core import bake_checkpoint
+
+    folder = tempfile.TemporaryDirectory(dir=work, prefix="so8t-baked-")
+    baked = bake_checkpoint(base, adapter, Path(folder.name) / "baked", dtype=torch.float32, invert=invert)
+    return StreamedModel(baked, folder=folder)
+
+
+def transposed_control(
+    base: Path,
+    adapter: Path,
+    chunk: Ids,
+    gated: Array,
+    *,
+    max_abs_logit: float,
+    work: Path | None = None,
+    stream: bool | None = None,
+) -> Check:
+    """The same comparison with the wrong bake, which must miss the bound; arguments as in `bake_leg`.
+
+    Args:
+        gated: logits of base + adapter on the chunk, from `bake_leg`.
+    """
+    if must_stream(base) if stream is None else stream:
+        wrong = hf_chunk(_baked_in_files(base, adapter, work, invert=True), chunk)
+    else:
+        wrong = _logits_of_transposed(base, adapter, chunk)
     by, flips = _largest([gated], [wrong]), _flips([gated], [wrong], 2 * max_abs_logit)
     return plain_check(
         "controls.transposed",
@@ -102,12 +146,12 @@ def transposed_control(base: Path, adapter: Path, chunk: Ids, gated: Array, *, m
     )
 
 
-def base_control(base: Path, reference: Array, chunk: Ids) -> Check:
+def base_control(base: Path, reference: Array, chunk: Ids, *, stream: bool | None = None) -> Check:
     """Without an adapter: only whether the reference, by its logits (T, V) on the chunk (T,), differs from its base."""
     return plain_check(
         "controls.differs_from_base",
         "Reference differs from its base (largest logit difference)",
-        _largest([hf_chunk(load_hf(base), chunk)], [reference]),
+        _largest([hf_chunk(open_reference(base, stream=stream), chunk)], [reference]),
     )
 
 
@@ -148,12 +192,19 @@ def saved_rounding(baked: Any, saved: Checkpoint) -> tuple[float, str]:
     """
     from transformers.core_model_loading import revert_weight_conversion  # costs a second, needed with a model alone
 
-    state = baked.state_dict()
     tied = {"lm_head.weight"} if getattr(baked.config, "tie_word_embeddings", False) else set()
+    if isinstance(baked, StreamedModel):
+        files = Checkpoint(baked.directory)
+        return _worst_rounding(((name, files.tensor(name)) for name in files), saved, tied)
+    state = baked.state_dict()
     if not state.keys() - tied <= saved.keys():  # experts are one tensor in memory, one each in the files
         state = revert_weight_conversion(baked, state)
+    return _worst_rounding(state.items(), saved, tied)
+
+
+def _worst_rounding(state: Iterable[tuple[str, torch.Tensor]], saved: Checkpoint, tied: set[str]) -> tuple[float, str]:
     worst, where = 0.0, ""
-    for name, w in state.items():
+    for name, w in state:
         if name not in saved:
             if name in tied or name.endswith("inv_freq"):
                 continue

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
 from verification.engines import distributed
-from verification.engines.huggingface import hf_rows, load_hf
+from verification.engines.huggingface import hf_rows, open_reference
 from verification.engines.llama_logits import LlamaLogits
 from verification.engines.llama_model import LlamaModel
 from verification.engines.positions import scored
 from verification.engines.reconversion import Oracle
+from verification.engines.streamed import StreamedModel
 from verification.gate.check import divergence_checks
 from verification.gate.report import CellResult, Check, Divergence
 from verification.gguf.candidate import Candidate
@@ -97,14 +99,31 @@ def run_reference(
     spool = LogitSpool(directory, rows=sum(p.rows for p in passages), vocab=vocab)
     reference = Reference(spool, name)
     try:
+        ahead, weight = _layers_first(model, passages, partial(tell, stage))
+        total = ahead + weight * len(passages)
         for number, passage in enumerate(passages):
-            tell(stage, number, len(passages))
+            tell(stage, ahead + weight * number, total)
             reference.add(passage, model)
     except BaseException:
         spool.__exit__(None, None, None)
         raise
-    tell(stage, len(passages), len(passages))
+    tell(stage, total, total)
     return reference
+
+
+def _layers_first(model: Any, passages: Sequence[Passage], tell: Callable[[int, int], None]) -> tuple[int, int]:
+    """Take the passages through a streamed model's layers; (steps done, steps a passage takes in the head)."""
+    if not isinstance(model, StreamedModel) or not passages:
+        return 0, 1
+    units = model.head_units(sum(p.rows for p in passages), sum(len(p.tokens) for p in passages))
+    weight, done = max(1, units // len(passages)), [0]
+
+    def in_layers(now: int, layers: int) -> None:
+        done[0] = layers
+        tell(now, layers + weight * len(passages))
+
+    model.prepare([p.tokens for p in passages], in_layers)
+    return done[0], weight
 
 
 def in_turn(
@@ -211,12 +230,18 @@ def measure_file(
             in_turn(chunks, reference, [total], measure)
         divergence = total.result()
         results = [_mid(label, divergence)] if plan else []
-        measured: dict[str, Divergence] = {}
+        measured, refused = dict[str, Divergence](), dict[str, str]()
         for number, cell in enumerate(cells):
             tell(stage, len(chunks) + number, steps)
             if plan is not None and not (cell.why or cell.same_as or cell.after):
                 together = [cell, *(other for other in cells if other.after == cell.name)]
-                measured |= _run_cells(together, label, model, plan, reference, seed, threads)
+                try:
+                    measured |= _run_cells(together, label, model, plan, reference, seed, threads)
+                except InputError as error:
+                    if cell.flash is None:
+                        raise
+                    refused[cell.name] = str(error)  # an architecture without that kernel
+        cells = [replace(cell, why=refused.get(cell.name, cell.why)) for cell in cells]
         results += [_cell_result(cell, label, measured.get(cell.same_as or cell.name)) for cell in cells]
     tell(stage, steps, steps)
     return FileResult(divergence, distributed.together(ratio)[0], results)
@@ -243,7 +268,8 @@ def _run_cells(
     passages = plan.passages[first.passages]
     longest = max(len(p.tokens) for p in passages)
     totals = {cell.name: _accumulator(reference, label, longest, f"{cell.name} {seed}") for cell in cells}
-    with LlamaLogits(model, n_ctx=first.n_ctx or longest, n_ubatch=first.n_ubatch, threads=threads) as engine:
+    served: dict[str, Any] = {"n_ubatch": first.n_ubatch, "kv": first.kv, "flash": first.flash}
+    with LlamaLogits(model, n_ctx=first.n_ctx or longest, threads=threads, **served) as engine:
 
         def measure(place: int, _: Passage) -> None:
             for cell in cells:
@@ -290,6 +316,8 @@ def saved_against(
         reference=name, candidate=SAVED, n_ctx=len(text.chunks[0]), vocab=reference.spool.vocab, seed=seed
     )
     chunks = passages_of(text.chunks)
+    if isinstance(model, StreamedModel):
+        model.prepare([p.tokens for place, p in reference.mine(chunks).items() if place >= len(known)])
 
     def measure(place: int, passage: Passage) -> None:
         tell(stage, place, len(chunks))
@@ -313,11 +341,12 @@ def files_leg(candidate: Candidate, d: Divergence) -> list[Check]:
 
 
 def cell_checks(results: Sequence[CellResult], plan: Plan) -> list[Check]:
-    """Mean KLD, top-1 and finiteness of every cell that was measured."""
+    """Mean KLD, top-1 and finiteness of every cell that was measured and is the file's own affair."""
     notes: Mapping[str, str] = {cell.name: cell.note for cell in plan.cells}
+    shown = {cell.name for cell in plan.cells if cell.informs}
     checks: list[Check] = []
     for result in results:
-        if result.divergence is None:
+        if result.divergence is None or result.cell in shown:
             continue
         for check in divergence_checks(f"cells.{result.cell}", result.divergence, subject=result.candidate):
             note = notes.get(result.cell) or f"{result.setting}, {check.detail}".rstrip(", ")
@@ -335,6 +364,7 @@ def base_damage_of(
     seed: str,
     threads: int | None,
     tell: Tell,
+    stream: bool | None = None,
 ) -> list[Divergence]:
     """What the same quantisation does to the base model on the first chunks of the text; never decided on."""
     kinds = list(dict.fromkeys(c.file.file_type for c in files if not c.file.is_float))
@@ -349,7 +379,8 @@ def base_damage_of(
     paths = distributed.from_first(make)
     text = replace(text, chunks=text.chunks[:BASE_CHUNKS])
     chunks = passages_of(text.chunks)
-    reference = run_reference(load_hf(base), chunks, directory, name="base", tell=tell, stage="base")
+    model = open_reference(base, stream=stream)
+    reference = run_reference(model, chunks, directory, name="base", tell=tell, stage="base")
     with reference.spool:
         return [
             measure_file(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ def noise_floor(
     return rows
 
 
-def _run(model: LlamaModel, passages: Sequence[Passage], arguments: dict[str, int]) -> list[Array]:
+def _run(model: LlamaModel, passages: Sequence[Passage], arguments: dict[str, Any]) -> list[Array]:
     longest = max(len(p.tokens) for p in passages)
     with LlamaLogits(model, n_ctx=longest, **arguments) as engine:
         return [engine.chunk(p.tokens, first=1) for p in passages]

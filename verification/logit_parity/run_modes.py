@@ -13,13 +13,13 @@ tokens begin as another cell's starts from that cell's cache.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from verification.reference.rope import depends_on_length, is_longrope, original_length
+from verification.reference.rope import depends_on_length, head_dim, is_longrope, original_length
 
 Ids = npt.NDArray[np.int64]
 Level = Literal["quick", "full"]
@@ -31,6 +31,7 @@ DECODED = 12  # tokens decoded one by one at the end of a passage
 CHAT_LENGTH, CHAT_TAIL = 96, 24
 LONG = 1024
 TAIL = 128  # positions scored at the end of a long passage
+KV_BLOCK = 32  # channels that q8_0 and q4_0 keep under one scale
 BLOCK = 32  # a longer run of scored positions counts as clusters of this many
 CACHE_LIMIT = 4 << 30  # bytes of KV cache a cell may allocate
 
@@ -57,6 +58,9 @@ class Cell:
     passages: str = ""
     n_ctx: int = 0  # allocated; 0 = as long as the longest passage
     n_ubatch: int | None = None
+    kv: str | None = None  # type of the cached keys and values
+    flash: bool | None = None  # the flash kernel, or the plain one; None: llama.cpp's choice
+    informs: bool = False  # its damage is the server's choice, not the file's: shown, held to no bound
     singly: int = 0  # tokens at the end that are decoded one by one
     after: str = ""  # the cell whose cache holds these passages' first tokens: they are not computed again
     same_as: str = ""  # the cell with the same tokens and arithmetic: its result is this one's
@@ -125,8 +129,26 @@ def plan_cells(
         passages["chat"] = [Passage(ids, max(1, len(ids) - 1 - CHAT_TAIL)) for ids in usable]
     else:
         cells.append(Cell("chat", "Rendered chats", "", why="the tokenizer has no chat template that renders"))
+    cells += [_served(cell, level, config) for cell in _SERVED]
     cells += _lengths(level, stream, config, limit, passages)
     return Plan(cells, passages)
+
+
+_SERVED = (  # as people start llama-server: -ctk q8_0 -ctv q8_0, --flash-attn on and off
+    Cell("kv_q8_0", "Keys and values kept in q8_0", "q8_0 cache", "plain", kv="q8_0", flash=True, informs=True),
+    Cell("kv_q4_0", "Keys and values kept in q4_0", "q4_0 cache", "plain", kv="q4_0", flash=True, informs=True),
+    Cell("flash_on", "Flash attention", "flash kernel", "plain", flash=True),
+    Cell("flash_off", "Plain attention", "no flash kernel", "plain", flash=False),
+)
+
+
+def _served(cell: Cell, level: Level, config: Config) -> Cell:
+    channels = head_dim(dict(config)) or 0
+    if level == "quick":
+        return replace(cell, passages="", why="measured with --cells full")
+    if cell.kv and channels % KV_BLOCK:
+        return replace(cell, passages="", why=f"heads of {channels} channels are no whole blocks of {KV_BLOCK}")
+    return cell
 
 
 def _allocated(name: str, title: str, n_ctx: int, config: Config) -> Cell:

@@ -227,7 +227,8 @@ def _cells(report: Report) -> list[dict[str, Any]]:
     for cell in report.cells:
         row = rows.setdefault(cell.cell, {"title": cell.title, "setting": cell.setting, "why": cell.why, "of": {}})
         if cell.divergence is not None:
-            status = words.worst(statuses.get((cell.cell, cell.candidate), []))
+            found = statuses.get((cell.cell, cell.candidate))
+            status = words.worst(found) if found else None  # a cell that is held to no bound
             row["of"][cell.candidate] = {"d": cell.divergence, "status": status}
     return list(rows.values())
 

@@ -16,7 +16,9 @@ from verification.engines.llama_logits import LlamaLogits
 from verification.gate.decide import decide
 from verification.gate.policy import Policy, make_policy
 from verification.gate.report import Check, Leg, Report
+from verification.logit_parity import compare
 from verification.logit_parity.compare import (
+    FileResult,
     Reference,
     cell_checks,
     distinct,
@@ -58,6 +60,10 @@ def test_every_cell_applies_or_says_why() -> None:
         "no_bos",
         "bos",
         "chat",
+        "kv_q8_0",
+        "kv_q4_0",
+        "flash_on",
+        "flash_off",
         "long",
         "rope_straddle",
         "rope_beyond",
@@ -162,6 +168,30 @@ def test_decoding_goes_on_from_the_cache_as_after_a_prefill_and_sees_a_wrong_cac
         engine.chunk(others, first=24)
         wrong = engine.chunk(tokens, first=28, singly_from=28, kept=28)
     assert mean_kld(wanted, again) < 1e-6 < 0.05 < mean_kld(wanted, wrong)
+
+
+def test_a_quantised_cache_is_shown_and_held_to_no_bound_and_both_attentions_are_held(
+    phi3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[FileResult] = []
+    real = compare.measure_file
+
+    def kept(*arguments: Any, **more: Any) -> FileResult:
+        found.append(real(*arguments, **more))
+        return found[-1]
+
+    monkeypatch.setattr("test_cells.measure_file", kept)
+    checks = {check.name for check in cells_of(phi3, tmp_path, "full")}
+    by_cell = {cell.cell: cell.divergence for cell in found[0].cells}
+    means = {name: d.mean_kld for name, d in by_cell.items() if d is not None}
+    assert means["flash_on"] < 1e-5
+    assert means["flash_off"] < 1e-5
+    assert means["n_ctx_shipped"] < 1e-5 < means["kv_q8_0"] < means["kv_q4_0"]  # 8 and 4 bits: the type is really set
+    assert {"cells.flash_on.mean_kld", "cells.flash_off.top1"} <= checks
+    assert not any("kv_q" in name for name in checks)
+    narrow = {**PHI35, "hidden_size": 1280, "num_attention_heads": 16}
+    assert reasons(plan_cells("full", TEXT, narrow))["kv_q4_0"] == "heads of 80 channels are no whole blocks of 32"
+    assert reasons(plan_cells("quick", TEXT, PHI35))["flash_on"] == "measured with --cells full"
 
 
 def test_the_text_as_it_is_has_the_result_of_the_run_that_it_shares(phi3: Path, tmp_path: Path) -> None:
