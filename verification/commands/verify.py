@@ -82,10 +82,14 @@ def verify_request(request: VerifyRequest) -> Report:
             base=None if request.base is None else Path(request.base),
             notes=list(request.notes),
         )
-        comparable_base(run)
+        if is_reference_file(request):
+            wanted = file_stages(run)
+        else:
+            comparable_base(run)
+            wanted = stages(run)
         with Interruption() as interruption:
             try:
-                carry_out(file_stages(run) if is_reference_file(request) else stages(run), run)
+                carry_out(wanted, run)
                 _unchanged(run)
                 interruption.held = True
             except KeyboardInterrupt:
