@@ -442,7 +442,9 @@ def verify(
     ] = None,
     candidate: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE.gguf", help="file to judge, or OWNER/NAME:TYPE; repeatable", show_default=False),
+        typer.Option(
+            metavar="FILE.gguf", help="file to judge, a folder, or OWNER/NAME:TYPE; repeatable", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write the report into this folder", show_default=False)
