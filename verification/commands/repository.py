@@ -59,6 +59,8 @@ def candidates_of(paths: Sequence[str | Path]) -> Found:
             _sort(file, file.relative_to(path), found)
         if len(found.files) + len(found.unread) == before:
             raise InputError(f"{path} holds no GGUF file of a model; give a folder with .gguf files, or the files")
+    if found.unread and not found.files:
+        raise InputError(found.unread[0].detail)
     return found
 
 

@@ -37,6 +37,12 @@ def test_models_are_judged_and_the_other_files_are_said(tmp_path: Path) -> None:
     assert "join them first" in found.unread[0].detail
 
 
+def test_a_folder_of_parts_alone_is_refused(tmp_path: Path) -> None:
+    as_part(write_tiny(tmp_path / "part-00001-of-00002.gguf"))
+    with pytest.raises(InputError, match="join them first"):
+        candidates_of([tmp_path])
+
+
 def test_a_file_is_no_model_by_its_tensors_and_never_by_its_name(tmp_path: Path) -> None:
     write_tiny(tmp_path / "mmproj-model.gguf")
     assert len(candidates_of([tmp_path]).files) == 1
