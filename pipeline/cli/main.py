@@ -402,6 +402,76 @@ def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = Fals
     _execute(config, overrides, until="convert", quiet=quiet)
 
 
+@app.command(epilog="Example: so8t choose ./my-model --out choice --max-kld 0.05")
+def choose(
+    checkpoint: Annotated[Path, typer.Argument(metavar="HF_DIR", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="files, measurements, table and plot", show_default=False)],
+    max_size: Annotated[float | None, typer.Option(metavar="MB", min=0, help="largest file, 10^6 bytes")] = None,
+    max_kld: Annotated[
+        float | None, typer.Option(metavar="NATS", min=0, help="largest upper end of the macro mean KLD")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option(metavar="gate.yaml", help="limits by type, as verify has them")] = None,
+    types: Annotated[str | None, typer.Option(metavar="A,B,...", help="file types; default: 14 of them")] = None,
+    corpus: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="a domain of your own in place of ours; repeatable")
+    ] = None,
+    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks a domain to rank by, twice to prove")] = 2,
+    n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens in a chunk")] = 256,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find the smallest file type that passes.
+
+    Makes a ladder of file types, ranks them by size and weights, measures those that matter on English, Japanese, code,
+    chat and mathematics, and verifies the choice on text that did not rank it. A run that was stopped goes on.
+    """
+    _must_exist(checkpoint, policy)
+    corpora = _named(corpus or [])
+    _quiet_transformers()
+    from rich.table import Table
+
+    from pipeline.choose.choose import Limits
+    from pipeline.choose.choose import choose as make_choice
+    from pipeline.choose.ladder import TYPES
+    from pipeline.choose.page import answer, table, write_choice
+    from pipeline.progress import Reporter, StageProgress
+
+    limits = Limits(None if max_size is None else int(max_size * 1e6), max_kld, policy)
+    with StageProgress(Reporter(quiet=quiet)) as progress:
+        choice = make_choice(
+            checkpoint,
+            out,
+            limits,
+            types=types.split(",") if types is not None else TYPES,
+            corpora=corpora or None,
+            chunks=chunks,
+            n_ctx=n_ctx,
+            threads=threads,
+            tell=progress,
+        )
+    write_choice(choice, out)
+    header, *rows = table(choice)
+    shown = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(highlight=False)
+    console.print(shown)
+    console.print(answer(choice), markup=False, soft_wrap=True)
+    raise typer.Exit(exit_codes.of_verdict("pass" if choice.chosen is not None else "fail"))
+
+
+def _named(corpora: list[str]) -> dict[str, Path]:
+    """The domains of `--corpus NAME=FILE`."""
+    found = {}
+    for text in corpora:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"--corpus {text} has no name; write --corpus NAME=FILE")
+        found[name] = Path(path)
+    _must_exist(*found.values())
+    return found
+
+
 @app.command(epilog="Example: so8t reference ./my-model --out reference.so8t")
 def reference(
     checkpoint: Annotated[Path, typer.Argument(metavar="HF_DIR", show_default=False)],
@@ -457,7 +527,9 @@ def verify(
     ] = None,
     candidate: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE.gguf", help="file to judge, or OWNER/NAME:TYPE; repeatable", show_default=False),
+        typer.Option(
+            metavar="FILE.gguf", help="file to judge, a folder, or OWNER/NAME:TYPE; repeatable", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write the report into this folder", show_default=False)

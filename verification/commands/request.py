@@ -27,8 +27,8 @@ class VerifyRequest:
 
     Args:
         reference: directory of the saved (baked) checkpoint, or a reference file (`so8t reference`) that stands for it.
-        candidates: GGUF files. Float files are measured in the leg `convert`, quantised ones in `quantise` and
-            `quality`.
+        candidates: GGUF files, or folders of them. Float files are measured in the leg `convert`, quantised ones in
+            `quantise` and `quality`.
         base: directory of the model before training. Alone it adds a control; with `adapter` the legs `bake`, `dtype`
             and `controls`.
         adapter: directory of the adapter that the reference was baked with; needs `base`.

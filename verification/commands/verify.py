@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import ParamSpec
 
 from so8t_core.errors import InputError
+from so8t_core.files import write_text
 from so8t_core.threads import torch_threads
 from verification.commands.interruption import Interruption
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
 from verification.commands.reference_file import file_stages, is_reference_file
+from verification.commands.repository import KEPT, candidates_of, forget, is_repository, resumable
 from verification.commands.request import VerifyRequest
 from verification.commands.stage import Run, carry_out
 from verification.commands.stages import comparable_base, stages
@@ -33,7 +35,7 @@ from verification.gate.policy import Policy, load_policy
 from verification.gate.report import Artefact, Check, Leg, LegName, Report
 from verification.gate.stored import clear_report
 from verification.gguf.candidate import Candidate
-from verification.gguf.reader import GGUFFile, read_gguf
+from verification.gguf.reader import GGUFFile
 
 _COMPARED: dict[LegName, str] = {
     "bake": "base + adapter vs baked weights, both fp32",
@@ -61,8 +63,10 @@ def verify_request(request: VerifyRequest) -> Report:
     if out is not None and distributed.is_first():
         clear_report(out)
     policy = request.policy if isinstance(request.policy, Policy) else load_policy(request.policy)
-    candidates = _label([read_gguf(path) for path in request.candidates])
     request.check()
+    found = candidates_of(request.candidates)
+    candidates = _label(found.files)
+    kept = out / KEPT if out is not None and is_repository(request) and distributed.count() == 1 else None
     threads, start = request.threads, time.monotonic()
     if distributed.count() > 1:
         threads = threads or distributed.threads_each(usable_cores())
@@ -80,12 +84,19 @@ def verify_request(request: VerifyRequest) -> Report:
             threads,
             request.progress or (lambda stage, done, total: None),
             base=None if request.base is None else Path(request.base),
-            notes=list(request.notes),
+            notes=[*request.notes, *found.notes],
         )
-        comparable_base(run)
+        if is_reference_file(request):
+            wanted = file_stages(run)
+        else:
+            comparable_base(run)
+            wanted = stages(run)
+        if kept is not None:
+            wanted = resumable(wanted, run, kept)
+        run.add("contract", found.unread)
         with Interruption() as interruption:
             try:
-                carry_out(file_stages(run) if is_reference_file(request) else stages(run), run)
+                carry_out(wanted, run)
                 _unchanged(run)
                 interruption.held = True
             except KeyboardInterrupt:
@@ -94,6 +105,8 @@ def verify_request(request: VerifyRequest) -> Report:
             report = _finished(run, interruption, out if distributed.is_first() else None)
             if interruption.asked:
                 raise KeyboardInterrupt
+            if kept is not None:
+                forget(kept)
     return distributed.from_first(lambda: report)
 
 
@@ -106,9 +119,12 @@ def _finished(run: Run, interruption: Interruption, out: Path | None) -> Report:
             interrupted = True
         report = decide(_report(run), run.policy)
         if out is not None:
+            from verification.show.model_card_table import model_card_table
             from verification.show.write import write_report
 
             write_report(report, out)
+            if is_repository(run.request):
+                write_text(out / "model_card.md", model_card_table(report))
         if interrupted or not interruption.asked:
             return report
 

@@ -11,9 +11,12 @@ from verification_models import Family, rewrite
 
 from so8t_core.errors import InputError
 from verification import Report, decide, verify
+from verification.engines.huggingface import load_hf
 from verification.gate.policy import make_policy
 from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
+from verification.logit_parity.compare import measure_file, passages_of, run_reference
+from verification.logit_parity.text import Corpus
 from verification.reference_file.contract import contract_of
 from verification.reference_file.estimate import Means
 from verification.reference_file.format import ReferenceFile, read
@@ -62,28 +65,24 @@ def test_a_healthy_family_passes_and_the_report_says_what_needs_the_weights(heal
     assert [a.role for a in healthy.artefacts if a.path == str(made)] == ["reference_file"]
 
 
-def test_estimate_and_interval_are_those_of_the_weights(family: Family, healthy: Report) -> None:
-    """The same text and files with the weights: the same top-1, and a KLD within the sampling error and the codes'."""
-    whole = found_in(
-        verify(
-            family.reference,
-            list(family.files.values()),
-            work_dir=family.work,
-            policy=LOOSE,
-            base_damage=False,
-            **SMALL,
-        )
+def test_the_estimate_is_that_of_the_full_rows(
+    family: Family, healthy: Report, reference: ReferenceFile, tmp_path: Path
+) -> None:
+    """The same chunks with all logits: the same top-1, and a KLD within the sampling error and the codes' rounding."""
+    chunks = tuple(reference.passage(place.passage) for place in reference.header.groups["corpus"])
+    text = Corpus((), chunks, reference.header.text_sha256)
+    rows = run_reference(
+        load_hf(family.reference), passages_of(chunks), tmp_path, name="", tell=lambda stage, done, total: None
     )
-    stored = found_in(healthy)
-    for leg, label in (("convert", "F16"), ("quality", "Q8_0"), ("quality", "Q4_K_M")):
-        a, b = whole[f"{leg}.mean_kld", label], stored[f"{leg}.mean_kld", label]
-        error = float(b.detail.rsplit(" ", 1)[1])
-        lower = float(b.detail.split("lower bound ")[1].split(",")[0])
-        assert abs(a.value - b.value) < 5 * error + 2e-3 * a.value, (label, a.value, b.value, error)
-        assert lower <= a.value * 1.01
-        assert whole[f"{leg}.top1", label].value == stored[f"{leg}.top1", label].value
-    for name in ("cells.chat.top1", "cells.decode.top1", "cells.bos.top1", "cells.short.top1"):
-        assert whole[name, "Q8_0"].value == stored[name, "Q8_0"].value
+    with rows.spool:
+        for leg, label in (("convert", "F16"), ("quality", "Q4_K_M")):
+            path = family.files[label]
+            full = measure_file(label, path, text, rows, seed="", threads=1, tell=lambda *_: None).divergence
+            check = found_in(healthy)[f"{leg}.mean_kld", label]
+            lower, error = (float(part.rsplit(" ", 1)[1]) for part in check.detail.split("; ")[1].split(", "))
+            assert abs(check.value - full.mean_kld) < 5 * error + 2e-3 * full.mean_kld, label
+            assert lower <= full.mean_kld * 1.01
+            assert found_in(healthy)[f"{leg}.top1", label].value == full.top1
 
 
 def test_a_quant_alone_passes_without_the_leg_convert(family: Family, made: Path) -> None:

@@ -1,0 +1,85 @@
+"""The file types that compete, and a cheap order among them before any logit is computed.
+
+The weight error of a file is sqrt(sum ||W' - W||^2 / sum ||W||^2) over its tensors, against the F16 file it was made
+from. A type that is no smaller than another one and has no smaller weight error is dominated and left out. KLD does not
+follow the weight error exactly, so everything that is not dominated is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from so8t_core.errors import InputError
+from verification.engines.quantise import type_number
+from verification.gguf.reader import GGUFFile, read_gguf
+
+TYPES = (
+    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0"),
+    *("IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
+)  # those that llama.cpp makes without an importance matrix
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One file of the ladder."""
+
+    kind: str
+    path: Path
+    bytes: int
+    weight_error: float
+
+
+def check_types(types: Sequence[str]) -> list[str]:
+    """The names of known types in capitals, each once.
+
+    Raises:
+        InputError: an unknown one, or none.
+    """
+    found = list(dict.fromkeys(kind.strip().upper() for kind in types if kind.strip()))
+    for kind in found:
+        type_number(kind)
+    if not found:
+        raise InputError(f"--types names no type; e.g. {','.join(TYPES[:3])}")
+    return found
+
+
+def weight_error(file: GGUFFile, source: GGUFFile) -> float:
+    """Relative error of all weights together; infinite where a tensor is missing or not finite."""
+    wrong = total = 0.0
+    for name, tensor in source.tensors.items():
+        other = file.tensors.get(name)
+        if other is None or other.shape != tensor.shape:
+            return math.inf
+        for a, b in zip(tensor.pieces(), other.pieces(), strict=True):
+            values = a.values()
+            wrong += float(np.sum((b.values() - values) ** 2, dtype=np.float64))
+            total += float(np.sum(values**2, dtype=np.float64))
+    error = math.sqrt(wrong / total) if total else math.inf
+    return error if math.isfinite(error) else math.inf
+
+
+def rung(kind: str, path: Path, source: GGUFFile) -> Rung:
+    """A file with its size and weight error."""
+    return Rung(kind, path, path.stat().st_size, weight_error(read_gguf(path), source))
+
+
+def undominated(rungs: Sequence[Rung], *, max_size: int | None = None) -> list[Rung]:
+    """The rungs worth measuring, from small to large: within the size, and better in weights than all smaller ones.
+
+    Raises:
+        InputError: every file is larger than `max_size`.
+    """
+    within = [one for one in rungs if max_size is None or one.bytes <= max_size]
+    if not within:
+        least = min(rungs, key=lambda one: one.bytes)
+        raise InputError(f"--max-size is {max_size} bytes, the smallest file, {least.kind}, has {least.bytes}")
+    found: list[Rung] = []
+    for one in sorted(within, key=lambda one: (one.bytes, one.weight_error)):
+        if not found or one.weight_error < found[-1].weight_error:
+            found.append(one)
+    return found

@@ -1,0 +1,163 @@
+"""A folder of GGUF files as the candidates of one verification: which files it holds, and a run that goes on.
+
+Every file that llama.cpp would run as a model is a candidate. Projectors, LoRAs and importance matrices are known by
+their tensors, never by their name, and are said in a line each. A set of parts is not read here and leaves the verdict
+incomplete. What a stage measured of one file is kept under `measured/` until the report is whole: a run that was
+stopped measures only what is missing, and runs the reference only where something is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from so8t_core.errors import InputError
+from so8t_core.files import write_text
+from verification.commands.request import VerifyRequest
+from verification.commands.stage import Run, Stage
+from verification.gate.check import plain_check
+from verification.gate.report import SCHEMA_VERSION, Check, Leg, LegName, Report
+from verification.gguf.reader import GGUFFile, read_gguf
+from verification.show.write import load_report, to_json
+
+KEPT = "measured"
+_PART = "is one part of a file split into"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the given candidates are."""
+
+    files: list[GGUFFile] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # a line for each file that is no model
+    unread: list[Check] = field(default_factory=list)  # of files that are models and cannot be judged here
+
+
+def is_repository(request: VerifyRequest) -> bool:
+    """Whether a folder was given as a candidate."""
+    return any(Path(path).is_dir() for path in request.candidates)
+
+
+def candidates_of(paths: Sequence[str | Path]) -> Found:
+    """The files of a list of GGUF files and folders, folders with everything below them.
+
+    Raises:
+        InputError: a file that is no readable GGUF, or a folder without a model.
+    """
+    found = Found()
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.files.append(read_gguf(path))
+            continue
+        before = len(found.files) + len(found.unread)
+        for file in sorted(path.rglob("*.gguf")):
+            _sort(file, file.relative_to(path), found)
+        if len(found.files) + len(found.unread) == before:
+            raise InputError(f"{path} holds no GGUF file of a model; give a folder with .gguf files, or the files")
+    if found.unread and not found.files:
+        raise InputError(found.unread[0].detail)
+    return found
+
+
+def _sort(path: Path, shown: Path, found: Found) -> None:
+    try:
+        file = read_gguf(path)
+    except InputError as error:
+        if _PART not in str(error):
+            raise
+        why = f"{shown} {str(error).removeprefix(f'{path} ')}"
+        found.unread.append(plain_check("contract.whole_file", "File read whole", None, subject=str(shown), detail=why))
+        return
+    kind = _other_kind(file)
+    if kind:
+        found.notes.append(f"{shown} is {kind} and no model: it was not judged.")
+    else:
+        found.files.append(file)
+
+
+def _other_kind(file: GGUFFile) -> str:
+    """What a file is that llama.cpp runs as no model; empty for a model."""
+    names = list(file.tensors)
+    if file.architecture == "clip":
+        return "a projector"
+    if names and all(name.endswith((".lora_a", ".lora_b")) for name in names):
+        return "a LoRA"
+    if names and all(name.endswith((".in_sum2", ".counts")) for name in names):
+        return "an importance matrix"
+    return ""
+
+
+def resumable(stages: Sequence[Stage], run: Run, folder: Path) -> list[Stage]:
+    """The same stages, those of one file each kept in `folder`, and taken from there where they are."""
+    kept = [_kept(stage, run, folder) if stage.subject else stage for stage in stages]
+    wanted: set[str] = set()
+    needed = []
+    for stage in reversed(kept):  # who makes only what nobody asks for any more is left out: the reference's pass
+        if not stage.yields or wanted.intersection(stage.yields) or stage.checks:
+            needed.append(stage)
+            wanted.update(stage.needs)
+    return needed[::-1]
+
+
+def _kept(stage: Stage, run: Run, folder: Path) -> Stage:
+    path = folder / f"{_key(stage, run)}.json"
+    if path.is_file():
+        return replace(stage, work=partial(_restore, path), needs=())
+    return replace(stage, work=partial(_measure, stage, path))
+
+
+def _key(stage: Stage, run: Run) -> str:
+    """Everything that a stage's result depends on."""
+    asked = run.request
+    settings = [asked.chunks, asked.n_ctx, asked.cells, asked.ship_n_ctx, run.threads]
+    inputs = [(a.role, a.sha256) for a in run.inputs if a.role not in ("candidate", "policy")]
+    own = [a.sha256 for a in run.inputs if a.role == "candidate" and a.label == stage.subject]
+    text = json.dumps([SCHEMA_VERSION, stage.name, stage.subject, settings, inputs, own])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _measure(stage: Stage, path: Path, run: Run) -> None:
+    counts = {name: len(found) for name, found in run.checks.items()}
+    lists = ("divergences", "cells", "tensors", "notes")
+    before = {name: len(getattr(run, name)) for name in lists}
+    stage.work(run)
+    if stage.subject in run.open:  # its layers' outputs are still to be measured, with tensors that no report holds
+        return
+    checks = {name: found[counts.get(name, 0) :] for name, found in run.checks.items()}
+    report = Report(
+        verdict="incomplete",
+        summary=f"{stage.name} of {stage.subject}",
+        created="",
+        artefacts=[],
+        legs=[
+            Leg(name=name, title="", compared="", status="not evaluated", checks=made)
+            for name, made in checks.items()
+            if made
+        ],
+        policy={},
+        versions={},
+        durations={},
+        **{name: getattr(run, name)[before[name] :] for name in lists},
+    )
+    write_text(path, to_json(report))
+
+
+def _restore(path: Path, run: Run) -> None:
+    report = load_report(path)
+    for leg in report.legs:
+        name: LegName = leg.name
+        run.add(name, leg.checks)
+    run.divergences += report.divergences
+    run.cells += report.cells
+    run.tensors += report.tensors
+    run.notes += report.notes
+
+
+def forget(folder: Path) -> None:
+    """Delete what was kept, once the report is whole."""
+    shutil.rmtree(folder, ignore_errors=True)
