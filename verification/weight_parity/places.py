@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from verification.contract.finding import Code
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.own_quantiser import Own, largest_group_scale, largest_row_errors, own_spread
 from verification.weight_parity.structure.rounding import STORED_OTHERWISE, Rounding, rounding
@@ -26,6 +27,10 @@ MOST = 0.5  # of the rows or columns may be strange, and of as many as chance wo
 FEWEST = 10  # strange codes from which their places say something
 EXPLAINED = 0.1  # share of the strange codes that may be left once a scale explains them
 LOST_SCALE = 0.1  # a smaller factor is no scale: next to nothing of the reference is left
+MANY = 256  # groups of rows among which an exchange is looked for
+HALF = (
+    0.5  # distance, in a group's norm, below which it holds these weights; two bits err by 0.35, other weights by 1.4
+)
 CANDIDATES = 8  # rows with the largest relative error, which are quantised again
 # Standard deviations by which a group's scale, and a row's log error ratio, must stand out. `benchmarks.judge_null`
 # measures healthy tensors under matrices of spread 0.5 to 2 and extends the tails to one false alarm in 1,000 files:
@@ -44,6 +49,7 @@ class Place:
     expected: str
     found: str
     cause: str
+    code: Code = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,10 @@ def by_codes(
         size = head if whole else 1
         part = [slice(None), slice(None)]
         part[axis] = slice(int(shown[0]) * size, (int(shown[0]) + 1) * size)
+        if not axis and _exchanged(F, W, groups if whole else at, size):
+            order = "the reference's rows in another order"
+            text = f"{what} {', '.join(map(str, shown[:3]))} hold each other's weights"
+            return Place("the reference's rows in their order", text, order, "row_order")
         factor = _factor(tensor, F, W, (part[0], part[1]), counts, axis, saved=saved)
         text = f"{int(counts.sum())} other codes in {len(shown)} {what} ({', '.join(map(str, shown[:3]))})"
         noun = f"a head's {name}s" if whole else f"a {name}"
@@ -83,6 +93,20 @@ def by_codes(
         text += "" if factor is None else f", scaled by {factor:.4g}"
         return Place(f"the nearest codes to the reference's weights, as in the other {name}s", text, cause)
     return None
+
+
+def _exchanged(F: Array, W: Array, groups: npt.NDArray[np.int64], size: int) -> bool:
+    """Whether each of these groups of rows holds another one's weights: nearer to them than half their norm."""
+    if not 2 <= len(groups) <= MANY:
+        return False
+    rows = groups[:, None] * size + np.arange(size)  # (groups, size)
+    if rows.max() >= len(W):
+        return False
+    found, wanted = F[rows].reshape(len(groups), -1), W[rows].reshape(len(groups), -1)
+    norms = np.linalg.norm(wanted, axis=1)
+    distances = np.array([np.linalg.norm(one - wanted, axis=1) for one in found]) / np.where(norms > 0, norms, np.inf)
+    np.fill_diagonal(distances, np.inf)
+    return bool((distances.min(axis=1) < HALF).all())
 
 
 def _crowded(counts: npt.NDArray[np.int64]) -> float:
