@@ -114,16 +114,25 @@ def causes(w: Array, values: Array, kind: str, base: Array | None = None) -> lis
 
 
 def _row(kind: str, name: str, fault: str, plant: Plant, strengths: tuple[float, ...], word: str) -> dict[str, object]:
-    """From strong to weak until one is missed."""
-    w, smallest, named, caught = tensors()[name], None, 0, 0
+    """From strong to weak until one is accepted; `open` counts those that are left to the layer's output."""
+    w, smallest, named, caught, left = tensors()[name], None, 0, 0, 0
     for number, strength in enumerate(reversed(strengths)):
         faulty = plant(w, strength, 70 + number)
         base = faulty if fault == KNOWN_DIRECTION else None  # what is missing is the whole change from the base
         said = causes(w, _quantised(faulty, kind, 10 + number), kind, base=base)
-        if not said or said == ["open"]:
+        if not said:
             break
+        left += said == ["open"]
         smallest, caught, named = strength, caught + 1, named + any(word in one for one in said)
-    return {"type": kind, "tensor": name, "fault": fault, "smallest": smallest, "caught": caught, "named": named}
+    return {
+        "type": kind,
+        "tensor": name,
+        "fault": fault,
+        "smallest": smallest,
+        "caught": caught,
+        "named": named,
+        "open": left,
+    }
 
 
 def measure(kinds: tuple[str, ...]) -> dict[str, object]:

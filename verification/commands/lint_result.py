@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from verification.contract.finding import Code
 from verification.weight_parity.result import Drawer, TensorResult
 
-SCHEMA_VERSION = "1.1"  # 1.1: `drawer`, `why` of a tensor
+SCHEMA_VERSION = "1.2"  # 1.1: `drawer`, `why` of a tensor; 1.2: `open`
 Status = Literal["pass", "fail", "note", "not evaluated"]
 Verdict = Literal["pass", "fail", "incomplete"]
 
@@ -48,6 +48,7 @@ class LintTensor(_Model):
     how: Literal["bytes of the type's own rounding or quantiser", "within the type's bound", "refused", "not compared"]
     drawer: Drawer = "not compared"
     why: str = ""  # how it was proven, or why other bytes are healthy
+    open: str = ""  # why only the error of its layer's output can decide; "" where it need not
     rel_error: float | None = None
     own_error: float | None = None
     roundings: float | None = None

@@ -35,7 +35,7 @@ from verification.gate.report import (
 )
 from verification.gguf.candidate import Candidate
 from verification.logit_parity.compare import Reference
-from verification.logit_parity.kl import Array
+from verification.logit_parity.kl import Array, Floats
 from verification.logit_parity.run_modes import Plan
 from verification.logit_parity.text import Corpus
 from verification.reference.checkpoint import Checkpoint
@@ -81,6 +81,7 @@ class Run:
     trained: TrainedFunction | None = None
     tokens_sha256: str = ""
     open: dict[str, dict[str, OpenTensor]] = field(default_factory=dict)  # by candidate: its layers' outputs decide
+    chunk_klds: dict[str, Floats] = field(default_factory=dict)  # by candidate: (chunks, 2), sums of KLDs and positions
     left: list[Stage] = field(default_factory=list)  # stages that are not finished
 
     @property

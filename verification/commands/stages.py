@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from so8t_core.errors import InputError
+from verification.commands.paired_outcome import paired_stage
 from verification.commands.stage import Run, Stage
 from verification.contract import chat
 from verification.contract.checks import contract_checks
@@ -69,6 +70,7 @@ def stages(run: Run) -> list[Stage]:
     ]
     found += _bake_stages(run)
     found += [_logit_stage(label, is_float=is_float) for label, is_float in labels.items()]
+    found += [paired_stage(label) for label, is_float in labels.items() if not is_float]
     found += [
         Stage(
             "noise floor",
@@ -301,6 +303,7 @@ def _logits(label: str, run: Run) -> None:
         tell=run.tell,
     )
     run.divergences.append(found.divergence)
+    run.chunk_klds[label] = found.chunk_klds
     run.add("convert" if candidate.file.is_float else "quality", files_leg(candidate, found.divergence))
     run.cells += found.cells
     run.add("cells", cell_checks(found.cells, run.plan))

@@ -44,7 +44,11 @@ from verification.gguf.reader import GGUFFile, read_gguf
 from verification.gguf.writer import Raw
 from verification.logit_parity.bake import saved_rounding
 from verification.reference.checkpoint import Checkpoint
+from verification.weight_parity.own_quantiser import log_normal
 
+ELSEWHERE = "Q4_K_M made elsewhere"  # level of a row: maker and importance matrix unknown
+# kinds whose faults change weights, so that the drawer matters; keys and tokens are compared alike in both
+OF_WEIGHTS = ("adapter", "weights", "attention layout", "embedding and head", "number range", "other source", "norm")
 QUICK_FAMILIES = ("llama", "gemma2", "phi3", "smollm3")
 FAMILIES = ("llama", "mistral", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3")
 Tell = Callable[[str, int, int], None]
@@ -131,6 +135,34 @@ class Bench:
         p = np.exp(rows)
         total = p.sum(axis=1)
         return float(np.mean(np.log(total) - (p * rows).sum(axis=1) / total) / np.log(rows.shape[1]))
+
+    def elsewhere_row(self, fault: Fault, strength: Strength, *, real: bool) -> Row:
+        """The fault in the other drawer: the faulty float file quantised under a matrix that nobody hands over."""
+        start, pair = time.monotonic(), self.pair(fault.pair.format(strength.value))
+        faulty, target = self.work / "faulty-F16.gguf", self.work / "faulty.gguf"
+        fault.plant(pair, pair.files[fault.level], faulty, strength.value)
+        row = Row(
+            fault=fault.name,
+            kind=fault.kind,
+            pair=fault.pair.split()[0],
+            level=ELSEWHERE,
+            strength=strength.label,
+            value=None if np.isnan(strength.value) else strength.value,
+            real=real,
+            caught=True,
+            caught_by=["cannot be quantised"],
+        )
+        try:
+            judgement = judge(pair, made_elsewhere(faulty, target), self.policy)
+        except InputError as error:  # NaN, say: llama.cpp refuses to make such a file
+            row.diagnosis, row.named_kind, row.named_right = str(error), fault.kind, True
+        else:
+            row.caught, row.caught_by = not judgement.passed, judgement.caught_by
+            self._diagnose(row, fault, judgement)
+        for path in (faulty, target):
+            path.unlink(missing_ok=True)
+        row.seconds = round(time.monotonic() - start, 2)
+        return row
 
     def row(self, fault: Fault, strength: Strength, *, real: bool) -> Row:
         """Plant one fault, judge it, and run the two usual checks on it."""
@@ -262,6 +294,17 @@ class Bench:
             total.update(repr(tensor_key(tensor)).encode())
         self.digests[id(file)] = weakref.ref(file), total.hexdigest()
         return total.hexdigest()
+
+
+def made_elsewhere(source: Path, target: Path) -> Path:
+    """A float file as Q4_K_M under log-normal importance matrices of spread 1, as real ones have it.
+
+    Raises:
+        InputError: weights that llama.cpp does not quantise.
+    """
+    rows = {name: t.shape[-1] for name, t in read_gguf(source).tensors.items() if len(t.shape) == 2 and "blk." in name}
+    matrix = {name: log_normal(width, 1.0, 1000 + number) for number, (name, width) in enumerate(rows.items())}
+    return quantise(source, target, "Q4_K_M", threads=1, imatrix=matrix)
 
 
 def _token_keys(file: GGUFFile) -> str:

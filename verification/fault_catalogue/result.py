@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = "1.0"
+SEEN_ELSEWHERE = 0.97  # share of the faults at their real strength that must be refused in files made elsewhere
 NAMED_RIGHT = 0.9  # share of the caught rows whose diagnosis must have the right class and place
 Says = Literal["pass", "fail", "refused", "not run"]
 

@@ -22,8 +22,8 @@ from verification.commands.provenance import versions
 from verification.fault_catalogue.catalogue import catalogue
 from verification.fault_catalogue.fault import Fault
 from verification.fault_catalogue.peer_checks import Others
-from verification.fault_catalogue.plant import Bench, Tell
-from verification.fault_catalogue.result import NAMED_RIGHT, HealthyRow, Row, SelfTest
+from verification.fault_catalogue.plant import ELSEWHERE, OF_WEIGHTS, Bench, Tell
+from verification.fault_catalogue.result import NAMED_RIGHT, SEEN_ELSEWHERE, HealthyRow, Row, SelfTest
 
 
 def self_test(
@@ -35,6 +35,7 @@ def self_test(
     work: Path | None = None,
     only: Callable[[Fault], bool] = lambda fault: True,
     healthy: bool = True,
+    elsewhere: bool = True,
     tell: Tell = lambda stage, done, total: None,
     seen: Callable[[Row | HealthyRow], None] = lambda row: None,
 ) -> SelfTest:
@@ -46,6 +47,7 @@ def self_test(
         out: where self_test.json, .md and .html go; None writes nothing.
         work: keeps models and files between runs; None uses a temporary directory.
         only: which faults; healthy: whether healthy files are examined as well.
+        elsewhere: whether faults of weights are also planted into files made elsewhere.
         seen: told every row as soon as it is decided.
 
     Raises:
@@ -75,13 +77,25 @@ def self_test(
             rows.append(bench.row(fault, strength, real=real))
             seen(rows[-1])
         tell("faults", len(planned), len(planned))
+        others_made = [(f, s, real) for f, s, real in planned if real and is_of_weights(f)] if elsewhere else []
+        for number, (fault, strength, real) in enumerate(others_made):
+            tell("faults made elsewhere", number, len(others_made))
+            rows.append(bench.elsewhere_row(fault, strength, real=real))
+            seen(rows[-1])
         result = _result(rows, good, bench, quick, time.monotonic() - start)
     if out is not None:
         write_self_test(result, out)
     return result
 
 
+def is_of_weights(fault: Fault) -> bool:
+    """Whether a fault changes weights of a float file, so that it is another question in a file made elsewhere."""
+    return fault.kind in OF_WEIGHTS and fault.judged == "file" and fault.level == "F16"
+
+
 def _result(rows: list[Row], healthy: list[HealthyRow], bench: Bench, quick: bool, seconds: float) -> SelfTest:
+    away = [r for r in rows if r.level == ELSEWHERE]
+    seen = sum(r.caught for r in away)
     missed = [f"{r.fault} ({r.level}, {r.strength})" for r in rows if r.real and not r.caught]
     alarms = [f"{h.pair} {h.level}: {', '.join(h.alarms)}" for h in healthy if not h.passed]
     caught = [r for r in rows if r.caught]
@@ -92,7 +106,11 @@ def _result(rows: list[Row], healthy: list[HealthyRow], bench: Bench, quick: boo
         f"{sum(r.real for r in rows)} refused at the strength people met, {100 * right:.0f} % of the refusals named "
         f"right, {len(alarms)} false alarms on {len(healthy)} healthy files"
     )
-    good = not missed and not alarms and right >= NAMED_RIGHT
+    if away:
+        named = sum(bool(r.named_right) for r in away)
+        summary += f"; made elsewhere {seen} of {len(away)} refused, {named} of these named right"
+    here = [r for r in rows if r.real and r.level != ELSEWHERE]
+    good = all(r.caught for r in here) and not alarms and right >= NAMED_RIGHT and seen >= SEEN_ELSEWHERE * len(away)
     return SelfTest(
         verdict="pass" if good else "fail",
         summary=summary,

@@ -169,6 +169,8 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
             is_float = _is_float(artefact.label)
             of_type = _OF_FLOAT_FILES if is_float else (*_OF_QUANTS, *(_OF_JUDGED if _judges(report) else ()))
             ways = {row.why for row in report.tensors if row.candidate == artefact.label}
+            drawers = {row.drawer for row in report.tensors if row.candidate == artefact.label}
+            of_type += ("quantise.kld_ratio",) if "judged" in drawers and not is_float and _since(report, 5) else ()
             of_type += ("quantise.output_error",) if ways & {BY_OUTPUT, BY_CODES} else ()
             of_type += ("quantise.codes_error",) if BY_CODES in ways else ()
             if by_reference_file(report):
@@ -227,8 +229,13 @@ def _is_of_type(kind: str, rows: list[TensorRow]) -> bool:
 
 def _judges(report: Report) -> bool:
     """Whether the report's version judges the tensors that differ; an older one only counts them."""
+    return _since(report, 3)
+
+
+def _since(report: Report, minor: int) -> bool:
+    """Whether the report's schema is 1.`minor` or newer."""
     parts = report.schema_version.split(".")
-    return all(part.isdigit() for part in parts) and [int(part) for part in parts] >= [1, 3]
+    return all(part.isdigit() for part in parts) and [int(part) for part in parts] >= [1, minor]
 
 
 def _leg_of(check: str) -> LegName:
@@ -319,7 +326,7 @@ def _evaluate(check: Check) -> Status:
 
 def _is_statistic(check: Check) -> bool:
     """Means over tokens, which come with an interval and, but for the cells', are decided on its far end."""
-    means = (".mean_kld", ".top1", ".codes_error")
+    means = (".mean_kld", ".top1", ".codes_error", ".kld_ratio")
     return check.name.endswith(means) or check.name.startswith("dtype.mean_kld.")
 
 

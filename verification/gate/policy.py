@@ -79,6 +79,7 @@ class QuantiseBounds(_Section):
     unexplained: int = Field(ge=0)
     output_error: float = Field(gt=0)  # in llama.cpp's own quantiser's
     codes_error: float = Field(gt=0)  # squared, in that of the nearest codes
+    kld_ratio: float = Field(gt=0)  # in that of llama.cpp's own quantisation
 
 
 class ContractBounds(_Section):
@@ -145,6 +146,7 @@ class Policy(_Section):
             "quantise.unexplained": ("<=", self.quantise.unexplained),
             "quantise.output_error": ("<=", self.quantise.output_error),
             "quantise.codes_error": ("<=", self.quantise.codes_error),
+            "quantise.kld_ratio": ("<=", self.quantise.kld_ratio),
             "controls.differs_from_base": (">=", self.controls.differs_from_base),
             # never below the bake leg's own bound: a loosened bake leg must still refuse the wrong bake
             "controls.transposed": (">=", max(self.controls.transposed, 2 * self.bake.max_abs_logit)),

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`; 1.3: check
 # `quantise.unexplained`, each tensor's `drawer`, `why` and `own_error`, and each check's `code` and `where`; 1.4: each
-# artefact's `type`, role `reference_file` of an input, and each tensor's `blocks`, `blocks_differ` and `found`
-SCHEMA_VERSION = "1.4"
+# artefact's `type`, role `reference_file` of an input, and each tensor's `blocks`, `blocks_differ` and `found`; 1.5:
+# checks `quantise.codes_error` and `quantise.kld_ratio`
+SCHEMA_VERSION = "1.5"
 
 Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
 Verdict = Literal["pass", "fail", "inconclusive", "incomplete"]

@@ -25,7 +25,7 @@ from verification.engines.streamed import StreamedModel
 from verification.gate.check import divergence_checks
 from verification.gate.report import CellResult, Check, Divergence
 from verification.gguf.candidate import Candidate
-from verification.logit_parity.kl import DivergenceAccumulator, Ids
+from verification.logit_parity.kl import DivergenceAccumulator, Floats, Ids
 from verification.logit_parity.logit_store import LogitSpool
 from verification.logit_parity.run_modes import BLOCK, CHAT_LENGTH, Cell, Passage, Plan
 from verification.logit_parity.text import BASE_CHUNKS, Corpus
@@ -188,6 +188,7 @@ class FileResult:
     divergence: Divergence
     alignment: float | None
     cells: list[CellResult]
+    chunk_klds: Floats  # (chunks, 2): sum of the KLDs and number of positions
 
 
 def measure_file(
@@ -244,7 +245,7 @@ def measure_file(
         cells = [replace(cell, why=refused.get(cell.name, cell.why)) for cell in cells]
         results += [_cell_result(cell, label, measured.get(cell.same_as or cell.name)) for cell in cells]
     tell(stage, steps, steps)
-    return FileResult(divergence, distributed.together(ratio)[0], results)
+    return FileResult(divergence, distributed.together(ratio)[0], results, total.chunk_klds())
 
 
 def _mid(label: str, divergence: Divergence) -> CellResult:

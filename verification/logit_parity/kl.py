@@ -151,6 +151,10 @@ class DivergenceAccumulator:
             positions=np.arange(first_position, first_position + len(good))[good],
         )
 
+    def chunk_klds(self) -> npt.NDArray[np.float64]:
+        """(chunks, 2): sum of the KLDs and number of positions of every cluster."""
+        return np.asarray([(cluster.sums[0], cluster.count) for cluster in self._clusters], dtype=np.float64)
+
     def result(self) -> Divergence:
         """The statistics of everything added. Rows with a non-finite logit are counted, not averaged."""
         counts = np.asarray([cluster.count for cluster in self._clusters], dtype=np.float64)

@@ -200,7 +200,7 @@ def _open(
 
 
 def _placed(tensor: GGUFTensor, place: Place | None) -> list[Finding]:
-    return [] if place is None else [_finding(tensor, place.expected, place.found, place.cause)]
+    return [] if place is None else [_finding(tensor, place.expected, place.found, place.cause, place.code)]
 
 
 def _loses(tensor: GGUFTensor, W: Array, spectrum: LowRank, block: int) -> bool:

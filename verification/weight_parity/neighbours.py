@@ -8,6 +8,7 @@ difference: worse blocks are damage, and a tensor of other bytes holds other wei
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Collection
 
 from verification.contract.finding import Finding
@@ -15,12 +16,13 @@ from verification.weight_parity.result import TensorResult
 from verification.weight_parity.structure.direction import together
 
 DAMAGED = 1.2  # squared error of a block, in its own quantiser's
-SAME_MAKER = 0.9  # share of equal blocks from which the file is taken to come from the same quantiser
+SAME_MAKER = 0.9  # share of equal blocks, of the median tensor, from which a file comes from the same quantiser
 ROUNDED = "within one rounding of its type"  # proof of a float tensor that is not rounded to nearest everywhere
 AGAIN = "convert and quantise the reference again"
 _OTHER, _EDITED = "slightly other weights", "flipped bits or edited weights"
 # causes that `explain` may sharpen
-VAGUE = ("", "damaged block", "a row damaged", "a column damaged", _OTHER, _EDITED)
+_DAMAGED = ("damaged block", "a row damaged", "a column damaged", "a head's rows damaged", "a head's columns damaged")
+VAGUE = ("", *_DAMAGED, _OTHER, _EDITED)
 
 
 def held_together(results: list[TensorResult], computed: Collection[str]) -> list[TensorResult]:
@@ -29,9 +31,10 @@ def held_together(results: list[TensorResult], computed: Collection[str]) -> lis
     Args:
         computed: tensors calculated here with another library's functions: not to the last bit the converter's.
     """
-    blocks = sum(r.blocks for r in results)
-    same_maker = blocks > 0 and 1 - sum(r.blocks_differ for r in results) / blocks >= SAME_MAKER
-    results = [_damage(r) if same_maker and r.blocks_damaged else r for r in results]
+    # tensor by tensor: a large embedding, which no matrix covers, says nothing about the maker of the others
+    equal = [1 - r.blocks_differ / r.blocks for r in results if r.blocks]
+    same_maker = bool(equal) and statistics.median(equal) >= SAME_MAKER
+    results = [_damage(r) if same_maker and r.blocks_damaged and _nearly_equal(r) else r for r in results]
     results = [_other_weights(r) if _stands_out(r, results) else r for r in results]
     asked = [r for r in results if r.codes_nearest is not None]
     rounds = sum(bool(r.codes_nearest) for r in asked) >= SAME_MAKER * len(asked)
@@ -62,6 +65,11 @@ def merged_together(results: list[TensorResult]) -> list[TensorResult]:
         else r
         for r in results
     ]
+
+
+def _nearly_equal(result: TensorResult) -> bool:
+    """Whether a tensor's own blocks are nearly all the own quantiser's."""
+    return 1 - result.blocks_differ / result.blocks >= SAME_MAKER
 
 
 def _damage(result: TensorResult) -> TensorResult:

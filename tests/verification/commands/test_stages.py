@@ -72,7 +72,9 @@ def test_the_stages_complete_what_the_gate_calls_for(options: dict[str, Any], la
     report = Report(verdict="incomplete", summary="", created="", artefacts=inputs, **empty)
     wanted = set(gate._called_for(report))
     more = {("dtype.mean_kld", "")} if "adapter" in options else set()
-    more |= {("quantise.output_error", "")} if labels != ("F16",) else set()  # where a tensor's weights do not decide
+    quants = [label for label in labels if label != "F16"]
+    more |= {("quantise.output_error", "")} if quants else set()  # where a tensor's weights do not decide
+    more |= {("quantise.kld_ratio", label) for label in quants}  # where tensors are judged
     more |= {("controls.differs_from_base", "")} if "base" in options else set()
     assert completed | more == wanted | more
 

@@ -32,8 +32,8 @@ from verification.fault_catalogue.file_gate import judge
 from verification.fault_catalogue.models import Healthy, make_family
 from verification.fault_catalogue.page import html_page, markdown
 from verification.fault_catalogue.peer_checks import Others
-from verification.fault_catalogue.plant import Bench, as_quant
-from verification.fault_catalogue.result import HealthyRow, SelfTest
+from verification.fault_catalogue.plant import ELSEWHERE, Bench, as_quant, made_elsewhere
+from verification.fault_catalogue.result import HealthyRow, Row, SelfTest
 from verification.gate.report import Check
 from verification.gguf.cache import Memory
 from verification.gguf.candidate import Candidate
@@ -118,6 +118,34 @@ def test_a_healthy_file_raises_no_alarm(bench: Bench, pair: Healthy, kind: str) 
     judgement = judge(pair, pair.files[kind], bench.policy)
     assert judgement.passed
     assert judgement.caught_by == []
+
+
+def test_a_healthy_file_made_elsewhere_raises_no_alarm(bench: Bench, pair: Healthy, tmp_path: Path) -> None:
+    judgement = judge(pair, made_elsewhere(pair.files["F16"], tmp_path / "m.gguf"), bench.policy)
+    assert judgement.caught_by == []
+    assert judgement.passed
+    assert judgement.linted is not None
+    assert any(row.drawer == "judged" for row in judgement.linted.tensors)
+
+
+@pytest.mark.parametrize("name", ["tensors of two layers exchanged", "two heads exchanged", "norm's gain off"])
+def test_a_fault_in_a_file_made_elsewhere_is_refused_and_named(bench: Bench, name: str) -> None:
+    fault = replace(by_name(name), pair="llama")
+    row = bench.elsewhere_row(fault, fault.strengths[fault.real], real=True)
+    assert row.level == ELSEWHERE
+    assert row.caught
+    assert row.named_right, (row.named_kind, row.named_where, row.diagnosis)
+
+
+def test_a_miss_made_elsewhere_fails_the_self_test_only_beyond_its_share(bench: Bench) -> None:
+    row = {"fault": "f", "kind": "weights", "pair": "main", "level": ELSEWHERE, "strength": "x", "value": None}
+    seen = Row(**row, real=True, caught=True, named_right=True)
+    missed = seen.model_copy(update={"caught": False})
+    assert runner._result([seen] * 39 + [missed], [], bench, True, 1.0).verdict == "pass"
+    result = runner._result([seen] * 19 + [missed], [], bench, True, 1.0)
+    assert result.verdict == "fail"
+    assert "made elsewhere 19 of 20 refused" in result.summary
+    assert len(result.missed) == 1
 
 
 def test_a_fault_of_which_nothing_is_left_is_none(bench: Bench) -> None:
@@ -384,6 +412,7 @@ def test_a_part_of_the_catalogue_through_the_whole_runner(tokenizer: Any, tmp_pa
         healthy=False,
         out=tmp_path / "out",
         work=tmp_path / "work",
+        elsewhere=False,
         tell=lambda stage, done, total: told.append(f"{stage} {done}/{total}"),
     )
     assert {row.fault for row in result.rows} == MAIN

@@ -195,7 +195,7 @@ def test_differing_tensors_pass_only_where_each_was_judged_and_the_policy_demand
 def test_a_tensor_that_its_layers_output_decides_needs_that_check() -> None:
     """A report from which the check was cut does not pass by the weights alone."""
     given = Artefact(role="candidate", path="m.gguf", sha256="0" * 64, bytes=1, label="Q4_K_M")
-    for why, more in ((BY_OUTPUT, 2), (BY_CODES, 3), ("by another build or machine", 1)):
+    for why, more in ((BY_OUTPUT, 3), (BY_CODES, 4), ("by another build or machine", 2)):
         row = tensor("Q4_K_M", "Q4_K").model_copy(update={"drawer": "judged", "why": why})
         whole = report(*healthy()).model_copy(update={"artefacts": [given], "tensors": [row]})
         detail = next(

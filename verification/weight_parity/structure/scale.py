@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-GROUP_Z = 12.0  # of one row or column against the others; see `docs/detection.md` for its rate
 SIGMA = 1.4826  # median absolute deviation of a Gaussian variable -> its standard deviation
 ENOUGH = 32  # groups from which their own spread is known
 
