@@ -15,6 +15,7 @@ from so8t_core.errors import InputError
 
 THINK_MARKER = "# 思考ステップ"
 ANSWER_MARKER = "# 最終回答"
+FORM_KEY = "so8t.think_form"  # of a GGUF file: `so8t`, or `base` for the form that the base's chat template writes
 SYSTEM_MESSAGE = f'Write short steps under "{THINK_MARKER}", then only the answer under "{ANSWER_MARKER}".'
 
 # Invisible at the ends of a message: zero width space, word joiner, Mongolian vowel separator, byte order mark.

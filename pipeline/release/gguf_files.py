@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.base_model import DEMO_NAME, DEMO_NOTE
 from pipeline.config import DEMO_MODEL, RunConfig
-from pipeline.data.think_form import SYSTEM_MESSAGE
+from pipeline.data.think_form import FORM_KEY, SYSTEM_MESSAGE
 from pipeline.progress import Reporter
 from pipeline.release.model_card import UNKNOWN_LICENCE, licence_of, model_card
 from pipeline.release.modelfile import modelfile
@@ -22,6 +22,7 @@ from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_file, write_text
 from verification.engines.convert import OUT_TYPES, convert, default_name
 from verification.engines.quantise import nominal_types, quantise, type_number
+from verification.gguf.edit_keys import insert_keys
 from verification.gguf.reader import read_gguf
 from verification.reference.checkpoint import read_config
 from verification.reference.rope import limit_of_config
@@ -66,6 +67,7 @@ def convert_model(config: RunConfig, base_dir: Path, baked_dir: Path, out_dir: P
             target = temporary / f"{name}-{kind}.gguf"
             if kind.lower() in OUT_TYPES:
                 convert(baked_dir, target, outtype=kind.lower(), model_name=name, converter=config.convert.converter)
+                insert_keys(target, {FORM_KEY: config.data.think_form})  # the quantiser copies it from the F16 file
             else:
                 quantise(source, target, kind, threads=config.threads)
             made.append((kind, target))

@@ -7,7 +7,6 @@ gate or the reader should know. The estimates are `estimate`'s.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from pipeline import hub
 from pipeline.config import DEMO_MODEL
 from pipeline.data.inputs import expected_rows
 from pipeline.run.estimate import Cost, Machine, Shape, costs, mean_length, shape_of, this_machine
-from so8t_core.checkpoint_admission import admit_checkpoint, admit_config
+from pipeline.run.refuse import missing_tools, missing_weights
+from so8t_core.checkpoint_admission import admit_config
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 NETWORK = 2e7  # bytes a second from the hub
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
-_PACKAGES = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "peft": "peft", "accelerate": "accelerate"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,9 @@ def make_plan(run: Run, *, first: str | None = None, until: str | None = None, f
             estimates["base"] = Cost(fetched / NETWORK, 0, 0, fetched)
             plan.basis = _basis(shape, machine, tokens)
             _look_at_model(run, shape, small, plan)
-    _look_at_tools(run, last, shape, plan)
+    problems, notes = missing_tools(run.config, shape, converts=last >= STEPS.index("convert"))
+    plan.problems += problems
+    plan.notes += notes
     for name, state in states.items():
         runs = state != "up to date"
         plan.steps.append(StepPlan(name, state, runs, estimates.get(name, Cost()) if runs else Cost()))
@@ -135,15 +136,6 @@ def _on_the_hub(named: str, plan: Plan) -> _Base:
     if constants.HF_HUB_OFFLINE:
         plan.problems += [f"model.base = {named!r}: {missing[0]}, and HF_HUB_OFFLINE forbids to fetch it"]
     return _Base(here, here, "would fetch the weights", False, fetched=True)
-
-
-def missing_weights(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint's weights: gone, damaged (cut files show in their headers), or quantised."""
-    try:
-        admit_checkpoint(directory)
-    except InputError as error:
-        return [str(error)]
-    return []
 
 
 def _tokenizer(directory: Path, gguf: str | None) -> Any:
@@ -209,39 +201,6 @@ def _look_at_model(run: Run, shape: Shape, directory: Path, plan: Plan) -> None:
             plan.notes.append(f"LongRoPE: the Modelfile will say num_ctx {pinned}, not {run.config.convert.n_ctx}")
 
 
-def _look_at_tools(run: Run, last: int, shape: Shape | None, plan: Plan) -> None:
-    """Packages, the converter, and whether it knows this architecture."""
-    from pipeline.run.steps import STEPS
-    from verification.engines.convert import cache_directory, find_converter
-    from verification.engines.program_digests import SCRIPT
-
-    wanted = dict(_PACKAGES)
-    if run.config.train.quantization != "none":
-        wanted["bitsandbytes"] = "bitsandbytes"
-    for module, package in wanted.items():
-        if importlib.util.find_spec(module) is None:
-            plan.problems.append(f"the package {package} is not installed; pip install {package}")
-    if last < STEPS.index("convert"):
-        return
-    given = run.config.convert.converter or os.environ.get("SO8T_CONVERTER")
-    home = _try(plan, lambda: find_converter(run.config.convert.converter)) if given else cache_directory()
-    if home is None:
-        return
-    if not (home / SCRIPT).is_file():
-        plan.notes.append("upstream's converter is not here yet; the first conversion installs it with pip")
-        return
-    if shape is not None and not _knows(home, shape.name):
-        plan.problems.append(
-            f"the converter in {home} does not know {shape.name}; give a newer one as convert.converter"
-        )
-
-
-def _knows(home: Path, architecture: str) -> bool:
-    """Whether the converter's source names the architecture."""
-    sources = [home / "convert_hf_to_gguf.py", *(home / "conversion").glob("*.py")]
-    return any(f'"{architecture}"' in path.read_text(encoding="utf-8") for path in sources if path.is_file())
-
-
 def _look_at_room(run: Run, plan: Plan) -> None:
     """Free disk and memory against the estimates."""
     place = run.dir
@@ -271,22 +230,6 @@ def _gpu_memory() -> int:
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
-
-
-def refuse_early(run: Run, last: int) -> None:
-    """What would end a run in its late steps, found before the first one starts.
-
-    Raises:
-        InputError: weights that are missing or cut, a layer, target or package that does not exist, a converter that
-            is not there or does not know the architecture.
-    """
-    from pipeline.run.steps import STEPS
-
-    found = Plan(problems=missing_weights(run.base_dir))
-    if last >= STEPS.index("train") and not found.problems:
-        _look_at_tools(run, last, shape_of(run.base_dir, run.config.train), found)
-    if found.problems:
-        raise InputError(found.problems[0])
 
 
 def _try(plan: Plan, check: Any) -> Any:

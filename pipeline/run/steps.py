@@ -21,6 +21,7 @@ from pipeline.base_model import DEMO_NOTE, prepare_base
 from pipeline.config import DEMO_MODEL, RunConfig
 from pipeline.manifest import StepRecord, load_manifest, locked, save_manifest, versions
 from pipeline.progress import Reporter, StageProgress
+from pipeline.run.refuse import refuse_early
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, sweep, write_text
 from so8t_core.threads import torch_threads
@@ -87,9 +88,8 @@ class Run:
             write_text(self.dir / "config.resolved.yaml", resolved)
             self.base_dir = prepare_base(self.config.model.base, self.dir / "base")
             if "train" not in load_manifest(self.dir).steps:
-                from pipeline.run.plan import refuse_early
-
-                refuse_early(self, last)
+                reached = STEPS[: last + 1]
+                refuse_early(self.config, self.base_dir, trains="train" in reached, converts="convert" in reached)
             for number, name in enumerate(STEPS[1 : last + 1], start=1):
                 self._one(name, number, last, forced=name in again)
         report = self._stored_report() if last == len(STEPS) - 1 else None

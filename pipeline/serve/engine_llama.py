@@ -20,11 +20,12 @@ from typing import Any
 import llama_cpp
 
 from pipeline.config import ConvertConfig
-from pipeline.data.think_form import THINK_MARKER, Message
+from pipeline.data.render import as_parts, without_system
+from pipeline.data.think_form import FORM_KEY, THINK_MARKER, Message
 from pipeline.release.generate import with_bos
 from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.forms.form import Form
-from pipeline.serve.forms.registry import SO8T, form_of_template
+from pipeline.serve.forms.registry import SO8T, form_named, form_of_template
 from pipeline.serve.request_error import Refusal, invalid
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
@@ -32,7 +33,7 @@ from so8t_core.files import sha256_file
 from verification.engines import chat_template
 from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 from verification.engines.sandbox import require_loadable
-from verification.gguf.reader import read_gguf
+from verification.gguf.reader import GGUFFile, read_gguf
 from verification.reference.rope import limit_of_file
 
 PIECE = 128  # prompt tokens between two looks at the cancel flag
@@ -55,9 +56,25 @@ def shipped_stops(gguf: Path) -> list[str]:
     return re.findall(r'^PARAMETER stop "(.+)"$', modelfile_beside(gguf), re.MULTILINE)
 
 
-def form_of_file(gguf: Path, template: str) -> Form:
-    """The form of thinking: this pipeline's own where the Modelfile asks for it, else the template's."""
-    return SO8T if THINK_MARKER in modelfile_beside(gguf) else form_of_template(template)
+def form_of_file(file: GGUFFile, template: str) -> Form:
+    """The form of thinking that the file names by its key; without one, our own where the Modelfile asks for it.
+
+    A key `base`, and a file without key and Modelfile, stand for the form that the chat template shows.
+
+    Raises:
+        InputError: the key names no form.
+    """
+    named = file.metadata.get(FORM_KEY)
+    if named == "base":
+        return form_of_template(template)
+    if named is not None:
+        try:
+            return form_named(named)
+        except InputError:
+            raise InputError(
+                f"{file.path} has {FORM_KEY} {named!r}, which is no form; name one, --think-form so8t"
+            ) from None
+    return SO8T if THINK_MARKER in modelfile_beside(file.path) else form_of_template(template)
 
 
 class ChatTemplate:
@@ -75,14 +92,28 @@ class ChatTemplate:
     def render(self, messages: list[Message], *, prompt: bool = True) -> str:
         """The conversation, with `prompt` up to the model's turn.
 
+        As in training: contents as texts, else as parts where the template loses a text, else with the system text in
+        front of the first question where it refuses the role.
+
         Raises:
             Refusal: the template refuses these roles, or cannot render them.
         """
+        first = self._one(messages, prompt)
+        if first is not None and all(message["content"] in first for message in messages):
+            return first
+        parts = self._one(as_parts(messages), prompt)
+        if parts is not None and all(message["content"] in parts for message in messages):
+            return parts
+        found = first if first is not None else self._one(without_system(messages), prompt)
+        if found is None:
+            raise invalid("the model's chat template refuses this order of roles", param="messages")
+        return found
+
+    def _one(self, messages: list[Message], prompt: bool) -> str | None:
+        """One way of rendering; None where the template refuses it."""
         variables = chat_template.llama_cpp_variables(messages, bos=self._bos, eos=self._eos, prompt=prompt)
         (outcome,) = self._template.render(variables, now=datetime.datetime.now())
-        if outcome.kind != "text":
-            raise invalid("the model's chat template refuses this order of roles", param="messages")
-        return outcome.text
+        return outcome.text if outcome.kind == "text" else None
 
     def close(self) -> None:
         """End the child."""
@@ -135,7 +166,7 @@ class LlamaEngine:
             raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {self.n_ctx} tokens")
         names = {"bos": self.model.token_text(self.model.bos), "eos": self.model.token_text(self.model.eos)}
         self.template = ChatTemplate(source, **names)
-        self.form = form or form_of_file(gguf, source)
+        self.form = form or form_of_file(file, source)
         self.marks = {ids[0] for marker in self.form.markers if len(ids := self.model.tokenize(marker)) == 1}
         self.ends = self._ends(gguf)
         params = llama_cpp.llama_context_default_params()

@@ -44,7 +44,7 @@ def artefacts(
     texts = [corpus] if isinstance(corpus, str | Path) else list(corpus or [DEFAULT_CORPUS])
     by_file = reference.is_file()  # it carries the tokens of its own text
     found = [_artefact("reference_file" if by_file else "reference", reference)]
-    found += [_artefact("candidate", c.file.path, c.label) for c in files]
+    found += [_artefact("candidate", c.file.path, c.label, c.file.file_type) for c in files]
     found += [_artefact("base", base)] if base is not None else []
     found += [_artefact("adapter", adapter)] if adapter is not None else []
     found += [] if by_file else [_artefact("corpus", path) for path in texts]
@@ -58,11 +58,11 @@ def imatrix_artefact(path: str | Path | None) -> list[Artefact]:
     return [_artefact("imatrix", path)] if path is not None else []
 
 
-def _artefact(role: Role, path: str | Path, label: str = "") -> Artefact:
+def _artefact(role: Role, path: str | Path, label: str = "", kind: str = "") -> Artefact:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{role} {path} does not exist")
-    return Artefact(role=role, path=str(path), sha256=sha256_path(path), bytes=size_of(path), label=label)
+    return Artefact(role=role, path=str(path), sha256=sha256_path(path), bytes=size_of(path), label=label, type=kind)
 
 
 def changed_artefacts(artefacts: Sequence[Artefact]) -> tuple[list[str], list[str]]:

@@ -43,6 +43,7 @@ HARMLESS = frozenset(
         "quantize.imatrix.dataset",
         "quantize.imatrix.entries_count",
         "quantize.imatrix.chunks_count",
+        "so8t.think_form",  # tells `so8t serve` how the model writes its thinking
         "split.no",
         "split.count",
         "split.tensors.count",  # `read_gguf` refuses a part

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from so8t_core.files import read_json
 from verification.contract.finding import Finding
+from verification.engines.stop_tokens import listed_stops
 from verification.gguf.reader import GGUFFile
 
 PLAIN = (
@@ -151,12 +151,8 @@ def added_specials(tokenizer: Any, model: Tokens) -> list[Finding]:
 
 
 def wanted_stops(directory: Path, tokenizer: Any) -> set[int]:
-    """Tokens at which the reference stops: generation_config's list and the tokenizer's EOS."""
-    wanted: set[int] = set()
-    path = directory / "generation_config.json"
-    if path.is_file():
-        value = read_json(path).get("eos_token_id")
-        wanted |= set(value if isinstance(value, list) else [] if value is None else [value])
+    """Tokens at which the reference stops: those that its configuration lists, and the tokenizer's EOS."""
+    wanted = listed_stops(directory)
     if tokenizer.eos_token_id is not None:
         wanted.add(int(tokenizer.eos_token_id))
     return wanted

@@ -1,9 +1,10 @@
 """Stop tokens that llama.cpp would not stop at, written into keys of a GGUF file.
 
 llama.cpp ends a generation at the ids of `eos_token_id`, `eot_token_id` and `eom_token_id`, and at tokens whose text is
-on a list of its own. The stop set of a checkpoint is a list in generation_config.json, of which upstream's converter
-takes one id. Phi-3.5's list has <|assistant|>, whose text llama.cpp does not know: such ids go into the free keys, eom
-before eot, because nothing but the stop set reads eom. What finds no key is left to the check `contract.stop_set`.
+on a list of its own. The stop set of a checkpoint is a list in generation_config.json, or in config.json where there is
+no such file; upstream's converter takes one id of it. Phi-3.5's list has <|assistant|>, whose text llama.cpp does not
+know: such ids go into the free keys, eom before eot, because nothing but the stop set reads eom. What finds no key is
+left to the check `contract.stop_set`.
 Source: llama.cpp, src/llama-vocab.cpp (special_eog_ids).
 """
 
@@ -23,24 +24,29 @@ KEYS = ("tokenizer.ggml.eom_token_id", "tokenizer.ggml.eot_token_id")
 def eos_ids(path: Path) -> list[int]:
     """`eos_token_id` of a configuration file, a number or a list, in its order; empty where there is none.
 
+    A model with a vision part names it in `text_config`.
+
     Raises:
         InputError: the file is damaged.
     """
-    value = read_json(path).get("eos_token_id") if path.is_file() else None
+    fields = read_json(path) if path.is_file() else {}
+    text = fields.get("text_config")
+    value = fields.get("eos_token_id") or (text.get("eos_token_id") if isinstance(text, dict) else None)
     return [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
 
 
 def listed_stops(directory: Path) -> set[int]:
-    """The eos ids of generation_config.json; empty where there is none.
+    """The eos ids at which transformers stops: generation_config.json's, or config.json's where there is no such file.
 
     Raises:
         InputError: the file is damaged.
     """
-    return set(eos_ids(directory / "generation_config.json"))
+    path = directory / "generation_config.json"
+    return set(eos_ids(path if path.is_file() else directory / "config.json"))
 
 
 def add_stop_keys(gguf: Path, directory: Path) -> dict[str, int]:
-    """Make llama.cpp stop where generation_config.json of `directory` says; returns the keys that were written.
+    """Make llama.cpp stop where the checkpoint in `directory` says; returns the keys that were written.
 
     The file is only rewritten when a stop is missing (a copy of its data, nothing in memory).
 

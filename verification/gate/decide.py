@@ -16,7 +16,18 @@ from pydantic import ValidationError
 
 from so8t_core.errors import InputError
 from verification.gate.policy import Policy, make_policy
-from verification.gate.report import BY_CODES, BY_OUTPUT, Check, Leg, LegName, Report, Status, TensorRow, Verdict
+from verification.gate.report import (
+    BY_CODES,
+    BY_OUTPUT,
+    Artefact,
+    Check,
+    Leg,
+    LegName,
+    Report,
+    Status,
+    TensorRow,
+    Verdict,
+)
 
 # what `verification.gguf.reader` calls a float file; the gate imports only the core, and a test holds the two together
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
@@ -95,7 +106,7 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"this is not an SO8T report: `{where}`: {first['msg']}") from None
     policy = policy or make_policy(report.policy, source="the report's policy")
-    legs = [_decide_leg(leg, policy, judged=_judges(report)) for leg in _with_gaps(report)]
+    legs = [_decide_leg(leg, policy, report) for leg in _with_gaps(report)]
     present = {leg.name for leg in legs}
     legs += [_missing(name) for name in policy.required if name not in present and _can_be_had(name, report)]
     verdict = _verdict(legs)
@@ -120,11 +131,11 @@ def _can_be_had(name: LegName, report: Report) -> bool:
 
     With the weights, the verifier makes the float file of that leg itself.
     """
-    return name != "convert" or not by_reference_file(report) or any(_is_float(a.label) for a in report.artefacts)
+    return name != "convert" or not by_reference_file(report) or any(_is_float(a) for a in report.artefacts)
 
 
-def _is_float(label: str) -> bool:
-    return label.split(" ")[0] in FLOAT_TYPES
+def _is_float(artefact: Artefact) -> bool:
+    return artefact.type in FLOAT_TYPES
 
 
 def _with_gaps(report: Report) -> list[Leg]:
@@ -139,8 +150,8 @@ def _with_gaps(report: Report) -> list[Leg]:
         either = _SAVED_TYPES if wanted == "dtype.mean_kld" else (wanted,)
         if not any((name, subject) in present for name in either):
             gaps.setdefault(_leg_of(wanted), []).append(f"{wanted} of {subject}" if subject else wanted)
-    for label in _labels_of_other_types(report):
-        gaps.setdefault("contract", []).append(f"tensor of the type that {label} is labelled with")
+    for label in _of_other_types(report):
+        gaps.setdefault("contract", []).append(f"tensor of {label}'s type")
     for label in _contradicted_by_rows(report):
         gaps.setdefault("quantise", []).append(f"count of {label}'s unexplained tensors that its table bears out")
     for name, names in gaps.items():
@@ -166,7 +177,7 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
     wanted: list[tuple[str, str]] = []
     for artefact in report.artefacts:
         if artefact.role == "candidate":
-            is_float = _is_float(artefact.label)
+            is_float = _is_float(artefact)
             of_type = _OF_FLOAT_FILES if is_float else (*_OF_QUANTS, *(_OF_JUDGED if _judges(report) else ()))
             ways = {row.why for row in report.tensors if row.candidate == artefact.label}
             drawers = {row.drawer for row in report.tensors if row.candidate == artefact.label}
@@ -180,15 +191,15 @@ def _called_for(report: Report) -> list[tuple[str, str]]:
         elif artefact.role == "adapter":
             wanted += [(name, "") for name in (*_OF_ADAPTERS, "dtype.mean_kld")]
     if wanted:
-        floor = not by_reference_file(report) or any(_is_float(a.label) for a in report.artefacts)
+        floor = not by_reference_file(report) or any(_is_float(a) for a in report.artefacts)
         wanted += [(name, "") for name in _OF_EVERY_RUN if floor or name != "evidence.noise_floor"]
     return wanted
 
 
-def _labels_of_other_types(report: Report) -> list[str]:
-    """Candidates whose label, which chooses their checks and bounds, is not what their recorded tensors say.
+def _of_other_types(report: Report) -> list[str]:
+    """Candidates whose type, which chooses their checks and bounds, is not what their recorded tensors say.
 
-    A float label needs float tensors only, a quant's label one tensor of as many bits; both need tensors at all.
+    A float type needs float tensors only, a quant's type one tensor of as many bits; both need tensors at all.
     """
     rows: dict[str, list[TensorRow]] = {}
     for row in report.tensors:
@@ -196,7 +207,7 @@ def _labels_of_other_types(report: Report) -> list[str]:
     return [
         artefact.label
         for artefact in report.artefacts
-        if artefact.role == "candidate" and not _is_of_type(artefact.label.split(" ")[0], rows.get(artefact.label, []))
+        if artefact.role == "candidate" and not _is_of_type(artefact.type, rows.get(artefact.label, []))
     ]
 
 
@@ -252,8 +263,9 @@ def _missing(name: LegName) -> Leg:
     return Leg(name=name, title=LEG_TITLES[name], compared="", status="not evaluated", checks=[check])
 
 
-def _decide_leg(leg: Leg, policy: Policy, *, judged: bool) -> Leg:
-    checks = [_decide_check(check, policy, judged=judged) for check in leg.checks]
+def _decide_leg(leg: Leg, policy: Policy, report: Report) -> Leg:
+    judged = _judges(report)
+    checks = [_decide_check(check, policy, report.type_of(check.subject), judged=judged) for check in leg.checks]
     return leg.model_copy(update={"checks": checks, "status": leg_status([check.status for check in checks])})
 
 
@@ -274,13 +286,13 @@ def _accepts(name: str, policy: Policy, *, judged: bool) -> bool:
     return judged and policy.quantise.tensors_differ is None
 
 
-def _decide_check(check: Check, policy: Policy, *, judged: bool) -> Check:
+def _decide_check(check: Check, policy: Policy, kind: str, *, judged: bool) -> Check:
     if check.name in _LISTINGS and _accepts(check.name, policy, judged=judged):
         check = check.model_copy(update={"bound": "any, by policy", "relation": None})
-    elif (known := policy.bound(check)) is not None:
+    elif (known := policy.bound(check, kind)) is not None:
         check = check.model_copy(update={"relation": known[0], "bound": known[1]})
     else:  # never the bound that a stored report says it had
-        detail = _unknown(check) if check.value is not None or _is_statistic(check) else check.detail
+        detail = _unknown(check, kind) if check.value is not None or _is_statistic(check) else check.detail
         check = check.model_copy(update={"relation": None, "bound": None, "detail": detail})
     status = _evaluate(check)
     if status in ("fail", "inconclusive"):  # what was not measured cannot be accepted
@@ -290,11 +302,11 @@ def _decide_check(check: Check, policy: Policy, *, judged: bool) -> Check:
     return check.model_copy(update={"status": status, "reason": ""})
 
 
-def _unknown(check: Check) -> str:
+def _unknown(check: Check, kind: str) -> str:
     """Why the policy has no bound for a check."""
     if not _is_statistic(check):
         return f"{check.name} is no check of this version of so8t, so no bound is known for it; verify again"
-    leg, kind = check.name.split(".")[0], check.subject.split(" ")[0]
+    leg = check.name.split(".")[0]
     if leg == "dtype":
         return f"{check.name.removeprefix('dtype.mean_kld.')} has no bound; save in float32, float16 or bfloat16"
     return f"the policy has no {leg} bound for {kind}; add `{leg}: {{{kind}: {{mean_kld: .., top1: ..}}}}` to it"

@@ -128,11 +128,10 @@ class Policy(_Section):
     cells: dict[str, LogitBounds]
     waivers: list[Waiver] = Field(default_factory=list)
 
-    def bound(self, check: Check) -> tuple[str, float | int | str] | None:
-        """Relation and bound for a check, or None when the policy knows none."""
+    def bound(self, check: Check, kind: str) -> tuple[str, float | int | str] | None:
+        """Relation and bound for a check about a file of the type `kind`, or None when the policy knows none."""
         if check.name.startswith("contract.") or check.name.endswith(".non_finite"):
             return "<=", 0  # a count of disagreements; what a stored report says its bound was does not matter
-        kind = check.subject.split(" ")[0]  # "Q8_0 (name.gguf)" is a Q8_0
         quality = self.quality.get(kind)
         convert = self.convert.BF16 if kind == "BF16" else self.convert
         table: dict[str, tuple[str, float | int | str]] = {

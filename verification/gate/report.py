@@ -37,7 +37,15 @@ class Artefact(_Model):
     # of the file; for a directory: of the sorted list of (name, sha256) of its files
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
-    label: str = ""  # short name used in tables and plots, e.g. "Q4_K_M"
+    label: str = ""  # short name used in tables and plots, e.g. "Q4_K_M (my-model.gguf)"
+    type: str = ""  # of a candidate: its file type, "Q4_K_M", which chooses its checks and bounds
+
+    @model_validator(mode="after")
+    def _type_of_old_reports(self) -> Artefact:
+        """Before schema 1.4 the label began with the type."""
+        if self.role == "candidate" and not self.type:
+            self.type = self.label.split(" ")[0]
+        return self
 
 
 class Check(_Model):
@@ -193,6 +201,14 @@ class Report(_Model):
         if "" in labels or len(set(labels)) < len(labels):
             raise ValueError(f"every candidate needs a label of its own, found {labels}")
         return self
+
+    def type_of(self, subject: str) -> str:
+        """File type of the candidate that a check is about.
+
+        A subject that is no candidate (the verifier's own file, "F16 (oracle)") begins with its type.
+        """
+        found = (a.type for a in self.artefacts if a.role == "candidate" and a.label == subject)
+        return next(found, subject.split(" ")[0])
 
 
 class Curve(_Model):

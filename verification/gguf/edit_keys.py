@@ -15,7 +15,7 @@ from verification.gguf.reader import Cursor, GGUFFile, read_gguf
 
 _N_KV = 16  # byte at which the number of keys stands: behind magic, version and number of tensors
 _KEYS = _N_KV + 8  # byte at which the first key stands
-_UINT32 = 4  # GGUF's number of the type
+_UINT32, _STRING = 4, 8  # GGUF's numbers of the types
 
 
 def drop_keys(gguf: Path, keys: Collection[str]) -> None:
@@ -39,17 +39,29 @@ def drop_keys(gguf: Path, keys: Collection[str]) -> None:
     _write(file, len(kept), b"".join(kept))
 
 
-def insert_keys(gguf: Path, keys: Mapping[str, int]) -> None:
-    """Write unsigned 32-bit keys behind a file's own.
+def insert_keys(gguf: Path, keys: Mapping[str, int | str]) -> None:
+    """Write keys behind a file's own: numbers as unsigned 32-bit ones, texts as strings.
 
     Raises:
         InputError: it is no readable GGUF file.
     """
     file = read_gguf(gguf)
-    added = [struct.pack(f"<Q{len(key)}sII", len(key), key.encode(), _UINT32, value) for key, value in keys.items()]
+    added = [_string(key) + _value(value) for key, value in keys.items()]
     with open(gguf, "rb") as source:
         own = source.read(file.keys_end)[_KEYS:]
     _write(file, len(file.metadata) + len(keys), own + b"".join(added))
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: int | str) -> bytes:
+    """A value behind the number of its type."""
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _string(value)
+    return struct.pack("<II", _UINT32, value)
 
 
 def _write(file: GGUFFile, count: int, entries: bytes) -> None:

@@ -51,6 +51,7 @@ _BY_HAND = {
     "imatrix.chunk_count": "unsigned integer",
     "imatrix.chunk_size": "unsigned integer",
     "imatrix.datasets": "array of string",
+    "so8t.think_form": "string",  # `so8t convert` writes it, `so8t serve` reads it
     "adapter.type": "string",
     "adapter.lora.alpha": "float",
 }

@@ -1,8 +1,8 @@
 """Paths of the maker's computer that a file publishes; they often name people, customers and machines.
 
 llama-quantize writes the importance matrix's path into `quantize.imatrix.file`; converters and merge tools have written
-paths into `general.source.*` and `general.base_model.*`. A value that is an absolute path (/..., ~/..., C:\\..., file://)
-counts, and a home directory inside any text but the tokenizer's.
+paths into `general.source.*` and `general.base_model.*`. A value that is an absolute path counts, and inside any text
+but the tokenizer's a path that leads to people's files (/home/..., ~/..., C:\\..., \\\\host\\..., file:/).
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 
 from verification.gguf.reader import GGUFFile
 
-_WHOLE = re.compile(r"\s*(?:/(?!/)[^\s/]+(?:/|$)|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\[^\\]+\\|file:/)", re.IGNORECASE)
-_INSIDE = re.compile(r"(?<![\w./-])(?:/(?:home|Users|root|mnt|media|tmp|private)/\S+|[A-Za-z]:\\\S+|file:/\S+)")
+_PATH = re.compile(
+    r"\A\s*/(?!/)[^\s/]+(?:/[^\n]*)?\Z"  # any absolute path, as the whole value
+    r"|(?<![\w./-])(?:/(?:home|Users|root|mnt|media|tmp|private)/|~(?:[a-z_][\w.-]*)?/|[a-z]:[\\/]|\\\\[^\\\s]+\\|file:/)\S*",
+    re.IGNORECASE,
+)
 
 
 def local_paths(file: GGUFFile) -> dict[str, str]:
@@ -30,7 +33,5 @@ def _texts(key: str, value: Any) -> Iterator[str]:
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str):
             return
-        if _WHOLE.match(text) and "\n" not in text:
-            yield text
-        elif inside := _INSIDE.search(text):
-            yield inside[0]
+        if found := _PATH.search(text):
+            yield found[0].strip()

@@ -3,6 +3,7 @@ estimates stand beside measured runs."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -16,7 +17,6 @@ from phi3_miniature import MiniatureRun, Size, miniature_run, save_miniature
 from pipeline.cli import main as cli
 from pipeline.config import parse_config
 from pipeline.progress import Reporter
-from pipeline.run import plan
 from pipeline.run.estimate import mean_length, shape_of
 from pipeline.run.plan import Plan, make_plan
 from pipeline.run.steps import STEPS, Run
@@ -161,9 +161,9 @@ def test_a_setting_that_would_end_the_run_is_named(setting: str, bare: Path, tmp
 def test_a_missing_package_converter_or_room_is_named(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = plan.importlib.util.find_spec
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     (tmp_path / "converter").mkdir()
     (tmp_path / "converter" / "convert_hf_to_gguf.py").write_text("# knows nothing\n", encoding="utf-8")
     told = planned(

@@ -7,22 +7,29 @@ import shutil
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from running_server import RunningServer, answer_of, error, request, status
+from template_shapes import SHAPES, shaped
+from tiny_gguf import write_tiny
 
 from pipeline.base_model import demo_file
-from pipeline.data.think_form import SYSTEM_MESSAGE, chat
+from pipeline.data.masking import render_row
+from pipeline.data.render import CLOCK
+from pipeline.data.think_form import FORM_KEY, SYSTEM_MESSAGE, chat, format_assistant
 from pipeline.release.generate import complete
 from pipeline.serve.engine import EngineError, Job
-from pipeline.serve.engine_llama import ChatTemplate, LlamaEngine, shipped_n_ctx, shipped_stops
+from pipeline.serve.engine_llama import ChatTemplate, LlamaEngine, form_of_file, shipped_n_ctx, shipped_stops
 from pipeline.serve.forms.registry import form_named
 from pipeline.serve.guard import TooLong
 from pipeline.serve.request import Limits
 from pipeline.serve.request_error import Refusal
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
+from verification.gguf.edit_keys import insert_keys
+from verification.gguf.reader import read_gguf
 
 CONVERSATIONS: list[list[dict[str, str]]] = [
     chat("13 と 4 と 6 の合計は?"),
@@ -33,6 +40,9 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
         {"role": "user", "content": "1234567 x\n\n  y <b>"},
     ],
 ]
+
+
+LONG = CONVERSATIONS[2]
 
 
 def collect(engine: LlamaEngine, job: Job) -> Coroutine[Any, Any, tuple[str, str | None]]:
@@ -382,6 +392,42 @@ def test_templates_are_rendered_as_transformers_renders_them(tiny_dir: Path) -> 
             assert ChatTemplate(template, bos="", eos="").render(messages) == expected
     plain, with_marks = (ChatTemplate(t, bos="", eos="").render(CONVERSATIONS[2]) for t in (CHATML, marked))
     assert plain == with_marks
+
+
+@pytest.mark.parametrize("messages", [LONG, LONG[:2]], ids=["two turns", "one turn"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_user_gets_the_prompt_that_was_trained(
+    name: str, messages: list[dict[str, str]], phi35: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the base's template knows no system role or wants content as parts."""
+    tokenizer, reply = shaped(phi35, name), {"role": "assistant", "content": format_assistant("2 + 2 = 4.", "4")}
+    row = render_row(tokenizer, [*messages, reply])
+    trained = tokenizer.decode(row.input_ids[: row.prompt_length], clean_up_tokenization_spaces=False)
+    monkeypatch.setattr(
+        "pipeline.serve.engine_llama.datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: CLOCK))
+    )
+    served = ChatTemplate(tokenizer.chat_template, bos="<s>", eos=tokenizer.eos_token).render(messages)
+    assert served == trained
+    assert all(message["content"] in served for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("named", "form"),
+    [("so8t", "so8t"), ("base", "think"), ("mistral", "mistral"), ("<plan>...</plan>", "<plan>...</plan>")],
+)
+def test_the_files_own_key_names_the_form(named: str, form: str, tmp_path: Path) -> None:
+    """The key travels with the file; a Modelfile beside it may be lost or of another file."""
+    path = write_tiny(tmp_path / "m.gguf")
+    insert_keys(path, {FORM_KEY: named})
+    path.with_suffix(".Modelfile").write_text(f'SYSTEM """{SYSTEM_MESSAGE}"""\n', encoding="utf-8")
+    assert form_of_file(read_gguf(path), CHATML + "<think>").name == form
+
+
+def test_a_key_that_names_no_form_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m.gguf")
+    insert_keys(path, {FORM_KEY: "loud"})
+    with pytest.raises(InputError, match=r"so8t\.think_form 'loud'.*--think-form"):
+        form_of_file(read_gguf(path), CHATML)
 
 
 @pytest.mark.parametrize("fault", ["{{ 1 // 0 }}", "{{ messages[9].content }}", "{{ undefined.x }}", "{{ 'a' + 1 }}"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from sample_report import sample_report
+from test_action import run as run_step
 from verification_models import rewrite
 
 ROOT = Path(__file__).parents[3]
@@ -65,6 +66,14 @@ def test_the_recipe_passes_a_healthy_file_and_writes_the_jobs_summary(place: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     written = (place / "summary.md").read_text(encoding="utf-8")
     assert written.strip() == (place / "report" / "report.md").read_text(encoding="utf-8").strip()
+
+
+def test_the_action_measures_a_healthy_file(place: Path) -> None:
+    """The whole step with the real program; what it passes on, and how it ends otherwise: test_action.py."""
+    given = {"reference": "checkpoint", "candidates": "model-*.gguf", "policy": "gate.yaml", "out": "of-the-action"}
+    code, outputs, said = run_step("verify", place, {**given, "arguments": "--chunks=2\n--n-ctx=64"})
+    assert (code, outputs) == (0, {"exit-code": "0", "report": "of-the-action"}), said
+    assert (place / "of-the-action" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("number", range(len(SHELL)))

@@ -61,6 +61,25 @@ def test_more_stops_than_keys_are_left_to_the_gate(file: Path, tmp_path: Path) -
     assert add_stop_keys(file, stops(tmp_path, [7, 8, 9])) == {KEYS[0]: 7, KEYS[1]: 8}
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["config.json", "its text_config"])
+def test_stops_of_a_checkpoint_without_a_generation_config_are_config_jsons(
+    nested: bool, file: Path, tmp_path: Path
+) -> None:
+    """As transformers takes them; a generation_config.json, where there is one, counts alone."""
+    named = {"eos_token_id": [1, 7, 9]}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": named} if nested else named), encoding="utf-8")
+    assert add_stop_keys(file, tmp_path) == {KEYS[0]: 7, KEYS[1]: 9}
+    assert listed_stops(stops(tmp_path, [1])) == {1}
+
+
+def test_a_text_is_inserted_as_a_string(file: Path) -> None:
+    before = read_gguf(file).metadata
+    insert_keys(file, {"so8t.think_form": "思考", KEYS[0]: 7})
+    assert read_gguf(file).metadata == {**before, "so8t.think_form": "思考", KEYS[0]: 7}
+    with LlamaModel(file) as model:
+        assert model.is_end(7)
+
+
 def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[", encoding="utf-8")
     with pytest.raises(InputError, match=r"generation_config\.json is damaged"):

@@ -184,9 +184,9 @@ def _inside_the_schema(report: Json, rng: random.Random) -> Json:
     elif what == 8:
         old, new = rng.sample(("F16", "Q8_0", "Q4_K_M", "BF16 x"), 2)
         for entry in (*report["artefacts"], *_each(report["legs"], "subject"), *report["tensors"]):
-            for key in ("label", "subject", "candidate"):
+            for key in ("label", "subject", "candidate", "type"):
                 if isinstance(entry, dict) and entry.get(key) == old and rng.random() < 0.99:
-                    entry[key] = new
+                    entry[key] = new.split(" ")[0] if key == "type" else new
     else:
         report["policy"] = changed(report["policy"], rng)
     return report
@@ -359,12 +359,13 @@ def may_pass(case: Case) -> str:
 
 def _judge(report: Json, policy: Json) -> None:
     """Raises where the stored values and inputs do not amount to a pass."""
-    candidates = [a["label"] for a in report["artefacts"] if a["role"] == "candidate"]
+    files = [a for a in report["artefacts"] if a["role"] == "candidate"]
+    candidates = [a["label"] for a in files]
+    kinds = {a["label"]: a.get("type") or a["label"].split(" ")[0] for a in files}
     need(candidates and all(candidates) and len(set(candidates)) == len(candidates), "candidates with labels")
     wanted = {(name, "") for name in RUN}
     for label in candidates:
-        kind = label.split(" ")[0]
-        is_float = kind in ("F32", "F16", "BF16")
+        is_float = kinds[label] in ("F32", "F16", "BF16")
         wanted |= {(name, label) for name in (*FILE, *(FLOATS if is_float else QUANTS))}
         types = {t["actual_type"] for t in report["tensors"] if t["candidate"] == label}
         need(types, "tensors")
@@ -381,15 +382,16 @@ def _judge(report: Json, policy: Json) -> None:
                 continue
             legs.add(leg["name"])
             wanted.discard((check["name"], check.get("subject", "")))
-            _hold(check, policy)
+            subject = check.get("subject", "")
+            _hold(check, kinds.get(subject, subject.split(" ")[0]), policy)
     need(not wanted, f"missing {wanted}")
     need(set(policy["required"]) <= legs, "a required leg")
 
 
-def _hold(check: Json, policy: Json) -> None:
-    """Raises where a check neither holds nor is waived."""
+def _hold(check: Json, kind: str, policy: Json) -> None:
+    """Raises where a check about a file of this type neither holds nor is waived."""
     name, subject = check["name"], check.get("subject", "")
-    known = _bound(name, subject.split(" ")[0], policy)
+    known = _bound(name, kind, policy)
     need(known, f"{name} is known")
     need(check.get("value") is not None, f"{name} was measured")
     relation, bound = known  # type: ignore[misc]
@@ -484,8 +486,8 @@ def test_no_mutant_of_many_turns_a_non_pass_into_0(tmp_path: Path) -> None:
     assert min(seen.values()) > 250, seen
 
 
-def _keeps_bound(policy: Policy, check: Check) -> Any:
-    return KNOWN(policy, check) or (check.relation and (check.relation, check.bound))
+def _keeps_bound(policy: Policy, check: Check, kind: str) -> Any:
+    return KNOWN(policy, check, kind) or (check.relation and (check.relation, check.bound))
 
 
 KNOWN = Policy.bound
@@ -494,7 +496,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "an unknown check keeps its bound": (Policy, "bound", _keeps_bound),
     "NaN holds": (gate_decide, "_evaluate", lambda check: "pass" if check.value != check.value else EVALUATE(check)),
     "nothing is called for": (gate_decide, "_called_for", lambda report: []),
-    "a label is believed": (gate_decide, "_labels_of_other_types", lambda report: []),
+    "a type is believed": (gate_decide, "_of_other_types", lambda report: []),
     "any value is possible": (gate_decide, "_is_possible", lambda name, value: True),
     "the interval is not looked at": (gate_decide, "_is_statistic", lambda check: False),
     "the last of two keys counts": (strict_json, "_object", dict),

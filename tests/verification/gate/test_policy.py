@@ -26,6 +26,19 @@ def test_healthy_values_pass() -> None:
     assert decided.legs[0].checks[0].bound == 5e-5
 
 
+def test_the_type_of_a_file_chooses_its_bounds_whatever_its_label_says() -> None:
+    """A label is for people; a file named "small" of the type Q4_K_M is held to the bounds of Q4_K_M."""
+    given = {"path": "m.gguf", "sha256": "0" * 64, "bytes": 1}
+    for kind, bound in (("Q4_K_M", 0.15), ("Q8_0", 0.02), ("", None)):
+        file = Artefact.model_validate({**given, "role": "candidate", "label": "small", "type": kind})
+        measured = report(plain_check("quality.mean_kld", "X", 0.01, subject="small"))
+        decided = decide(measured.model_copy(update={"artefacts": [file]}), make_policy({}))
+        found = [check for leg in decided.legs for check in leg.checks if check.name == "quality.mean_kld"]
+        assert found[0].bound == bound
+    older = Artefact.model_validate({**given, "role": "candidate", "label": "Q4_K_M (m.gguf)"})  # before schema 1.4
+    assert older.type == "Q4_K_M"
+
+
 @pytest.mark.parametrize(
     ("name", "subject", "value"),
     [
@@ -437,7 +450,7 @@ def test_a_label_that_the_tensors_contradict_is_the_gap_that_is_named() -> None:
     given = Artefact(role="candidate", path="m.gguf", sha256="0" * 64, bytes=1, label="F16")
     found = report(*checks).model_copy(update={"artefacts": [given], "tensors": [tensor("F16", "Q4_K")]})
     (gap,) = [c for leg in decide(found).legs for c in leg.checks if c.name == "contract.complete"]
-    assert gap.detail == "the report has no tensor of the type that F16 is labelled with"
+    assert gap.detail == "the report has no tensor of F16's type"
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])

@@ -78,7 +78,7 @@ def check(name: str, subject: str = "") -> Check:
 
 @pytest.mark.parametrize(("name", "subject", "relation", "bound"), TABLE)
 def test_every_check_is_held_against_its_own_bound(name: str, subject: str, relation: str, bound: float) -> None:
-    assert make_policy(NUMBERED).bound(check(name, subject)) == (relation, bound)
+    assert make_policy(NUMBERED).bound(check(name, subject), subject.split(" ")[0]) == (relation, bound)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_every_check_is_held_against_its_own_bound(name: str, subject: str, rela
     [("quality.mean_kld", "Q3_K_S"), ("cells.short.top1", "Q3_K_S"), ("quality.other", "Q8_0"), ("bake", "Q8_0")],
 )
 def test_a_check_that_the_policy_does_not_know_has_no_bound(name: str, subject: str) -> None:
-    assert make_policy(NUMBERED).bound(check(name, subject)) is None
+    assert make_policy(NUMBERED).bound(check(name, subject), subject.split(" ")[0]) is None
 
 
 def test_the_transposed_control_keeps_twice_the_distance_of_the_bake_leg() -> None:
     policy = make_policy({**NUMBERED, "bake": {"max_abs_logit": 0.5, "top1_disagreements": 0}})
-    assert policy.bound(check("controls.transposed")) == (">=", 1.0)
+    assert policy.bound(check("controls.transposed"), "") == (">=", 1.0)
 
 
 def test_the_default_policy_is_the_file_beside_it_with_every_key() -> None:
