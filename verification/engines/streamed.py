@@ -87,7 +87,7 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def known(self, tokens: Ids) -> Iterator[Any]:
-        """Inside, the model whose body answers with what it gave for these tokens: only its own head runs."""
+        """Inside, the model whose body answers with what it gave for these tokens (n,): only its own head runs."""
         if _key(tokens) not in self._known:
             self.prepare([tokens])
         output = self._known[_key(tokens)]
