@@ -96,16 +96,17 @@ def tensors() -> dict[str, Array]:
     return {"heavy-tailed": heavy, "on a 4-bit grid": real}
 
 
-def _quantised(w: Array, kind: str, seed: int) -> Array:
+def _quantised(w: Array, kind: str, seed: int) -> GGUFTensor:
     matrix = np.exp(np.random.default_rng(1000 + seed).standard_normal(w.shape[1])).astype(np.float32)
     raw = quantised_bytes(w, kind, matrix)
     assert raw is not None
-    return GGUFTensor("", w.shape, kind, raw).values()
+    return GGUFTensor("x", w.shape, kind, raw)
 
 
-def causes(w: Array, values: Array, kind: str, base: Array | None = None) -> list[str]:
+def causes(w: Array, tensor: GGUFTensor, base: Array | None = None) -> list[str]:
     """What the judge says of a tensor; "open" where only its layer's output decides."""
-    found = judge(GGUFTensor("x", w.shape, kind, np.zeros(0, np.uint8)), values, w, base=base)
+    values = tensor.values()
+    found = judge(tensor, values, w, base=base)
     words = [finding.cause or "size" for finding in found.findings]
     turned = residual_rotation(w, values - w)
     if turned is not None and turned.detected:
@@ -119,7 +120,7 @@ def _row(kind: str, name: str, fault: str, plant: Plant, strengths: tuple[float,
     for number, strength in enumerate(reversed(strengths)):
         faulty = plant(w, strength, 70 + number)
         base = faulty if fault == KNOWN_DIRECTION else None  # what is missing is the whole change from the base
-        said = causes(w, _quantised(faulty, kind, 10 + number), kind, base=base)
+        said = causes(w, _quantised(faulty, kind, 10 + number), base=base)
         if not said:
             break
         left += said == ["open"]
@@ -142,7 +143,7 @@ def measure(kinds: tuple[str, ...]) -> dict[str, object]:
     for kind in kinds:
         for name, w in tensors().items():
             for seed in range(HEALTHY):
-                said = causes(w, _quantised(w, kind, seed), kind)
+                said = causes(w, _quantised(w, kind, seed))
                 healthy.append(f"{kind} {name} {seed}: {', '.join(said)}" if said else "")
             for fault in FAULTS:
                 rows.append(_row(kind, name, *fault))

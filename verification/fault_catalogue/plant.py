@@ -155,7 +155,7 @@ class Bench:
         try:
             judgement = judge(pair, made_elsewhere(faulty, target), self.policy)
         except InputError as error:  # NaN, say: llama.cpp refuses to make such a file
-            row.diagnosis, row.named_kind, row.named_right = str(error), fault.kind, True
+            row.diagnosis = str(error).replace(f"{self.work}/", "")  # no file, so nothing to be named
         else:
             row.caught, row.caught_by = not judgement.passed, judgement.caught_by
             self._diagnose(row, fault, judgement)

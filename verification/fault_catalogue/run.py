@@ -99,7 +99,8 @@ def _result(rows: list[Row], healthy: list[HealthyRow], bench: Bench, quick: boo
     missed = [f"{r.fault} ({r.level}, {r.strength})" for r in rows if r.real and not r.caught]
     alarms = [f"{h.pair} {h.level}: {', '.join(h.alarms)}" for h in healthy if not h.passed]
     caught = [r for r in rows if r.caught]
-    right = sum(bool(r.named_right) for r in caught) / len(caught) if caught else 0.0
+    asked = [r for r in caught if r.named_right is not None]
+    right = sum(bool(r.named_right) for r in asked) / len(asked) if asked else 0.0
     kinds = len({(r.fault, r.level) for r in rows})
     summary = (
         f"{kinds} faults at {len(rows)} strengths: {sum(r.real and r.caught for r in rows)} of "

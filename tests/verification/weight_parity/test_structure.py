@@ -214,7 +214,7 @@ def test_the_strongest_published_fault_is_seen_in_eight_bits(fault: str, strengt
     plant = next(f[1] for f in FAULTS if f[0] == fault)
     faulty = plant(W, strength, 3)
     base = faulty if fault == KNOWN_DIRECTION else None
-    assert causes(W, tensor(faulty, "Q8_0", None).values(), "Q8_0", base=base)
+    assert causes(W, tensor(faulty, "Q8_0", None), base=base)
 
 
 def test_experts_are_proven_each_with_its_own_importance() -> None:
