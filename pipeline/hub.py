@@ -33,7 +33,7 @@ class HubId(NamedTuple):
 
 
 def hub_id(given: str | Path) -> HubId | None:
-    """The id that a path is, where it is none on this machine."""
+    """The Hub id that a path stands for; None where the path is, or can only be, one of this machine."""
     path = Path(given)
     if path.exists() or path.is_absolute() or (len(path.parts) > 1 and Path(path.parts[0]).exists()):
         return None
@@ -154,7 +154,7 @@ def upload(folder: Path, repo: str, *, digests: Mapping[str, str], private: bool
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises for an id that it cannot give."""
+    """The errors of the hub's client for an id that it cannot give."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     client = HfHubHTTPError.__bases__[0]  # the HTTP client's own error, of the package that this version uses

@@ -67,7 +67,7 @@ class Manifest(BaseModel):
 
 
 def load_manifest(run_dir: Path) -> Manifest:
-    """The manifest of a run directory; an empty one when there is none.
+    """The manifest of a run directory; an empty manifest where the directory has no file of it.
 
     Raises:
         InputError: it is damaged.

@@ -1,4 +1,4 @@
-"""What long work shows: a bar with time left on a terminal, a line every few seconds in a log.
+"""The progress of long work: a bar with time left on a terminal, a line every few seconds in a log.
 
 One `Reporter` is handed to every step; a step opens a task, advances it and closes it by leaving the block.
 """

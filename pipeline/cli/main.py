@@ -136,12 +136,12 @@ def _explained(error: Exception) -> int:
             return _failed(str(problem))
         what = f"{error.format_message()}{_given(error)}"
         return _failed(f"{what} (so8t --help shows the verbs, so8t VERB --help its options)")
-    traceback.print_exception(error)  # a fault of ours: shown whole, but as "could not run", never "not to be released"
+    traceback.print_exception(error)  # a fault of so8t: shown whole, as "could not run", never as "not to be released"
     return exit_codes.BAD_INPUT
 
 
 def _given(error: Exception) -> str:
-    """What was written behind the option that an error of the command line is about."""
+    """The value of the option that an error of the command line is about."""
     names = getattr(getattr(error, "param", None), "opts", ())
     found = [value for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name in names]
     return f", given was {found[-1][:80]!r}" if found else ""
@@ -255,7 +255,7 @@ def _announce(report: Report, folder: Path, *, policy: str, speaks: bool = True)
 
 
 def _policy_line(report: Report, source: str) -> str:
-    """Which policy decided, by its digest, and what it lets pass that the default does not."""
+    """The policy that decided, by its digest, and the bounds in which it is weaker than the default."""
     from verification.gate.policy import load_policy, make_policy, weaker
     from verification.gate.statement import policy_digest
     from verification.show.words import visible

@@ -43,7 +43,7 @@ Progress = Callable[[int], None]
 def build_dataset(
     config: DataConfig, tokenizer: Any, out_dir: Path, seed: int, progress: Progress | None = None
 ) -> DataReport:
-    """Write train.jsonl, heldout.jsonl, report.json and data_card.md into `out_dir` (which exists and is ours).
+    """Write train.jsonl, heldout.jsonl, report.json and data_card.md into the empty directory `out_dir`.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.

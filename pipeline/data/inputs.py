@@ -1,4 +1,4 @@
-"""What the data step reads: its sources with what the manifest says of them, and all files that decide its result."""
+"""The inputs of the data step: its sources with their manifest entries, and all files that decide its result."""
 
 from __future__ import annotations
 

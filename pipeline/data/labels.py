@@ -29,7 +29,7 @@ _KEYS = {"id", "source", "line", "label", "by"}
 
 @dataclass(frozen=True)
 class UnsafeLabel:
-    """Why a row counts as unsafe: the label, and who says so."""
+    """The reason why a row counts as unsafe: the label, and which field holds it."""
 
     kind: str
     source: str

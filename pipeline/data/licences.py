@@ -1,4 +1,4 @@
-"""Which licences allow training: SPDX identifiers against an allow-list and a forbidden list.
+"""The licences that allow training: SPDX identifiers against an allow-list and a forbidden list.
 
 A licence on neither list is unknown and excludes its rows like a forbidden one. `A OR B` needs one allowed part,
 `A AND B` all of them; OR beside AND needs parentheses. `A WITH B` is a licence of its own. `*` at the end of a list

@@ -52,7 +52,7 @@ def row_text(tokenizer: Any, row: dict[str, Any]) -> Text:
 
 
 def counts_table(report: DataReport) -> Table:
-    """What became of the rows of every source."""
+    """The fate of the rows of every source."""
     table = Table("source", "read", "kept", "left out", "because", box=None, pad_edge=False)
     for name, count in report.sources.items():
         reasons = dict(sorted(count.rejected.items(), key=lambda item: (-item[1], item[0])))

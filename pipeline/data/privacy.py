@@ -1,4 +1,4 @@
-"""What the data step does with personal data and with licences that rows carry themselves.
+"""The data step's rules for personal data and for licences that rows carry themselves.
 
 `PrivacyFilter.clean` looks at every text of a row that would be written out: messages, family, language and labels.
 With `exclude` the row goes; with `mask` each finding becomes its kind in brackets and the row stays.

@@ -27,7 +27,7 @@ def tally(counter: Counter[str], name: str) -> None:
 
 @dataclass
 class SourceCount:
-    """What became of one source's rows: read = kept + duplicates + sum(rejected)."""
+    """The fate of one source's rows: read = kept + duplicates + sum(rejected)."""
 
     facts: dict[str, str | None] = field(default_factory=dict)  # of the manifest: licence, robots, collected, purpose
     objection: str | None = None  # why the whole source is excluded
@@ -91,7 +91,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 @dataclass
 class SplitCount:
-    """What one output file holds; `tokens[n]` rows have n tokens, rendered through the chat template."""
+    """The content of one output file; `tokens[n]` rows have n tokens, rendered through the chat template."""
 
     rows: int = 0
     families: Counter[str] = field(default_factory=Counter)
@@ -138,7 +138,7 @@ class DataReport:
 
     @property
     def notes(self) -> dict[str, int]:
-        """What was done to kept rows, or found in them, all sources together."""
+        """Changes to kept rows and findings in them, over all sources."""
         return dict(sorted(sum((source.notes for source in self.sources.values()), Counter[str]()).items()))
 
     @property

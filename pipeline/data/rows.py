@@ -47,7 +47,7 @@ _JAPANESE_LETTER = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How rows are brought into form; the keys of `data` with the same names."""
+    """The settings that bring rows into form: the keys of `data` with the same names."""
 
     think_form: Literal["so8t", "base"] = "so8t"
     tools: Literal["exclude", "keep"] = "exclude"

@@ -73,7 +73,7 @@ class Manifest(BaseModel):
 
 
 class CollectionRecord(BaseModel):
-    """What `--collect` wrote beside the rows of one URL; `sha256` is None where nothing was fetched."""
+    """The record that `--collect` wrote beside the rows of one URL; `sha256` is None where nothing was fetched."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -152,7 +152,7 @@ def load_manifest_file(path: Path) -> Manifest:
 
 
 def _place(entry: SourceEntry, manifest_path: Path) -> str:
-    """What an entry stands for: one file has one entry, however its path is written."""
+    """The identity of an entry: one file has one entry, however its path is written."""
     return str((manifest_path.parent / entry.path).resolve()) if entry.path is not None else str(entry.url)
 
 
@@ -194,7 +194,7 @@ def _repeated_key(node: Any, seen: set[int]) -> tuple[str, int] | None:
 
 
 def url_folder(manifest_path: Path, url: str) -> Path:
-    """Where the rows and the record of a URL lie: `collected/<host>-<first 12 digits of sha256(url)>` beside it."""
+    """The folder of a URL's rows and record: `collected/<host>-<first 12 digits of sha256(url)>` beside it."""
     host = re.sub("[^A-Za-z0-9.-]", "-", urlsplit(url).netloc)
     return manifest_path.parent / COLLECTED / f"{host}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
@@ -239,7 +239,7 @@ def _facts(entry: SourceEntry) -> dict[str, str | None]:
 
 
 def _objection(entry: SourceEntry, facts: dict[str, str | None], policy: LicencePolicy) -> str | None:
-    """Why rows of this source are excluded: a missing field, the licence, robots.txt."""
+    """The reason why rows of this source are excluded: a missing field, the licence, robots.txt."""
     for name in ("licence", "robots", "collected", "purpose"):
         if facts[name] is None:
             return f"manifest lacks {name}"
@@ -271,7 +271,7 @@ def _collected(url: str, entry: SourceEntry, folder: Path, policy: LicencePolicy
 
 
 def read_record(folder: Path) -> CollectionRecord | None:
-    """The record in a URL's folder; None where there is none.
+    """The record in a URL's folder; None where the folder has no record.
 
     Raises:
         InputError: a record that cannot be read.

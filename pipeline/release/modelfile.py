@@ -49,7 +49,7 @@ def stop_tokens(directory: Path, tokenizer: Any) -> list[str]:
     """Every token text that ends a turn (`stop_set`), in id order.
 
     Raises:
-        InputError: there is none.
+        InputError: the model names no stop token.
     """
     return [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids(directory, tokenizer)]
 

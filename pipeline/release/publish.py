@@ -62,7 +62,7 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _companions(parent: Path, folder: Path, digests: dict[str, str]) -> None:
-    """What `so8t convert` wrote beside its files; only where it wrote them, which types.json says."""
+    """Copy the files that `so8t convert` wrote beside the GGUF files; types.json shows that it wrote there."""
     if not (parent / "types.json").is_file():
         return
     for pattern in _COMPANIONS:

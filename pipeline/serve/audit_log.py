@@ -52,7 +52,7 @@ class Head:
         """Read `seq:hash`.
 
         Raises:
-            InputError: it is none.
+            InputError: the file is no audit log.
         """
         seq, _, digest = text.strip().partition(":")
         if not seq.isdecimal() or len(digest) != 64 or set(digest) - set("0123456789abcdef"):

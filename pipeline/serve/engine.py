@@ -1,4 +1,4 @@
-"""What the server asks of an engine, and how an engine says that it failed.
+"""The interface between server and engine, and the error of an engine that failed.
 
 An engine gets a whole conversation and hands back pieces of one generation as bytes. A failure carries a fixed word,
 never text of a generation, a prompt or another program's message.

@@ -40,7 +40,7 @@ PIECE = 128  # prompt tokens between two looks at the cancel flag
 
 
 def modelfile_beside(gguf: Path) -> str:
-    """The text of the Modelfile beside a file; empty where there is none."""
+    """The text of the Modelfile beside a file; empty where no Modelfile is there."""
     beside = gguf.with_suffix(".Modelfile")
     return beside.read_text(encoding="utf-8") if beside.is_file() else ""
 

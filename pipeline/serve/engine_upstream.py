@@ -256,7 +256,7 @@ class _Reader:
 
 
 def _delta(chunk: Any) -> tuple[bytes, bytes, str | None]:
-    """Reasoning, content and finish reason of a chunk; TypeError where it is none of choice 0's text."""
+    """Reasoning, content and finish reason of a chunk; TypeError where the chunk holds no text of choice 0."""
     if chunk["choices"] == []:  # usage, sent at the end by some
         return b"", b"", None
     [choice] = chunk["choices"]

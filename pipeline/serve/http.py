@@ -127,7 +127,7 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
     """The body, read no further than its limits.
 
     Raises:
-        Refusal: 413 too large, 408 too slow, 400 broken off (nobody reads it, but it must not count as a fault).
+        Refusal: 413 too large, 408 too slow, 400 broken off (no client reads it; the log must not count it as a fault).
     """
     too_large = invalid(f"the body is larger than {limit} bytes", code="body_too_large", status=413)
     declared = request.headers.get("content-length", "0")

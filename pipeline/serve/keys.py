@@ -26,7 +26,7 @@ def new_api_key(path: Path, name: str, *, operator: bool = False) -> str:
     """Make a key, add its hash to the file and return the key itself: the only time it can be seen.
 
     Raises:
-        InputError: the name is empty or taken, or the file is none of ours.
+        InputError: the name is empty or taken, or the file is no key file of so8t.
     """
     entries, operators = (load_api_keys(path), load_operators(path)) if path.exists() else ({}, frozenset())
     if not name.strip() or name in entries:

@@ -15,7 +15,7 @@ Neutral = Callable[[Any], bool]
 
 
 def _one_of(*values: Any) -> Neutral:
-    """Equal to one of these; 0 and 0.0 are one number, and False is none."""
+    """Equal to one of these; 0 and 0.0 are one number, and False is no number."""
 
     def neutral(value: Any) -> bool:
         return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)

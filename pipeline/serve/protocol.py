@@ -96,7 +96,7 @@ def cut_at_stops(answer: str, stops: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Ticket:
-    """What every part of one response begins with; nothing in it depends on the generation."""
+    """The fields that every part of one response begins with; none of them depends on the generation."""
 
     id: str
     created: int  # the request's arrival, seconds
@@ -142,7 +142,7 @@ def completion(reply: Reply) -> dict[str, Any]:
 
 
 def chunks(reply: Reply, *, include_usage: bool) -> list[dict[str, Any]]:
-    """What follows the role in a stream: the answer whole, the finish reason, the usage where asked for."""
+    """The parts behind the role in a stream: the answer whole, the finish reason, the usage where asked for."""
     found = [reply.ticket.chunk({"content": reply.answer}), reply.ticket.chunk({}, reply.finish)]
     usage = reply.usage()
     if include_usage and usage:

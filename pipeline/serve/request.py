@@ -35,7 +35,7 @@ LONG = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes on."""
+    """The limits of one server."""
 
     body_bytes: int = 256 * 1024
     body_seconds: float = 10.0  # to send a request's body
@@ -119,7 +119,7 @@ class Decider:
         return Job(messages, chat.temperature, chat.top_p, chat.seed), prompt_tokens
 
     def ticket(self) -> Ticket:
-        """What the response to a request that arrives now begins with."""
+        """The first fields of the response to a request that arrives now."""
         return Ticket(self.new_id(), int(self.clock()), self.engine.model_id)
 
     async def decide(

@@ -42,7 +42,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class ServeConfig(BaseModel):
-    """What `so8t serve` is told."""
+    """The options of `so8t serve`."""
 
     model_config = ConfigDict(extra="forbid")
     model: Path | None = None

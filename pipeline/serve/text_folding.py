@@ -34,7 +34,7 @@ def fold(text: str) -> str:
 
 
 def skeleton(text: str) -> str:
-    """What `fold` keeps, and the brackets `<>[]` and bars between; HTML's character references are resolved first."""
+    """The characters that `fold` keeps, with brackets `<>[]` and bars; HTML character references are resolved first."""
     return "".join(_SKELETON.findall(plain(html.unescape(text)).translate(_BRACKETS)))
 
 

@@ -1,6 +1,6 @@
 """Numbers with a check, in folded text: cards, My Number, corporate number, IBAN, telephone, IP.
 
-    card              Luhn and an issuer's prefix and length; a 13-digit JAN or ISBN is none
+    card              Luhn and an issuer's prefix and length; a 13-digit JAN or ISBN is no card number
     my_number         12 digits, check digit of the Individual Number (stdnum.jp.in_)
     corporate_number  13 digits, check digit of the Corporate Number (stdnum.jp.cn), T in front allowed
     iban              country's structure and mod 97 (stdnum.iban)
@@ -169,7 +169,7 @@ _SECTION = re.compile(r"\s?(?:節|章|項|条|版|系|より(?:前|後)のバー
 
 
 def ip_addresses(text: str) -> Iterator[Span]:
-    """Spans of IP addresses; loopback, unspecified and netmasks name no machine, a version number is none."""
+    """Spans of IP addresses that name a machine: no loopback, unspecified address, netmask or version number."""
     for match in _IPV4.finditer(text):
         before = text[max(0, match.start() - 16) : match.start()]
         if not _VERSION.search(before) and not _SECTION.match(text, match.end()) and _names_a_machine(match.group()):

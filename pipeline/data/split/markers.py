@@ -174,7 +174,7 @@ def final_answer(text: str) -> str | None:
 
 
 def last_named(text: str) -> str | None:
-    """The value behind the last marker or in the last box of a text, whatever follows; None where there is none.
+    """The value behind the last marker or in the last box of a text, whatever follows; None where the text has neither.
 
     Raises:
         RowError: a box that is never closed.

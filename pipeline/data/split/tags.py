@@ -32,7 +32,7 @@ _CHANNELS = re.compile(
 )
 
 
-# What looks like a tag around thinking but is none that is known: its text is never taken for steps.
+# A tag that may stand around thinking but is not known: its text is never taken for steps.
 _LOOKALIKE = re.compile(
     r"(?:[<＜◁]|&lt;)\s*[|/]{0,2}\s*(?:begin_of_|end_of_)?"
     r"(?:think|thought|reason|scratchpad|reflect|inner[_ ]?mono|ant_?thinking|cot\b|chain_of)"

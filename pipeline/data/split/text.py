@@ -57,7 +57,7 @@ def thought_of(steps: str, rest: str) -> Thought:
 
 
 def reduced(text: str) -> str:
-    """What follows the thinking: the answer behind its marker where there is nothing else, the whole text otherwise."""
+    """The text behind the thinking: the answer behind its marker, or the whole text where more stands there."""
     text = strip_message(text)
     found = handovers(text)
     if len(found) == 1 and found[0].start == 0:

@@ -70,7 +70,7 @@ def equations(line: str) -> list[tuple[Fraction, Fraction, int]]:
 
 
 def evaluate(text: str) -> Fraction | None:
-    """Exact value of an arithmetic expression; None where it is none, divides by zero, or is out of bounds."""
+    """Exact value of an arithmetic expression; None for any other text, a division by zero, or out of bounds."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text.strip())
     if len(text) > MAX_SUM:
         return None

@@ -1,4 +1,4 @@
-"""What the guard asks of a form: to take a whole generation apart, or to say why it cannot be taken apart.
+"""The interface of a form of thinking: it has to take a whole generation apart, or to say why it cannot.
 
 `split` accepts one spelling of a form's markers, each where it belongs. A marker of any form, in any spelling,
 elsewhere in the text raises `Odd`.
