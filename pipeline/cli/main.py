@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 
 
 class _Verbs(TyperGroup):
-    """Help without the section that only names `--help`, so that all verbs fit on a screen of 24 lines."""
+    """Help without blank lines and without the section of `--help`, so that all verbs fit on a screen of 24 lines."""
+
+    def get_help(self, ctx: Any) -> str:
+        """The help's lines that hold text."""
+        return "\n".join(line for line in super().get_help(ctx).splitlines() if line.strip())
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Only the verbs, without a blank line before them."""
@@ -405,25 +409,24 @@ def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = Fals
 @app.command(epilog="Example: so8t choose ./my-model --out choice --max-kld 0.05")
 def choose(
     checkpoint: Annotated[Path, typer.Argument(metavar="HF_DIR", show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="files, measurements, table and plot", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for all that is made", show_default=False)],
     max_size: Annotated[float | None, typer.Option(metavar="MB", min=0, help="largest file, 10^6 bytes")] = None,
     max_kld: Annotated[
-        float | None, typer.Option(metavar="NATS", min=0, help="largest upper end of the macro mean KLD")
+        float | None, typer.Option(metavar="NATS", min=0, help="largest macro mean KLD, upper end")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(metavar="gate.yaml", help="limits by type, as verify has them")] = None,
-    types: Annotated[str | None, typer.Option(metavar="A,B,...", help="file types; default: 14 of them")] = None,
+    policy: Annotated[Path | None, typer.Option(metavar="gate.yaml", help="limits by type")] = None,
+    types: Annotated[str | None, typer.Option(metavar="A,B,...", help="file types; default: 14")] = None,
     corpus: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FILE", help="a domain of your own in place of ours; repeatable")
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="own domain instead of ours; repeatable")
     ] = None,
-    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks a domain to rank by, twice to prove")] = 2,
+    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks a domain; twice to prove")] = 2,
     n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens in a chunk")] = 256,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Find the smallest file type that passes.
 
-    Makes a ladder of file types, ranks them by size and weights, measures those that matter on English, Japanese, code,
-    chat and mathematics, and verifies the choice on text that did not rank it. A run that was stopped goes on.
+    Measures a ladder of types on five domains and verifies the choice on text that did not rank it.
     """
     _must_exist(checkpoint, policy)
     corpora = _named(corpus or [])
@@ -521,15 +524,11 @@ def reference(
 def verify(
     reference: Annotated[
         Path | None,
-        typer.Option(
-            metavar="HF_DIR", help="checkpoint of the files, its hub id, or its reference.so8t", show_default=False
-        ),
+        typer.Option(metavar="HF_DIR", help="checkpoint, its hub id, or reference.so8t", show_default=False),
     ] = None,
     candidate: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="FILE.gguf", help="file to judge, a folder, or OWNER/NAME:TYPE; repeatable", show_default=False
-        ),
+        typer.Option(metavar="FILE.gguf", help="file, folder or OWNER/NAME:TYPE; repeatable", show_default=False),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write the report into this folder", show_default=False)
