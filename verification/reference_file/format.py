@@ -158,7 +158,11 @@ def read(path: str | Path) -> ReferenceFile:
 
 
 def from_bytes(data: bytes, name: str) -> ReferenceFile:
-    """The file that bytes write; see `read`."""
+    """The file that bytes write.
+
+    Raises:
+        InputError: cut off, of another version, or not what the format allows; the message names the place.
+    """
     start = len(MAGIC) + 8
     if not data.startswith(MAGIC) or len(data) < start + 32:
         raise InputError(f"{name} is not a reference file: it begins with {data[:8]!r}, expected {MAGIC!r}")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from verification.engines.huggingface import hf_rows, load_hf
 from verification.engines.llama_model import LlamaModel
 from verification.engines.reconversion import Oracle
 from verification.gguf.reader import read_gguf
-from verification.logit_parity.compare import distinct, passages_of
+from verification.logit_parity.compare import passages_of
 from verification.logit_parity.run_modes import Level, Passage, Plan, plan_cells
 from verification.logit_parity.text import read_corpus
 from verification.reference.checkpoint import Checkpoint
@@ -88,7 +88,7 @@ def write_reference(
             chats=[np.asarray(ids, dtype=np.int64) for ids in chats],
         )
         corpus_passages = passages_of(text.chunks)
-        passages = distinct([corpus_passages, *plan.passages.values()])
+        passages = _each_text_once([corpus_passages, *plan.passages.values()])
         header = Header(
             name=checkpoint.directory.resolve().name[:200],
             sha256=digest,
@@ -101,7 +101,7 @@ def write_reference(
             text_sha256=text.sha256,
             passages=[PassageRecord(length=len(p.tokens), first=p.first) for p in passages],
             groups=_groups(passages, plan, corpus_passages),
-            modes=[Mode(**asdict(cell)) for cell in plan.cells],
+            modes=[Mode(**{name: getattr(cell, name) for name in Mode.model_fields}) for cell in plan.cells],
             architecture=source.architecture,
             metadata=metadata_record(source),
             expected=expected_record(checkpoint.config, source.architecture),
@@ -114,6 +114,15 @@ def write_reference(
     file = ReferenceFile(header, tokens, rows, norms, sketches)
     write(file, Path(out))
     return file
+
+
+def _each_text_once(groups: Iterable[Sequence[Passage]]) -> list[Passage]:
+    """Each text once, from the first position that any group scores; a reader needs each whole, also a beginning."""
+    found: dict[bytes, Passage] = {}
+    for passage in (p for group in groups for p in group):
+        first = min(passage.first, found.get(passage.tokens.tobytes(), passage).first)
+        found[passage.tokens.tobytes()] = replace(passage, first=first)
+    return list(found.values())
 
 
 def _groups(passages: Sequence[Passage], plan: Plan, corpus: Sequence[Passage]) -> dict[str, list[Place]]:

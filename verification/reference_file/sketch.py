@@ -46,7 +46,7 @@ def projections(tensor: GGUFTensor, width: int) -> tuple[float, Floats]:
 
 
 def relative_error(found: Floats, norm: float, wanted: Floats) -> float:
-    """Estimated ||W' - W|| / ||W|| from both tensors' projections; infinite against a tensor of zeros."""
+    """Estimated ||W' - W|| / ||W|| from both tensors' projections (W,); infinite against a tensor of zeros."""
     distance = math.sqrt(float(np.mean((found.astype(np.float64) - wanted) ** 2)))
     return distance / norm if norm > 0 else math.inf if distance else 0.0
 

@@ -67,12 +67,12 @@ def largest_row_errors(spread: list[Own], W: Array) -> Float64:
 
 
 def largest_group_scale(spread: list[Own], W: Array, *, axis: int, size: int = 1) -> float:
-    """The largest scale of a group, less the median of all, under the matrices tried."""
+    """The largest scale of a group, less the median of all, under the matrices tried; W is (out, in)."""
     apart = [group_scales(one.values, one.values - W, axis=axis, size=size)[0] for one in spread]
     return max((float(np.abs(found - np.median(found)).max()) for found in apart), default=0.0)
 
 
 def log_normal(width: int, spread: float, seed: int) -> Array:
-    """A log-normal importance matrix."""
+    """A log-normal importance matrix, (width,)."""
     rng = np.random.default_rng(seed)
     return np.exp(np.float32(spread) * rng.standard_normal(width)).astype(np.float32)

@@ -150,7 +150,8 @@ def by_scale(
 
     Args:
         kind: the tensor's type.
-        sampled: the own quantiser on rows `at`.
+        F: the file's values (out, in); W: the reference's.
+        sampled: the own quantiser on rows `at` (n,).
     """
     E = F - W
     options = [(0, 1, "row"), (1, 1, "column")]
@@ -182,7 +183,8 @@ def by_size(
     """Rows whose error stands out, columns and blocks that are lost.
 
     Args:
-        sampled: the own quantiser on rows `at`.
+        F: the file's values (out, in); W: the reference's.
+        sampled: the own quantiser on rows `at` (n,).
         rows: False where the codes explain every row's error, whose size is then the scales' alone.
     """
     apart = _rows(tensor.type, F, W, sampled, at) if rows else None

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from so8t_core.folding import Fold, Turn
+from so8t_core.gate import distant_channels
+from so8t_core.rotation import exp_so8
 from verification.weight_parity.hypotheses import (
     DECIDED,
     EXPECTED,
@@ -20,6 +23,7 @@ from verification.weight_parity.hypotheses import (
     hypotheses,
     nearest,
     rotated,
+    rotation_of,
     sample_rows,
 )
 
@@ -247,3 +251,47 @@ def test_outcomes_and_inputs_cannot_be_changed() -> None:
     for thing, field in ((known, "role"), (nearest("t", W, known), "best"), (Other("o", W, lambda: W), "name")):
         with pytest.raises(FrozenInstanceError):
             setattr(thing, field, "x")
+
+
+def test_what_an_adapter_does_to_an_input_is_a_rotation_or_a_fold_without_its_lora() -> None:
+    rng = np.random.default_rng(3)
+    theta, again = (torch.from_numpy(rng.normal(0, 0.5, (2, 28)).astype(np.float32)) for _ in range(2))
+    c = torch.from_numpy(rng.normal(0, 0.3, 16).astype(np.float32))
+    lora = [(torch.ones(1, 16), torch.ones(24, 1), 1.0)]
+    W, Q = weights(24, 16), dense(exp_so8(theta.double()))
+    assert rotation_of(Fold(loras=lora)) is None
+    plain = rotation_of(Fold(loras=lora, theta=theta))
+    assert isinstance(plain, torch.Tensor)
+    assert same(rotated(W, plain), W @ Q)
+    scaled = rotation_of(Fold(loras=lora, theta=theta, log_scale=c))
+    assert isinstance(scaled, Fold)
+    D = np.diag(np.exp(c.double().numpy()))
+    assert same(rotated(W, scaled), W @ Q @ D)
+    assert same(rotated(W, scaled, transposed=True), W @ np.linalg.inv(Q @ D))
+    order = distant_channels(2)
+    shuffled = rotation_of(Fold(loras=lora, theta=theta, shuffled=Turn(again), order=order))
+    assert isinstance(shuffled, Fold)
+    P = np.eye(16)[order.numpy()]
+    assert same(rotated(W, shuffled), W @ P.T @ dense(exp_so8(again.double())) @ P @ Q)
+
+
+@pytest.mark.parametrize(
+    ("best", "code"),
+    [
+        ("expected", ""),
+        ("the base's own weight (nothing baked)", "merge"),
+        ("not rotated (R missing)", "rotation"),
+        ("rotated back (R^T in place of R)", "rotation"),
+        ("rotated twice", "rotation"),
+        ("rotated on the wrong side (R @ W)", "rotation"),
+        ("rotated as well (R @ v_proj)", "rotation"),
+        ("transposed", "transposed"),
+        ("q/k rows not permuted", "head_rows"),
+        ("q/k rows un-permuted", "head_rows"),
+        ("q/k rows permuted twice", "head_rows"),
+        ("q/k rows permuted", "head_rows"),
+    ],
+)
+def test_each_hypothesis_has_the_code_of_its_finding(best: str, code: str) -> None:
+    found = Nearest("a", best, 0.0, "", 0.0, 9.0, 1.0, 9.0)
+    assert found.code == code
