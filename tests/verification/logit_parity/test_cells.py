@@ -184,9 +184,8 @@ def test_a_quantised_cache_is_shown_and_held_to_no_bound_and_both_attentions_are
     checks = {check.name for check in cells_of(phi3, tmp_path, "full")}
     by_cell = {cell.cell: cell.divergence for cell in found[0].cells}
     means = {name: d.mean_kld for name, d in by_cell.items() if d is not None}
-    assert means["flash_on"] < 1e-5
-    assert means["flash_off"] < 1e-5
-    assert means["n_ctx_shipped"] < 1e-5 < means["kv_q8_0"] < means["kv_q4_0"]  # 8 and 4 bits: the type is really set
+    assert max(means["flash_on"], means["flash_off"]) < 1e-4  # the policy's bound of a float file's cells
+    assert means["flash_on"] < means["kv_q8_0"] < means["kv_q4_0"]  # 16, 8 and 4 bits: the types are really set
     assert {"cells.flash_on.mean_kld", "cells.flash_off.top1"} <= checks
     assert not any("kv_q" in name for name in checks)
     narrow = {**PHI35, "hidden_size": 1280, "num_attention_heads": 16}
