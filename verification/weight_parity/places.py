@@ -237,5 +237,7 @@ def _lost_blocks(tensor: GGUFTensor, F: Array, W: Array) -> Place | None:
         kept = [one.values[0, place] for one in own_spread(tensor.type, row)]
         if kept and all(np.linalg.norm(one - row[0, place]) < LOST * weights[at] for one in kept):
             text = f"{'zeros' if found[at] == 0 else 'other weights'} in block {at}, one of {len(bad)}"
-            return Place(f"weights within the error of {tensor.type} in every block", text, "damaged block")
+            in_row = np.count_nonzero(bad * block // W.shape[1] == at * block // W.shape[1])
+            cause = "a row damaged" if in_row * block == W.shape[1] else "damaged block"
+            return Place(f"weights within the error of {tensor.type} in every block", text, cause)
     return None
