@@ -33,6 +33,7 @@ Array = npt.NDArray[np.float32]
 CHOSEN = 2.0  # error of a quantiser that rounds up or down at will, in the nearest rounding's
 CERTAIN = 6.0  # standard errors: P(|z| > 6) over 300 tensors and 4 estimators is 2e-6
 GRID = 1.1  # share of a low-rank part that the own quantiser leaves: weights on a grid snap back in both alike
+OFF_GRID = 0.5  # error on a grid, in that of the same weights in another order; off it the two are equal within 5 %
 UNEXPLAINED = 1e-3  # share of groups whose codes no scale gives; a rounding quantiser leaves none
 # weights that share a scale: the unit in which errors are independent
 UNIT = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16, "NVFP4": 16, "IQ1_S": 32, "IQ1_M": 16, "IQ2_XS": 16, "IQ2_S": 16}
@@ -102,6 +103,8 @@ def judge(
             findings += _structure(tensor, F, W, E, whole, moved, spread, spectrum, block)
     if codes is not None and codes.count and not findings:
         findings += _scaled(tensor, F, W, codes, whole, saved=saved)
+    elif nearest and spread and not findings and _on_grid(tensor.type, W[at], spread):  # errors far inside their cells
+        findings += _placed(tensor, by_scale(tensor.type, F, W, spread, at, heads))
     if spread and not findings:
         explained = codes is not None and not codes.unexplained and (nearest or tensor.type in STORED_OTHERWISE)
         findings += _placed(tensor, by_size(tensor, F, W, spread, at, rows=not explained))
@@ -116,6 +119,16 @@ def judge(
     return Judgement(
         ratio, allowed, whole, moved, spectrum, along, tuple(findings), why, None if codes is None else nearest
     )
+
+
+def _on_grid(kind: str, W: Array, spread: Sequence[Own]) -> bool:
+    """Whether the type holds these rows far better than the same weights in another order: they were dequantised."""
+    mixed = own_values(kind, shuffled := np.random.default_rng(0).permuted(W, axis=1))
+    return bool(spread) and mixed is not None and spread[0].error < OFF_GRID * _relative(mixed - shuffled, shuffled)
+
+
+def _relative(E: Array, W: Array) -> float:
+    return float(np.linalg.norm(E)) / (float(np.linalg.norm(W)) or 1.0)
 
 
 def _size(

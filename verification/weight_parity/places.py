@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from verification.contract.finding import Code
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.own_quantiser import Own, largest_group_scale, largest_row_errors, own_spread
-from verification.weight_parity.structure.rounding import STORED_OTHERWISE, Rounding, rounding
+from verification.weight_parity.structure.rounding import LAST_BIT, STORED_OTHERWISE, Rounding, rounding
 from verification.weight_parity.structure.scale import SIGMA, group_scale
 
 Array = npt.NDArray[np.float32]
@@ -168,7 +168,7 @@ def by_scale(
             own = W[group.index * size : (group.index + 1) * size]
             pairs = zip(own_spread(kind, own), sampled, strict=True)
             most = max(abs(here.scale.value - beside.scale.value) for here, beside in pairs)
-        if abs(group.value) > most + least * abs(group.value) / group.z:
+        if abs(group.value) > most + LAST_BIT + least * abs(group.value) / group.z:
             text = f"{name} {group.index} scaled by {1 + group.value:.4g} ({group.z:.0f} standard deviations)"
             one = "a head's columns" if axis and size > 1 else f"a {name}"
             if abs(group.value) > 1 - LOST_SCALE:
@@ -239,5 +239,7 @@ def _lost_blocks(tensor: GGUFTensor, F: Array, W: Array) -> Place | None:
         kept = [one.values[0, place] for one in own_spread(tensor.type, row)]
         if kept and all(np.linalg.norm(one - row[0, place]) < LOST * weights[at] for one in kept):
             text = f"{'zeros' if found[at] == 0 else 'other weights'} in block {at}, one of {len(bad)}"
-            return Place(f"weights within the error of {tensor.type} in every block", text, "damaged block")
+            in_row = np.count_nonzero(bad * block // W.shape[1] == at * block // W.shape[1])
+            cause = "a row damaged" if in_row * block == W.shape[1] else "damaged block"
+            return Place(f"weights within the error of {tensor.type} in every block", text, cause)
     return None

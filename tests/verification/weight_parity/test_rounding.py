@@ -140,3 +140,16 @@ def test_rows_that_hold_each_others_weights_are_named(rows: tuple[int, int], hea
     made = tensor(other, "Q4_K")
     (finding,) = judge(made, made.values(), W, heads=heads).findings
     assert (finding.cause, finding.code) == ("the reference's rows in another order", "row_order")
+
+
+def test_cells_prove_little_of_a_reference_on_a_grid() -> None:
+    """A row scaled by 1.02 keeps its codes there, each far inside its cell: its scale still stands out."""
+    grid = tensor(W, "Q4_K", None).values()
+    for spread in (1.0, 1.5):
+        healthy = tensor(grid, "Q4_K", log_normal(W.shape[1], spread, 5))
+        assert judge(healthy, healthy.values(), grid).findings == ()
+    row = grid.copy()
+    row[9] *= np.float32(1.02)
+    scaled = tensor(row, "Q4_K")
+    (finding,) = judge(scaled, scaled.values(), grid).findings
+    assert finding.cause == "a row scaled"
