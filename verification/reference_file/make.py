@@ -20,7 +20,7 @@ from verification.engines.huggingface import hf_rows, load_hf
 from verification.engines.llama_model import LlamaModel
 from verification.engines.reconversion import Oracle
 from verification.gguf.reader import read_gguf
-from verification.logit_parity.compare import distinct, passages_of
+from verification.logit_parity.compare import passages_of
 from verification.logit_parity.run_modes import Level, Passage, Plan, plan_cells
 from verification.logit_parity.text import read_corpus
 from verification.reference.checkpoint import Checkpoint
@@ -88,7 +88,7 @@ def write_reference(
             chats=[np.asarray(ids, dtype=np.int64) for ids in chats],
         )
         corpus_passages = passages_of(text.chunks)
-        passages = distinct([corpus_passages, *plan.passages.values()])
+        passages = _distinct([*corpus_passages, *(p for group in plan.passages.values() for p in group)])
         header = Header(
             name=checkpoint.directory.resolve().name[:200],
             sha256=digest,
@@ -114,6 +114,16 @@ def write_reference(
     file = ReferenceFile(header, tokens, rows, norms, sketches)
     write(file, Path(out))
     return file
+
+
+def _distinct(passages: Sequence[Passage]) -> list[Passage]:
+    """Each text once, whole, from the first position that any group scores."""
+    found: dict[bytes, Passage] = {}
+    for passage in passages:
+        key = passage.tokens.tobytes()
+        if key not in found or passage.first < found[key].first:
+            found[key] = passage
+    return list(found.values())
 
 
 def _groups(passages: Sequence[Passage], plan: Plan, corpus: Sequence[Passage]) -> dict[str, list[Place]]:
