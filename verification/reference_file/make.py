@@ -21,7 +21,7 @@ from verification.engines.llama_model import LlamaModel
 from verification.engines.reconversion import Oracle
 from verification.gguf.reader import read_gguf
 from verification.logit_parity.compare import passages_of
-from verification.logit_parity.run_modes import Level, Passage, Plan, plan_cells
+from verification.logit_parity.run_modes import Cell, Level, Passage, Plan, plan_cells
 from verification.logit_parity.text import read_corpus
 from verification.reference.checkpoint import Checkpoint
 from verification.reference.tokenizer import load_tokenizer
@@ -101,7 +101,7 @@ def write_reference(
             text_sha256=text.sha256,
             passages=[PassageRecord(length=len(p.tokens), first=p.first) for p in passages],
             groups=_groups(passages, plan, corpus_passages),
-            modes=[Mode(**asdict(cell)) for cell in plan.cells],
+            modes=[_mode(cell) for cell in plan.cells],
             architecture=source.architecture,
             metadata=metadata_record(source),
             expected=expected_record(checkpoint.config, source.architecture),
@@ -114,6 +114,11 @@ def write_reference(
     file = ReferenceFile(header, tokens, rows, norms, sketches)
     write(file, Path(out))
     return file
+
+
+def _mode(cell: Cell) -> Mode:
+    """A run mode as it is recorded: each runs on its own, so what it shares with another one is left out."""
+    return Mode(**{name: value for name, value in asdict(cell).items() if name in Mode.model_fields})
 
 
 def _distinct(passages: Sequence[Passage]) -> list[Passage]:
