@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from verification.engines.llama_model import LlamaModel
 from verification.engines.reconversion import Oracle
 from verification.gguf.reader import read_gguf
 from verification.logit_parity.compare import passages_of
-from verification.logit_parity.run_modes import Level, Passage, Plan, plan_cells
+from verification.logit_parity.run_modes import Cell, Level, Passage, Plan, plan_cells
 from verification.logit_parity.text import read_corpus
 from verification.reference.checkpoint import Checkpoint
 from verification.reference.tokenizer import load_tokenizer
@@ -88,7 +88,7 @@ def write_reference(
             chats=[np.asarray(ids, dtype=np.int64) for ids in chats],
         )
         corpus_passages = passages_of(text.chunks)
-        passages = _each_text_once([corpus_passages, *plan.passages.values()])
+        passages = _distinct([*corpus_passages, *(p for group in plan.passages.values() for p in group)])
         header = Header(
             name=checkpoint.directory.resolve().name[:200],
             sha256=digest,
@@ -101,7 +101,7 @@ def write_reference(
             text_sha256=text.sha256,
             passages=[PassageRecord(length=len(p.tokens), first=p.first) for p in passages],
             groups=_groups(passages, plan, corpus_passages),
-            modes=[Mode(**{name: getattr(cell, name) for name in Mode.model_fields}) for cell in plan.cells],
+            modes=[_mode(cell) for cell in plan.cells],
             architecture=source.architecture,
             metadata=metadata_record(source),
             expected=expected_record(checkpoint.config, source.architecture),
@@ -116,12 +116,18 @@ def write_reference(
     return file
 
 
-def _each_text_once(groups: Iterable[Sequence[Passage]]) -> list[Passage]:
-    """Each text once, from the first position that any group scores; a reader needs each whole, also a beginning."""
+def _mode(cell: Cell) -> Mode:
+    """A run mode as it is recorded: each runs on its own, so what it shares with another one is left out."""
+    return Mode(**{name: value for name, value in asdict(cell).items() if name in Mode.model_fields})
+
+
+def _distinct(passages: Sequence[Passage]) -> list[Passage]:
+    """Each text once, whole, from the first position that any group scores."""
     found: dict[bytes, Passage] = {}
-    for passage in (p for group in groups for p in group):
-        first = min(passage.first, found.get(passage.tokens.tobytes(), passage).first)
-        found[passage.tokens.tobytes()] = replace(passage, first=first)
+    for passage in passages:
+        key = passage.tokens.tobytes()
+        if key not in found or passage.first < found[key].first:
+            found[key] = passage
     return list(found.values())
 
 
