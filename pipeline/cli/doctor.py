@@ -31,6 +31,7 @@ _PACKAGES = (  # distribution, verbs, how to get it
     ("transformers", RUN, "pip install transformers"),
     ("peft", "train, bake, verify with an adapter", "pip install 'peft>=0.21,<0.22'"),
     ("accelerate", "train", "pip install accelerate"),
+    ("huggingface_hub", "release --to, and ids of the Hub in verify and lint", "pip install huggingface_hub"),
     ("safetensors", RUN, "pip install safetensors"),
     ("numpy", RUN, "pip install numpy"),
     ("scipy", "verify", "pip install scipy"),

@@ -42,10 +42,9 @@ class _Verbs(TyperGroup):
         return "\n".join(line for line in super().get_help(ctx).splitlines() if line.strip())
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Only the verbs, without a blank line before them."""
+        """Only the verbs, without a heading."""
         names = self.list_commands(ctx)
         rows = [(name, self.commands[name].get_short_help_str(limit=formatter.width)) for name in names]
-        formatter.write("Commands:\n")
         with formatter.indentation():
             formatter.write_dl(rows)
 
@@ -558,7 +557,7 @@ def verify(
     ] = None,
     stream: Annotated[
         bool | None,
-        typer.Option("--stream/--no-stream", help="the reference layer by layer; default: where it does not fit"),
+        typer.Option("--stream/--no-stream", help="the reference layer by layer or whole"),
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
     self_test: Annotated[

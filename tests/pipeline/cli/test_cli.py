@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -418,15 +417,11 @@ def test_report_decides_by_values_not_by_what_the_file_says_of_itself(
 
 
 def test_a_place_that_cannot_hold_the_report_is_found_before_the_measuring(
-    tiny_dir: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_dir: Path, candidate: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "x.gguf").write_bytes(b"never read to its end" * 10)
     monkeypatch.setattr("verification.commands.verify.artefacts", lambda *a, **k: pytest.fail("measuring began"))
-    monkeypatch.setattr(
-        "verification.commands.verify.read_gguf", lambda path: SimpleNamespace(path=path, file_type="F16")
-    )
-    arguments = ("--reference", tiny_dir, "--candidate", tmp_path / "x.gguf", "--out", tmp_path / "file" / "out")
+    arguments = ("--reference", tiny_dir, "--candidate", candidate, "--out", tmp_path / "file" / "out")
     code, _, err = so8t(capfd, monkeypatch, "verify", *arguments, "-q")
     assert code == 2
     assert "a part of the path is a file" in err
