@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from pipeline.cli import exit_codes
 from pipeline.cli.explain import all_explanations, explained
@@ -34,12 +34,24 @@ if TYPE_CHECKING:
     from verification.gate.report import Report
 
 
+def _without_blanks(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.strip())
+
+
+class _Dense(TyperCommand):
+    """Help without blank lines, for a verb whose options would not fit on a screen of 24 lines."""
+
+    def get_help(self, ctx: Any) -> str:
+        """The help's lines that hold text."""
+        return _without_blanks(super().get_help(ctx))
+
+
 class _Verbs(TyperGroup):
     """Help without blank lines and without the section of `--help`, so that all verbs fit on a screen of 24 lines."""
 
     def get_help(self, ctx: Any) -> str:
         """The help's lines that hold text."""
-        return "\n".join(line for line in super().get_help(ctx).splitlines() if line.strip())
+        return _without_blanks(super().get_help(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Only the verbs, without a heading."""
@@ -519,7 +531,7 @@ def reference(
     console.print(f"Reference file: {out}, {out.stat().st_size / 1e6:.1f} MB", markup=False, soft_wrap=True)
 
 
-@app.command(epilog="Example: so8t verify --reference my-model --candidate my-Q8_0.gguf --out out")
+@app.command(cls=_Dense, epilog="Example: so8t verify --reference my-model --candidate my-Q8_0.gguf --out out")
 def verify(
     reference: Annotated[
         Path | None,
