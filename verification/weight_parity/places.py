@@ -39,7 +39,10 @@ SCALE_Z = {"row": 10.0, "column": 19.0, "head": 17.0, "head's columns": 17.0}
 ROW_Z = 12.1
 LEAST_SPREAD = 0.02  # of these ratios
 BEYOND_ZEROS = 1.1  # error of a block, in the reference's norm; healthy blocks of one bit reached 0.83
-LOST = 0.9  # error of a column, in the reference's norm: 1 are zeros, less what noise may take away
+LOST = 0.9  # error of a block, in the reference's norm: 1 are zeros, less what noise may take away
+# Share of the reference in a column: 0 of zeros, +-1/sqrt(rows) of other weights. Columns of IQ1_S to IQ3_XXS under a
+# matrix of three orders of magnitude kept 0.30 and more, of Q2_K 0.8
+LEFT = 0.15
 
 
 @dataclass(frozen=True)
@@ -214,16 +217,23 @@ def _rows(kind: str, F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.
 
 
 def _lost_columns(F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int64]) -> Place | None:
-    """Columns that are no nearer to the reference than zeros are, where no matrix makes the own quantiser lose any."""
-    weights, errors = (np.linalg.norm(x.astype(np.float64), axis=0) for x in (W, F - W))
-    size = np.linalg.norm(W[at].astype(np.float64), axis=0)
-    own = [np.linalg.norm((one.values - W[at]).astype(np.float64), axis=0) for one in sampled]
-    most = max(float((one[size > 0] / size[size > 0]).max(initial=0.0)) for one in own)
-    bad = (errors >= max(LOST, (1 + most) / 2) * weights) & (weights > 0)
-    if most >= LOST or not bad.any():
+    """Columns that hold nothing of the reference's: the share of W in F, <F, W> / <W, W>, is next to zero.
+
+    The size of the error cannot tell: a column that a matrix calls unimportant errs by more than its norm in a lattice
+    of two bits, and still leans towards the reference.
+    """
+    share, least = _share(F, W), min(float(_share(one.values, W[at]).min()) for one in sampled)
+    bad = share < min(LEFT, least / 2)
+    if not bad.any():
         return None
     text = f"{int(bad.sum())} columns are lost, the first is {int(np.argmax(bad))}"
-    return Place("columns nearer to the reference's than zeros are", text, "a column damaged")
+    return Place("columns that hold the reference's", text, "a column damaged")
+
+
+def _share(F: Array, W: Array) -> Float64:
+    """<F, W> / <W, W> of each column (in,); 1 where W is zero."""
+    of, norm = np.einsum("oi,oi->i", F, W, dtype=np.float64), np.einsum("oi,oi->i", W, W, dtype=np.float64)
+    return np.where(norm > 0, of / np.where(norm > 0, norm, 1), 1.0)
 
 
 def _lost_blocks(tensor: GGUFTensor, F: Array, W: Array) -> Place | None:

@@ -133,7 +133,7 @@ USELESS = {
         {"messages": [{"role": "tool", "content": "q"}, {"role": "assistant", "content": THINK}]},
     ],
     "special token in a message": [{"question": "a<|endoftext|>b", "answer": THINK}],
-    "too long": [{"question": "long " * 400, "answer": THINK}],
+    "too long": [{"question": "long " * 600, "answer": THINK}],
 }
 
 
@@ -293,7 +293,7 @@ def test_generated_rows_pass_the_same_checks_and_can_be_masked(tmp_path: Path, t
 def test_generated_rows_are_short_in_the_demo_models_tokens(tmp_path: Path, smollm2: Any) -> None:
     report = build(tmp_path, smollm2, generator=GeneratorConfig(rows=200, heldout_rows=100))
     for split in (report.train, report.heldout):
-        assert 100 <= split.quantile(0) <= split.quantile(1) <= 220
+        assert 80 <= split.quantile(0) <= split.quantile(1) <= 200
 
 
 def test_the_card_states_the_counts_of_the_report(tmp_path: Path, phi35: Any) -> None:
