@@ -237,12 +237,37 @@ def test_harmless_keys_may_say_anything(bench: Bench, pair: Healthy, tmp_path: P
     assert promised_types(read_gguf(raw.write(tmp_path / "g.gguf")))
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
+BYTES = given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+
+
 @QUIET
-@given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+@BYTES
+def test_no_byte_of_a_float_tensor_can_change_unnoticed(
+    pair: Healthy, tmp_path: Path, share: float, pattern: int
+) -> None:
+    assert_byte_is_noticed(pair, tmp_path, "F16", share, pattern)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M"])
+@settings(QUIET, max_examples=8)
+@BYTES
 def test_no_byte_of_a_tensor_can_change_unnoticed(
     pair: Healthy, tmp_path: Path, kind: str, share: float, pattern: int
 ) -> None:
+    assert_byte_is_noticed(pair, tmp_path, kind, share, pattern)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
+@settings(QUIET, max_examples=500)
+@BYTES
+def test_no_byte_of_a_tensor_can_change_unnoticed_among_many(
+    pair: Healthy, tmp_path: Path, kind: str, share: float, pattern: int
+) -> None:
+    assert_byte_is_noticed(pair, tmp_path, kind, share, pattern)
+
+
+def assert_byte_is_noticed(pair: Healthy, tmp_path: Path, kind: str, share: float, pattern: int) -> None:
     file = pair.opened[kind]
     data = bytearray(file.path.read_bytes())
     first = min(tensor.offset for tensor in file.tensors.values())
@@ -377,28 +402,16 @@ def test_the_self_test_itself_can_fail(bench: Bench, monkeypatch: pytest.MonkeyP
     assert "<script" not in page
 
 
-MAIN = {  # one fault for each way of planting one into the model with rotation and LoRA, and for each kind of file
-    "linear RoPE scaling that the model has not",
+MAIN = {  # one fault for each way of planting one; all of them: `tox -e soak`
     "norm's gain off",
-    "merges cut off",
     "chat template's end cut",
-    "embedding rows shifted",
-    "a weight is NaN",
-    "tensors of two layers exchanged",
     "quantised from another finetune",
     "weights went through a smaller float type",
-    "a quantised tensor in a float file",
     "one layer's R off by an angle",
-    "rotated on the output's side",
-    "o_proj transposed",
     "the base converted, nothing merged",
     "LoRA's scale wrong in one layer",
     "saved without the rotation in one layer",
     "cut off",
-    "a bit flipped in an exponent",
-    "a tensor nobody asked for",
-    "a key written twice",
-    "bytes hidden in the padding",
 }
 
 
@@ -420,7 +433,7 @@ def test_a_part_of_the_catalogue_through_the_whole_runner(tokenizer: Any, tmp_pa
     assert [row.fault for row in result.rows if not row.named_right] == []
     assert told[-1] == f"faults {len(result.rows)}/{len(result.rows)}"
     blind = [row for row in result.rows if row.nmse_says == "pass" and row.kld_says == "pass"]
-    assert len(blind) >= 5  # what the usual checks let pass
+    assert len(blind) >= 3  # what the usual checks let pass
     assert (tmp_path / "out" / "self_test.html").is_file()
 
 
