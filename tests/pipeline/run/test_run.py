@@ -50,7 +50,7 @@ def _ran(monkeypatch: pytest.MonkeyPatch, *, changing: bool = False) -> list[str
                 return
             for output in (run.dir / relative for relative in step.outputs):
                 target = output / "changed.txt" if output.is_dir() else output
-                target.write_text((target.read_text() if target.exists() else "") + "\n")
+                target.write_bytes((target.read_bytes() if target.exists() else b"") + b"\n")
 
         monkeypatch.setitem(run_module.WORK, name, run_module.Step(step.settings, step.inputs, step.outputs, work))
     return names
