@@ -30,8 +30,9 @@ def eos_ids(path: Path) -> list[int]:
         InputError: the file is damaged.
     """
     fields = read_json(path) if path.is_file() else {}
-    text = fields.get("text_config")
-    value = fields.get("eos_token_id") or (text.get("eos_token_id") if isinstance(text, dict) else None)
+    value, text = fields.get("eos_token_id"), fields.get("text_config")
+    if value is None and isinstance(text, dict):
+        value = text.get("eos_token_id")
     return [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
 
 

@@ -89,16 +89,16 @@ def test_no_end_at_all_is_refused(tmp_path: Path) -> None:
 
 
 def test_llama_cpp_stops_where_only_config_and_template_say_so(tiny_dir: Path, tmp_path: Path) -> None:
-    """Ends in config.json alone, the template in chat_template.jinja alone: both reach the GGUF."""
+    """An end in config.json beside a generation_config.json, a template in chat_template.jinja alone: both arrive."""
     from verification.engines.convert import convert
     from verification.engines.llama_model import LlamaModel
 
     folder = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
-    (folder / "generation_config.json").unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
-    place(folder, config=config | {"eos_token_id": [IM_END, 7]}, tokenizer_config=settings)
+    ends = {"config": config | {"eos_token_id": [IM_END, 7]}, "generation_config": {"eos_token_id": IM_END}}
+    place(folder, **ends, tokenizer_config=settings)
     assert (folder / "chat_template.jinja").is_file()
     tokenizer = load_tokenizer(folder)
     with LlamaModel(convert(folder, tmp_path / "before.gguf", outtype="f16"), vocab_only=True) as model:
