@@ -49,16 +49,22 @@ class Reference:
     spool: LogitSpool
     name: str
     _places: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # tokens -> first row, first position
+    _texts: dict[bytes, None] = field(
+        default_factory=dict
+    )  # of all processes: each must see the same beginnings in them
+
+    def __post_init__(self) -> None:
+        self._texts = dict.fromkeys([*self._texts, *self._places])
 
     def read(self, passage: Passage, start: int, stop: int) -> Any:
         """Rows start .. stop-1 of a passage's scored positions, (rows, V) float32."""
-        row, first = self._places[_key_of(passage, self._places)]
+        row, first = self._places[_key_of(passage, self._texts)]
         row += passage.first - first
         return self.spool.read(row + start, row + stop)
 
     def mine(self, passages: Sequence[Passage]) -> dict[int, Passage]:
         """The passages whose logits this process has, by their place in the list."""
-        return {place: p for place, p in enumerate(passages) if _key_of(p, self._places) in self._places}
+        return {place: p for place, p in enumerate(passages) if _key_of(p, self._texts) in self._places}
 
     def add(self, passage: Passage, model: Any) -> None:
         """Run the model over a passage and keep its logits."""
@@ -95,9 +101,10 @@ def run_reference(
 ) -> Reference:
     """The reference's logits of all passages, or of this process' share, on disk; close `.spool` when done."""
     vocab = int(model.config.get_text_config().vocab_size)
+    texts = dict.fromkeys(p.tokens.tobytes() for p in passages)
     passages = list(distributed.shared_out(passages).values())
     spool = LogitSpool(directory, rows=sum(p.rows for p in passages), vocab=vocab)
-    reference = Reference(spool, name)
+    reference = Reference(spool, name, _texts=texts)
     try:
         ahead, weight = _layers_first(model, passages, partial(tell, stage))
         total = ahead + weight * len(passages)
