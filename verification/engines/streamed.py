@@ -184,7 +184,7 @@ class _Shards:
         weights, _ = admit_checkpoint(directory)
         self.paths = weights.paths
         self.head: Tensor | None = None  # (V, width) float32, where it is small enough to be held
-        self._file_of, self._target, self._modules = weights.file_of, target, modules
+        self._file_of, self._target, self._by_name = weights.file_of, target, modules
         self._mapping = get_model_conversion_mapping(target)
         self.streamed = tuple(f"{name}." for name in layers)
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
@@ -257,12 +257,11 @@ class _Shards:
             if name.startswith(group):
                 self._put(name, self._empty[name])
                 parent, _, leaf = name.rpartition(".")
-                self._target.get_submodule(parent)._parameters[leaf] = self._empty[name]
+                _set(self._target.get_submodule(parent), leaf, self._empty[name])
 
     def _put(self, name: str, value: Any) -> None:
         parent, _, leaf = name.rpartition(".")
-        value.requires_grad_(False)
-        self._modules[parent]._parameters[leaf] = value
+        _set(self._by_name[parent], leaf, value.requires_grad_(False))
 
     def rows_of(self, name: str) -> Callable[[Any, Any], Any]:
         """A hook in front of an embedding: it reads the rows of the ids that are asked for, and numbers them anew."""
@@ -271,7 +270,7 @@ class _Shards:
             ids, places = inputs[0].unique(return_inverse=True)
             with self._slice(name) as stored:
                 rows = torch.cat([stored[int(i) : int(i) + 1] for i in ids]).float()
-            module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+            _set(module, "weight", rows)
             return (places, *inputs[1:])
 
         return read
@@ -283,7 +282,7 @@ class _Shards:
         if not (model.config.tie_word_embeddings or model.config.get_text_config().tie_word_embeddings):
             raise InputError(f"{name} is in no file of the checkpoint, and the model is not tied")
         embedding = model.get_input_embeddings()
-        return next(f"{n}.weight" for n, m in self._modules.items() if m is embedding)
+        return next(f"{n}.weight" for n, m in self._by_name.items() if m is embedding)
 
     def head_of(self, name: str, head: nn.Linear, x: Tensor) -> Tensor:
         """x (..., width) -> (..., V): the head's product, from its whole weight or slice by slice."""
@@ -475,3 +474,8 @@ class _LayerByLayer:
                 self.start, self.hidden = int(stored.metadata()["layer"]), hidden
         except (SafetensorError, KeyError, TypeError, ValueError):  # somebody else's file: from the first layer, then
             self._file().unlink()
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    """Give a module another parameter, (..) of any shape."""
+    setattr(module, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False))

@@ -60,7 +60,7 @@ def test_a_worse_outcome_fails_and_an_equal_one_passes() -> None:
 
 
 def _status(check: Check) -> str:
-    return _decide_check(check, make_policy({}), judged=True).status
+    return _decide_check(check, make_policy({}), "Q4_K_M", judged=True).status
 
 
 def test_a_file_with_an_unknown_matrix_is_paired_and_one_that_is_proven_is_not(family: Family, tmp_path: Path) -> None:

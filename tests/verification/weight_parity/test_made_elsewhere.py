@@ -80,7 +80,9 @@ def alarms(result: WeightResult) -> list[str]:
 def refused(checks: list[Check]) -> list[Check]:
     """Checks that the default policy does not let pass."""
     return [
-        one for one in (_decide_check(check, make_policy({}), "Q4_K_M", judged=True) for check in checks) if one.status != "pass"
+        one
+        for one in (_decide_check(check, make_policy({}), "Q4_K_M", judged=True) for check in checks)
+        if one.status != "pass"
     ]
 
 
