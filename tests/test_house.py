@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,3 +178,9 @@ def _literals(path: Path) -> Iterator[str]:
 
 def test_a_name_that_is_not_ascii_is_seen() -> None:
     assert "答え" in set(names(ast.parse("答え = 1")))
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone: the second of two is not run."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []

@@ -146,7 +146,7 @@ def test_a_changed_input_under_finished_steps_runs_what_depends_on_it(
 
 
 def test_a_second_run_is_refused_and_ctrl_c_keeps_what_is_finished(tiny_dir: Path, tmp_path: Path) -> None:
-    config = _prepare(tiny_dir, tmp_path, "data")
+    config = _prepare(tiny_dir, tmp_path, "data", "train.steps=2000")  # longer than the second takes to start
     run = Started(config, "--until", "train")
     assert run.reaches("train"), run.lines
     second = Started(config, "--until", "train")
