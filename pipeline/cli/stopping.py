@@ -16,8 +16,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from verification.commands.interruption import stop_signals
+
 _AGAIN = 0.1  # seconds until a request whose exception was forgotten is made again
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # SIGHUP is not on every system
 
 
 class Stopped(KeyboardInterrupt):
@@ -39,7 +40,7 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            for number in stop_signals():
                 found = signal.getsignal(number)
                 if found in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = found

@@ -10,7 +10,10 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # SIGHUP is not on every system
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask a program to end; SIGHUP is not on every system."""
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interruption:
@@ -28,7 +31,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            for number in stop_signals():
                 handler = signal.getsignal(number)
                 if callable(handler) and not isinstance(handler, signal.Handlers):
                     self._before[number] = handler

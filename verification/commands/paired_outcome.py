@@ -16,7 +16,7 @@ import numpy as np
 
 from verification.commands.stage import Run, Stage
 from verification.engines import distributed
-from verification.engines.quantise import needs_matrix, quantised_bytes
+from verification.engines.quantise import even_matrix, quantised_bytes
 from verification.gate.check import plain_check
 from verification.gate.report import Check
 from verification.gguf.candidate import Candidate
@@ -73,9 +73,7 @@ def own_quantisation(candidate: Candidate, judged: list[str], run: Run, target: 
             if source is None or source.shape != tensor.shape:
                 left.append(name)
                 continue
-            if matrix is None and needs_matrix(tensor.type):
-                size = tensor.shape[-1] * (tensor.shape[0] if len(tensor.shape) == 3 else 1)
-                matrix = np.ones(size, dtype=np.float32)
+            matrix = even_matrix(tensor.type, tensor.shape) if matrix is None else matrix
             raw = quantised_bytes(source.values(), tensor.type, matrix)
             if raw is None or raw.size != tensor.raw.size:
                 left.append(name)

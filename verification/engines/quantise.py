@@ -191,9 +191,11 @@ def quantised_bytes(
     return target
 
 
-def needs_matrix(kind: str) -> bool:
-    """Whether llama.cpp makes a type only with an importance matrix."""
-    return bool(_needs_imatrix(int(GGMLQuantizationType[kind])))
+def even_matrix(kind: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
+    """A matrix of ones, (row,) or (experts * row,) for `shape`, where llama.cpp makes a type only with a matrix."""
+    if not _needs_imatrix(int(GGMLQuantizationType[kind])):
+        return None
+    return np.ones(shape[-1] * (shape[0] if len(shape) == 3 else 1), dtype=np.float32)
 
 
 def nominal_types(file: GGUFFile) -> list[NominalType]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from verification.engines.quantise import WRITTEN, needs_matrix, quantised_bytes
+from verification.engines.quantise import WRITTEN, even_matrix, quantised_bytes
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.structure.scale import Scale, group_scales, scale
 from verification.weight_parity.structure.shift import Shift, shift
@@ -39,9 +39,7 @@ def own_values(kind: str, W: Array, matrix: Array | None = None) -> Array | None
     """
     if kind not in WRITTEN or not np.isfinite(W).all():
         return None
-    if matrix is None and needs_matrix(kind):
-        matrix = np.ones(W.shape[-1], dtype=np.float32)
-    raw = quantised_bytes(W, kind, matrix)
+    raw = quantised_bytes(W, kind, even_matrix(kind, W.shape) if matrix is None else matrix)
     return None if raw is None else GGUFTensor("", W.shape, kind, raw).values()
 
 
