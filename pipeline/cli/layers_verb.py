@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from pipeline.cli.saying import page
 
 BAR = 24  # characters of the longest bar
 
@@ -46,9 +47,9 @@ def layers(
     for place in places[:top]:
         bar = "#" * round(BAR * place.score / largest)
         table.add_row(str(place.layer), place.target, f"{place.score:.3g}", bar, f"{place.parameters:,}")
-    console = Console(highlight=False)
-    console.print(table)
-    if len(places) > top:
-        console.print(f"{len(places) - top} more places; --top shows them.")
     order = best_layers(places, len({place.layer for place in places}), ranked=True)
-    console.print(f"Layers, most gradient first: {', '.join(map(str, order))}", soft_wrap=True)
+    with page() as console:
+        console.print(table)
+        if len(places) > top:
+            console.print(f"{len(places) - top} more places; --top shows them.")
+        console.print(f"Layers, most gradient first: {', '.join(map(str, order))}", soft_wrap=True)

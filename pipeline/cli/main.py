@@ -5,7 +5,6 @@ Heavy imports happen inside the verbs, so that `--help` and a mistyped path answ
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 from pipeline.cli import exit_codes
 from pipeline.cli.explain import all_explanations, explained
 from pipeline.cli.layers_verb import layers
+from pipeline.cli.saying import occupy_standard_streams, page, say, spare_standard_error
 from pipeline.cli.serve_verbs import audit_app, serve
 from pipeline.cli.stale import take_away, take_away_named
 from pipeline.cli.stopping import Stopped, StopRequests, is_program
@@ -91,7 +91,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="show no progress")]
 
 def main() -> None:
     """Entry point of the `so8t` program."""
-    with StopRequests() as requests:
+    occupy_standard_streams()
+    with spare_standard_error(), StopRequests() as requests:
         try:
             requests.listen()
             code = _command(requests)
@@ -142,6 +143,8 @@ def _explained(error: Exception) -> int:
     if isinstance(error, ModuleNotFoundError):
         what = f"the package {error.name!r} is not installed" if error.name else str(error)  # transformers names none
         return _failed(f"{what}; `so8t doctor` says what is missing and how to get it")
+    if isinstance(error, MemoryError):
+        return _failed("the memory that this process may use is not enough; free some, or raise its limit (ulimit -v)")
     if isinstance(error, OSError):
         return _failed(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
@@ -182,8 +185,8 @@ def _failed(message: str) -> int:
 def _calm() -> None:
     """Keep the messages of other libraries off the screen; their errors are still raised."""
     for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows escapes, it ends no run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # loaders draw bars of their own; `Reporter` shows the progress here
@@ -235,10 +238,10 @@ def _plan(
     from pipeline.run.steps import Run
 
     plan = make_plan(Run(loaded, Reporter(quiet=True)), first=first, until=until, force=tuple(force or ()))
-    console = Console(highlight=False)
-    console.print(plan_table(plan))
-    for line in (plan.basis, *(f"Note: {note}" for note in plan.notes)):
-        console.print(line, markup=False)
+    with page() as console:
+        console.print(plan_table(plan))
+        for line in (plan.basis, *(f"Note: {note}" for note in plan.notes)):
+            console.print(line, markup=False)
     if plan.problems:
         raise InputError("\nso8t: ".join(plan.problems))
 
@@ -259,12 +262,10 @@ def _announce(report: Report, folder: Path, *, policy: str, speaks: bool = True)
         from verification.show.github import append_step_summary
         from verification.show.terminal import verdict_table
 
-        console = Console(highlight=False)
-        with console.capture() as shown:
+        with page() as console:
             console.print(verdict_table(report))
             console.print(_policy_line(report, policy), markup=False, soft_wrap=True)
             console.print(f"Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
-        _say(shown.get())
         append_step_summary(report)
     raise typer.Exit(exit_codes.of_verdict(report.verdict))
 
@@ -281,22 +282,6 @@ def _policy_line(report: Report, source: str) -> str:
     return visible(f"Policy: {source}, sha256 {policy_digest(report.policy)[:12]}, {how}")
 
 
-def _say(text: str) -> None:
-    """Write to standard output and make sure that it went there: what an exit code stands for has to be readable."""
-    if sys.stdout is None:
-        raise InputError(
-            "standard output is closed, so the verdict cannot be shown; open it, e.g. with `> verdict.txt`"
-        )
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
-        if isinstance(error, BrokenPipeError):
-            raise typer.Exit(exit_codes.READER_GONE) from None  # typer makes a 1 of it
-        raise
-
-
 @app.command(epilog="Example: so8t demo run_dir=/tmp/so8t train.steps=80")
 def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train, bake, convert, verify a 135M model."""
@@ -304,7 +289,8 @@ def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
     if not quiet and distributed.is_first():
         from pipeline.config import parse_config
 
-        Console(highlight=False).print(_what_the_demo_shows(parse_config(text, overrides=overrides)), markup=False)
+        with page() as console:
+            console.print(_what_the_demo_shows(parse_config(text, overrides=overrides)), markup=False)
     _execute(text, overrides, quiet=quiet)
 
 
@@ -383,11 +369,13 @@ def _preview(config: Path, overrides: list[str] | None, rows: int, *, quiet: boo
     tokenizer = base_tokenizer(loaded.model.base)
     with Reporter(quiet=quiet).task("data rows", expected_rows(loaded.data)) as advance:
         shown, report = make_preview(loaded, tokenizer, rows, lambda n: advance(n))
-    console = Console(highlight=False)
-    for text in shown:
-        console.print(text, soft_wrap=True)
-    console.print(counts_table(report))
-    console.print(f"{report.train_rows} rows would be trained on, {report.heldout_rows} held out; nothing was written.")
+    with page() as console:
+        for text in shown:
+            console.print(text, soft_wrap=True)
+        console.print(counts_table(report))
+        console.print(
+            f"{report.train_rows} rows would be trained on, {report.heldout_rows} held out; nothing was written."
+        )
 
 
 @app.command(epilog="Example: so8t train configs/demo.yaml train.steps=200")
@@ -468,9 +456,9 @@ def choose(
     shown = Table(*header, box=None, pad_edge=False)
     for row in rows:
         shown.add_row(*row)
-    console = Console(highlight=False)
-    console.print(shown)
-    console.print(answer(choice), markup=False, soft_wrap=True)
+    with page() as console:
+        console.print(shown)
+        console.print(answer(choice), markup=False, soft_wrap=True)
     raise typer.Exit(exit_codes.of_verdict("pass" if choice.chosen is not None else "fail"))
 
 
@@ -527,8 +515,7 @@ def reference(
             versions=versions(),
             tell=progress,
         )
-    console = Console(highlight=False)
-    console.print(f"Reference file: {out}, {out.stat().st_size / 1e6:.1f} MB", markup=False, soft_wrap=True)
+    say(f"Reference file: {out}, {out.stat().st_size / 1e6:.1f} MB\n")
 
 
 @app.command(cls=_Dense, epilog="Example: so8t verify --reference my-model --candidate my-Q8_0.gguf --out out")
@@ -631,13 +618,13 @@ def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: 
 
     with StageProgress(Reporter(quiet=quiet)) as progress, self_test_model(reference, quick=quick) as (base, tokenizer):
         result = run_self_test(base=base, tokenizer=tokenizer, quick=quick, out=out, tell=progress)
-    console = Console(highlight=False)
-    console.print(f"{result.verdict.capitalize()}: {result.summary}.", markup=False)
-    for title, entries in (("Missed", result.missed), ("False alarm", result.alarms)):
-        for entry in entries:
-            console.print(f"{title}: {entry}", markup=False)
-    if out is not None:
-        console.print(f"Report: {out / 'self_test.html'}", markup=False, soft_wrap=True)
+    with page() as console:
+        console.print(f"{result.verdict.capitalize()}: {result.summary}.", markup=False)
+        for title, entries in (("Missed", result.missed), ("False alarm", result.alarms)):
+            for entry in entries:
+                console.print(f"{title}: {entry}", markup=False)
+        if out is not None:
+            console.print(f"Report: {out / 'self_test.html'}", markup=False, soft_wrap=True)
     raise typer.Exit(exit_codes.of_verdict(result.verdict))
 
 
@@ -661,11 +648,11 @@ def lint(
 ) -> None:
     """Check a GGUF file without running it, in seconds."""
     take_away("lint", out)
-    console = Console(highlight=False)
     if file is None:
         if not explain:
             raise InputError("lint needs a FILE.gguf; or --explain alone, which lists what each check means")
-        console.print(all_explanations())
+        with page() as console:
+            console.print(all_explanations())
         return
     _quiet_transformers()
     from pipeline import hub
@@ -676,11 +663,12 @@ def lint(
     from verification.commands.lint_terminal import lint_table, write_lint
 
     report = examine(file, reference=reference, base=base, adapter=adapter)
-    console.print(lint_table(report))
-    if explain:
-        console.print(explained(report))
-    if out is not None:
-        console.print(f"Report: {write_lint(report, out)}", markup=False, soft_wrap=True)
+    with page() as console:
+        console.print(lint_table(report))
+        if explain:
+            console.print(explained(report))
+        if out is not None:
+            console.print(f"Report: {write_lint(report, out)}", markup=False, soft_wrap=True)
     raise typer.Exit(exit_codes.of_verdict(report.verdict))
 
 
@@ -779,7 +767,7 @@ def kld_base(
 
     with StageProgress(Reporter(quiet=quiet)) as progress:
         write_base_of(reference, out, corpus=corpus or None, chunks=chunks, n_ctx=n_ctx, progress=progress)
-    Console(highlight=False).print(f"Base file: {out}", markup=False, soft_wrap=True)
+    say(f"Base file: {out}\n")
 
 
 @app.command(epilog="Example: so8t kld my-model.kld --candidate my-model-Q4_K_M.gguf")
@@ -799,7 +787,7 @@ def kld(
 
     with StageProgress(Reporter(quiet=quiet)) as progress:
         result = candidate_statistics(base, candidate, threads=threads, progress=progress)
-    print(result.text, end="")
+    say(result.text)
 
 
 @app.command(epilog="Example: so8t report runs/demo")
@@ -853,7 +841,7 @@ def release(
         said.append(
             f"Uploaded: {hub.upload(run_dir / 'release', to, digests=digests, private=private, message=message)}"
         )
-    _say("\n".join(said) + "\n")
+    say("\n".join(said) + "\n")
     raise typer.Exit(exit_codes.of_verdict(report.verdict))
 
 
@@ -862,7 +850,7 @@ def config_schema() -> None:
     """Print the configuration's JSON Schema."""
     from pipeline.config import RunConfig
 
-    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    say(json.dumps(RunConfig.model_json_schema(), indent=2) + "\n")
 
 
 @app.command("report-schema", epilog="Example: so8t report-schema > so8t-report.schema.json")
@@ -870,7 +858,7 @@ def report_schema() -> None:
     """Print the report's JSON Schema."""
     from verification.show.write import json_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    say(json.dumps(json_schema(), indent=2) + "\n")
 
 
 @app.command(epilog="Example: so8t doctor")
@@ -885,7 +873,8 @@ def doctor() -> None:
     findings = examine()
     for finding in findings:
         table.add_row(*map(Text, (finding.name, finding.found, finding.needed_by, finding.mend)))
-    Console(highlight=False).print(table)
+    with page() as console:
+        console.print(table)
     raise typer.Exit(1 if any(finding.mend for finding in findings) else 0)
 
 

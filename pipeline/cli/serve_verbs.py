@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pipeline.cli.saying import say
 from so8t_core.errors import InputError
 
 
@@ -62,7 +63,7 @@ def serve(
 
         if keys is None:
             raise InputError("--new-key needs the file that the key is added to; give --keys FILE")
-        print(new_api_key(keys, new_key, operator=operator))
+        say(new_api_key(keys, new_key, operator=operator) + "\n")
         return
     from pipeline.serve.start import ServeConfig
     from pipeline.serve.start import serve as run_server
@@ -125,4 +126,4 @@ def audit_verify(
     except Tampered as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"so8t: {log}: {error}", markup=False)
         raise typer.Exit(1) from None
-    print(f"{log}: {head.seq + 1} records, unbroken; head {head}")
+    say(f"{log}: {head.seq + 1} records, unbroken; head {head}\n")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_mutations import bpe, llama
 from policy_reports import healthy, released, report
 from test_attestation import edit, written
 from verification_models import Family
@@ -128,28 +131,86 @@ def test_the_report_of_these_tests_passes(tmp_path: Path, capfd: Any, monkeypatc
     assert "Pass: ready to release" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["gate", "report"])
-@pytest.mark.parametrize("place", ["closed", "full", "gone"])
-def test_a_pass_that_nobody_can_read_is_no_exit_0(
-    place: str, verb: str, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Standard output closed by the caller, on a full disk, or a pipe whose reader is gone."""
-    path = passed(tmp_path)
+@contextlib.contextmanager
+def unusable(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A standard stream that the caller closed, on a full disk, or a pipe whose reader is gone."""
     if place == "gone":
         read, write = os.pipe()
         os.close(read)
         stream: Any = os.fdopen(write, "w")
     else:
-        stream = None if place == "closed" else open("/dev/full", "w")  # noqa: SIM115 (it is standard output)
-    monkeypatch.setattr(sys, "stdout", stream)
-    code = exit_code(monkeypatch, verb, path if verb == "gate" else tmp_path)
-    monkeypatch.undo()
+        stream = None if place == "closed" else open("/dev/full", "w")  # noqa: SIM115 (it is a standard stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, name, stream)
+        yield
     if stream is not None:
         stream.close()
+
+
+def good(verb: str, folder: Path) -> tuple[object, ...]:
+    """A command line of each verb that answers at once, and whose end would be 0."""
+    if verb == "lint":
+        return verb, llama(bpe()).write(folder / "f16.gguf")
+    given = {"gate": (passed(folder),), "report": (folder,), "lint --explain": ()}
+    return *verb.split(), *given.get(verb, ())
+
+
+@pytest.mark.parametrize("verb", ["gate", "report", "lint", "lint --explain", "report-schema", "doctor"])
+@pytest.mark.parametrize("place", ["closed", "full", "gone"])
+def test_a_result_that_nobody_can_read_is_no_exit_0(
+    place: str, verb: str, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = good(verb, tmp_path)
+    with unusable("stdout", place, monkeypatch):
+        code = exit_code(monkeypatch, *given)
     assert code == {"closed": 2, "full": 2, "gone": 141}[place]
     said = capfd.readouterr().err
     assert "Traceback" not in said
     assert {"closed": "standard output is closed", "full": "No space left", "gone": ""}[place] in said
+
+
+@pytest.mark.parametrize("place", ["closed", "full", "gone"])
+def test_standard_error_that_takes_nothing_changes_no_exit_code(
+    place: str, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of a pass that names absent files there, of a refusal, a mistake, nor of a step summary that fails."""
+    path = passed(tmp_path)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    for given, code in (("gate", path), 0), (("gate", tmp_path / "gone"), 2), (("gaet",), 2):
+        with unusable("stderr", place, monkeypatch):
+            assert exit_code(monkeypatch, *given) == code
+    assert capfd.readouterr().out.count("Pass: ready to release") == 1
+
+
+def test_the_place_of_a_closed_stream_goes_to_no_other_file(tmp_path: Path) -> None:
+    """Or what a C library prints would stand in a report; and the end is 2 before any work is thrown away."""
+    words = "import os,sys; from pipeline.cli.main import main; sys.argv = ['so8t', 'report-schema']\n"
+    words += "try: main()\nfinally: open(sys.__stderr__.fileno(), 'w').write(os.readlink('/proc/self/fd/1'))"
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "standard output is closed" in done.stderr
+    assert done.stderr.endswith("/dev/null")
+
+
+def test_memory_that_is_not_enough_is_one_line(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(*_: object) -> Report:
+        raise MemoryError
+
+    monkeypatch.setattr("verification.show.write.load_report", hungry)
+    assert exit_code(monkeypatch, "gate", passed(tmp_path)) == 2
+    said = capfd.readouterr().err
+    assert "memory" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_every_verb_says_its_result_by_one_way() -> None:
+    """`pipeline.cli.saying` alone writes to standard output; `serve` announces lines while it works."""
+    for path in (ROOT / "pipeline" / "cli").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and path.name != "saying.py":
+                name, words = ast.unparse(node.func), ast.unparse(node)
+                assert name != "print" or "so8t serve: {line}" in words, f"{path.name}: {words}"
+                assert name != "Console" or "stderr=True" in words, f"{path.name}: {words}"
 
 
 def test_an_output_of_another_encoding_takes_the_verdict(
