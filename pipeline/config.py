@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from so8t_core.errors import InputError
+from so8t_core.files import read_regular
 from verification.gate.strict_yaml import NotYaml, read_yaml
 
+_MAX_BYTES = 1 << 18  # an example with all its comments has 6,000
 _SEE = "`so8t config-schema` lists every key"
 DEMO_MODEL = "demo:smollm2-135m-instruct"
 # kinds of personal and confidential content; what finds them is in `pipeline.data.pii`
@@ -189,11 +191,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, most=_MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"config {path} does not exist; start from configs/demo.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"config {path} cannot be read: {what}; {_SEE}") from None
     return parse_config(text, source=str(path), overrides=overrides)
 
 

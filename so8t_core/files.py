@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -220,6 +221,29 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_regular(path: str | Path, *, most: int) -> bytes:
+    """The bytes of a regular file, which a stranger may have put there.
+
+    A pipe that nobody writes to would be waited for, and a device may never end: both are refused unread.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        ValueError: it has more than `most` bytes; the text names both.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        with open(handle, "rb", closefd=False) as stream:
+            data = stream.read(most + 1)
+    finally:
+        os.close(handle)
+    if len(data) > most:
+        raise ValueError(f"{max(found.st_size, len(data))} bytes, at most {most} are read")
+    return data
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -228,12 +252,11 @@ def read_json(path: Path) -> dict[str, Any]:
             not UTF-8, not JSON, or no object.
     """
     try:
-        with open(path, "rb") as stream:
-            raw = stream.read(MAX_JSON + 1)
+        raw = read_regular(path, most=MAX_JSON)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_JSON:
-        raise InputError(f"{path} has more than {MAX_JSON} bytes, the most that is read of a JSON file")
+    except ValueError:
+        raise InputError(f"{path} has more than {MAX_JSON} bytes, the most that is read of a JSON file") from None
     if raw.count(b"{") + raw.count(b"[") > MAX_CONTAINERS:
         raise InputError(f"{path} has more than {MAX_CONTAINERS} objects and lists, the most that are read")
     try:

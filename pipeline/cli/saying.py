@@ -19,6 +19,8 @@ from rich.console import Console
 from pipeline.cli import exit_codes
 from so8t_core.errors import InputError
 
+_NARROW, _WIDE = 20, 1000  # columns
+
 
 def occupy_standard_streams() -> None:
     """Put the null device where the caller closed a standard stream.
@@ -56,6 +58,7 @@ def say(text: str) -> None:
 def page() -> Iterator[Console]:
     """A console whose text is said as one piece when the block has ended; raises what `say` does."""
     console = Console(highlight=False)
+    console.width = min(max(console.width, _NARROW), _WIDE)  # COLUMNS=0 would show nothing at all
     with console.capture() as shown:
         yield console
     say(shown.get())

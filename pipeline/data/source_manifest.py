@@ -30,9 +30,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.data.licences import LicencePolicy
 from so8t_core.errors import InputError
-from so8t_core.files import sha256_file
+from so8t_core.files import read_regular, sha256_file
 
 Robots = Literal["allowed", "disallowed", "not-applicable"]
+_MAX_BYTES = 1 << 24
 COLLECTED = "collected"  # directory beside the manifest, one folder a URL
 ROWS, RECORD = "rows.jsonl", "record.json"
 
@@ -112,13 +113,14 @@ def load_manifest_file(path: Path) -> Manifest:
         InputError: missing, not UTF-8, not YAML, an unknown key, a wrong type; with the line in the file.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, most=_MAX_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"data.manifest {path} does not exist; docs/data_policy.md shows one") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read: {what}") from None
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)

@@ -125,6 +125,8 @@ def read_lines(path: Path, *, what: str = "data source") -> Numbered:
         InputError: the file is missing or cannot be opened.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{what} {path} is not a regular file; write the rows into one")
         stream = open(path, "rb")  # noqa: SIM115  (closed below; only the opening is the user's mistake)
     except FileNotFoundError:
         hint = "check data.sources and data.heldout_sources" if what == "data source" else "check the path"

@@ -22,6 +22,7 @@ from tiny_gguf import write_tiny
 
 from so8t_core.files import sha256_file
 from verification.gate.statement import statement_path
+from verification.gate.strict_json import MAX_MARKS
 from verification.show.write import to_json, write_report
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +181,16 @@ def a_pipe_as_report(folder: Path) -> list[str]:
     return ["gate", str(folder / "report.json")]
 
 
+def a_pipe_as_policy(folder: Path) -> list[str]:
+    os.mkfifo(folder / "pipe")
+    return [*report()(folder), "--policy", str(folder / "pipe")]
+
+
+def a_pipe_as_config(folder: Path) -> list[str]:
+    os.mkfifo(folder / "pipe")
+    return ["run", str(folder / "pipe")]
+
+
 def a_file_as_out(folder: Path) -> list[str]:
     (folder / "taken").write_text("x", encoding="utf-8")
     return [*verify()(folder)[:-1], str(folder / "taken")]
@@ -209,6 +220,8 @@ KINDS: dict[str, Kind] = {
     "minus": Kind("a process below zero", verify(), "-1", "from 0 on", {**LAUNCH, "RANK": "-1"}),
     # the configuration of a run
     "config": Kind("a configuration that is not there", plain("run", "{}/gone.yaml"), "gone.yaml", "exist"),
+    "config pipe": Kind("a pipe that nobody writes to as the configuration", a_pipe_as_config, "pipe", "regular file"),
+    "config size": Kind("a configuration without end", config("#" * 300_000), "300000", "at most 262144"),
     "config form": Kind("a configuration that is no mapping", config("[1, 2]"), "list", "mapping"),
     "config yaml": Kind("a configuration that is not YAML", config("a: ["), "line", "expected"),
     "config key": Kind("a configuration with an unknown key", config("trian: {}"), "trian", "unknown"),
@@ -220,13 +233,20 @@ KINDS: dict[str, Kind] = {
     ),
     # the policy
     "policy": Kind("a policy that is not there", on(report(), "--policy", "{}/gone.yaml"), "gone.yaml", "exist"),
-    "policy folder": Kind("a directory as the policy", a_folder_as_policy, "directory", "policy"),
+    "policy folder": Kind("a directory as the policy", a_folder_as_policy, "policy", "regular file"),
+    "policy pipe": Kind("a pipe that nobody writes to as the policy", a_pipe_as_policy, "pipe", "regular file"),
+    "policy waivers": Kind(
+        "a policy of waivers alone",
+        on(report(lambda r: r["policy"].update(waivers=[{"check": "x", "reason": "y"}] * 1001)), "--no-statement"),
+        "1001",
+        "at most 1000",
+    ),
     "policy form": Kind("a policy that is no mapping", policy("[1, 2]"), "list", "mapping"),
     "policy yaml": Kind("a policy that is not YAML", policy("a: ["), "line 1", "expected"),
     "policy tab": Kind("a tab as indentation", policy("convert:\n\tmean_kld: 1"), r"\t", "cannot start"),
     "policy bytes": Kind("bytes that are no text", policy(b"\xff\xfe\xfa"), "0xff", "utf-8"),
     "policy binary": Kind("a binary file", policy(b"\0\1"), "x0000", "not allowed"),
-    "policy size": Kind("a policy without end", policy("#" * 70_000), "more than", "65536"),
+    "policy size": Kind("a policy without end", policy("#" * 70_000), "70000", "at most 65536"),
     "policy depth": Kind("a policy nested without end", policy("a: " + "[" * 900), "nested", "16 levels"),
     "policy alias": Kind("a policy of aliases", policy("a: &a [x]\nb: [*a, *a]"), "alias", "write the value out"),
     "policy twice": Kind("a section twice", policy("bake: {}\nbake: {}"), "line 1", "twice"),
@@ -256,6 +276,9 @@ KINDS: dict[str, Kind] = {
     "report size": Kind("a report without end", report(data=b" " * ((32 << 20) + 1)), "33554433", "33554432"),
     "report values": Kind(
         "a report of too many values", report(data=b"[" + b"1," * 1_000_001 + b"1]"), "1000002", "1000000"
+    ),
+    "report marks": Kind(
+        "a report of quotation marks", report(data=b'"' * (MAX_MARKS + 1)), "4000001", "at most 4000000"
     ),
     "report twice": Kind("a key of a report twice", report(data=b'{"verdict": 1, "verdict": 2}'), "'verdict'", "twice"),
     "report nan": Kind("a word for a number", report(data=b'{"verdict": NaN}'), "NaN", "JSON number"),

@@ -106,7 +106,8 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"this is not an SO8T report: `{where}`: {first['msg']}") from None
     policy = policy or make_policy(report.policy, source="the report's policy")
-    legs = [_decide_leg(leg, policy, report) for leg in _with_gaps(report)]
+    types, judged = {a.label: a.type for a in report.artefacts if a.role == "candidate"}, _judges(report)
+    legs = [_decide_leg(leg, policy, types, judged=judged) for leg in _with_gaps(report)]
     present = {leg.name for leg in legs}
     legs += [_missing(name) for name in policy.required if name not in present and _can_be_had(name, report)]
     verdict = _verdict(legs)
@@ -175,25 +176,34 @@ def _with_gaps(report: Report) -> list[Leg]:
 def _called_for(report: Report) -> list[tuple[str, str]]:
     """(check, subject) of every check that the report's inputs call for."""
     wanted: list[tuple[str, str]] = []
+    ways, drawers = _by_file(report, "why"), _by_file(report, "drawer")
+    by_file = by_reference_file(report)
     for artefact in report.artefacts:
         if artefact.role == "candidate":
             is_float = _is_float(artefact)
             of_type = _OF_FLOAT_FILES if is_float else (*_OF_QUANTS, *(_OF_JUDGED if _judges(report) else ()))
-            ways = {row.why for row in report.tensors if row.candidate == artefact.label}
-            drawers = {row.drawer for row in report.tensors if row.candidate == artefact.label}
-            of_type += ("quantise.kld_ratio",) if "judged" in drawers and not is_float and _since(report, 5) else ()
-            of_type += ("quantise.output_error",) if ways & {BY_OUTPUT, BY_CODES} else ()
-            of_type += ("quantise.codes_error",) if BY_CODES in ways else ()
-            if by_reference_file(report):
+            why, drawer = ways.get(artefact.label, set()), drawers.get(artefact.label, set())
+            of_type += ("quantise.kld_ratio",) if "judged" in drawer and not is_float and _since(report, 5) else ()
+            of_type += ("quantise.output_error",) if why & {BY_OUTPUT, BY_CODES} else ()
+            of_type += ("quantise.codes_error",) if BY_CODES in why else ()
+            if by_file:
                 of_type = (*(name for name in of_type if name not in NEED_WEIGHTS), *_OF_REFERENCE_FILES)
             names = (*OF_EVERY_FILE, *of_type, "evidence.alignment")
             wanted += [(name, artefact.label) for name in (*names, *OF_EVERY_CELL)]
         elif artefact.role == "adapter":
             wanted += [(name, "") for name in (*_OF_ADAPTERS, "dtype.mean_kld")]
     if wanted:
-        floor = not by_reference_file(report) or any(_is_float(a) for a in report.artefacts)
+        floor = not by_file or any(_is_float(a) for a in report.artefacts)
         wanted += [(name, "") for name in _OF_EVERY_RUN if floor or name != "evidence.noise_floor"]
     return wanted
+
+
+def _by_file(report: Report, field: str) -> dict[str, set[str | None]]:
+    """The values of one field of the recorded tensors, by candidate."""
+    found: dict[str, set[str | None]] = {}
+    for row in report.tensors:
+        found.setdefault(row.candidate, set()).add(getattr(row, field))
+    return found
 
 
 def _of_other_types(report: Report) -> list[str]:
@@ -263,9 +273,10 @@ def _missing(name: LegName) -> Leg:
     return Leg(name=name, title=LEG_TITLES[name], compared="", status="not evaluated", checks=[check])
 
 
-def _decide_leg(leg: Leg, policy: Policy, report: Report) -> Leg:
-    judged = _judges(report)
-    checks = [_decide_check(check, policy, report.type_of(check.subject), judged=judged) for check in leg.checks]
+def _decide_leg(leg: Leg, policy: Policy, types: dict[str, str], *, judged: bool) -> Leg:
+    """Decide a leg; a subject that is no candidate, as the verifier's own "F16 (oracle)", begins with its type."""
+    kinds = [types.get(check.subject) or check.subject.split(" ")[0] for check in leg.checks]
+    checks = [_decide_check(c, policy, kind, judged=judged) for c, kind in zip(leg.checks, kinds, strict=True)]
     return leg.model_copy(update={"checks": checks, "status": leg_status([check.status for check in checks])})
 
 

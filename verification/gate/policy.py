@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from so8t_core.errors import InputError
+from so8t_core.files import read_regular
 from verification.gate.report import Check, LegName
 from verification.gate.strict_yaml import MAX_NUMBER, read_yaml
 
@@ -24,6 +25,7 @@ DEFAULT_POLICY = Path(__file__).with_name("default_policy.yaml")
 
 _SEE = f"every key is explained in {DEFAULT_POLICY}"
 _MAX_BYTES = 1 << 16  # the default, comments and all, has 6,000; PyYAML reads 100,000 in a second
+_MAX_WAIVERS = 1000  # each failed check is held against each of them
 # bounds of what has to be reached; every other bound is of what must not be exceeded
 _AT_LEAST = {"top1", "differs_from_base", "transposed", "positions", "chunks", "entropy", "alignment"}
 
@@ -126,7 +128,7 @@ class Policy(_Section):
     controls: ControlBounds
     evidence: EvidenceBounds
     cells: dict[str, LogitBounds]
-    waivers: list[Waiver] = Field(default_factory=list)
+    waivers: list[Waiver] = Field(default_factory=list, max_length=_MAX_WAIVERS)
 
     def bound(self, check: Check, kind: str) -> tuple[str, float | int | str] | None:
         """Relation and bound for a check about a file of the type `kind`, or None when the policy knows none."""
@@ -181,11 +183,7 @@ def load_policy(path: str | Path | None = None) -> Policy:
         return make_policy({})
     path = Path(path)
     try:
-        with path.open("rb") as stream:
-            data = stream.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        raw = read_yaml(data.decode("utf-8-sig"))
+        raw = read_yaml(read_regular(path, most=_MAX_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"policy {path} does not exist; start from {DEFAULT_POLICY}") from None
     except OSError as error:

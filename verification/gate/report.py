@@ -199,16 +199,8 @@ class Report(_Model):
         """Two files of one label would share their checks, and one of them would never have been verified."""
         labels = [artefact.label for artefact in self.artefacts if artefact.role == "candidate"]
         if "" in labels or len(set(labels)) < len(labels):
-            raise ValueError(f"every candidate needs a label of its own, found {labels}")
+            raise ValueError(f"every candidate needs a label of its own, found {labels[:20]}")
         return self
-
-    def type_of(self, subject: str) -> str:
-        """File type of the candidate that a check is about.
-
-        A subject that is no candidate (the verifier's own file, "F16 (oracle)") begins with its type.
-        """
-        found = (a.type for a in self.artefacts if a.role == "candidate" and a.label == subject)
-        return next(found, subject.split(" ")[0])
 
 
 class Curve(_Model):

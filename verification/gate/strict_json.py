@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 import re
-import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from so8t_core.files import read_regular
+
 MAX_BYTES = 32 << 20  # a report of 25 files with 1,100 tensors each has 10 MB
 MAX_VALUES = 1_000_000  # that report has 400,000; a million of the dearest ones cost 250 MB of memory
+MAX_MARKS = 4 * MAX_VALUES  # two around every key and every text
 MAX_DEPTH = 32  # a report has 8
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
@@ -29,17 +31,10 @@ def read_json(path: Path, *, most: int = MAX_BYTES) -> Any:
         most: bytes that the file may have.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no regular file or no strict JSON, or larger than the bounds above; says why in one line.
+        OSError: it cannot be read, or is no regular file.
+        ValueError: it is no strict JSON, or larger than the bounds above; says why in one line.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is not a regular file")
-    with path.open("rb") as stream:
-        data = stream.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{max(found.st_size, len(data))} bytes, at most {most} are read")
-    return parse(data)
+    return parse(read_regular(path, most=most))
 
 
 def parse(data: bytes) -> Any:
@@ -56,6 +51,8 @@ def parse(data: bytes) -> Any:
 
 def _within_budget(data: bytes) -> None:
     """Nesting and number of values, counted before anything is built from them."""
+    if (marks := data.count(b'"')) > MAX_MARKS:  # texts are cut out below, and each costs memory
+        raise ValueError(f"{marks} quotation marks, at most {MAX_MARKS} are read")
     bare = _STRING.sub(b"", data)
     if (values := bare.count(b",") + bare.count(b"[") + bare.count(b"{")) > MAX_VALUES:
         raise ValueError(f"{values} values, at most {MAX_VALUES} are read")

@@ -19,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from so8t_core.errors import InputError
+from so8t_core.files import read_regular
 
 BASE_CHUNKS = 4  # chunks on which the base's own damage is shown: information, so a third of the usual text
+_MAX_BYTES = 1 << 30
 DEFAULT_CORPUS = Path(__file__).parent / "corpus" / "default.txt"
 Ids = npt.NDArray[np.int64]
 
@@ -81,10 +83,10 @@ def _chunks(text: str, tokenizer: Any, n_ctx: int) -> list[Ids]:
 
 def _read(path: Path, tokenizer: Any) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, most=_MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise InputError(f"corpus {path} does not exist; leave it out for the built-in text") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"corpus {path} cannot be read as UTF-8 text: {error}") from None
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return text

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from so8t_core.errors import InputError
-from so8t_core.files import atomic_file, explain_os_errors
+from so8t_core.files import atomic_file, explain_os_errors, read_regular
 from verification.gate.strict_json import parse
 from verification.reference_file.header import Header
 
@@ -145,15 +144,11 @@ def read(path: str | Path) -> ReferenceFile:
     """
     path = Path(path)
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"{path} is not a regular file; a reference.so8t is expected here")
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+        data = read_regular(path, most=MAX_BYTES)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise InputError(f"{path} has more than {MAX_BYTES} bytes, no reference file has; {_AGAIN}")
+        raise InputError(f"{path} cannot be read: {error.strerror}; a reference.so8t is expected here") from None
+    except ValueError:
+        raise InputError(f"{path} has more than {MAX_BYTES} bytes, no reference file has; {_AGAIN}") from None
     return from_bytes(data, str(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -274,7 +275,7 @@ def test_a_partial_policy_file_keeps_the_other_bounds(tmp_path: Path) -> None:
         ("bake: {max_abs_logits: 1}", "known are max_abs_logit, top1_disagreements; every key is explained in"),
         ("quality: {Q2_K: {mean: 1, top1: 1, mean_kld: 1}}", "known are mean_kld, top1;"),
         ("waivers: [{check: x, reason: y, because: z}]", "known are check, subject, reason;"),
-        ("# " + "x" * 70_000, "more than 65536 bytes"),
+        ("# " + "x" * 70_000, "at most 65536 are read"),
     ],
 )
 def test_a_bad_policy_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -474,3 +475,22 @@ def test_why_a_check_has_no_bound_is_said_in_its_place() -> None:
         update={"value": None, "detail": "why"}
     )
     assert detail(open_kind).startswith("the policy has no quality bound for Q2_K; add ")
+
+
+def test_a_decision_costs_as_much_as_its_report_is_long() -> None:
+    """Not the product of two of its lists: files x tensors, files x checks, checks x files."""
+
+    def seconds(count: int) -> float:
+        made = released()
+        quant = next(a for a in made.artefacts if a.label == "Q8_0")
+        files = [quant.model_copy(update={"label": f"Q8_0 {n}"}) for n in range(count)]
+        rows = [made.tensors[-1].model_copy(update={"candidate": f"Q8_0 {n}"}) for n in range(count)]
+        checks = [c.model_copy(update={"subject": f"Q8_0 {n}"}) for n in range(count) for c in made.legs[-1].checks[:2]]
+        legs = [*made.legs, made.legs[-1].model_copy(update={"checks": checks})]
+        big = made.model_copy(update={"artefacts": [*made.artefacts, *files], "tensors": rows, "legs": legs})
+        begin = time.process_time()
+        assert decide(big).verdict != "pass"
+        return time.process_time() - begin
+
+    seconds(10)
+    assert seconds(8000) < 16 * seconds(1000) + 0.5

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from verification.gate.strict_json import MAX_BYTES, MAX_DEPTH, MAX_VALUES, parse, read_json
+from verification.gate.strict_json import MAX_BYTES, MAX_DEPTH, MAX_MARKS, MAX_VALUES, parse, read_json
 
 REFUSED = {
     "nothing": (b"", "Expecting value"),
@@ -90,7 +90,7 @@ def test_a_file_is_read_only_when_it_is_one_and_small_enough(tmp_path: Path) -> 
         read_json(path)
     os.mkfifo(tmp_path / "pipe")
     for odd in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(ValueError, match="not a regular file"):
+        with pytest.raises(OSError, match="not a regular file"):
             read_json(odd)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "gone")
@@ -103,7 +103,14 @@ DEAR = {
     "escape": b'"\\u1234"',
     "number": b"1.5",
     "emoji": b'"\xf0\x9f\x98\x80"',
+    "texts": b'{"a":"b"}',
 }
+
+
+def test_quotation_marks_are_counted_before_texts_are_cut_out() -> None:
+    """Thirty million of them took a gigabyte."""
+    with pytest.raises(ValueError, match=f"{MAX_MARKS + 1} quotation marks, at most {MAX_MARKS} are read"):
+        parse(b'"' * (MAX_MARKS + 1))
 
 
 @pytest.mark.parametrize("kind", DEAR)
