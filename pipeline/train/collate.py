@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pipeline.data.jsonl import read_jsonl
@@ -56,6 +57,12 @@ class Collator:
             labels[i, :length] = torch.tensor(row["labels"])
             mask[i, :length] = 1  # by length, not by id: where pad == eos the real eos must stay inside
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model, PEFT's wrapper around it taken away, computes logits at chosen positions alone."""
+    inner = getattr(model, "get_base_model", lambda: model)()  # PEFT's own forward takes anything
+    return "logits_to_keep" in signature(inner.forward).parameters
 
 
 def labelled_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from pipeline.config import RunConfig, TrainConfig
 from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
 from pipeline.train import placement
-from pipeline.train.collate import IGNORED, Collator, EncodedRows
+from pipeline.train.collate import IGNORED, Collator, EncodedRows, keeps_logits, labelled_only
 from pipeline.train.sharding import shard_base, take_request
 from pipeline.train.trainer import (
     Restart,
@@ -128,9 +128,7 @@ def _chosen_layers(
     if not kept.is_file():
         settings = config.train
         model = load_base(base_dir, settings.quantization)
-        places = placement.rank(
-            model, settings, [rows[i] for i in first_rows(settings, len(rows), config.seed)], collator
-        )
+        places = placement.rank(model, settings, first_rows(settings, rows, config.seed), collator)
         layers = placement.best_layers(places, placement.wanted(settings.layers))
         report.note(f"  layers with the most gradient: {', '.join(map(str, layers))}")
         write_text(kept, json.dumps(layers))
@@ -304,8 +302,13 @@ def heldout_loss(model: nn.Module, rows: EncodedRows, collator: Collator, batch_
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-        labels = batch.pop("labels")[:, 1:]  # (B, T-1)
-        logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]  # (B, T-1, V)
+        if keeps_logits(model):
+            batch = labelled_only(batch)
+            labels = batch.pop("shift_labels")  # (B, K), of the K positions that are kept
+            del batch["labels"]
+        else:
+            labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)  # (B, T)
+        logits = model(**{k: v.to(device) for k, v in batch.items()}).logits  # (B, K or T, V)
         kept = labels != IGNORED
         total += F.cross_entropy(logits[kept.to(device)].float(), labels[kept].to(device), reduction="sum").item()
         count += int(kept.sum())

@@ -54,8 +54,7 @@ def ranked_places(
     if len(encoded) == 0:
         raise ConfigError(f"--rows {rows} leaves no row to train on")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    chosen = [encoded[i] for i in first_rows(settings, len(encoded), seed)]
-    return rank(load_base(directory), settings, chosen, Collator(pad))
+    return rank(load_base(directory), settings, first_rows(settings, encoded, seed), Collator(pad))
 
 
 def write_plot(places: Sequence[Place], path: Path) -> None:

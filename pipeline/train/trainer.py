@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from inspect import signature
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.config import TrainConfig
-from pipeline.train.collate import labelled_only
+from pipeline.train.collate import EncodedRows, Row, keeps_logits, labelled_only
 from pipeline.train.pet import HiddenStates, penalty, triples
 from so8t_core import (
     PETSchedule,
@@ -38,28 +38,51 @@ CURVES_NAME = "so8t_curves.json"
 
 
 class Order(Sampler[int]):
-    """Row numbers of a whole run: one shuffle of all rows after another, a function of the seed alone.
+    """Row numbers of a whole run: one shuffle of all rows after another, a function of seed and lengths alone.
 
+    A batch is padded to its longest row, so rows of like length learn together: of every WINDOW steps' rows, sorted by
+    length, each step takes its share, and the steps are shuffled. Nothing is left out and nothing comes twice as often.
     The Trainer's own sampler ends every epoch with a short batch, whose rows fall differently over several processes.
+
+    Args:
+        lengths: of each row, tokens.
+        wanted: row numbers in all, a multiple of `step`.
+        step: rows of one optimiser step.
     """
 
-    def __init__(self, rows: int, wanted: int, seed: int) -> None:
-        self.rows, self.wanted, self.seed = rows, wanted, seed
+    WINDOW = 16
+
+    def __init__(self, lengths: Sequence[int], wanted: int, step: int, seed: int) -> None:
+        self.lengths, self.wanted, self.step, self.seed = lengths, wanted, step, seed
 
     def __len__(self) -> int:
         return self.wanted
 
     def __iter__(self) -> Iterator[int]:
-        for number in range(self.wanted):
-            if number % self.rows == 0:
-                generator = torch.Generator().manual_seed(self.seed + number // self.rows)
-                shuffled = torch.randperm(self.rows, generator=generator).tolist()
-            yield shuffled[number % self.rows]
+        shuffled, window = self._shuffled(), self.WINDOW * self.step
+        for start in range(0, self.wanted, window):
+            rows = sorted(islice(shuffled, min(window, self.wanted - start)), key=self.lengths.__getitem__)
+            steps = [rows[first : first + self.step] for first in range(0, len(rows), self.step)]
+            generator = torch.Generator().manual_seed(self.seed + start)
+            for number in torch.randperm(len(steps), generator=generator).tolist():
+                yield from steps[number]
+
+    def _shuffled(self) -> Iterator[int]:
+        for epoch in count():
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            yield from torch.randperm(len(self.lengths), generator=generator).tolist()
 
 
-def first_rows(settings: TrainConfig, rows: int, seed: int) -> list[int]:
-    """Numbers of the rows that the first optimiser step learns from, of `rows` in all."""
-    return list(Order(rows, settings.batch_size * settings.gradient_accumulation, seed))
+def order(settings: TrainConfig, rows: Sequence[Row] | EncodedRows, seed: int) -> Order:
+    """The order in which a run of `settings` learns from `rows`."""
+    step = settings.batch_size * settings.gradient_accumulation
+    return Order([len(rows[i]["input_ids"]) for i in range(len(rows))], settings.steps * step, step, seed)
+
+
+def first_rows(settings: TrainConfig, rows: Sequence[Row] | EncodedRows, seed: int) -> list[Row]:
+    """The rows that the first optimiser step learns from."""
+    step = settings.batch_size * settings.gradient_accumulation
+    return [rows[i] for i in islice(order(settings, rows, seed), step)]
 
 
 def split_step(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
@@ -93,12 +116,10 @@ class SO8TTrainer(Trainer):
         self._states = HiddenStates(self.model, pet.layers) if pet else None
         self._schedule = PETSchedule(pet.warmup, pet.main, pet.anneal) if pet else None
         self._triples = 0.0  # of the step's micro-batches in all processes
-        inner = getattr(self.model, "get_base_model", lambda: self.model)()  # PEFT's own forward takes anything
-        self._keeps_logits = "logits_to_keep" in signature(inner.forward).parameters
+        self._keeps_logits = keeps_logits(self.model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
-        rows = self.settings.steps * self.settings.batch_size * self.settings.gradient_accumulation
-        return Order(len(self.train_dataset), rows, self.args.seed)
+        return order(self.settings, self.train_dataset, self.args.seed)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Several processes: the trained parameters get the mean gradient of all; the frozen ones are left alone, so

@@ -13,9 +13,11 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_kill import _measured
@@ -203,10 +205,26 @@ def test_rows_that_cannot_be_shared_are_refused() -> None:
 
 
 def test_order_is_one_shuffle_after_another() -> None:
-    order = list(Order(5, 13, seed=3))
-    assert [sorted(order[start : start + 5]) for start in (0, 5)] == [[0, 1, 2, 3, 4]] * 2
-    assert order[:5] != order[5:10]
-    assert order == list(Order(5, 13, seed=3)) != list(Order(5, 13, seed=4))
+    def order(seed: int) -> list[int]:
+        return list(Order([7] * 50, 150, 2, seed))
+
+    taken = Counter(order(3))
+    assert set(taken) == set(range(50))
+    assert set(taken.values()) == {3}
+    assert order(3)[:50] != order(3)[50:100]
+    assert order(3) == order(3) != order(4)
+
+
+def test_rows_of_like_length_learn_together() -> None:
+    lengths = np.random.default_rng(0).integers(10, 500, 400).tolist()
+    order = list(Order(lengths, 400, 4, seed=0))
+    steps = [order[first : first + 4] for first in range(0, 400, 4)]
+    padded = sum(4 * max(lengths[row] for row in step) for step in steps)
+    assert sorted(order) == list(range(400))
+    # random steps pad to 1.6 times: the largest of four uniform lengths lies at 0.8 of the range, the mean at 0.5
+    assert sum(lengths) < padded < 1.1 * sum(lengths)
+    means = [sum(lengths[row] for row in step) for step in steps[:16]]
+    assert means != sorted(means), "the steps of a window are shuffled: lengths do not rise through it"
 
 
 def test_a_process_alone_shares_with_nobody() -> None:

@@ -118,8 +118,7 @@ class _Deaf(nn.Module):
 def _ranked(config: RunConfig, model: nn.Module, base: Path, data: Path):
     tokenizer = load_tokenizer(base)
     rows = EncodedRows(data / "train.jsonl", tokenizer)
-    chosen = [rows[i] for i in first_rows(config.train, len(rows), config.seed)]
-    return rank(model, config.train, chosen, Collator(tokenizer.pad_token_id))
+    return rank(model, config.train, first_rows(config.train, rows, config.seed), Collator(tokenizer.pad_token_id))
 
 
 def test_the_score_is_the_gradient_and_a_deaf_layer_comes_last(tiny_dir: Path, data_dir: Path) -> None:  # noqa: F811
@@ -135,7 +134,7 @@ def test_the_score_is_the_gradient_and_a_deaf_layer_comes_last(tiny_dir: Path, d
     attached = attach(load_base(tiny_dir), adapter_config(config.train))
     tokenizer = load_tokenizer(tiny_dir)
     rows = EncodedRows(data_dir / "train.jsonl", tokenizer)
-    batch = Collator(tokenizer.pad_token_id)([rows[i] for i in first_rows(config.train, len(rows), config.seed)])
+    batch = Collator(tokenizer.pad_token_id)(first_rows(config.train, rows, config.seed))
     gate = gates(attached)[f"model.layers.{places[0].layer}.self_attn.o_proj"]
     attached(**batch).loss.backward()
     step = 1e-2 * gate.theta.grad / gate.theta.grad.norm()

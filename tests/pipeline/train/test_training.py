@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import pipeline.train.fit as fit_module
 import pipeline.train.trainer as trainer_module
 from pipeline.config import RunConfig, parse_config
 from pipeline.data.build import build_dataset
@@ -122,6 +123,21 @@ def test_reloaded_adapter_has_the_recorded_loss(
     with rotation_off(model):
         assert heldout_loss(model, rows, Collator(tokenizer.pad_token_id), 2) != pytest.approx(loss, rel=1e-6)
     assert heldout_loss(model, rows, Collator(tokenizer.pad_token_id), 2) == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_heldout_loss_is_that_of_all_labels_wherever_logits_are_computed(
+    keeps: bool, tiny_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module, "keeps_logits", lambda _: keeps)
+    tokenizer = load_tokenizer(tiny_dir)
+    rows = EncodedRows(data_dir / "heldout.jsonl", tokenizer, limit=3)
+    model, collator = load_base(tiny_dir), Collator(tokenizer.pad_token_id)
+    batch = collator([rows[i] for i in range(3)])
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+    assert heldout_loss(model, rows, collator, 2) == pytest.approx(expected, rel=1e-5)
 
 
 def test_padding_changes_neither_loss_nor_mask_when_pad_is_eos() -> None:
