@@ -45,7 +45,7 @@ def test_the_original_project_is_named_and_led_on() -> None:
     assert "`configs/borea_phi35_so8t_thinking.yaml`" in line
 
 
-@pytest.mark.parametrize("heading", ["What was measured", "What it would have noticed"])
+@pytest.mark.parametrize("heading", ["What was measured", "Planted faults"])
 def test_a_number_has_its_place(heading: str) -> None:
     """Every place letter of a table is explained below it, with a processor and a day."""
     text = README.split(f"## {heading}")[1].split("\n## ")[0]
