@@ -18,19 +18,19 @@ BAR = 24  # characters of the longest bar
 
 def layers(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face checkpoint", show_default=False)],
-    rows: Annotated[Path, typer.Option(metavar="FILE", help="JSONL or Parquet file of chats", show_default=False)],
+    rows: Annotated[Path, typer.Option(metavar="FILE", help="JSONL or Parquet file with chats", show_default=False)],
     targets: Annotated[
-        list[str] | None, typer.Option("--target", metavar="NAME", help="a linear layer; repeat it [all of them]")
+        list[str] | None, typer.Option("--target", metavar="NAME", help="a linear layer; repeatable; default: all")
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="rows in the gradient")] = 4,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="chooses the rows")] = 0,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="layers by targets")] = None,
-    top: Annotated[int, typer.Option(metavar="N", min=1, help="places shown")] = 20,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="rows for the gradient")] = 4,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="seed of the choice of rows")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="draw the ranking by layer and target")] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="number of places to show")] = 20,
 ) -> None:
     """Rank where a rotation would learn most.
 
-    Rotations at the identity on every linear input; the gradient of the first training step tells layers and targets
-    apart. `train.layers: auto:N` takes the N layers with the most of it.
+    Puts a rotation at the identity in front of every linear layer and compares their gradients in the first training
+    step. `train.layers: auto:N` takes the N layers with the largest gradients.
     """
     from transformers.utils import logging as chatter
 

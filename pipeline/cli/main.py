@@ -76,7 +76,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train an SO(8) rotation, ship a GGUF, prove that it is what was trained.",
+    help="Verify GGUF files against their checkpoint; train, bake and convert a model.",
     epilog="Exit codes: 0 passed, 1 not to be released, 2 bad input. Example: so8t demo",
 )
 
@@ -333,15 +333,13 @@ def run(
 def data(
     config: ConfigPath,
     overrides: Overrides = None,
-    collect: Annotated[
-        bool, typer.Option("--collect", help="first fetch the URLs of data.manifest that may be fetched")
-    ] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="first fetch the permitted URLs of data.manifest")] = False,
     preview: Annotated[
-        int, typer.Option("--preview", metavar="N", min=0, help="show N rows by mask and the counts; write nothing")
+        int, typer.Option("--preview", metavar="N", min=0, help="show N rows by loss mask, and counts; write nothing")
     ] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Build and check the dataset."""
+    """Build and check the training rows."""
     if collect:
         from pipeline.config import load_config
         from pipeline.data.collect.collect import collect_for
@@ -380,7 +378,7 @@ def _preview(config: Path, overrides: list[str] | None, rows: int, *, quiet: boo
 
 @app.command(epilog="Example: so8t train configs/demo.yaml train.steps=200")
 def train(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Train the adapter; continue after a stop.
+    """Train the adapter, or continue its training.
 
     Training starts from its last checkpoint. Earlier steps run first if they are not up to date.
     """
@@ -408,24 +406,24 @@ def convert(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = Fals
 @app.command(epilog="Example: so8t choose ./my-model --out choice --max-kld 0.05")
 def choose(
     checkpoint: Annotated[Path, typer.Argument(metavar="HF_DIR", show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for all that is made", show_default=False)],
-    max_size: Annotated[float | None, typer.Option(metavar="MB", min=0, help="largest file, 10^6 bytes")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for the report and all files", show_default=False)],
+    max_size: Annotated[float | None, typer.Option(metavar="MB", min=0, help="largest file, in 10^6 bytes")] = None,
     max_kld: Annotated[
-        float | None, typer.Option(metavar="NATS", min=0, help="largest macro mean KLD, upper end")
+        float | None, typer.Option(metavar="NATS", min=0, help="largest mean KLD, upper end of its interval")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(metavar="gate.yaml", help="limits by type")] = None,
-    types: Annotated[str | None, typer.Option(metavar="A,B,...", help="file types; default: 14")] = None,
+    policy: Annotated[Path | None, typer.Option(metavar="gate.yaml", help="policy with a bound for each type")] = None,
+    types: Annotated[str | None, typer.Option(metavar="A,B,...", help="types to compare; default: 14")] = None,
     corpus: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FILE", help="own domain instead of ours; repeatable")
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="your own text in place of the built-in; repeatable")
     ] = None,
-    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks a domain; twice to prove")] = 2,
+    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="rank on N chunks a domain, prove on 2 N")] = 2,
     n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens in a chunk")] = 256,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Find the smallest file type that passes.
 
-    Measures a ladder of types on five domains and verifies the choice on text that did not rank it.
+    Compares file types on five domains of text, then verifies the choice on other text.
     """
     _must_exist(checkpoint, policy)
     corpora = _named(corpus or [])
@@ -479,21 +477,21 @@ def reference(
     checkpoint: Annotated[Path, typer.Argument(metavar="HF_DIR", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE.so8t", help="the reference file to write", show_default=False)],
     corpus: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score, published with it; repeatable")
+        list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score and publish; repeatable")
     ] = None,
     chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks of text to score")] = 12,
     n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens in a chunk")] = 512,
     cells: Annotated[str, typer.Option(metavar="LEVEL", help="ways of running: quick or full")] = "quick",
     ship_n_ctx: Annotated[
-        int | None, typer.Option(metavar="N", min=64, help="context as shipped; default: up to 4096")
+        int | None, typer.Option(metavar="N", min=64, help="context that you ship; default: up to 4096")
     ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint's reference file.
 
-    With these few megabytes anybody repeats the verdict on a downloaded GGUF without the weights:
-    `so8t verify --reference FILE.so8t`. The file holds the tokens of the text that was scored.
+    With these few megabytes anybody can repeat the verdict on a downloaded GGUF without the weights:
+    `so8t verify --reference FILE.so8t`. The file contains the tokens of the scored text.
     """
     _must_exist(checkpoint, *(corpus or []))
     _quiet_transformers()
@@ -522,7 +520,7 @@ def reference(
 def verify(
     reference: Annotated[
         Path | None,
-        typer.Option(metavar="HF_DIR", help="checkpoint, its hub id, or reference.so8t", show_default=False),
+        typer.Option(metavar="HF_DIR", help="checkpoint, its Hub id, or reference.so8t", show_default=False),
     ] = None,
     candidate: Annotated[
         list[Path] | None,
@@ -533,10 +531,10 @@ def verify(
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(metavar="HF_DIR", help="model before training: adds its quantisation damage"),
+        typer.Option(metavar="HF_DIR", help="the model before training: adds the leg controls"),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="with --base: adds the legs bake, dtype, controls")
+        Path | None, typer.Option(metavar="DIR", help="the trained adapter: adds the legs bake and dtype")
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(metavar="gate.yaml", help="bounds; default: the built-in policy")
@@ -545,24 +543,24 @@ def verify(
         list[Path] | None, typer.Option(metavar="FILE", help="text or JSONL to score; repeatable")
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="importance matrix the candidates were made with")
+        Path | None, typer.Option(metavar="FILE", help="importance matrix that the files were made with")
     ] = None,
     chunks: Annotated[int, typer.Option(metavar="N", min=2, help="chunks of text to score")] = 12,
     n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens in a chunk")] = 512,
     cells: Annotated[str, typer.Option(metavar="LEVEL", help="ways of running: quick or full")] = ("quick"),
     ship_n_ctx: Annotated[
         int | None,
-        typer.Option(metavar="N", min=64, help="context as shipped; default: up to 4096"),
+        typer.Option(metavar="N", min=64, help="context that you ship; default: up to 4096"),
     ] = None,
     stream: Annotated[
         bool | None,
-        typer.Option("--stream/--no-stream", help="the reference layer by layer or whole"),
+        typer.Option("--stream/--no-stream", help="hold one layer of the reference, or all"),
     ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; default: all cores")] = None,
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="plant known faults, show which the gate finds")
+        bool, typer.Option("--self-test", help="plant known faults, show which ones are found")
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="with --self-test: minutes, on a tiny model")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="--self-test on a tiny model, in minutes")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare GGUF files with their checkpoint."""
@@ -633,17 +631,17 @@ def lint(
     file: Annotated[Path | None, typer.Argument(metavar="FILE.gguf", show_default=False)] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(metavar="HF_DIR", help="checkpoint that the file was made from; also checks tokens and weights"),
+        typer.Option(metavar="HF_DIR", help="checkpoint that the file was made from: also checks tokens and weights"),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="HF_DIR", help="the model before training; names a tensor that was not baked")
+        Path | None, typer.Option(metavar="HF_DIR", help="the model before training: names unbaked tensors")
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="the adapter that was baked; names a wrong rotation")
+        Path | None, typer.Option(metavar="DIR", help="the baked adapter: names wrong rotations")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="write lint.json into this folder")] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="say what each note and finding means; without a file: all of them")
+        bool, typer.Option("--explain", help="explain each note and finding; without a file: explain all checks")
     ] = False,
 ) -> None:
     """Check a GGUF file without running it, in seconds."""
@@ -693,7 +691,7 @@ def gate(
         Path | None, typer.Option(metavar="gate.yaml", help="bounds; default: the policy inside the report")
     ] = None,
     policy_sha256: Annotated[
-        str | None, typer.Option(metavar="HEX", help="refuse a report that was decided under another policy than this")
+        str | None, typer.Option(metavar="HEX", help="refuse a report that was decided with another policy")
     ] = None,
     statement: Annotated[
         bool, typer.Option("--statement/--no-statement", help="the report must match report.intoto.json beside it")
@@ -701,7 +699,7 @@ def gate(
 ) -> None:
     """Decide again from a stored report.
 
-    No model is needed. A file that the report names and that is on this machine must not have changed.
+    Needs no model. A file that the report names must not have changed, if it is on this machine.
     """
     from verification import decide, load_policy
     from verification.gate.statement import check_policy
@@ -774,13 +772,13 @@ def kld_base(
 def kld(
     base: Annotated[Path, typer.Argument(metavar="FILE", help="a base file", show_default=False)],
     candidate: Annotated[Path, typer.Option(metavar="FILE.gguf", help="file to measure", show_default=False)],
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Print llama-perplexity's KL statistics.
+    """Print the KL statistics of llama-perplexity.
 
-    A missing, cut or foreign base file is refused with exit code 2; the stock tool exits with 0. This command does not
-    decide anything: use verify for that.
+    Refuses a base file that is missing, cut or of another kind, with exit code 2; llama-perplexity exits with 0. This
+    command gives no verdict: use verify for that.
     """
     from pipeline.progress import Reporter, StageProgress
     from verification.logit_parity.llama_cpp_commands import candidate_statistics
@@ -817,12 +815,12 @@ def release(
     policy: Annotated[
         Path | None, typer.Option(metavar="gate.yaml", help="bounds; default: the policy inside the report")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="a repository that does not exist yet is private")] = False,
+    private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
 ) -> None:
     """Publish a run's files that passed the gate.
 
-    RUN_DIR/release gets the verified files, the report, VERIFICATION.md and a badge; --to uploads that folder. Nothing
-    is written or sent unless the gate passes.
+    Writes the verified files, the report, VERIFICATION.md and a badge into RUN_DIR/release; --to uploads that folder.
+    Writes and uploads nothing unless the gate passes.
     """
     from pipeline import hub
     from pipeline.release.publish import local_paths, make_release

@@ -20,40 +20,40 @@ def serve(
         Path | None, typer.Option(metavar="FILE.gguf", help="answer with this file, in this process")
     ] = None,
     upstream: Annotated[
-        str | None, typer.Option(metavar="URL", help="another server answers: llama-server, vLLM, Ollama")
+        str | None, typer.Option(metavar="URL", help="server that answers: llama-server, vLLM, Ollama")
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="name of the model for clients and upstream")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE.gguf", help="with --upstream: counts tokens (usage, max_tokens)")
+        Path | None, typer.Option(metavar="FILE.gguf", help="with --upstream: count tokens with this file")
     ] = None,
     allow_remote_upstream: Annotated[
-        bool, typer.Option("--allow-remote-upstream", help="the thinking may cross a network")
+        bool, typer.Option("--allow-remote-upstream", help="accept that the thinking crosses a network")
     ] = False,
     think_form: Annotated[
-        str | None, typer.Option(metavar="FORM", help="so8t, think, harmony, separated, 'A...B'")
+        str | None, typer.Option(metavar="FORM", help="so8t, think, harmony, separated or 'A...B'")
     ] = None,
-    host: Annotated[str, typer.Option(metavar="NAME", help="other than loopback needs --keys")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="NAME", help="not loopback: needs --keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", help="0 takes any free port", min=0, max=65535)] = 8080,
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, stored as hashes")] = None,
     new_key: Annotated[str | None, typer.Option(metavar="NAME", help="add a key to --keys, print it, and end")] = None,
-    operator: Annotated[bool, typer.Option("--operator", help="the new key may see why")] = False,
-    audit_log: Annotated[Path, typer.Option(metavar="FILE", help="append-only log")] = Path("so8t-audit.jsonl"),
+    operator: Annotated[bool, typer.Option("--operator", help="the new key sees reasons of refusals")] = False,
+    audit_log: Annotated[Path, typer.Option(metavar="FILE", help="log, only appended to")] = Path("so8t-audit.jsonl"),
     audit_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="deployment key; default: $SO8T_AUDIT_KEY")
+        Path | None, typer.Option(metavar="FILE", help="key of the log; default: $SO8T_AUDIT_KEY")
     ] = None,
-    copy_run: Annotated[int, typer.Option(metavar="N", min=32, help="letters an answer may not copy")] = 32,
-    n_ctx: Annotated[int | None, typer.Option(metavar="N", min=256, help="default: as shipped")] = None,
+    copy_run: Annotated[int, typer.Option(metavar="N", min=32, help="N letters in a row are a copy")] = 32,
+    n_ctx: Annotated[int | None, typer.Option(metavar="N", min=256, help="context; default: as shipped")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="thinking and answer together")] = 1024,
     queue: Annotated[int, typer.Option(metavar="N", min=0, help="requests that may wait")] = 8,
-    per_key: Annotated[int, typer.Option(metavar="N", min=1, help="requests of one key at a time")] = 4,
+    per_key: Annotated[int, typer.Option(metavar="N", min=1, help="requests of one key at once")] = 4,
     timeout: Annotated[float, typer.Option(metavar="S", min=0.1, help="seconds for one request")] = 300.0,
-    keep_alive: Annotated[float, typer.Option(metavar="S", min=0.1, help="between signs of life")] = 10.0,
-    empty_chunks: Annotated[bool, typer.Option("--empty-chunks", help="as chunks, not comments")] = False,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: all cores")] = None,
+    keep_alive: Annotated[float, typer.Option(metavar="S", min=0.1, help="seconds between signs of life")] = 10.0,
+    empty_chunks: Annotated[bool, typer.Option("--empty-chunks", help="signs of life as empty chunks")] = False,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; default: all cores")] = None,
 ) -> None:
     """Serve answers, withhold the thinking.
 
-    The server speaks OpenAI's chat completions; see docs/server.md.
+    The server has the API of OpenAI's chat completions; see docs/server.md.
     \f
     Raises:
         InputError: it cannot start, or --new-key has no --keys. (What follows the form feed is not in the help.)
@@ -115,8 +115,8 @@ def audit_verify(
 ) -> None:
     """Check that no line of the log was changed.
 
-    Exit code 1: a line was edited, moved, cut or removed. Keep the head that this prints in another place: it is the
-    only sign if somebody takes lines off the end and changes the head file as well.
+    Exit code 1: a line was edited, moved, cut or removed. Keep the printed head in another place: only this head shows
+    that somebody removed the last lines and changed the head file as well.
     """
     from pipeline.serve.audit_log import Head, Tampered
     from pipeline.serve.audit_log import verify as verify_log

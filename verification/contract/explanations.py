@@ -1,6 +1,6 @@
-"""What each check of `lint`, and each recognised kind of fault, means for the person who runs the file.
+"""The meaning of each check of `lint`, and of each recognised kind of fault, for the person who runs the file.
 
-One table by the check's name and one by the finding's code; the titles of the checks stand in `checks` and `lint`.
+One table by the name of the check, one by the code of the finding. The titles of the checks are in `checks` and `lint`.
 """
 
 from __future__ import annotations
@@ -9,143 +9,143 @@ CHECKS = {
     # the file by itself
     "loads": "llama.cpp refuses the file: nobody can run it. A tensor or a key is missing or has another shape.",
     "layout": (
-        "Tensor data lies where it should not, or bytes lie hidden between or behind tensors. Programs may read "
-        "wrong weights, and hidden bytes can carry anything. Do not run the file before it was converted again."
+        "Tensor data lies in a wrong place, or hidden bytes lie between or behind tensors. Programs may read "
+        "wrong weights, and hidden bytes can carry anything. Do not run the file; convert it again."
     ),
     "counts": (
-        "The file states a number twice and the two disagree, for example heads or layers. Programs that believe "
-        "the other number crash or answer nonsense."
+        "The file states a number twice, for example the number of heads or layers, and the two values disagree. "
+        "Programs that use the wrong value crash or answer nonsense."
     ),
     "vocabulary": (
         "The lists of tokens do not fit together, or a special token lies outside the vocabulary. Text becomes "
         "wrong tokens, or the program ends while it reads a prompt."
     ),
-    "finite_weights": "A weight is no number (NaN or infinite). From that layer on every answer is nonsense.",
+    "finite_weights": "A weight is NaN or infinite. From this layer on every layer computes nonsense.",
     "saturated_weights": (
-        "Weights sit at the largest number that F16 can hold: they were cut off. Answers get worse or break. "
-        "Convert to BF16 or F32 instead."
+        "Weights have the largest value that F16 can hold: the conversion cut them off. Answers get worse or "
+        "break. Convert to BF16 or F32 instead."
     ),
     "file_type": (
-        "The file is named after a type that most of its weights do not have. Size and quality are not what its "
-        "name promises."
+        "The name of the file promises a type that most of its weights do not have. Size and quality differ from "
+        "the promise."
     ),
     "fallback_types": (
         "The promised type cannot hold rows of this width, so llama.cpp stored these tensors in a larger type. "
-        "The file is somewhat larger than usual, never worse. Nothing has to be done."
+        "The file is somewhat larger than usual, never worse. You need to do nothing."
     ),
     "recipe": (
-        "The file mixes types in another way than llama.cpp does by default, which many publishers do on purpose."
-        " It runs everywhere; only its size and quality differ from other files of this name."
+        "The file mixes types in another way than llama.cpp does by default. Many publishers do this on purpose. "
+        "The file runs everywhere; only its size and quality differ from other files of this name."
     ),
     "local_paths": (
-        "The file publishes a folder of its maker's computer, often with a user name. It runs as well as without;"
-        " the maker may want to remove the path."
+        "The file contains the path of a folder on its maker's computer, often with a user name. The path does not "
+        "affect the model; the maker may want to remove it."
     ),
     "tokenises": (
-        "llama.cpp ends the whole process while it tokenises some text with this file. A user's prompt could stop"
-        " a server."
+        "With this file, llama.cpp ends the whole process while it tokenises certain texts. The prompt of a user "
+        "could stop a server."
     ),
     "end_of_turn": (
-        "At the end of an answer llama.cpp goes on writing: the chat template closes the turn with a token that "
-        "the file does not list as an end. The model talks to itself until the length limit."
+        "llama.cpp does not stop at the end of an answer: the chat template closes the turn with a token that the "
+        "file does not list as an end. The model talks to itself until the length limit."
     ),
     "template_powers": (
-        "The chat template does more than lay out a chat, for example it reacts to words in a message or holds a "
-        "web address. Read it before you trust it: such a template can insert instructions."
+        "The chat template does more than format a chat: for example, it reacts to words in a message or contains "
+        "a web address. Read it before you trust it: such a template can insert instructions."
     ),
     # the file against its reference
     "reference_files": (
-        "The folder given as the reference holds files or layers that are no part of the model. The comparison "
-        "left them out; see whether it is the folder that was meant."
+        "The folder that you gave as the reference holds files or layers that do not belong to the model. The "
+        "comparison left them out. Check that you gave the right folder."
     ),
     "inventory": (
-        "A tensor of the reference is missing in the file, or the file has one that nothing explains. The model "
-        "that runs is not the model that was trained."
+        "A tensor of the reference is missing in the file, or the file has a tensor that nothing explains. The "
+        "model in the file is not the trained model."
     ),
     "weights": (
-        "Weights are further from the reference than their type's rounding. The file is damaged or of another "
-        "model, and its answers differ, visibly or not."
+        "Weights differ from the reference by more than the rounding of their type. The file is damaged or comes "
+        "from another model. Its answers differ, even if you do not see it at once."
     ),
     "hypotheses": (
         "An attention tensor is closer to a known mistake than to the reference: not merged, merged twice, "
-        "transposed, permuted. The model answers, but not as it was trained."
+        "transposed, permuted. The model answers, but differently from the trained model."
     ),
     "layer_outputs": (
-        "The weights alone cannot tell damage from a quantiser that corrects its own errors. Lint leaves these "
-        "tensors open; `so8t verify` decides them."
+        "The weights alone do not show whether a tensor is damaged or its quantiser corrected rounding errors. "
+        "Lint gives no decision on these tensors; `so8t verify` decides."
     ),
     "other_maker": (
-        "Another quantiser, build or importance matrix made these tensors. Their error is as small as our own "
-        "quantiser's. Nothing has to be done."
+        "Another quantiser, build or importance matrix made these tensors. Their error is as small as the error of "
+        "SO8T's quantiser. You need to do nothing."
     ),
     "flushed_weights": (
-        "Some very small weights became zero. Single ones do no harm; many in one tensor can weaken it, which "
-        "BF16 avoids."
+        "Some very small weights became zero. A few do no harm; many in one tensor can weaken the model. BF16 "
+        "avoids this."
     ),
     "metadata": (
-        "A key says something else than the model's config.json, for example about positions or norms. The model "
+        "A key differs from the config.json of the model, for example a key for positions or norms. The model "
         "answers, but worse, often only in long texts. Convert again."
     ),
     "oracle_metadata": (
-        "A key differs from what upstream's converter writes today. Convert again with a current converter, "
-        "unless the difference is wanted."
+        "The current converter of llama.cpp writes another value for this key. Convert again with a current "
+        "converter, unless you want the difference."
     ),
     "sliding_window": (
-        "The model looks back over a limited window that llama.cpp does not apply here. Answers agree within that"
-        " window and drift apart beyond it."
+        "The model reads only a limited window of earlier tokens; llama.cpp does not apply this window here. "
+        "Answers agree within the window and differ in longer texts."
     ),
     "token_ids": (
-        "Some text becomes other tokens than in training. The model reads something else than the user wrote; "
-        "often only other languages, code or numbers suffer."
+        "Some texts become other tokens than in training, so the model does not read the text that the user wrote. "
+        "Often only some languages, code or numbers are affected."
     ),
     "special_ids": (
-        "A special token (start, end, padding) has another number than in training. Answers start badly or do not end."
+        "A special token (start, end, padding) has another id than in training. Answers start badly or do not end."
     ),
     "added_specials": (
-        "Start or end tokens are added to a prompt on one side only. A doubled or a missing start token makes "
-        "many models noticeably worse."
+        "llama.cpp and transformers do not add the same start or end tokens to a prompt. A doubled or a missing "
+        "start token makes many models clearly worse."
     ),
-    "stop_set": "The reference stops at a token at which llama.cpp goes on. Answers do not end.",
+    "stop_set": "The reference stops at a token at which llama.cpp does not stop. Answers do not end.",
     "chat_template": (
-        "The file's chat template is missing or another one than the reference's. Programs that use it lay out "
-        "chats as the model never saw them."
+        "The chat template of the file is missing or differs from the template of the reference. Programs that use "
+        "it format chats in a way that the model never saw."
     ),
     "chat_render": (
-        "llama.cpp's bindings lay out a chat in other characters than transformers does. The model sees a prompt "
+        "llama.cpp's Python bindings and transformers format the same chat differently. The model sees a prompt "
         "that it was not trained on."
     ),
     "chat_token_ids": (
-        "A whole chat becomes other tokens than in training, although single texts may not. The model answers a "
-        "prompt that it was not trained on."
+        "A whole chat becomes other tokens than in training, even if single texts become the same tokens. The model "
+        "answers a prompt that it was not trained on."
     ),
 }
 
 CODES = {
     "flipped_bit": "One bit of the file is wrong, as after a bad copy or a bad disk. Download or copy it again.",
-    "row_order": "The rows of a tensor stand in another order than the reference's: the conversion mixed them up.",
+    "row_order": "The rows of a tensor are in another order than in the reference: the conversion mixed them up.",
     "head_rows": (
-        "The rows of the attention heads were rearranged once too often or not at all, as by a converter for "
-        "another family. Answers are nonsense."
+        "The rows of the attention heads were rearranged once too often or not at all, as a converter for another "
+        "family would do it. Answers are nonsense."
     ),
     "f16_overflow": "Weights are larger than F16 can hold. Convert to BF16 or F32.",
     "rotation": (
-        "The SO(8) rotation is missing, doubled, transposed, on the wrong side, or partly left. The file is not "
-        "what was trained; bake again."
+        "The SO(8) rotation is missing, doubled, transposed, on the wrong side, or only partly applied. The file "
+        "does not hold the trained model; bake again."
     ),
     "merge": (
-        "The trained change was not merged, merged twice or scaled wrongly. The file answers like the base model,"
-        " or like neither; merge again."
+        "The trained change was not merged, merged twice or scaled wrongly. The file answers like the base model, "
+        "or like neither base nor trained model. Merge again."
     ),
     "transposed": "A tensor is stored with rows and columns exchanged. Answers are nonsense.",
     "unexplained_tensor": (
-        "The file holds a tensor that nothing in the reference explains. It may change answers, or be dead "
-        "weight; convert again."
+        "The file holds a tensor that nothing in the reference explains. It may change the answers, or only make "
+        "the file larger. Convert again."
     ),
 }
 
 
 def explanation(check: str, code: str = "") -> str:
-    """What a check's finding means, and its kind where it was recognised.
+    """The meaning of a finding of this check, and of its kind if it was recognised.
 
     Raises:
         KeyError: a check or code without an explanation, which a test rules out.
