@@ -416,7 +416,7 @@ def choose(
     corpus: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FILE", help="your own text in place of the built-in; repeatable")
     ] = None,
-    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="rank on N chunks a domain, prove on 2 N")] = 2,
+    chunks: Annotated[int, typer.Option(metavar="N", min=2, help="rank on N a domain, prove on 2 N")] = 2,
     n_ctx: Annotated[int, typer.Option(metavar="N", min=64, help="tokens in a chunk")] = 256,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; default: all cores")] = None,
     quiet: Quiet = False,
