@@ -20,7 +20,6 @@ from so8t_core.versions import check_version
 METHOD = "SO8T"
 ALL_LINEAR = "all-linear"
 FORMAT_VERSION = 2  # of adapter_config.json; 1 had `target` and neither scale nor shuffle
-TESTED_PEFT = (0, 21)
 # LoRA options under which its function is W + s B A on the original W: all others would make the bake inexact, or
 # (init_lora_weights "pissa", "olora", ...) change W itself when the adapter is attached.
 _EXACT_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
@@ -28,22 +27,7 @@ _EXACT_LORA |= {"init_lora_weights", "layers_to_transform", "layers_pattern", "t
 _EXACT_INITS = (True, False, "gaussian", "orthogonal")
 
 
-def check_peft(version: str) -> None:
-    """Refuse a peft whose merges are wrong, warn of one newer than the tested series.
-
-    Raises:
-        InputError: older than 0.21. Up to 0.20 it merged OFT into quantised layers without the rotation, silently.
-    """
-    check_version(
-        "peft",
-        version,
-        TESTED_PEFT,
-        faults="its merges into quantised layers are silently wrong",
-        untried="SO8T extends its tables: if attaching or loading fails",
-    )
-
-
-def _add_peft_type() -> PeftType:
+def _add_peft_type() -> None:
     """Add `PeftType.SO8T`; an Enum cannot be subclassed once it has members, so its tables are extended."""
     if METHOD not in PeftType.__members__:
         member = str.__new__(PeftType, METHOD)
@@ -52,10 +36,9 @@ def _add_peft_type() -> PeftType:
         PeftType._member_map_[METHOD] = member
         PeftType._member_names_.append(METHOD)
         PeftType._value2member_map_[METHOD] = member
-    return PeftType[METHOD]
 
 
-check_peft(peft.__version__)
+check_version("peft", peft.__version__)
 _add_peft_type()
 
 
@@ -122,10 +105,8 @@ class SO8TConfig(PeftConfig):
         """Bring `target` and `targets` into one form."""
         if self.target is not None:
             self.targets, self.target = [self.target], None
-        if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
-            self.targets = [self.targets]
-        names = [] if isinstance(self.targets, str) else list(self.targets)
         if self.targets != ALL_LINEAR:
+            names = [self.targets] if isinstance(self.targets, str) else list(self.targets)
             if not names or not all(isinstance(name, str) and name for name in names):
                 raise InputError(
                     f"targets must be names of linear layers, e.g. ['o_proj', 'down_proj'], or {ALL_LINEAR!r}; "

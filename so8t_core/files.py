@@ -17,14 +17,13 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from so8t_core.errors import InputError
 
-_CHUNK = 1 << 22  # bytes per read while hashing
 _TICKS = 3_000_000_000  # ns; the coarsest clocks of file systems tick every two seconds
 _known: dict[tuple[int, int, int, int, int], str] = {}
 _TEMPORARY = re.compile(r"\.so8t-.+\.[a-z0-9_]{8}\.(tmp|old)", re.DOTALL)  # tempfile draws eight characters
@@ -32,8 +31,8 @@ MAX_JSON = 1 << 26  # bytes of a JSON file: the index of a model of 10^12 weight
 MAX_CONTAINERS = 1 << 21  # objects and lists of a JSON file; a tokenizer of 262,144 tokens has 500,000 merges
 
 
-def sha256_file(path: str | Path, *, progress: Callable[[int], None] | None = None) -> str:
-    """Hex digest of a file's bytes; `progress` is called with the number of bytes of each chunk.
+def sha256_file(path: str | Path) -> str:
+    """Hex digest of a file's bytes.
 
     A file that was hashed before in this process, and by device, inode, size and both times is still the same, is not
     read again: a run asks for its base checkpoint's digest in five places. A file that changed in the last seconds is
@@ -41,19 +40,13 @@ def sha256_file(path: str | Path, *, progress: Callable[[int], None] | None = No
     """
     before = _identity(path)
     if before in _known:
-        if progress:
-            progress(before[2])
         return _known[before]
     settled = time.time_ns() - max(before[3:]) > _TICKS
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            if progress:
-                progress(len(chunk))
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if settled and _identity(path) == before:
-        _known[before] = digest.hexdigest()
-    return digest.hexdigest()
+        _known[before] = digest
+    return digest
 
 
 def _identity(path: str | Path) -> tuple[int, int, int, int, int]:

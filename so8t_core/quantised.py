@@ -19,24 +19,6 @@ from so8t_core.errors import InputError
 from so8t_core.versions import check_version
 
 Quantization = Literal["8bit", "4bit"]
-TESTED_BITSANDBYTES = (0, 50)
-
-
-def check_bitsandbytes(version: str) -> None:
-    """Refuse a bitsandbytes whose layers are known to be wrong, warn of one newer than the tested series.
-
-    Raises:
-        InputError: older than 0.50: 8-bit weights were lost when a layer was moved (0.48), 4-bit ones dequantised
-            inaccurately on CPUs with AVX512 (before 0.49), and the switch that `attach` needs to keep them unpacked was
-            never tried there.
-    """
-    check_version(
-        "bitsandbytes",
-        version,
-        TESTED_BITSANDBYTES,
-        faults="its quantised layers are wrong in ways mended later (moved 8-bit weights, 4-bit weights on CPUs)",
-        untried="Its 4-bit weights have to stay unpacked on CPUs: if training does not lower the loss",
-    )
 
 
 def load_quantised(directory: str | Path, kind: Quantization, *, device: int | str | None = None) -> Any:
@@ -50,7 +32,7 @@ def load_quantised(directory: str | Path, kind: Quantization, *, device: int | s
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     try:
-        check_bitsandbytes(importlib.metadata.version("bitsandbytes"))
+        check_version("bitsandbytes", importlib.metadata.version("bitsandbytes"))
     except importlib.metadata.PackageNotFoundError:
         raise InputError(f"a {kind} base needs bitsandbytes; pip install 'so8t[quant]'") from None
     cuda = torch.cuda.is_available()

@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 import so8t_core
-from so8t_core.config import check_peft
+from so8t_core.versions import check_version
 
 
 def _python(code: str) -> str:
@@ -41,16 +41,16 @@ def test_a_config_is_enough_for_get_peft_model_whatever_was_imported_first() -> 
 @pytest.mark.parametrize("version", ["0.20.3", "0.5.0"])
 def test_an_old_peft_is_refused_with_the_reason(version: str) -> None:
     with pytest.raises(ValueError, match=f"peft {version} is too old: .* silently wrong; pip install"):
-        check_peft(version)
+        check_version("peft", version)
 
 
 @pytest.mark.parametrize("version", ["0.22.0", "1.0.0.dev0"])
 def test_a_newer_peft_is_used_with_a_warning(version: str) -> None:
     with pytest.warns(UserWarning, match=f"peft {version} was not tested"):
-        check_peft(version)
+        check_version("peft", version)
 
 
 def test_the_tested_peft_is_used_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_peft("0.21.2")
+        check_version("peft", "0.21.2")

@@ -13,7 +13,8 @@ from sample_report import sample_report
 from verification_models import Family
 
 from so8t_core import InputError, bake, bake_checkpoint, load_adapter
-from so8t_core.quantised import check_bitsandbytes, load_quantised, weight_error
+from so8t_core.quantised import load_quantised, weight_error
+from so8t_core.versions import check_version
 from verification.engines.huggingface import load_hf
 from verification.gate.report import Divergence, Report, TrainedFunction
 from verification.gate.statement import check_statement
@@ -138,14 +139,14 @@ def test_the_report_says_it_everywhere_and_decides_nothing_by_it(tmp_path: Path)
 @pytest.mark.parametrize("version", ["0.43.1", "0.48.0", "0.49.9"])
 def test_an_old_bitsandbytes_is_refused_with_the_reason(version: str) -> None:
     with pytest.raises(InputError, match=rf"bitsandbytes {version} is too old: .* wrong .*; pip install"):
-        check_bitsandbytes(version)
+        check_version("bitsandbytes", version)
 
 
 def test_a_newer_bitsandbytes_is_warned_of_and_the_tested_one_is_not(recwarn: pytest.WarningsRecorder) -> None:
-    check_bitsandbytes("0.50.2")
+    check_version("bitsandbytes", "0.50.2")
     assert not recwarn
     with pytest.warns(UserWarning, match=r"bitsandbytes 0\.51\.0 was not tested"):
-        check_bitsandbytes("0.51.0")
+        check_version("bitsandbytes", "0.51.0")
 
 
 def test_chunks_measured_apart_are_put_together_exactly() -> None:
