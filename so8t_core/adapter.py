@@ -69,27 +69,19 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
         self.followed[adapter_name] = gate
         gate.readers += 1
 
-    def own_gates(self) -> list[RotationGate]:
-        """The active adapters' gates that lie here: those of `active_gates` but for the followed ones."""
-        return [self.gate(name) for name in self.active_adapters if name in self.lora_so8t]
+    def gate(self, adapter_name: str) -> RotationGate | None:
+        """The gate with which adapter `adapter_name` turns this input: its own, or that of the layer it follows."""
+        gate = self.lora_so8t[adapter_name] if adapter_name in self.lora_so8t else self.followed.get(adapter_name)
+        assert gate is None or isinstance(gate, RotationGate)
+        return gate
 
     def active_gates(self) -> list[RotationGate]:
         """Gates in the order in which x passes through them."""
-        return [self.gate(name) for name in self.active_adapters if self.is_rotated_by(name)]
-
-    def is_rotated_by(self, adapter_name: str) -> bool:
-        """Adapter `adapter_name` turns this layer's input."""
-        return adapter_name in self.lora_so8t or adapter_name in self.followed
+        return [gate for name in self.active_adapters if (gate := self.gate(name)) is not None]
 
     def gates_in_use(self) -> list[RotationGate]:
         """Those of `active_gates` that the next forward applies: none while adapters are disabled or merged."""
         return [] if self.disable_adapters or self.merged else self.active_gates()
-
-    def gate(self, name: str) -> RotationGate:
-        """The gate of adapter `name`, which lies here or is followed; KeyError where there is none."""
-        gate = self.followed[name] if name in self.followed else self.lora_so8t[name]
-        assert isinstance(gate, RotationGate)
-        return gate
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -119,29 +111,26 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
                 "Bake from the original checkpoint: bake_checkpoint(base_dir, adapter_dir, out_dir)"
             )
         for name in names if safe_merge else ():
-            if self.is_rotated_by(name) and not all(
-                bool(torch.isfinite(p).all()) for p in self.gate(name).parameters()
-            ):
+            gate = self.gate(name)
+            if gate is not None and not all(bool(torch.isfinite(p).all()) for p in gate.parameters()):
                 raise InputError(f"adapter {name} has a NaN or Inf in its rotation; it cannot be merged")
         if isinstance(self.base_layer, BaseTunerLayer):
             self.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         for name in reversed(names):  # x meets the first gate first: W' = W @ R_last @ ... @ R_first
-            if self.is_rotated_by(name):
-                self._turn_weight(self.gate(name), undo=False)
+            self._turn_weight(name, undo=False)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Undo `merge` within one rounding of the weight's dtype."""
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if self.is_rotated_by(name):
-                self._turn_weight(self.gate(name), undo=True)
+            self._turn_weight(self.merged_adapters.pop(), undo=True)
         if isinstance(self.base_layer, BaseTunerLayer):
             self.base_layer.unmerge()
 
-    def _turn_weight(self, gate: RotationGate, *, undo: bool) -> None:
-        linear = self.get_base_layer()
-        linear.weight.data = gate.fold().apply(linear.weight.data, undo=undo)
+    def _turn_weight(self, adapter_name: str, *, undo: bool) -> None:
+        if (gate := self.gate(adapter_name)) is not None:
+            linear = self.get_base_layer()
+            linear.weight.data = gate.fold().apply(linear.weight.data, undo=undo)
 
 
 class SO8TModel(BaseTuner):
@@ -162,7 +151,8 @@ class SO8TModel(BaseTuner):
         layers = resolve_layers(peft_config.layers, 1 + max(map(layer_of, modules)))
         without = sorted(layers - set(targets.values()))
         if peft_config.layers is not None and without:
-            wanted = " or ".join(f"`{name}`" for name in _listed(peft_config.targets))
+            targeted = [peft_config.targets] if isinstance(peft_config.targets, str) else peft_config.targets
+            wanted = " or ".join(f"`{name}`" for name in targeted)
             raise InputError(f"layer {without[0]} has no {wanted} to rotate; leave it out of `layers`")
         for name, layer in targets.items():
             module = modules[name]
@@ -211,9 +201,8 @@ class SO8TModel(BaseTuner):
                 self._replace_module(parent, target_name, wrapper, target)
                 target = wrapper
             if current_key in self.so8t_first_of:
-                first = self.model.get_submodule(self.so8t_first_of[current_key])
-                assert isinstance(first, SO8TLinear)  # replaced before: it comes first among the modules
-                target.follow(adapter_name, first.gate(adapter_name))
+                first: Any = self.model.get_submodule(self.so8t_first_of[current_key])
+                target.follow(adapter_name, first.gate(adapter_name))  # replaced before: it comes first in the model
             elif current_key in self.so8t_rotated:
                 options = {"scale": config.scale, "shuffle": config.shuffle, "accumulate": config.accumulate}
                 target.add_gate(adapter_name, init_scale=config.init_scale, layer=current_key, **options)
@@ -224,9 +213,8 @@ class SO8TModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
-        refresh_together(
-            model
-        )  # anew with every adapter: PEFT calls its own hook after an injection for the first one only
+        # Anew with every adapter: PEFT calls its own hook after an injection for the first one only.
+        refresh_together(model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         super()._replace_module(parent, child_name, new_module, child)
@@ -317,10 +305,6 @@ def target_names(model: nn.Module, targets: list[str] | str) -> list[str]:
     return [name for name, _ in inside if name in found]
 
 
-def _listed(targets: list[str] | str) -> list[str]:
-    return [targets] if isinstance(targets, str) else targets
-
-
 def _check_lora_targets(lora: LoraConfig, model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Check that every LoRA target matches a layer that the bake can fold; PEFT only checks that one of them does."""
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -347,9 +331,9 @@ def gates(model: nn.Module) -> dict[str, RotationGate]:
     """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, SO8TLinear):
-            for gate in module.own_gates():
-                found[name.removeprefix("base_model.model.")] = gate
+        for adapter in module.active_adapters if isinstance(module, SO8TLinear) else ():
+            if adapter in module.lora_so8t:
+                found[name.removeprefix("base_model.model.")] = module.lora_so8t[adapter]
     return found
 
 

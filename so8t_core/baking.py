@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,12 @@ from so8t_core.exponential import BLOCK, PARAMETERS
 from so8t_core.files import atomic_dir, read_json
 from so8t_core.folding import Fold, Turn, named
 from so8t_core.safetensors_stream import FLOATS, read_entries, rewrite
-from so8t_core.store import KEY_PREFIX, fold_layers, read_adapter
+from so8t_core.store import KEY_PREFIX, active_adapter, read_adapter, replace_layers
 from so8t_core.weight_files import INDEX, SINGLE, WeightFiles
 
 # other frameworks' copies of the weights too: left beside the baked ones they would be the model without its rotation
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".gguf",
-    ".pt",
-    ".pth",
-    ".onnx",
-    ".onnx_data",
-    ".msgpack",
-    ".h5",
-    ".ot",
-    ".tflite",
-)
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot"}
+_WEIGHT_SUFFIXES |= {".tflite"}
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
@@ -53,7 +42,8 @@ def bake(model: nn.Module) -> nn.Module:
         InputError: no SO8T adapter or several active ones, one that is merged already, a NaN or Inf, or a quantised
             base (bake from the original checkpoint instead); layers baked before the refusal stay baked.
     """
-    return fold_layers(model, _folded)
+    active_adapter(model)  # there is one
+    return replace_layers(model, _folded)
 
 
 def _folded(name: str, layer: Any) -> nn.Module:
@@ -205,6 +195,7 @@ def bake_checkpoint(
     folds = folds_from_files(*read_adapter(adapter_dir))
     for fold in folds.values():
         fold.transposed = invert
+    changes = {name: fold.apply for name, fold in folds.items()}
     _check_fit({name: (entry.dtype, entry.shape) for name, entry in weights.entries.items()}, folds, adapter_dir)
     with atomic_dir(out_dir) as temporary:
         _copy_other_files(weights, temporary, dtype)
@@ -212,17 +203,13 @@ def bake_checkpoint(
         done = 0
         for name in weights.names:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            for nbytes in _bake_shard(base_dir / name, temporary / name, folds, dtype):
+            for nbytes in rewrite(base_dir / name, temporary / name, changes, dtype):
                 done += nbytes
                 if progress:
                     progress(done, total)
         if dtype is not None:
             _rewrite_index(temporary, [temporary / name for name in weights.names])
     return out_dir
-
-
-def _bake_shard(source: Path, target: Path, folds: dict[str, Fold], dtype: torch.dtype | None) -> Iterator[int]:
-    return rewrite(source, target, {name: fold.apply for name, fold in folds.items()}, dtype)
 
 
 def _check_fit(stored: dict[str, tuple[str, tuple[int, ...]]], folds: dict[str, Fold], adapter_dir: str | Path) -> None:

@@ -1,10 +1,9 @@
 """y_k = R_k x_k for every block k of 8 channels, and its gradient; `rotation.rotate_blocks` is its public face.
 
-Neighbouring blocks go into one block-diagonal tile: 8-wide products leave most of a processor's vector unit idle, more
-arithmetic is faster. bfloat16 x on a processor that multiplies bfloat16: y = x + x (R - I)^T, because R - I keeps its
-relative precision in bfloat16, where a rounded R would no longer be a rotation; the error is at most 2^-8 (|y| +
-2 |R - I| |x|), of which 2^-8 |y| is the rounding of y itself. All else is computed in the finer dtype of x and R, some
-rows at a time, within the cache. Only x and R are kept for the backward, x in its own dtype.
+Neighbouring blocks go into one block-diagonal tile, because wider products are faster. bfloat16 x on a processor that
+multiplies bfloat16: y = x + x (R - I)^T, with an error of at most 2^-8 (|y| + 2 |R - I| |x|). All else is computed in
+the finer dtype of x and R, some rows at a time, within the cache. Only x and R are kept for the backward, x in its own
+dtype. docs/core.md, "Turning x", gives the reasons.
 Shapes: x, y, g (..., 8 n), R (n, 8, 8); T rows = all leading dimensions; tiles (8 n / W, W, W).
 """
 

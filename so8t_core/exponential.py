@@ -1,11 +1,8 @@
 """exp of 8x8 skew matrices, in float64, with a backward of its own; `rotation.exp_so8` is its public face.
 
-B = A A is symmetric with the four eigenvalues -a^2 (a: a plane's angle), each twice, so B satisfies a polynomial of
-degree 4: chi(B) = 0, its coefficients Newton's identities of the traces of B, B^2, B^3, B^4 (Cayley, Hamilton). Hence
-exp(A) = P(B) + A Q(B), with P = sum z^k/(2k)! mod chi and Q = sum z^k/(2k+1)! mod chi of degree 3: four matrix products
-at any usual angle, and the power series runs over four numbers a block instead of 64. The backward is reverse mode.
-Angles out of the series' reach are halved first and squared back (Moler, Van Loan 2003). float64 for float32 parameters
-costs 1.3 times the float32 products on a CPU and gives R correctly rounded but for one unit in the last place.
+exp(A) = P(B) + A Q(B) with B = A A, P = sum z^k/(2k)! and Q = sum z^k/(2k+1)! modulo chi, the polynomial of degree 4
+that vanishes at B (Cayley, Hamilton). Angles out of the series' reach are halved first and squared back (Moler, Van
+Loan 2003). docs/core.md derives both, the backward by reverse mode, and the errors.
 Shapes: theta (n, 28), A, B, R (n, 8, 8), polynomials mod chi (..., 4, n), lowest coefficient first.
 """
 
@@ -27,10 +24,8 @@ PARAMETERS = BLOCK * (BLOCK - 1) // 2  # 28
 LARGEST = 1e4  # rad; each doubling of the angle doubles the rounding error, here to 1e4 * 1e-16 = 1e-12
 CHUNK = 2048  # blocks at a time on a CPU: a megabyte a tensor, few enough calls
 
-# By theta's dtype: how far |theta| may reach with how many terms of the series; beyond the last, A is halved. Left out
-# is at most reach^(2k)/(2k)!: 2^20/20! = 4e-13 and 6.5^34/34! = 1.5e-11 for float32 parameters (rounding: 6e-8),
-# 2^28/28! = 9e-22 for float64 ones (1e-16). 6.5 is just above 2 pi, the length of four planes turned by pi. float64
-# stays at 2, because terms of up to reach^(2k)/(2k)! cancel in the cosine: two digits at 6.5.
+# By theta's dtype: how far |theta| may reach with how many terms of the series; beyond the last, A is halved. What is
+# left out is far below the rounding (docs/core.md, "How many terms").
 TERMS = {torch.float32: ((2.0, 10), (6.5, 17)), torch.float64: ((2.0, 14),)}
 
 
@@ -257,8 +252,7 @@ def _finish(root: Tensor, squarings: int, dtype: torch.dtype) -> Tensor:
     R = root
     for _ in range(squarings):
         R = R @ R
-    # Each squaring doubles what rounding took from orthogonality; one Newton-Schulz step towards the nearest orthogonal
-    # matrix, R (3 I - R^T R) / 2, gives it back. float32 results round it away anyway.
+    # One Newton-Schulz step, R (3 I - R^T R) / 2, gives back the orthogonality that rounding took; float32 needs none.
     return R if dtype == torch.float32 else torch.baddbmm(R, R, R.mT @ R, beta=1.5, alpha=-0.5)
 
 
@@ -271,7 +265,7 @@ def _pull_back(w: Workings, grad: Tensor, squarings: int) -> Tensor:
             roots.append(roots[-1] @ roots[-1])
         for R in reversed(roots):  # d(R R) = dR R + R dR
             G = (R.mT @ G).baddbmm_(G, R.mT)
-    # P and Q are symmetric and A Q is skew: P sees the symmetric half of G, A Q the skew half K.
+    # The names and steps are those of docs/core.md, "The backward".
     P_bar = (G + G.mT).mul_(0.5)
     K = G - P_bar
     KA = K @ A
@@ -279,8 +273,7 @@ def _pull_back(w: Workings, grad: Tensor, squarings: int) -> Tensor:
     bars = torch.stack([_dots(P_bar, B, B2, B3), _dots(Q_bar, B, B2, B3)])  # (2, 4, n): by P's and Q's coefficients
     chi_bar = _quotient_step(w.chi, w.quotients, bars)
     traces = _trace_weights(w.chi, chi_bar)[:, :, None, None]
-    # By B with fixed coefficients: sum_k c_k sum_{i+j=k-1} B^i X B^j = T0 + S + S^T, where
-    # S = B (T1 + B T2 + (T2 B)/2), T_k = c_(k+1) X summed over P and Q. The traces add polynomials of B to the same.
+    # T0 + S + S^T, T_k = c_(k+1) X summed over P and Q; the traces add polynomials of B to the same.
     T0, T1, T2 = (
         (P_bar * p).addcmul_(Q_bar, q)
         for p, q in zip(*w.remainders[:, 1:, :, None, None].unbind(), strict=True)  # each (n, 1, 1)
@@ -291,7 +284,6 @@ def _pull_back(w: Workings, grad: Tensor, squarings: int) -> Tensor:
     S = B @ Z
     B_bar = T0.add_(S).add_(S.mT)
     B_bar.diagonal(dim1=-2, dim2=-1).add_(traces[0].squeeze(-1))
-    # d(A A) = dA A + A dA: both terms give the generators the same.
     A_bar = (K @ w.Q).baddbmm_(B_bar, A, alpha=-2)
     out = A_bar.view(-1, BLOCK * BLOCK) @ generators(grad.device).mT
     return out.mul_(0.5**squarings).to(grad.dtype)

@@ -1,11 +1,8 @@
 """Fold: what an adapter does to one weight, W' = (W + s B A) @ R with R = blockdiag(exp(theta)), and its inverse.
 
-With every option R stands for P^T R2 P R_acc exp(theta) diag(exp(c)): the input is scaled by exp(c) first, turned by
-R1 = R_acc exp(theta), and turned by R2 once more between a permutation P of its channels and the way back. Scaling the
-columns last keeps unbake from mixing the roundings of columns of unequal size.
-
-Everything is computed in float64 and rounded once to the storage dtype. Rows are independent of each other, so a few
-at a time stay in the processor's cache, and float64 memory is needed for those alone.
+With every option R stands for P^T R2 P R_acc exp(theta) diag(exp(c)): see docs/core.md, "The fold".
+Everything is computed in float64, a few rows at a time within the processor's cache, and rounded once to the storage
+dtype.
 Shapes: W (out, in), A (r, in), B (out, r), theta (in/8, 28), R (in/8, 8, 8), c (in,) or (in/8,), P (in,) as an order of
 channels, z = x[P].
 """

@@ -1,8 +1,7 @@
 """RotationGate: the rotation of the input of one linear layer, or of several that read the same tensor, y_k = R_k x_k.
 
-It owns theta (n, 28) in float32, whatever dtype the model is cast to: at bfloat16's 8 bits an angle below 0.004 rad
-beside 1 would vanish. R (n, 8, 8) is computed when theta has changed, for all gates of a model in one batch
-(`refresh_together`), and shared by micro-batches, evaluation and decoding.
+It owns theta (n, 28) in float32, whatever dtype the model is cast to. R (n, 8, 8) is computed when theta has changed,
+for all gates of a model in one batch (`refresh_together`), and shared by micro-batches, evaluation and decoding.
 Options: a scale exp(c) before R, a second rotation R2 after a fixed permutation P, a product R_acc of earlier
 rotations. y = P^T R2 P R_acc exp(A) diag(exp(c)) x; how that folds into a weight is in `folding`.
 """
@@ -10,7 +9,7 @@ rotations. y = P^T R2 P R_acc exp(A) diag(exp(c)) x; how that folds into a weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from so8t_core.block_product import Memo
 from so8t_core.exponential import BLOCK, PARAMETERS, TERMS, Evaluated, evaluate
 from so8t_core.folding import Fold, Turn
-from so8t_core.rotation import exp_so8, log_so8, plane_angles, rotate_blocks, skew
+from so8t_core.rotation import exp_so8, log_so8, plane_angles, rotate_blocks, skew, upper_triangle
 from so8t_core.torch_private import inside_backward, remove_forward_pre_hook, writes
 
 
@@ -194,9 +193,7 @@ class RotationGate(nn.Module):
             self.theta.neg_()
         else:
             RA = self.accumulated
-            A = RA @ skew(self.theta.double()) @ RA.mT
-            i, j = torch.triu_indices(BLOCK, BLOCK, 1)
-            self.theta.copy_(-A[:, i, j])
+            self.theta.copy_(-upper_triangle(RA @ skew(self.theta.double()) @ RA.mT))
             RA.copy_(RA.mT.clone())
         self._known = None
 
@@ -308,15 +305,8 @@ def refresh(gates: Iterable[RotationGate]) -> None:
         gate._known = _Known(was, known, place, gate.theta, {}, connected[place])
 
 
-class Rotated(Protocol):
-    """A layer with gates: `gates_in_use` are those of its next forward."""
-
-    def gates_in_use(self) -> list[RotationGate]:
-        """The gates of the active adapter."""
-
-
 def refresh_together(model: nn.Module) -> None:
-    """Before every forward of `model`, refresh the gates in use of all layers that it has now, in one batch."""
+    """Before every forward of `model`, refresh what `gates_in_use` of its layers give, all in one batch."""
     refresh_apart(model)
     model.__dict__["_so8t_layers"] = [module for module in model.modules() if hasattr(module, "gates_in_use")]
     model.register_forward_pre_hook(_refresh_shared)
@@ -329,6 +319,6 @@ def refresh_apart(model: nn.Module) -> None:
 
 
 def _refresh_shared(model: nn.Module, _: Any) -> None:
-    layers: list[Rotated] = model.__dict__["_so8t_layers"]
+    layers = model.__dict__["_so8t_layers"]
     found = dict.fromkeys(part for layer in layers for gate in layer.gates_in_use() for part in gate.parts())
     refresh(gate for gate in found if gate.is_whole())

@@ -1,8 +1,7 @@
 """Exact exchange with stock PEFT OFT adapters (block size 8, exact Cayley map): users need not install SO8T.
 
-OFT turns rows, x_row @ P with P = R^T, and stores P = (I - Q)(I + Q)^-1 by the upper triangle of the skew Q. So
-Q = (I + P)^-1 (I - P), computed in float64. Q grows like tan(angle / 2): at an angle of pi there is none, and near it
-float32 cannot hold it, so angles above 3.1 are refused. Import takes the logarithm of R.
+OFT turns rows, x_row @ P with P = R^T, and stores P = (I - Q)(I + Q)^-1 by the upper triangle of the skew Q. Q grows
+like tan(angle / 2), so angles near pi are refused. Import takes the logarithm of R.
 Shapes: theta (n, 28), OFT's weight (n, 28). Source: Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal
 Finetuning (2023); the layout is PEFT 0.21's.
 """
@@ -21,7 +20,7 @@ from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
 from so8t_core.folding import Fold, Turn
-from so8t_core.rotation import log_so8, plane_angles, skew
+from so8t_core.rotation import log_so8, plane_angles, skew, upper_triangle
 from so8t_core.store import KEY_PREFIX, read_adapter, read_files, write_files
 
 LARGEST_ANGLE = 3.1  # rad; tan(1.55) = 48, and float32 still gives the angle back to 1e-6
@@ -38,10 +37,11 @@ def export_oft(adapter_dir: str | Path, out_dir: str | Path) -> Path:
             3.1 rad, as is that of an eigenvalue -1.
     """
     config, tensors = read_adapter(adapter_dir)
-    held = {"a LoRA inside the rotation": config.lora is not None, "a shuffle": config.shuffle}
-    held |= {"a scale": config.scale != "none"}
-    for what in (name for name, there in held.items() if there):
-        raise InputError(f"{adapter_dir} has {what}, which an OFT adapter cannot hold; bake it instead")
+    held = ["a LoRA inside the rotation"] if config.lora is not None else []
+    held += ["a shuffle"] if config.shuffle else []
+    held += ["a scale"] if config.scale != "none" else []
+    if held:
+        raise InputError(f"{adapter_dir} has {held[0]}, which an OFT adapter cannot hold; bake it instead")
     folds = {name.removesuffix(".weight"): fold for name, fold in folds_from_files(config, tensors).items()}
     exported = {KEY_PREFIX + module + _THEIRS: _to_oft(module, fold) for module, fold in folds.items()}
     stock = OFTConfig(
@@ -104,8 +104,7 @@ def _to_oft(module: str, fold: Fold) -> Tensor:
         )
     eye = torch.eye(BLOCK, dtype=torch.float64)
     Q: Tensor = torch.linalg.solve(eye + R.mT, eye - R.mT)
-    i, j = torch.triu_indices(BLOCK, BLOCK, 1)
-    return Q[:, i, j].float().contiguous()
+    return upper_triangle(Q).float().contiguous()
 
 
 def _from_oft(weight: Tensor) -> Tensor:

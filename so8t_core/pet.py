@@ -1,9 +1,8 @@
 """PET: a penalty on the second difference of the hidden states over time, and its three-phase schedule.
 
 d2[t] = h[t+2] - 2 h[t+1] + h[t]; penalty = mean of d2^2 (or of Huber(d2)) over the triples whose three tokens are all
-real: not padding, and of the same sequence where several are packed into a row. Straight lines in time cost nothing.
-Total loss = task + lambda(step) * penalty, lambda in three phases by share of the run: warm-up 20 %, main 40 %,
-anneal 40 %. Shapes: h (B, T, C), mask (B, T), penalty a float32 scalar.
+real: not padding, and of the same sequence where several are packed into a row. Loss = task + lambda(step) * penalty.
+Shapes: h (B, T, C), mask (B, T), penalty a float32 scalar. Source: docs/core.md.
 """
 
 from __future__ import annotations

@@ -34,6 +34,12 @@ def skew(theta: Tensor) -> Tensor:
     return upper - upper.mT
 
 
+def upper_triangle(A: Tensor) -> Tensor:
+    """A (..., 8, 8), skew-symmetric -> theta (..., 28); the inverse of `skew`."""
+    i, j = torch.triu_indices(BLOCK, BLOCK, 1, device=A.device)
+    return A[..., i, j]
+
+
 def exp_so8(theta: Tensor) -> Tensor:
     """theta (..., 28), radians -> R = exp(A) (..., 8, 8), same dtype; differentiable once.
 
@@ -71,9 +77,7 @@ def log_so8(R: Tensor) -> Tensor:
         raise ValueError("R has determinant -1: a reflection has no logarithm in so(8)")
     flat = matrices.reshape(-1, BLOCK, BLOCK).numpy()
     logs = np.stack([_log_one(block) for block in flat]) if len(flat) else flat
-    i, j = torch.triu_indices(BLOCK, BLOCK, 1)
-    A = torch.from_numpy(logs).reshape(matrices.shape)
-    return A[..., i, j].to(R)
+    return upper_triangle(torch.from_numpy(logs).reshape(matrices.shape)).to(R)
 
 
 def _log_one(R: np.ndarray) -> np.ndarray:

@@ -1,10 +1,8 @@
 """One rounding from float64 to a storage dtype, to nearest, ties to even.
 
 `double.to(bfloat16)` goes through float32 and so rounds twice. That is wrong only where the first rounding lands on a
-tie of the target, which x itself was not: rounding is monotone, so x and its float32 are on one side of every other
-tie. A tie of bfloat16 or float16 (subnormal ones too) is a float32 whose last 12 bits are zero, one value in 4096;
-those few are moved one float32 step back towards x, which is off the tie and on x's side of it.
-Source: the same reason that makes rounding to odd exact, Boldo and Melquiond (2008), needing two more bits than 11.
+tie of the target, a float32 whose last 12 bits are zero: those few are moved one float32 step back towards x.
+Source: Boldo and Melquiond (2008) on rounding to odd; the proof is in docs/core.md, "One rounding".
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,9 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def rewrite(source: Path, target: Path, changes: dict[str, Change], dtype: torch.dtype | None = None) -> Iterator[int]:
+def rewrite(
+    source: Path, target: Path, changes: Mapping[str, Change], dtype: torch.dtype | None = None
+) -> Iterator[int]:
     """Write `target`, yielding after each piece how many bytes of `source` it took; their sum is the file's size.
 
     Args:

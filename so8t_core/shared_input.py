@@ -7,6 +7,7 @@ rotation acts inside the layers of the group. A layer that the two tokens do not
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,14 +34,10 @@ def shared_inputs(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
     read: dict[str, list[Tensor]] = {name: [] for name in names}  # the tensors are held, so no address comes twice
     modules = dict(model.named_modules())
 
-    def watching(name: str) -> Any:
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            read[name] += given[:1]
+    def watch(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read[name] += [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1]
 
-        return watch
-
-    hooks = [modules[name].register_forward_pre_hook(watching(name), with_kwargs=True) for name in names]
+    hooks = [modules[name].register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name in names]
     training = {module: module.training for module in modules.values()}
     device = model.get_input_embeddings().weight.device
     cached = device.type == "meta"  # without a cache transformers asks for values, which tensors there do not have

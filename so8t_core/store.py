@@ -56,7 +56,7 @@ def attach(model: Model, config: SO8TConfig) -> Model:
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except BaseException:
-        _replace_layers(model, lambda name, layer: layer.get_base_layer())
+        detach(model)
         raise
     cast_adapter_dtype(model, ADAPTER, autocast_adapter_dtype=True)
     for layer in model.modules():
@@ -73,19 +73,16 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         InputError: the adapter is merged into the weights, so that the original ones are gone.
     """
-    plain = plain_model(model)
-    _replace_layers(plain, lambda name, layer: layer.get_base_layer())
-    return plain
+    return replace_layers(model, lambda name, layer: layer.get_base_layer())
 
 
-def plain_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PeftModel, or `model` itself."""
-    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base
+def replace_layers(model: nn.Module, make: Callable[[str, Any], nn.Module]) -> nn.Module:
+    """Replace each outermost adapter layer by `make(name, layer)` and forget the adapter; returns the plain model.
 
-
-def _replace_layers(model: nn.Module, make: Callable[[str, Any], nn.Module]) -> None:
-    """Replace each outermost adapter layer by `make(name, layer)` and forget the adapter."""
+    Raises:
+        InputError: an adapter that is merged into the weights, before anything is replaced.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     outer = {
         f"{prefix}.{name}".lstrip("."): (parent, name, child)
         for prefix, parent in model.named_modules()
@@ -103,15 +100,8 @@ def _replace_layers(model: nn.Module, make: Callable[[str, Any], nn.Module]) -> 
     refresh_apart(model)
     model.__dict__.pop("peft_config", None)
     if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = False  # type: ignore[assignment]
-
-
-def fold_layers(model: nn.Module, fold: Callable[[str, Any], nn.Module]) -> nn.Module:
-    """Replace each adapter layer of the active adapter by `fold(name, layer)`; returns the plain model."""
-    active_adapter(model)
-    plain = plain_model(model)
-    _replace_layers(plain, fold)
-    return plain
+        model._hf_peft_config_loaded = False
+    return model
 
 
 def active_adapter(model: nn.Module) -> str:

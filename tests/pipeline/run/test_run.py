@@ -165,7 +165,7 @@ def test_failed_step_leaves_nothing_half_written(
 
     target = {
         "data": "pipeline.data.build.build_dataset",
-        "bake": "so8t_core.baking._bake_shard",
+        "bake": "so8t_core.baking.rewrite",
         "convert": "pipeline.release.gguf_files.quantise",
     }[step]
     module, _, name = target.rpartition(".")
