@@ -1,7 +1,7 @@
 """SO8T's core: block rotations of SO(8) as an adapter on `o_proj`, and their exact bake into the weights.
 
-Names are loaded when first used, so that a program that only needs `InputError` does not wait for torch and peft. The
-PEFT method "so8t" is registered by any of them, and at once where peft is loaded already.
+Names are loaded when first used, so that a program that only needs `InputError` does not wait for torch and peft.
+`SO8TConfig` and `attach` register the PEFT method "so8t"; where peft is loaded already, this import does.
 """
 
 from __future__ import annotations

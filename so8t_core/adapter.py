@@ -339,9 +339,8 @@ def gates(model: nn.Module) -> dict[str, RotationGate]:
 
 def trainable_counts(model: nn.Module) -> tuple[int, int]:
     """(all trainable parameters, those of the rotations)."""
-    rotation = {id(p) for gate in gates(model).values() for p in gate.parameters() if p.requires_grad}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return sum(p.numel() for p in trainable), sum(p.numel() for p in trainable if id(p) in rotation)
+    whole, rotations = model.parameters(), (p for gate in gates(model).values() for p in gate.parameters())
+    return sum(p.numel() for p in whole if p.requires_grad), sum(p.numel() for p in rotations if p.requires_grad)
 
 
 def restart(model: nn.Module) -> None:

@@ -24,7 +24,8 @@ from so8t_core.config import SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.exponential import BLOCK, PARAMETERS
 from so8t_core.files import atomic_dir, read_json
-from so8t_core.folding import Fold, Turn, named
+from so8t_core.folding import Fold, named
+from so8t_core.gate import RotationGate
 from so8t_core.safetensors_stream import FLOATS, read_entries, rewrite
 from so8t_core.store import KEY_PREFIX, active_adapter, read_adapter, replace_layers
 from so8t_core.weight_files import INDEX, SINGLE, WeightFiles
@@ -127,15 +128,10 @@ def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str
 
 def _turning(config: SO8TConfig, module: str, parts: dict[str, Tensor]) -> Fold:
     """The fold of one gate's tensors, whose names and shapes docs/adapter_format.md lists."""
-    n = parts["theta"].shape[0] if "theta" in parts and parts["theta"].ndim else 0
-    shapes: dict[str, tuple[int, ...]] = {"theta": (n, PARAMETERS)}
-    if config.scale != "none":
-        shapes["log_scale"] = (n if config.scale == "block" else n * BLOCK,)
-    if config.shuffle:
-        shapes |= {"permutation": (n * BLOCK,), "shuffled_theta": (n, PARAMETERS)}
-    if config.accumulate:
-        shapes["accumulated"] = (n, BLOCK, BLOCK)
-        shapes |= {"shuffled_accumulated": (n, BLOCK, BLOCK)} if config.shuffle else {}
+    blocks = parts["theta"].shape[0] if "theta" in parts and parts["theta"].ndim else 0
+    options: dict[str, Any] = {"scale": config.scale, "shuffle": config.shuffle, "accumulate": config.accumulate}
+    gate = RotationGate(max(blocks, 1) * BLOCK, layer=module, **options)
+    shapes = {part: tuple(value.shape) for part, value in gate.state_dict().items()}
     for part in sorted({*shapes, *parts}):
         found, wanted = parts.get(part), shapes.get(part)
         if found is None or wanted is None:
@@ -144,14 +140,8 @@ def _turning(config: SO8TConfig, module: str, parts: dict[str, Tensor]) -> Fold:
         if tuple(found.shape) != wanted:
             kind = f"a rotation is (n, {PARAMETERS})" if part.endswith("theta") else f"wanted {wanted}"
             raise InputError(f"{module}.lora_so8t.{part} has shape {tuple(found.shape)}, {kind}")
-    second = parts.get("shuffled_theta")
-    return Fold(
-        theta=parts["theta"],
-        accumulated=parts.get("accumulated"),
-        log_scale=parts.get("log_scale"),
-        shuffled=None if second is None else Turn(second, parts.get("shuffled_accumulated")),
-        order=parts.get("permutation"),
-    )
+    gate.load_state_dict(parts, assign=True)  # in the dtypes of the file
+    return gate.fold()
 
 
 def _lora_scale(config: SO8TConfig, module: str) -> float:

@@ -7,3 +7,8 @@ prints it without a traceback and exits with 2.
 
 class InputError(ValueError):
     """Bad input; `str(error)` is the whole message for the user."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library says, as one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

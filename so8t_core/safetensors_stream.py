@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from so8t_core.errors import InputError
+from so8t_core.errors import InputError, one_line
 from so8t_core.folding import mapping, named, rounded
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -77,11 +77,6 @@ def _read(path: Path) -> tuple[bytes, list[Entry], dict[str, Any]]:
     spans = sorted((*fields["data_offsets"], name) for name, fields in header.items())
     entries = [Entry(n, header[n]["dtype"], tuple(header[n]["shape"]), end - start) for start, end, n in spans]
     return length + raw, entries, metadata
-
-
-def one_line(error: BaseException) -> str:
-    """What another library says, as one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def rewrite(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from so8t_core.errors import InputError
+from so8t_core.errors import InputError, one_line
 
 
 def shared_inputs(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
@@ -48,7 +48,7 @@ def shared_inputs(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise InputError(
             f"{type(model).__name__} cannot be run over two tokens to find which layers read the same tensor: "
-            f"{(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}. Set share=False"
+            f"{one_line(error)}. Set share=False"
         ) from None
     finally:
         for hook in hooks:
