@@ -13,22 +13,20 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httpx
 from httpx_sse import EventSource, ServerSentEvent, SSEError
 
 from pipeline.data.think_form import Message
+from pipeline.serve.counter import Counter
 from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.forms.form import Form
 from pipeline.serve.forms.registry import SO8T
 from pipeline.serve.guard import MAX_BYTES, SEPARATES
 from pipeline.serve.request_error import invalid
 from so8t_core.errors import InputError
-
-if TYPE_CHECKING:  # llama.cpp is loaded only where a tokenizer was given
-    from pipeline.serve.tokens import Tokens
 
 MAX_STREAM = 256 * MAX_BYTES  # of the raw reply; a token's JSON wrapping is some 200 bytes around a few of text
 MAX_LINE = 4 * MAX_BYTES
@@ -87,7 +85,7 @@ class UpstreamEngine:
         model_id: str,
         n_ctx: int,
         max_new_tokens: int,
-        tokens: Tokens | None = None,
+        tokens: Counter | None = None,
         key: str | None = None,
         connections: int = 64,
         form: Form = SO8T,

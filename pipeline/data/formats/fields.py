@@ -15,6 +15,17 @@ REASONING = (
 PROMPTS = ("problem", "question", "prompt", "instruction", "query", "input")
 ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", "response", "output", "completion", "solution")
 _CHOICES = ("choices", "options")
+_STATED = (
+    *("answer", "final_answer", "expected_answer", "ground_truth"),
+    *("reference_answer", "gold_answer", "correct_answer"),
+)
+_NO_ANSWER = frozenset({"proof", "notfound", "not found", "n/a", "nan", "inf", "-inf", "null"})  # of many tables
+_VERDICTS = (
+    *("correct", "is_correct", "correctness", "answer_correct", "is_verified", "verified"),
+    *("is_valid", "problem_is_valid", "solution_is_valid", "question_is_valid"),
+)
+_REFUTED = frozenset({"no", "false", "incorrect", "wrong", "invalid", "incomplete", "fail", "failed"})
+_PICTURES = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def text(row: dict[str, Any], key: str, where: str = "") -> str:
@@ -39,7 +50,7 @@ def value_text(row: dict[str, Any], key: str) -> str:
 
     Raises:
         BrokenLine: anything else.
-        RowError: several answers.
+        RowError: several answers, or a word that stands for none.
     """
     value = row.get(key)
     if isinstance(value, list):
@@ -48,17 +59,20 @@ def value_text(row: dict[str, Any], key: str) -> str:
         value = value[0]
     if isinstance(value, bool):
         return "True" if value else "False"
-    if isinstance(value, int | float):
-        return str(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str | int | float):
         raise BrokenLine("wrong type", f"`{key}` must be a string or a number, got {type(value).__name__}")
-    return value
+    if str(value).strip().lower() in _NO_ANSWER:
+        raise RowError("empty answer", f"`{key}` is {str(value)[:20]!r}")
+    return str(value)
 
 
 def stated_answer(row: dict[str, Any], *, but: str = "") -> str | None:
     """A short answer that the row states in a field of its own (`answer`, ...); None where it does not."""
-    for key in ("answer", "final_answer", "expected_answer", "ground_truth"):
-        if key != but and isinstance(row.get(key), str | int | float) and strip_message(str(row[key])):
+    for key in _STATED:
+        given = row.get(key)
+        if key != but and isinstance(given, str | int | float) and strip_message(str(given)):
+            if str(given).strip().lower() in _NO_ANSWER:
+                return None
             value = strip_message(value_text(row, key))
             return value if "\n" not in value and len(value) <= 400 else None
     return None
@@ -88,6 +102,22 @@ def prompt_of(row: dict[str, Any], key: str) -> str:
         if isinstance(said, list) and any(re.sub(r"\W", "", str(p)) not in re.sub(r"\W", "", prompt) for p in said):
             raise RowError("choices outside the prompt", f"`{name}` holds what the question asks about")
     return prompt
+
+
+def require_usable(row: dict[str, Any]) -> None:
+    """Raise `RowError` where a field of the row's own speaks against the whole row.
+
+    Raises:
+        RowError: its source calls problem or answer wrong, or it belongs to a picture, a sound or a video.
+    """
+    for name in _VERDICTS:
+        value = row.get(name)
+        said = isinstance(value, str) and name != "correct" and value.strip().lower() in _REFUTED
+        if value is False or said:
+            raise RowError("judged wrong by its source", f"`{name}` is {str(value)[:20]!r}")
+    for name in _PICTURES:
+        if row.get(name) not in (None, "", [], {}, False):
+            raise RowError("not text", f"`{name}` holds what the question is about")
 
 
 def system_of(row: dict[str, Any]) -> str | None:
