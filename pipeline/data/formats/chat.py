@@ -11,6 +11,7 @@ from pipeline.data.formats.fields import (
     REASONING,
     optional,
     present,
+    require_ended,
     stated_answer,
     system_of,
     value_text,
@@ -147,6 +148,7 @@ def conversation(messages: Any, key: str, row: dict[str, Any], *, but: str = "")
     last = turns.pop()
     if last.get("tool_calls"):
         raise RowError("tool calls", "the last message calls a tool and holds no answer")
+    require_ended(messages[-1])
     if last.pop("weight", 1) == 0:
         raise RowError("not for training", "the last message has weight 0")
     for turn in turns:

@@ -10,10 +10,21 @@ from pipeline.data.think_form import BrokenLine, RowError, strip_message
 
 REASONING = (
     *("reasoning_content", "reasoning", "thinking", "thought", "thoughts"),
-    *("chain_of_thought", "cot", "rationale", "steps", "explanation"),
+    *("chain_of_thought", "cot", "complex_cot", "rationale", "steps", "explanation"),
 )
 PROMPTS = ("problem", "question", "prompt", "instruction", "query", "input")
-ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", "response", "output", "completion", "solution")
+ANSWERS = (
+    "answer",
+    "final_answer",
+    "expected_answer",
+    "ground_truth",
+    "response",
+    "output",
+    "completion",
+    "solution",
+    "target",
+    "content",
+)
 _CHOICES = ("choices", "options")
 _STATED = (
     *("answer", "final_answer", "expected_answer", "ground_truth"),
@@ -25,6 +36,7 @@ _VERDICTS = (
     *("is_valid", "problem_is_valid", "solution_is_valid", "question_is_valid"),
 )
 _REFUTED = frozenset({"no", "false", "incorrect", "wrong", "invalid", "incomplete", "fail", "failed"})
+_CUT = frozenset({"length", "max_tokens", "content_filter"})  # why a reply ended, where its writer did not end it
 _PICTURES = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -108,8 +120,10 @@ def require_usable(row: dict[str, Any]) -> None:
     """Raise `RowError` where a field of the row's own speaks against the whole row.
 
     Raises:
-        RowError: its source calls problem or answer wrong, or it belongs to a picture, a sound or a video.
+        RowError: its source calls problem or answer wrong, its reply was cut off, or it belongs to a picture, a sound
+            or a video.
     """
+    require_ended(row)
     for name in _VERDICTS:
         value = row.get(name)
         said = isinstance(value, str) and name != "correct" and value.strip().lower() in _REFUTED
@@ -118,6 +132,22 @@ def require_usable(row: dict[str, Any]) -> None:
     for name in _PICTURES:
         if row.get(name) not in (None, "", [], {}, False):
             raise RowError("not text", f"`{name}` holds what the question is about")
+
+
+def require_ended(fields: dict[str, Any]) -> None:
+    """Raise `RowError` where a row or a message says that its reply was cut off.
+
+    Raises:
+        RowError: a finish reason other than an end, or `truncated`.
+    """
+    if ended(fields.get("finish_reason")) and ended(fields.get("stop_reason")) and fields.get("truncated") is not True:
+        return
+    raise RowError("cut off", "its source says that the reply was not ended")
+
+
+def ended(reason: Any) -> bool:
+    """Whether a finish reason is none of those that cut a reply off."""
+    return not (isinstance(reason, str) and reason.strip().lower() in _CUT)
 
 
 def system_of(row: dict[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ _HTML = (
 )
 _TAG = re.compile(r"(?:\A\s*<|</)\s*/?\s*(?P<name>[^\W\d][\w:-]*)[^<>\n]{0,80}>")
 _OTHER_END = re.compile(r"【\s*[/／]|\[/[A-Za-z_]{3,24}\]")
+_NO_STEPS = frozenset({"none", "null", "nan", "n/a", "na", "todo", "tbd", "empty", "なし", "無し"})
 _FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
 _CODE = re.compile(r"^[ \t]*```.*?^[ \t]*```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
@@ -39,8 +40,11 @@ def require_clean(thought: Thought) -> None:
     """Nothing in a thought may come from another program's writing.
 
     Raises:
-        RowError: a call of a tool, a control token, an unknown tag, a code block that was cut in two.
+        RowError: a call of a tool, a control token, an unknown tag, a code block that was cut in two, or a word that
+            stands for steps that are not there.
     """
+    if not re.search(r"\w", thought.steps) or thought.steps.lower() in _NO_STEPS:
+        raise RowError("no reasoning", f"the steps are {thought.steps[:20]!r}")
     for part in (thought.steps, thought.answer):
         if calls_a_tool(part):
             raise RowError("tool calls", "a call stands in the text")

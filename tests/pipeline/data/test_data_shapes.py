@@ -93,6 +93,21 @@ COME_IN: dict[str, tuple[Row, str]] = {
         {"chosen": [ASK, {"role": "assistant", "content": f"{STEPS} The answer is 42."}], "rejected": [ASK]},
         "42",
     ),
+    "capitals": ({"Question": Q, "Complex_CoT": STEPS, "Response": "42"}, "42"),
+    "reasoning and content": ({"input": Q, "reasoning_content": STEPS, "content": "42"}, "42"),
+    "a target": ({"input": Q, "rationale": STEPS, "target": "42"}, "42"),
+    "responses of a named model": (
+        {"question": Q, "reference_answer": "42", "responses": [{"response": f"{STEPS} The answer is 42."}]},
+        "42",
+    ),
+    "the generation that was ended": (
+        {
+            "problem": Q,
+            "generations": [f"<think>{STEPS}", f"<think>{STEPS}</think>42"],
+            "finish_reasons": ["length", "stop"],
+        },
+        "42",
+    ),
     "an attribute": (said(f'<think time="3 s">{STEPS}</think>42'), "42"),
     "spaces in the tags": (said(f"< think >{STEPS}</ think >42"), "42"),
     "braces of a set": ({"problem": "Which?", "solution": f"{STEPS} \\boxed{{{SET}}}"}, SET),
@@ -113,8 +128,23 @@ def test_a_row_of_a_known_data_set_comes_in(name: str) -> None:
 
 WRONG = "judged wrong by its source"
 UNCLEAR = "thinking tags unclear"
+CUT = "cut off"
 CONTROL = "control token left over"
 STAY_OUT: dict[str, tuple[Row, str]] = {
+    "a generation that was cut off": (
+        {"problem": Q, "generation": f"<think>{STEPS}</think>42", "finish_reasons": ["length"]},
+        CUT,
+    ),
+    "reasoning that was cut off": (
+        {"problem": Q, "generations": [f"{STEPS} #### 42"], "is_reasoning_complete": [False]},
+        CUT,
+    ),
+    "a message that was cut off": (said("42", reasoning=STEPS, finish_reason="length"), CUT),
+    "a row that was cut off": ({**said("42", reasoning=STEPS), "truncated": True}, CUT),
+    "dots for steps": (said("<think>...</think>42"), "no reasoning"),
+    "a word for no steps": ({"question": Q, "reasoning": "N/A", "answer": "42"}, "no reasoning"),
+    "a guess": (said(f"{STEPS}\nThe answer is 42, I guess."), "answer unclear"),
+    "a question in brackets": (said(f"{STEPS}\nThe answer is 42 (not 43?)."), "answer unclear"),
     "graded as wrong": (graded("No"), WRONG),
     "another reference": (reference("41"), "two different answers"),
     "the reference denied": (reference("42", "It is not 42."), "two different answers"),
