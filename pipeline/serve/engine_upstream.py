@@ -133,7 +133,7 @@ class UpstreamEngine:
         """The text's first `limit` tokens; refused without a tokenizer."""
         if self.tokens is None:
             raise invalid(
-                "`max_tokens` counts tokens of the answer, and this server has no tokenizer (--tokenizer FILE.gguf)",
+                "`max_tokens` and `max_completion_tokens` count tokens; this server has no tokenizer (--tokenizer F)",
                 param="max_tokens",
                 code="unsupported_parameter",
             )
@@ -259,8 +259,9 @@ def _delta(chunk: Any) -> tuple[bytes, bytes, str | None]:
         return b"", b"", None
     [choice] = chunk["choices"]
     delta, finish = choice.get("delta") or {}, choice.get("finish_reason")
-    texts = [next((delta[name] for name in REASONING if delta.get(name)), ""), delta.get("content") or ""]
-    if choice.get("index", 0) != 0 or not all(isinstance(text, str) for text in [*texts, finish or ""]):
+    thoughts = list(dict.fromkeys(delta[name] for name in REASONING if delta.get(name)))  # some send it under two names
+    content = delta.get("content") or ""
+    if choice.get("index", 0) != 0 or not all(isinstance(text, str) for text in [*thoughts, content, finish or ""]):
         raise TypeError
-    reasoning, content = (text.encode("utf-8", "surrogatepass") for text in texts)
-    return reasoning, content, finish or None
+    reasoning, shown = (text.encode("utf-8", "surrogatepass") for text in ("".join(thoughts), content))
+    return reasoning, shown, finish or None
