@@ -37,6 +37,7 @@ _VERDICTS = (
 )
 _REFUTED = frozenset({"no", "false", "incorrect", "wrong", "invalid", "incomplete", "fail", "failed"})
 _CUT = frozenset({"length", "max_tokens", "content_filter"})  # why a reply ended, where its writer did not end it
+_CONFIRMED = frozenset({"yes", "true", "valid"})  # beside "Incomplete" there is "Problem not solved" and the like
 _PICTURES = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -126,8 +127,8 @@ def require_usable(row: dict[str, Any]) -> None:
     require_ended(row)
     for name in _VERDICTS:
         value = row.get(name)
-        said = isinstance(value, str) and name != "correct" and value.strip().lower() in _REFUTED
-        if value is False or said:
+        word = value.strip().lower() if isinstance(value, str) and name != "correct" else ""
+        if value is False or word in _REFUTED or (word and name.endswith("_is_valid") and word not in _CONFIRMED):
             raise RowError("judged wrong by its source", f"`{name}` is {str(value)[:20]!r}")
     for name in _PICTURES:
         if row.get(name) not in (None, "", [], {}, False):

@@ -24,7 +24,7 @@ _HTML = (
     "span font small strong table thead tbody center blockquote html head body title script style form input button "
     "label select option nav main section header footer article svg path math mi mn mo"
 )
-_TAG = re.compile(r"(?:\A\s*<|</)\s*/?\s*(?P<name>[^\W\d][\w:-]*)[^<>\n]{0,80}>")
+_TAG = re.compile(r"(?:\A\s*<|</)\s*/?\s*(?P<name>[A-Za-z_][\w:-]{2,}|[\u3040-\u9fff]{2,})(?:\s[^<>\n]{0,80})?>")
 _OTHER_END = re.compile(r"【\s*[/／]|\[/[A-Za-z_]{3,24}\]")
 _NO_STEPS = frozenset({"none", "null", "nan", "n/a", "na", "todo", "tbd", "empty", "なし", "無し"})
 _FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)

@@ -113,6 +113,7 @@ COME_IN: dict[str, tuple[Row, str]] = {
     "braces of a set": ({"problem": "Which?", "solution": f"{STEPS} \\boxed{{{SET}}}"}, SET),
     "a heading": (said(f"{STEPS}\n### 答え\n42"), "42"),
     "an arrow": (said(f"{STEPS}\n答え→42"), "42"),
+    "an inner product": (said(f"<x, y> is the product. {STEPS}\nThe answer is 42."), "42"),
     "tags of a page": (said(f"<p>{STEPS}</p> Hence &lt; 43.\nThe answer is 42."), "42"),
     "code": (said(f"```html\n<analysis>x</analysis>\n```\n{STEPS} `</internal>`\nThe answer is 42."), "42"),
 }
@@ -149,6 +150,7 @@ STAY_OUT: dict[str, tuple[Row, str]] = {
     "another reference": (reference("41"), "two different answers"),
     "the reference denied": (reference("42", "It is not 42."), "two different answers"),
     "an invalid solution": (numina(solution="No"), WRONG),
+    "a problem that was not solved": (numina(solution="Problem not solved"), WRONG),
     "half a problem": (numina(problem="Incomplete"), WRONG),
     "not verified": ({"question": Q, "reasoning": STEPS, "answer": "42", "is_correct": False}, WRONG),
     "a proof": (numina(answer="proof"), "no reasoning"),
