@@ -24,7 +24,7 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="name of the model for clients and upstream")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE.gguf", help="with --upstream: count tokens with this file")
+        Path | None, typer.Option(metavar="F", help="GGUF or folder: counts tokens, tells the form")
     ] = None,
     allow_remote_upstream: Annotated[
         bool, typer.Option("--allow-remote-upstream", help="accept that the thinking crosses a network")

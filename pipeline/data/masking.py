@@ -33,6 +33,7 @@ TAGS = (
     *((f"<{name}>", f"</{name}>") for name in _NAMES),
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
+    ("<|channel>thought", "<channel|>"),
 )
 _PROBE = "so8tprobeanswer"
 _BLOCK = re.compile(rf"(?:\s|{'|'.join(re.escape(tag) for pair in TAGS for tag in pair)})*\Z")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.data.formats import Conversation, Target, read_row
-from pipeline.data.formats.fields import optional
+from pipeline.data.formats.fields import optional, require_usable
+from pipeline.data.split.leftovers import calls_a_tool, require_clean
 from pipeline.data.split.markers import (
     boxes,
     disagrees,
@@ -36,11 +37,13 @@ from pipeline.data.think_form import (
 )
 from pipeline.data.truth.agreement import objection
 from pipeline.data.truth.equality import normalised, same_answer
+from pipeline.data.truth.numerals import numbers_in, quantity
 
 LABELS = ("four_class_label", "domain_label", "safety_label")
 DISAGREES = "steps and answer disagree"
 OTHER_FORM = "own system text dropped (it asks for another thinking form)"
 EARLIER = "earlier turns cut to their answers"
+_DENIES = re.compile(r"\b(?:not|never|no|nor|without)\b|n't\b|ない|なく|ません|ではな|違", re.IGNORECASE)
 _KOREAN_LETTER = re.compile(r"[\uac00-\ud7a3]")
 _JAPANESE_LETTER = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
@@ -82,6 +85,7 @@ def to_think_row(row: dict[str, Any], *, family: str, options: RowOptions | None
     """
     options = options or RowOptions()
     found = read_row(row)
+    require_usable(row)
     notes: list[str] = []
     turns = _checked_turns(found, options, notes)
     thought, text = _target(found)
@@ -125,6 +129,7 @@ def _target(found: Conversation) -> tuple[Thought, str]:
     for target in (found.target, *found.alternatives):
         try:
             thought = target_thought(target)
+            require_clean(thought)
             format_assistant(thought.steps, thought.answer)  # whatever the form, markers inside are refused
         except BrokenLine:
             raise
@@ -192,6 +197,9 @@ def _require_stated(thought: Thought, stated: str) -> None:
     named = _named(thought)
     if same_answer(named, stated) or same_answer(thought.answer, stated):
         return
+    value = quantity(stated)
+    if value is not None and set(numbers_in(named)) == {value.value} and not _DENIES.search(named):
+        return  # "It is 42."
     long = "\n" in named or len(named) > 60
     if long and not disagrees(named, stated) and normalised(stated) in normalised(named):
         return
@@ -207,13 +215,20 @@ def _checked_turns(found: Conversation, options: RowOptions, notes: list[str]) -
     turns: list[Message] = []
     if not found.turns or found.turns[0]["role"] != "user":
         raise RowError("roles out of order", "the first turn after the system's must be the user's")
-    calling = any(turn["role"] == "tool" or turn.get("tool_calls") for turn in found.turns)
+    calling = any(
+        turn["role"] == "tool"
+        or turn.get("tool_calls")
+        or (turn["role"] == "assistant" and calls_a_tool(turn["content"]))
+        for turn in found.turns
+    )
     if calling and options.tools == "exclude":
         raise RowError("tool calls", "data.tools: keep trains on such rows")
     for turn in found.turns:
         made = {**turn, "content": strip_message(turn["content"])}
         if made["role"] == "assistant":
             made = _earlier(made, options, notes)
+        if "<image>" in made["content"]:
+            raise RowError("not text", f"the {made['role']} message holds a picture's place")
         if not made["content"] and not made.get("tool_calls"):
             raise RowError("empty message", f"the {made['role']} message has no text")
         turns.append(made)
@@ -243,6 +258,8 @@ def _earlier(turn: Message, options: RowOptions, notes: list[str]) -> Message:
         return turn
     if reasoning:
         thought = target_thought(Target(text, reasoning))
+    elif not has_marker(text) and has_tag(text) and (tagged := take_thinking(text)) is not None and not tagged.steps:
+        return {**turn, "content": tagged.rest}  # an empty block: it answered without thinking
     elif has_marker(text) or has_tag(text):
         thought = split_text(text)
     else:

@@ -21,11 +21,11 @@ import llama_cpp
 
 from pipeline.config import ConvertConfig
 from pipeline.data.render import as_parts, without_system
-from pipeline.data.think_form import FORM_KEY, THINK_MARKER, Message
+from pipeline.data.think_form import Message
 from pipeline.release.generate import with_bos
 from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.forms.form import Form
-from pipeline.serve.forms.registry import SO8T, form_named, form_of_template
+from pipeline.serve.forms.of_model import form_of_file, modelfile_beside
 from pipeline.serve.request_error import Refusal, invalid
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
@@ -33,16 +33,10 @@ from so8t_core.files import sha256_file
 from verification.engines import chat_template
 from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 from verification.engines.sandbox import require_loadable
-from verification.gguf.reader import GGUFFile, read_gguf
+from verification.gguf.reader import read_gguf
 from verification.reference.rope import limit_of_file
 
 PIECE = 128  # prompt tokens between two looks at the cancel flag
-
-
-def modelfile_beside(gguf: Path) -> str:
-    """The text of the Modelfile beside a file; empty where no Modelfile is there."""
-    beside = gguf.with_suffix(".Modelfile")
-    return beside.read_text(encoding="utf-8") if beside.is_file() else ""
 
 
 def shipped_n_ctx(gguf: Path) -> int:
@@ -54,27 +48,6 @@ def shipped_n_ctx(gguf: Path) -> int:
 def shipped_stops(gguf: Path) -> list[str]:
     """Every `stop` of the Modelfile beside the file."""
     return re.findall(r'^PARAMETER stop "(.+)"$', modelfile_beside(gguf), re.MULTILINE)
-
-
-def form_of_file(file: GGUFFile, template: str) -> Form:
-    """The form of thinking that the file names by its key; without one, our own where the Modelfile asks for it.
-
-    A key `base`, and a file without key and Modelfile, stand for the form that the chat template shows.
-
-    Raises:
-        InputError: the key names no form.
-    """
-    named = file.metadata.get(FORM_KEY)
-    if named == "base":
-        return form_of_template(template)
-    if named is not None:
-        try:
-            return form_named(named)
-        except InputError:
-            raise InputError(
-                f"{file.path} has {FORM_KEY} {named!r}, which is no form; name one, --think-form so8t"
-            ) from None
-    return SO8T if THINK_MARKER in modelfile_beside(file.path) else form_of_template(template)
 
 
 class ChatTemplate:

@@ -13,22 +13,20 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httpx
 from httpx_sse import EventSource, ServerSentEvent, SSEError
 
 from pipeline.data.think_form import Message
+from pipeline.serve.counter import Counter
 from pipeline.serve.engine import EngineError, Feed, Job
 from pipeline.serve.forms.form import Form
 from pipeline.serve.forms.registry import SO8T
 from pipeline.serve.guard import MAX_BYTES, SEPARATES
 from pipeline.serve.request_error import invalid
 from so8t_core.errors import InputError
-
-if TYPE_CHECKING:  # llama.cpp is loaded only where a tokenizer was given
-    from pipeline.serve.tokens import Tokens
 
 MAX_STREAM = 256 * MAX_BYTES  # of the raw reply; a token's JSON wrapping is some 200 bytes around a few of text
 MAX_LINE = 4 * MAX_BYTES
@@ -87,7 +85,7 @@ class UpstreamEngine:
         model_id: str,
         n_ctx: int,
         max_new_tokens: int,
-        tokens: Tokens | None = None,
+        tokens: Counter | None = None,
         key: str | None = None,
         connections: int = 64,
         form: Form = SO8T,
@@ -135,7 +133,7 @@ class UpstreamEngine:
         """The text's first `limit` tokens; refused without a tokenizer."""
         if self.tokens is None:
             raise invalid(
-                "`max_tokens` counts tokens of the answer, and this server has no tokenizer (--tokenizer FILE.gguf)",
+                "`max_tokens` and `max_completion_tokens` count tokens; this server has no tokenizer (--tokenizer F)",
                 param="max_tokens",
                 code="unsupported_parameter",
             )
@@ -261,8 +259,9 @@ def _delta(chunk: Any) -> tuple[bytes, bytes, str | None]:
         return b"", b"", None
     [choice] = chunk["choices"]
     delta, finish = choice.get("delta") or {}, choice.get("finish_reason")
-    texts = [next((delta[name] for name in REASONING if delta.get(name)), ""), delta.get("content") or ""]
-    if choice.get("index", 0) != 0 or not all(isinstance(text, str) for text in [*texts, finish or ""]):
+    thoughts = list(dict.fromkeys(delta[name] for name in REASONING if delta.get(name)))  # some send it under two names
+    content = delta.get("content") or ""
+    if choice.get("index", 0) != 0 or not all(isinstance(text, str) for text in [*thoughts, content, finish or ""]):
         raise TypeError
-    reasoning, content = (text.encode("utf-8", "surrogatepass") for text in texts)
-    return reasoning, content, finish or None
+    reasoning, shown = (text.encode("utf-8", "surrogatepass") for text in ("".join(thoughts), content))
+    return reasoning, shown, finish or None

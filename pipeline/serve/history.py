@@ -16,10 +16,16 @@ from pipeline.serve.request_error import invalid
 MAX_MESSAGES = 256
 ROLES = ("system", "developer", "user", "assistant")
 _TEXTS = ("text", "input_text", "output_text")
-_INERT = frozenset({"name", "id", "cache_control"})  # in every message
+_INERT = frozenset({"name", "id", "cache_control", "timestamp", "created_at", "metadata"})  # in every message
 _INERT_IN_REPLIES = _INERT | {
+    "additional_kwargs",
     "annotations",
+    "citations",
+    "created",
     "finish_reason",
+    "index",
+    "logprobs",
+    "model",
     "object",
     "parsed",
     "phase",
@@ -28,11 +34,16 @@ _INERT_IN_REPLIES = _INERT | {
     "reasoning_content",
     "reasoning_details",
     "refusal",
+    "response_metadata",
     "status",
+    "stop_reason",
     "thinking",
     "thinking_blocks",
     "type",
+    "usage",
+    "usage_metadata",
 }
+_OFF = ("prefix", "partial")  # a reply to be gone on with, which these say of it where they are true
 _INERT_PARTS = ("refusal", "reasoning", "thinking", "redacted_thinking")
 
 
@@ -65,7 +76,8 @@ def _turn(index: int, raw: Any) -> Turn:
         raise invalid(f"`{where}.role` must be one of {', '.join(ROLES)}", param=f"{where}.role")
     inert = _INERT_IN_REPLIES if role == "assistant" else _INERT
     for key, value in raw.items():
-        known = key in ("role", "content") or key in inert or value is None or (key == "tool_calls" and value == [])
+        empty = value is None or value == [] or (key in _OFF and value is False)
+        known = key in ("role", "content") or key in inert or empty
         if not known:
             name = f"{where}.{key}"[:80]
             raise invalid(f"`{name}` is not supported here; leave it out", param=name, code="unsupported_parameter")

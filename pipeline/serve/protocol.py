@@ -24,6 +24,7 @@ class _StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
+    continuous_usage_stats: Literal[False] = False
 
 
 class ChatRequest(BaseModel):
@@ -80,10 +81,15 @@ def parse_request(body: bytes) -> ChatRequest:
     return request
 
 
+_MUST_BE = {"stop": "a text or a list of texts, none of them empty", "stream_options": "an object"}
+
+
 def _first_problem(error: ValidationError) -> Refusal:
     item = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(str(part) for part in item["loc"])[:80]
     name = str(item["loc"][0])[:80]
+    if name == "stop" or (name == "stream_options" and len(item["loc"]) == 1):
+        return invalid(f"`{name}` must be {_MUST_BE[name]}", param=name)
     if item["type"] == "extra_forbidden":
         return invalid(f"`{where}` is not supported here; leave it out", param=where, code="unsupported_parameter")
     return invalid(f"`{where}`: {item['msg']}", param=name)

@@ -109,7 +109,11 @@ class Decider:
             raise Refusal(404, "invalid_request_error", "model_not_found", message, param="model")
         messages = conversation(chat.messages, instructs=self.engine.form.instructs)
         if chat.limit is not None:
-            self.engine.cut("", chat.limit)  # refuses where there is nothing to count tokens with
+            try:
+                self.engine.cut("", chat.limit)  # refuses where there is nothing to count tokens with
+            except Refusal as refused:
+                refused.param = "max_tokens" if chat.max_tokens is not None else "max_completion_tokens"
+                raise
         check = self.engine.check
         prompt_tokens = check(messages) if self.engine.quick else await asyncio.to_thread(check, messages)
         try:

@@ -13,7 +13,7 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,17 +22,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pipeline.config import ConvertConfig
 from pipeline.serve.audit_log import AuditLog
 from pipeline.serve.audit_writer import Recorder
+from pipeline.serve.counter import Counter
 from pipeline.serve.engine import Engine
 from pipeline.serve.engine_upstream import UpstreamEngine, check_url, is_loopback
+from pipeline.serve.forms.form import Form
 from pipeline.serve.forms.registry import SO8T, describe, form_named, form_of_template
 from pipeline.serve.guard import COPY_RUN
 from pipeline.serve.http import make_app
 from pipeline.serve.keys import load_api_keys, load_audit_key, load_operators
 from pipeline.serve.request import Decider, Limits
 from so8t_core.errors import InputError
-
-if TYPE_CHECKING:
-    from pipeline.serve.tokens import Tokens
 
 UPSTREAM_KEY_VARIABLE = "SO8T_UPSTREAM_KEY"
 HEADER_SECONDS = 10.0  # for a connection to send a request's whole header
@@ -48,7 +47,7 @@ class ServeConfig(BaseModel):
     model: Path | None = None
     upstream: str | None = None
     name: str | None = None  # the model's name for clients (and for the upstream); default: the file's name
-    tokenizer: Path | None = None  # with upstream: the GGUF whose vocabulary counts tokens
+    tokenizer: Path | None = None  # with upstream: a GGUF file or a directory; counts tokens, names the form
     allow_remote_upstream: bool = False
     think_form: str | None = None  # default: the template's, see `pipeline.serve.forms.registry`
     host: str = "127.0.0.1"
@@ -122,13 +121,7 @@ def make_engine(config: ServeConfig) -> Engine:
         engine.model_id = config.name or engine.model_id
         return engine
     url = check_url(config.upstream or "", allow_remote=config.allow_remote_upstream)
-    tokens: Tokens | None = None
-    form = forced or SO8T
-    if config.tokenizer is not None:
-        from pipeline.serve.tokens import Tokens
-
-        tokens = Tokens.load(config.tokenizer)
-        form = forced or form_of_template(tokens.model.chat_template() or "")
+    tokens, form = (None, SO8T) if config.tokenizer is None else read_tokenizer(config.tokenizer)
     return UpstreamEngine(
         url,
         model_id=config.name or "so8t",
@@ -137,8 +130,29 @@ def make_engine(config: ServeConfig) -> Engine:
         tokens=tokens,
         key=os.environ.get(UPSTREAM_KEY_VARIABLE),
         connections=config.queue + 1,
-        form=form,
+        form=forced or form,
     )
+
+
+def read_tokenizer(path: Path) -> tuple[Counter, Form]:
+    """A model's tokenizer and its form of thinking, from a GGUF file or a checkpoint directory; no weights are loaded.
+
+    Raises:
+        InputError: it cannot be used, or the file's key names no form.
+    """
+    if path.is_dir():
+        from pipeline.serve.checkpoint_tokens import CheckpointTokens
+
+        known = CheckpointTokens(path)
+        return known, form_of_template(known.chat_template)
+    if not path.is_file():
+        raise InputError(f"--tokenizer {path} does not exist; give the model's GGUF file or checkpoint directory")
+    from pipeline.serve.forms.of_model import form_of_file
+    from pipeline.serve.tokens import Tokens
+    from verification.gguf.reader import read_gguf
+
+    file, tokens = read_gguf(path), Tokens.load(path)
+    return tokens, form_of_file(file, tokens.model.chat_template() or "")
 
 
 def bind(host: str, port: int) -> socket.socket:

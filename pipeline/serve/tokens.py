@@ -1,9 +1,4 @@
-"""A GGUF's tokenizer for the server: counts and cuts text, and refuses control tokens in what clients write.
-
-A client that could write `<|im_end|>` into its message could close its own turn and begin the model's: a prefill by
-the back door. Texts that tokenise to a control token are therefore refused; ordinary text keeps the very ids that
-training gave it.
-"""
+"""A GGUF's tokenizer for the server; see `pipeline.serve.counter`."""
 
 from __future__ import annotations
 
@@ -12,32 +7,44 @@ from pathlib import Path
 
 import llama_cpp
 
-from pipeline.data.think_form import Message
-from pipeline.serve.request_error import invalid
+from pipeline.serve.counter import Counter
+from so8t_core.errors import InputError
 from verification.engines.llama_model import LlamaModel
+from verification.engines.sandbox import Vocabulary
 
 
-class Tokens:
-    """Questions about text, answered by one vocabulary; safe to call from several threads.
-
-    Raises:
-        InputError: llama.cpp cannot load the file.
-    """
+class Tokens(Counter):
+    """The vocabulary of a file that llama.cpp has loaded."""
 
     def __init__(self, model: LlamaModel) -> None:
         self.model = model
 
     @classmethod
     def load(cls, gguf: Path) -> Tokens:
-        """The vocabulary alone, without weights."""
+        """The vocabulary alone, without weights.
+
+        Raises:
+            InputError: llama.cpp cannot load it; a child process tries first, because a damaged file can end it.
+        """
+        with Vocabulary(gguf) as vocabulary:
+            if vocabulary.refused:
+                raise InputError(f"llama.cpp does not load {gguf}: {vocabulary.refused}")
         return cls(LlamaModel(gguf, vocab_only=True))
 
+    def ids(self, text: str) -> list[int]:
+        """See `Counter`."""
+        return self.model.tokenize(text)
+
+    def steers(self, token: int) -> bool:
+        """See `Counter`."""
+        return self.is_control(token) or self.model.is_end(token)
+
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """See `Counter`."""
         return len(self.model.tokenize(text, parse_special=False))
 
     def cut(self, text: str, limit: int) -> str:
-        """The longest prefix of whole characters within the first `limit` tokens."""
+        """See `Counter`."""
         data = text.encode("utf-8")
         ids = self.model.tokenize(text, parse_special=False)
         if len(ids) <= limit:
@@ -58,21 +65,3 @@ class Tokens:
     def is_control(self, token: int) -> bool:
         """A token that steers and is no text: beginning and end of turns and the like."""
         return bool(llama_cpp.llama_vocab_is_control(self.model.vocab, token))
-
-    def refuse_control(self, messages: list[Message]) -> int:
-        """The number of tokens of all texts together.
-
-        Raises:
-            Refusal: a text holds a control token.
-        """
-        total = 0
-        for index, message in enumerate(messages):
-            ids = self.model.tokenize(message["content"])
-            total += len(ids)
-            if any(self.is_control(token) or self.model.is_end(token) for token in ids):
-                raise invalid(
-                    f"message {index} ({message['role']}) holds a control token of the model, such as an end of turn",
-                    param="messages",
-                    code="control_token",
-                )
-        return total

@@ -119,7 +119,16 @@ _THINK_BRACKETS = (
     "{{ m.reasoning_content }}\n[/THINK]\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + CHATML_PROMPT
 )
 
+# A closed channel in the generation prompt, none in history (the shape of Gemma 4 while its thinking is off).
+_CLOSED_CHANNEL = (
+    "{{ bos_token }}" + TURNS + "<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content.split('<channel|>')[-1] | trim }}<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>model\n"
+    "{% if not enable_thinking | default(false) %}<|channel>thought\n<channel|>{% endif %}{% endif %}"
+)
+
 SPECIALS = (
+    *("<|turn>", "<turn|>", "<|channel>", "<channel|>"),
     *("<|im_start|>", "<|im_end|>", "<|start|>", "<|mid|>", "<|end|>", "<|channel|>", "<|return|>", "<s>"),
     *("[INST]", "[/INST]"),
 )
@@ -145,6 +154,7 @@ SHAPES = {
     "headers, date, tools": Shape(_HEADERS, None, end="<|end|>"),
     "brackets": Shape(_BRACKETS, None, end="<|endoftext|>", lead=" "),
     "parts": Shape(_PARTS, None),
+    "a closed channel in the prompt": Shape(_CLOSED_CHANNEL, "<|channel>thought\nS\n<channel|>\n\nA", end="<turn|>"),
     "thinking in brackets": Shape(_THINK_BRACKETS, "[THINK]\nS\n[/THINK]\n\nA"),
     "channels": Shape(
         _CHANNELS,

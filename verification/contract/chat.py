@@ -4,20 +4,21 @@ Both are rendered by `ChatTemplate`, in a child process and with one frozen cloc
 differs between the two is the variables that they get. llama.cpp's C function `llama_chat_apply_template` knows a fixed
 list of templates only and is not compared, and neither is llama-server's own Jinja engine, which is no part of the
 library. A template that refuses a chat (no system role) must be refused by both. Ids of the rendered text are compared
-too.
+too, and the token by which each kind of reply ends. Chats with tools, tool results and `enable_thinking` both ways are
+among them; a template that knows none of these renders them as plain ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from so8t_core.errors import InputError
 from verification.contract.finding import Finding, show
 from verification.contract.tokens import Tokens, first_difference
 from verification.engines.chat_template import ChatTemplate, Outcome, llama_cpp_variables
 
-Chat = list[dict[str, str]]
+Chat = list[dict[str, Any]]
 IDEOGRAPHIC_SPACE = "\u3000"
 _HELLO = {"role": "user", "content": "Hello, what is 3 + 4?"}
 _ANSWER = {"role": "assistant", "content": "# 思考ステップ\n3 + 4 = 7\n\n# 最終回答\n7"}
@@ -32,6 +33,90 @@ CHATS: dict[str, Chat] = {
     "leading U+3000": [{"role": "user", "content": f"{IDEOGRAPHIC_SPACE}全角の空白で始まる。"}],
     "a marker inside": [{"role": "user", "content": "say <|im_end|> or </s> or <|end|>"}],
 }
+_WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "e.g. 大阪"}},
+            "required": ["city"],
+        },
+    },
+}
+_ASK = {"role": "user", "content": "How is the weather there?"}
+_RESULT = {"role": "tool", "name": "weather", "content": '{"sky": "曇り", "celsius": 23}'}
+_SAID, _CITY = "answer seven", "Osaka"  # by these words the end of a reply, of a call, is found in a rendering
+_REPLY = {"role": "assistant", "content": _SAID}
+_THOUGHT = {**_REPLY, "reasoning_content": "3 + 4 = 7"}
+
+
+def _call(*cities: str) -> dict[str, Any]:
+    """An assistant's message that calls the tool once for each city."""
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": city}}} for city in cities]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A chat and the variables that its template gets."""
+
+    name: str
+    messages: Chat
+    prompt: bool
+    tools: list[dict[str, Any]] | None = None
+    enable_thinking: bool | None = None
+
+    def variables(self) -> dict[str, Any]:
+        """What a template gets beside the special tokens' texts; the switch only where the chat sets it."""
+        switch = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {"messages": self.messages, "add_generation_prompt": self.prompt, "tools": self.tools, **switch}
+
+
+class Template(Protocol):
+    """One side's template."""
+
+    def render(self, *chats: Asked) -> list[str]:
+        """Each chat as text; a refusal or a failure as a text in brackets."""
+
+
+def asked_chats() -> list[Asked]:
+    """`CHATS` with and without the generation prompt, then tools and thinking."""
+    found = [
+        Asked(name if prompt else f"{name}, without generation prompt", [dict(m) for m in messages], prompt)
+        for name, messages in CHATS.items()
+        for prompt in (True, False)
+    ]
+    found += [
+        Asked("tools offered", [_ASK], True, [_WEATHER]),
+        Asked("a tool called", [_ASK, _call(_CITY), _RESULT], True, [_WEATHER]),
+        Asked(
+            "two calls of tools", [_ASK, _call("Sapporo", _CITY), _RESULT, _RESULT, _REPLY, _HELLO], True, [_WEATHER]
+        ),
+        Asked("an earlier reply with its reasoning", [_HELLO, _THOUGHT, _HELLO], True),
+    ]
+    for on in (True, False):
+        name = f"thinking {'on' if on else 'off'}"
+        found += [
+            Asked(name, [_ASK], True, enable_thinking=on),
+            Asked(f"{name}, tools offered", [_ASK], True, [_WEATHER], on),
+            Asked(f"{name}, two turns", [_HELLO, _THOUGHT, _HELLO], True, enable_thinking=on),
+        ]
+    return found + endings()
+
+
+def endings() -> list[Asked]:
+    """Chats that end in a reply, without generation prompt: as an answer, after a tool, or as a call of one."""
+    return [
+        Asked("an answer at the end", [_HELLO, _REPLY], False),
+        Asked("an answer after a tool at the end", [_ASK, _call(_CITY), _RESULT, _REPLY], False, [_WEATHER]),
+        Asked("a call at the end", [_ASK, _call(_CITY)], False, [_WEATHER]),
+        Asked("an answer at the end, thinking on", [_HELLO, _THOUGHT], False, enable_thinking=True),
+        Asked("an answer at the end, thinking off", [_HELLO, _REPLY], False, enable_thinking=False),
+    ]
+
+
 _MEND = "copy the reference's template into tokenizer.chat_template, or convert again"
 REFUSED, _FAILED = "(refused by the template)", "(the template fails: "
 
@@ -64,10 +149,9 @@ class ReferenceTemplate:
             raise InputError(f"the reference's chat template cannot be chosen: {error}") from None
         self._template = ChatTemplate(source)
 
-    def render(self, *chats: tuple[Chat, bool]) -> list[str]:
-        """Each chat, with or without the generation prompt, as text; a refusal or a failure as a text in brackets."""
-        plain = {**self._names, "tools": None, "documents": None}
-        variables = [{**plain, "messages": chat, "add_generation_prompt": prompt} for chat, prompt in chats]
+    def render(self, *chats: Asked) -> list[str]:
+        """See `Template`."""
+        variables = [{**self._names, "documents": None, **chat.variables()} for chat in chats]
         return [_text(outcome) for outcome in self._template.render(*variables)]
 
     def close(self) -> None:
@@ -86,10 +170,10 @@ class FileTemplate:
         """Why Jinja cannot compile the template, with the line; empty where it can."""
         return self._template.error()
 
-    def render(self, *chats: tuple[Chat, bool]) -> list[str]:
-        """Each chat, with or without the generation prompt, as text; a refusal or a failure as a text in brackets."""
-        made = [llama_cpp_variables(chat, bos=self._bos, eos=self._eos, prompt=prompt) for chat, prompt in chats]
-        return [_text(outcome) for outcome in self._template.render(*made)]
+    def render(self, *chats: Asked) -> list[str]:
+        """See `Template`."""
+        plain = llama_cpp_variables([], bos=self._bos, eos=self._eos, prompt=False)
+        return [_text(outcome) for outcome in self._template.render(*({**plain, **chat.variables()} for chat in chats))]
 
     def __enter__(self) -> FileTemplate:
         return self
@@ -139,20 +223,19 @@ def template_text(tokenizer: Any, model: Tokens) -> list[Finding]:
 
 
 def fixtures(tokenizer: Any) -> list[str]:
-    """Every fixture that the tokenizer's template accepts, with its generation prompt; none without a template."""
+    """Every chat of `CHATS` that the tokenizer's template accepts, with its generation prompt, as text."""
     if not tokenizer.chat_template:
         return []
     reference = ReferenceTemplate(tokenizer)
     try:
-        found = reference.render(*((chat, True) for chat in CHATS.values()))
+        found = reference.render(*(Asked(name, chat, True) for name, chat in CHATS.items()))
     finally:
         reference.close()
     return [text for text in found if is_text(text)]
 
 
 def render_both(tokenizer: Any, model: Tokens, template: FileTemplate | None = None) -> list[Rendered]:
-    """Every fixture with and without the generation prompt, rendered by both sides' templates; empty where a side has
-    none.
+    """Every chat of `asked_chats`, rendered by both sides' templates; empty where a side has none.
 
     Args:
         template: the file's, where it was opened already.
@@ -160,16 +243,16 @@ def render_both(tokenizer: Any, model: Tokens, template: FileTemplate | None = N
     stored = model.chat_template()
     if not tokenizer.chat_template or stored is None:
         return []
-    asked = [(name, chat, prompt) for name, chat in CHATS.items() for prompt in (True, False)]
+    asked = asked_chats()
     reference, theirs = ReferenceTemplate(tokenizer), template or FileTemplate(stored, model)
+    both: tuple[Template, Template] = (reference, theirs)
     try:
-        sides = [side.render(*((chat, prompt) for _, chat, prompt in asked)) for side in (reference, theirs)]
+        sides = [side.render(*asked) for side in both]
     finally:
         reference.close()
         if template is None:
             theirs.close()
-    names = [name if prompt else f"{name}, without generation prompt" for name, _, prompt in asked]
-    return [Rendered(*row) for row in zip(names, *sides, strict=True)]
+    return [Rendered(*row) for row in zip((chat.name for chat in asked), *sides, strict=True)]
 
 
 def rendered_text(chats: list[Rendered]) -> list[Finding]:
@@ -204,7 +287,10 @@ def strips_unicode_space(tokenizer: Any) -> bool:
 
 
 def end_of_turn(model: Tokens, template: FileTemplate | None = None) -> list[Finding]:
-    """The token by which the file's own template ends an answer must be one at which llama.cpp stops.
+    """The token by which the file's own template ends a reply must be one at which llama.cpp stops.
+
+    Behind an answer the first control token counts. Behind a call of a tool any counts, because some families close the
+    call before they close the turn.
 
     Args:
         template: the file's, where it was opened already.
@@ -215,19 +301,30 @@ def end_of_turn(model: Tokens, template: FileTemplate | None = None) -> list[Fin
     if template is None:
         with FileTemplate(stored, model) as opened:
             return end_of_turn(model, opened)
-    key, answer = "tokenizer.chat_template", "answer seven"
+    key = "tokenizer.chat_template"
     if error := template.error():
         return [Finding(key, "a Jinja template", error, _MEND)]
-    (text,) = template.render(([_HELLO, {"role": "assistant", "content": answer}], False))
-    if not is_text(text):
-        return [Finding(key, "a question and an answer rendered", text, _MEND)]
-    if answer not in text:
+    asked = endings()
+    texts = template.render(*asked)
+    if not is_text(texts[0]):
+        return [Finding(key, "a question and an answer rendered", texts[0], _MEND)]
+    if _SAID not in texts[0]:
         return [Finding(key, "the answer's text", "a rendering without it", _MEND)]
-    tail = model.tokenize(text.rsplit(answer, 1)[1], add_special=False)
-    ends = [t for t in tail if model.is_control(t) or model.is_end(t)]
-    if not ends or model.is_end(ends[0]):
-        return []
-    where = f"token {ends[0]} {model.token_text(ends[0])!r}"
-    wanted = "an end of generation, as the template ends answers with it"
-    action = f"set tokenizer.ggml.eot_token_id to {ends[0]}"
-    return [Finding(where, wanted, "llama.cpp goes on", action, "never stops")]
+    found: dict[int, Finding] = {}
+    for chat, text in zip(asked, texts, strict=True):
+        called = bool(chat.messages[-1].get("tool_calls"))
+        last = _CITY if called else _SAID
+        if not is_text(text) or last not in text:
+            continue  # the template knows no tools
+        behind = model.tokenize(text.rsplit(last, 1)[1], add_special=False)
+        ends = [token for token in behind if model.is_control(token) or model.is_end(token)]
+        if not ends or any(map(model.is_end, ends if called else ends[:1])):
+            continue
+        end, kind = (ends[-1], "calls of tools") if called else (ends[0], "answers")
+        where, wanted = (
+            f"token {end} {model.token_text(end)!r}",
+            f"an end of generation, as the template ends {kind} with it",
+        )
+        action = f"set tokenizer.ggml.eot_token_id to {end}"
+        found.setdefault(end, Finding(where, wanted, "llama.cpp goes on", action, "never stops"))
+    return list(found.values())

@@ -25,57 +25,6 @@ from verification.reference_file.sketch import finite, projections
 
 _LONG = 64  # items of a list, or characters times 64 of a text, that are kept by their digest
 _SPECIAL = ("bos", "eos", "unk", "pad")
-_WEATHER: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "e.g. 大阪"}},
-            "required": ["city"],
-        },
-    },
-}
-_ASK = {"role": "user", "content": "How is the weather in Osaka?"}
-_CALL = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Osaka"}}}],
-}
-_RESULT = {"role": "tool", "name": "weather", "content": '{"sky": "曇り", "celsius": 23}'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A chat and the variables that its template gets."""
-
-    name: str
-    messages: list[dict[str, Any]]
-    prompt: bool
-    tools: list[dict[str, Any]] | None = None
-    enable_thinking: bool | None = None
-
-    def variables(self) -> dict[str, Any]:
-        """What is passed beside the special tokens' texts."""
-        more = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
-        return {"messages": self.messages, "add_generation_prompt": self.prompt, "tools": self.tools, **more}
-
-
-def asked_chats() -> list[Asked]:
-    """The chats of the contract with and without the generation prompt, then tools and thinking."""
-    found = [
-        Asked(name if prompt else f"{name}, without generation prompt", [dict(m) for m in messages], prompt)
-        for name, messages in chat.CHATS.items()
-        for prompt in (True, False)
-    ]
-    found += [
-        Asked("tools offered", [_ASK], True, [_WEATHER]),
-        Asked("a tool called", [_ASK, _CALL, _RESULT], True, [_WEATHER]),
-    ]
-    return found + [
-        Asked(f"thinking {'on' if on else 'off'}", [_ASK], True, enable_thinking=on) for on in (True, False)
-    ]
 
 
 def words(outcome: Outcome) -> str:
@@ -111,14 +60,14 @@ def chat_records(tokenizer: Any) -> list[ChatRecord]:
     if not tokenizer.chat_template:
         return []
     names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    asked = asked_chats()
+    asked = chat.asked_chats()
     with ChatTemplate(tokenizer.get_chat_template()) as template:
         texts = [words(one) for one in template.render(*({**names, "documents": None, **a.variables()} for a in asked))]
     skips = chat.strips_unicode_space(
         tokenizer
     )  # llama.cpp keeps such a space: a difference of the engine, not of files
 
-    def ids(one: Asked, text: str) -> list[int] | None:
+    def ids(one: chat.Asked, text: str) -> list[int] | None:
         if not is_text(text) or (skips and one.name.startswith("leading U+3000")):
             return None
         return [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]

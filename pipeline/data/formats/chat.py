@@ -7,7 +7,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.data.formats.fields import optional, stated_answer, system_of
+from pipeline.data.formats.fields import (
+    REASONING,
+    optional,
+    present,
+    require_ended,
+    stated_answer,
+    system_of,
+    value_text,
+)
 from pipeline.data.formats.registry import Conversation, Format, Target, Turn, register
 from pipeline.data.think_form import BrokenLine, RowError, strip_message
 
@@ -19,20 +27,32 @@ tool function ipython observation function_response tool_response
 tool_call function_call
 """
 ROLES = {name: line.split()[0] for line in _SPELLINGS.strip().splitlines() for name in line.split()}
-_REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+_REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thinking_blocks", "reasoning_details")
+_REPLIES = ("completion", "response", "output", "chosen", "answer")
+_THOUGHT = ("thinking", "reasoning", "reasoning.text", "reasoning.summary", "summary_text", "reasoning_text")
 _NO_TEXT = "not text"
 
 
 @register
 class Messages(Format):
-    """`messages`: role and content, with `reasoning_content`, `reasoning` or `thinking`, parts, tool calls."""
+    """`messages`: role and content, with `reasoning_content`, `reasoning` or `thinking`, parts, tool calls.
+
+    Where the user's message is the last one, reasoning and answer stand in fields of the row.
+    """
 
     name = "messages"
     keys = ("messages",)
 
     def read(self, row: dict[str, Any]) -> Conversation:
         """See `Format.read`."""
-        return conversation(row["messages"], "messages", row)
+        messages, reply = row["messages"], _reply_key(row)
+        asks = isinstance(messages, list) and messages and isinstance(messages[-1], dict)
+        if not asks or reply is None or messages[-1].get("role") != "user":
+            return conversation(messages, "messages", row)
+        thinking = present(row, REASONING)
+        said = {"role": "assistant", "content": value_text(row, reply)}
+        said |= {"reasoning_content": row[thinking]} if thinking else {}
+        return conversation([*messages, said], "messages", row, but=reply)
 
 
 @register
@@ -54,28 +74,53 @@ class ShareGPT(Format):
 
 @register
 class PromptCompletion(Format):
-    """`prompt` as a list of messages, and `completion` (or `response`, `output`) as one or as a text."""
+    """`prompt` (`input`) as a list of messages, and `completion` (`response`, `output`, `chosen`) as one or a text."""
 
     name = "prompt/completion messages"
     keys = ("prompt", "completion")
 
     def accepts(self, row: dict[str, Any]) -> bool:
         """A list and a reply."""
-        return isinstance(row.get("prompt"), list) and _reply_key(row) is not None
+        return _prompt_key(row) is not None and _reply_key(row) is not None
 
     def read(self, row: dict[str, Any]) -> Conversation:
         """See `Format.read`."""
-        reply = row[str(_reply_key(row))]
-        said = reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}]
-        return conversation([*row["prompt"], *said], "prompt", row)
+        prompt, name = str(_prompt_key(row)), str(_reply_key(row))
+        reply, asked = row[name], row[prompt]
+        said = reply if isinstance(reply, list) else [{"role": "assistant", "content": value_text(row, name)}]
+        whole = said if said[: len(asked)] == asked else [*asked, *said]  # some repeat the question in the reply
+        return conversation(whole, prompt, row, but=name)
+
+
+@register
+class Preference(Format):
+    """`chosen` as the whole conversation, beside a `rejected` one that is not read."""
+
+    name = "chosen messages"
+    keys = ("chosen", "rejected")
+
+    def accepts(self, row: dict[str, Any]) -> bool:
+        """A list."""
+        return isinstance(row.get("chosen"), list)
+
+    def read(self, row: dict[str, Any]) -> Conversation:
+        """See `Format.read`."""
+        return conversation(row["chosen"], "chosen", row)
+
+
+def _prompt_key(row: dict[str, Any]) -> str | None:
+    return next((key for key in ("prompt", "input") if isinstance(row.get(key), list)), None)
 
 
 def _reply_key(row: dict[str, Any]) -> str | None:
-    return next((key for key in ("completion", "response", "output") if isinstance(row.get(key), str | list)), None)
+    return next((key for key in _REPLIES if isinstance(row.get(key), str | list | int | float)), None)
 
 
-def conversation(messages: Any, key: str, row: dict[str, Any]) -> Conversation:
+def conversation(messages: Any, key: str, row: dict[str, Any], *, but: str = "") -> Conversation:
     """A list of messages as a conversation.
+
+    Args:
+        but: a field of the row that holds the reply, and so states nothing beside it.
 
     Raises:
         BrokenLine: wrong types.
@@ -103,13 +148,20 @@ def conversation(messages: Any, key: str, row: dict[str, Any]) -> Conversation:
     last = turns.pop()
     if last.get("tool_calls"):
         raise RowError("tool calls", "the last message calls a tool and holds no answer")
+    require_ended(messages[-1])
     if last.pop("weight", 1) == 0:
         raise RowError("not for training", "the last message has weight 0")
     for turn in turns:
         turn.pop("weight", None)
-    target = Target(last["content"], last.get("reasoning_content"), stated_answer(row))
+    stated = [stated_answer(row, but=but), *(stated_answer(info) for info in _notes_on(messages))]
+    target = Target(last["content"], last.get("reasoning_content"), next(filter(None, stated), None))
     joined = "\n\n".join(filter(None, texts))
     return Conversation(turns, target, joined or None, tools_of(row))
+
+
+def _notes_on(messages: list[Any]) -> list[dict[str, Any]]:
+    """What stands in `info` of the last question and of the reply to it."""
+    return [message["info"] for message in messages[-2:] if isinstance(message.get("info"), dict)]
 
 
 def tools_of(row: dict[str, Any]) -> list[Any]:
@@ -136,6 +188,8 @@ def _turn(message: Any, where: str) -> Turn:
     content, thinking = _content(message.get(key), f"{where}.{key}")
     turn: Turn = {"role": known, "content": content}
     fields = [_reasoning_text(message, key, where) for key in _REASONING]
+    if known == "system" and thinking:
+        turn["content"], thinking = f"[THINK]{thinking}[/THINK]\n{content}", ""  # an example of how to think
     said = list(dict.fromkeys(strip_message(part) for part in [*fields, thinking] if part and strip_message(part)))
     if len(said) > 1:
         raise RowError("two thinking forms", f"`{where}` holds two different texts of reasoning")
@@ -159,8 +213,16 @@ def _reasoning_text(message: dict[str, Any], key: str, where: str) -> str | None
     if isinstance(value, dict):  # {"content": ..., "type": ...} of some exports
         value = value.get("content", value.get("text"))
     if isinstance(value, list):
-        return _content(value, f"{where}.{key}")[0]
+        said, thought = _content([_as_thought(part) for part in value], f"{where}.{key}")
+        return thought or said
     return optional({key: value}, key)
+
+
+def _as_thought(part: Any) -> Any:
+    """A part of a list of reasoning, of whatever type: some carry the text alone, some are locked by their maker."""
+    if not isinstance(part, dict) or part.get("type") in ("redacted_thinking", "reasoning.encrypted"):
+        return part if isinstance(part, str) else ""
+    return {**part, "type": "thinking"}
 
 
 def _content(value: Any, where: str) -> tuple[str, str]:
@@ -185,8 +247,9 @@ def _content(value: Any, where: str) -> tuple[str, str]:
         if not isinstance(part, dict):
             raise BrokenLine("wrong type", f"`{where}[{number}]` must be an object, got {type(part).__name__}")
         kind = part.get("type", "text")
-        if kind in ("thinking", "reasoning"):
-            thought.append(_part_text(part, ("thinking", "reasoning", "text"), f"{where}[{number}]"))
+        if kind in _THOUGHT:
+            keys = ("thinking", "reasoning", "text", "content", "summary")
+            thought.append(_part_text(part, keys, f"{where}[{number}]"))
         elif kind in ("text", "input_text", "output_text"):
             said.append(_part_text(part, ("text", "content"), f"{where}[{number}]"))
         elif kind in ("tool_use", "tool_result", "tool_call"):
@@ -197,7 +260,12 @@ def _content(value: Any, where: str) -> tuple[str, str]:
 
 
 def _part_text(part: dict[str, Any], keys: Sequence[str], where: str) -> str:
-    value = next((part[key] for key in keys if part.get(key) is not None), None)
+    value = next((part[key] for key in keys if part.get(key) not in (None, [])), None)
+    if isinstance(value, list):  # parts within a part
+        said, thought = _content(value, where)
+        return thought or said
+    if value is None and part.get("summary") == []:
+        return ""  # reasoning that its maker keeps
     if not isinstance(value, str):
         raise BrokenLine("wrong type", f"`{where}` has no text")
     return value

@@ -10,11 +10,35 @@ from pipeline.data.think_form import BrokenLine, RowError, strip_message
 
 REASONING = (
     *("reasoning_content", "reasoning", "thinking", "thought", "thoughts"),
-    *("chain_of_thought", "cot", "rationale", "steps", "explanation"),
+    *("chain_of_thought", "cot", "complex_cot", "rationale", "steps", "explanation"),
 )
 PROMPTS = ("problem", "question", "prompt", "instruction", "query", "input")
-ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", "response", "output", "completion", "solution")
+ANSWERS = (
+    "answer",
+    "final_answer",
+    "expected_answer",
+    "ground_truth",
+    "response",
+    "output",
+    "completion",
+    "solution",
+    "target",
+    "content",
+)
 _CHOICES = ("choices", "options")
+_STATED = (
+    *("answer", "final_answer", "expected_answer", "ground_truth"),
+    *("reference_answer", "gold_answer", "correct_answer"),
+)
+_NO_ANSWER = frozenset({"proof", "notfound", "not found", "n/a", "nan", "inf", "-inf", "null"})  # of many tables
+_VERDICTS = (
+    *("correct", "is_correct", "correctness", "answer_correct", "is_verified", "verified"),
+    *("is_valid", "problem_is_valid", "solution_is_valid", "question_is_valid"),
+)
+_REFUTED = frozenset({"no", "false", "incorrect", "wrong", "invalid", "incomplete", "fail", "failed"})
+_CUT = frozenset({"length", "max_tokens", "content_filter"})  # why a reply ended, where its writer did not end it
+_CONFIRMED = frozenset({"yes", "true", "valid"})  # beside "Incomplete" there is "Problem not solved" and the like
+_PICTURES = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def text(row: dict[str, Any], key: str, where: str = "") -> str:
@@ -39,7 +63,7 @@ def value_text(row: dict[str, Any], key: str) -> str:
 
     Raises:
         BrokenLine: anything else.
-        RowError: several answers.
+        RowError: several answers, or a word that stands for none.
     """
     value = row.get(key)
     if isinstance(value, list):
@@ -48,17 +72,20 @@ def value_text(row: dict[str, Any], key: str) -> str:
         value = value[0]
     if isinstance(value, bool):
         return "True" if value else "False"
-    if isinstance(value, int | float):
-        return str(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str | int | float):
         raise BrokenLine("wrong type", f"`{key}` must be a string or a number, got {type(value).__name__}")
-    return value
+    if str(value).strip().lower() in _NO_ANSWER:
+        raise RowError("empty answer", f"`{key}` is {str(value)[:20]!r}")
+    return str(value)
 
 
 def stated_answer(row: dict[str, Any], *, but: str = "") -> str | None:
     """A short answer that the row states in a field of its own (`answer`, ...); None where it does not."""
-    for key in ("answer", "final_answer", "expected_answer", "ground_truth"):
-        if key != but and isinstance(row.get(key), str | int | float) and strip_message(str(row[key])):
+    for key in _STATED:
+        given = row.get(key)
+        if key != but and isinstance(given, str | int | float) and strip_message(str(given)):
+            if str(given).strip().lower() in _NO_ANSWER:
+                return None
             value = strip_message(value_text(row, key))
             return value if "\n" not in value and len(value) <= 400 else None
     return None
@@ -88,6 +115,40 @@ def prompt_of(row: dict[str, Any], key: str) -> str:
         if isinstance(said, list) and any(re.sub(r"\W", "", str(p)) not in re.sub(r"\W", "", prompt) for p in said):
             raise RowError("choices outside the prompt", f"`{name}` holds what the question asks about")
     return prompt
+
+
+def require_usable(row: dict[str, Any]) -> None:
+    """Raise `RowError` where a field of the row's own speaks against the whole row.
+
+    Raises:
+        RowError: its source calls problem or answer wrong, its reply was cut off, or it belongs to a picture, a sound
+            or a video.
+    """
+    require_ended(row)
+    for name in _VERDICTS:
+        value = row.get(name)
+        word = value.strip().lower() if isinstance(value, str) and name != "correct" else ""
+        if value is False or word in _REFUTED or (word and name.endswith("_is_valid") and word not in _CONFIRMED):
+            raise RowError("judged wrong by its source", f"`{name}` is {str(value)[:20]!r}")
+    for name in _PICTURES:
+        if row.get(name) not in (None, "", [], {}, False):
+            raise RowError("not text", f"`{name}` holds what the question is about")
+
+
+def require_ended(fields: dict[str, Any]) -> None:
+    """Raise `RowError` where a row or a message says that its reply was cut off.
+
+    Raises:
+        RowError: a finish reason other than an end, or `truncated`.
+    """
+    if ended(fields.get("finish_reason")) and ended(fields.get("stop_reason")) and fields.get("truncated") is not True:
+        return
+    raise RowError("cut off", "its source says that the reply was not ended")
+
+
+def ended(reason: Any) -> bool:
+    """Whether a finish reason is none of those that cut a reply off."""
+    return not (isinstance(reason, str) and reason.strip().lower() in _CUT)
 
 
 def system_of(row: dict[str, Any]) -> str | None:

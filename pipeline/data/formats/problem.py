@@ -8,6 +8,7 @@ from pipeline.data.formats.fields import (
     ANSWERS,
     PROMPTS,
     REASONING,
+    ended,
     present,
     prompt_of,
     stated_answer,
@@ -16,9 +17,57 @@ from pipeline.data.formats.fields import (
     value_text,
 )
 from pipeline.data.formats.registry import Conversation, Format, Target, ask, register
+from pipeline.data.split.tags import has_tag
 from pipeline.data.think_form import BrokenLine, RowError
 
 _VERDICTS = ("correctness_math_verify", "correctness", "is_correct", "correct", "correctness_llama")
+
+
+_GENERATIONS = ("generations", "generation", "responses")
+_SOLUTIONS = ("generated_solution", "solution")
+_TRAJECTORIES = ("thinking_trajectories", "thinking_trajectory")
+
+
+@register
+class Trajectories(Format):
+    """`thinking_trajectories` and `attempt` to a question, or the same behind a model's name with its `..._grade`."""
+
+    name = "trajectories"
+    keys = ("question", "thinking_trajectories", "attempt")
+
+    def accepts(self, row: dict[str, Any]) -> bool:
+        """A prompt, and a trajectory with its attempt."""
+        return present(row, PROMPTS) is not None and bool(_attempts(row))
+
+    def read(self, row: dict[str, Any]) -> Conversation:
+        """See `Format.read`.
+
+        Raises:
+            BrokenLine: wrong types.
+            RowError: none that its source calls right.
+        """
+        stated = stated_answer({"answer": row.get("solution"), **row})
+        right = [
+            Target(text(row, attempt), _steps(row, steps), stated)
+            for steps, attempt, grade in _attempts(row)
+            if str(row.get(grade, "yes")).strip().lower() in ("yes", "true", "none")
+        ]
+        if not right:
+            raise RowError("judged wrong by its source", "no attempt is graded as right")
+        first, *others = right
+        prompt = ask(prompt_of(row, str(present(row, PROMPTS))))
+        return Conversation(prompt, first, system_of(row), alternatives=tuple(others))
+
+
+def _attempts(row: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The keys of each trajectory, its attempt and its grade; the same words in front of all three."""
+    found = []
+    for key in row:
+        name = next((name for name in _TRAJECTORIES if key.endswith(name)), None)
+        if name is not None and row[key] and row.get(f"{key.removesuffix(name)}attempt"):
+            front = key.removesuffix(name)
+            found.append((key, f"{front}attempt", f"{front}grade"))
+    return found
 
 
 @register
@@ -30,7 +79,7 @@ class Generations(Format):
 
     def accepts(self, row: dict[str, Any]) -> bool:
         """A prompt and at least one generation."""
-        return present(row, PROMPTS) is not None and present(row, ("generations", "generation")) is not None
+        return present(row, PROMPTS) is not None and present(row, _GENERATIONS) is not None
 
     def read(self, row: dict[str, Any]) -> Conversation:
         """See `Format.read`.
@@ -39,17 +88,32 @@ class Generations(Format):
             BrokenLine: generations that are no texts.
             RowError: none that its source calls correct.
         """
-        key = str(present(row, ("generations", "generation")))
+        key = str(present(row, _GENERATIONS))
         given = row[key] if isinstance(row[key], list) else [row[key]]
+        given = [part.get("response", part.get("content")) if isinstance(part, dict) else part for part in given]
         if not all(isinstance(part, str) for part in given):
             raise BrokenLine("wrong type", f"`{key}` must be a string or a list of strings")
         stated = stated_answer(row)
-        right = [part for part, good in zip(given, _verdicts(row, len(given)), strict=True) if good]
+        whole = [part for part, good in zip(given, _whole(row, len(given)), strict=True) if good]
+        if not whole:
+            raise RowError("cut off", f"none of {len(given)} generations was ended")
+        right = [part for part, good in zip(given, _verdicts(row, len(given)), strict=True) if good and part in whole]
         if not right:
             raise RowError("judged wrong by its source", f"no one of {len(given)} generations is marked as correct")
         prompt = ask(prompt_of(row, str(present(row, PROMPTS))))
         first, *others = [Target(part, stated=stated) for part in right]
         return Conversation(prompt, first, system_of(row), alternatives=tuple(others))
+
+
+def _whole(row: dict[str, Any], count: int) -> list[bool]:
+    """Which generations came to their end; all where the source says nothing."""
+    reasons, complete = row.get("finish_reasons"), row.get("is_reasoning_complete")
+    found = [True] * count
+    if isinstance(reasons, list) and len(reasons) == count:
+        found = [ended(reason) for reason in reasons]
+    if isinstance(complete, list) and len(complete) == count:
+        found = [good and one is not False for good, one in zip(found, complete, strict=True)]
+    return found
 
 
 def _verdicts(row: dict[str, Any], count: int) -> list[bool]:
@@ -99,10 +163,12 @@ class Solution(Format):
     keys = ("problem", "solution")
 
     def accepts(self, row: dict[str, Any]) -> bool:
-        """A prompt and a solution."""
-        return present(row, PROMPTS) is not None and present(row, ("solution",)) is not None
+        """A prompt and a solution, and no reply that thinks in tags: the solution is what that one was held against."""
+        replies = [row.get(key) for key in ("output", "response", "completion")]
+        thinks = any(isinstance(reply, str) and has_tag(reply) for reply in replies)
+        return not thinks and present(row, PROMPTS) is not None and present(row, _SOLUTIONS) is not None
 
     def read(self, row: dict[str, Any]) -> Conversation:
         """See `Format.read`."""
-        target = Target(text(row, "solution"), stated=stated_answer(row))
+        target = Target(text(row, str(present(row, _SOLUTIONS))), stated=stated_answer(row))
         return Conversation(ask(prompt_of(row, str(present(row, PROMPTS)))), target, system_of(row))

@@ -39,7 +39,8 @@ def _pair(question: str, reply: str) -> None:
 
 _PAIRS = """
 prompt/response prompt/completion prompt/output instruction/response question/response query/response
-problem/response input/output question/answer problem/answer prompt/answer query/answer
+prompt/chosen question/chosen instruction/chosen problem/response input/output
+question/answer problem/answer prompt/answer query/answer
 """
 for _keys in _PAIRS.split():
     _pair(*_keys.split("/"))

@@ -135,6 +135,9 @@ def read_row(row: dict[str, Any]) -> Conversation:
                 raise
             except Exception as error:
                 raise BrokenLine("format failed", f"{known.name}: {type(error).__name__}: {error}") from None
+    lower = {key.lower(): value for key, value in row.items()}
+    if len(lower) == len(row) and lower.keys() != row.keys() and any(known.accepts(lower) for known in FORMATS):
+        return read_row(lower)  # `Question`, `Response`
     filled = {key: "" if value is None else value for key, value in row.items()}
     if any(known.accepts(filled) for known in [*_OWN, *FORMATS]):
         raise RowError("empty message", "a field that the format needs is null")

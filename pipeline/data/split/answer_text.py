@@ -14,8 +14,16 @@ _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<!\
 _EDGE = ":：=、。,，.)）】」』]>*|"  # no answer begins with one of these
 _GOES_ON = re.compile(
     r"\b(?:because|since|but|wait|however|actually|instead|unless|let me|let's|hmm|maybe|perhaps|probably|whether|"
-    r"so that|therefore|rather than)\b|,\s*(?:so|and|which|as|not|for)\b|\bor\b"
+    r"so that|therefore|rather than|I (?:guess|think|believe|suppose))\b|,\s*(?:so|and|which|as|not|for)\b|\bor\b"
+    r"|か\s*\d|\d\S{0,3}か(?:\s|$)|(?:でしょう|です|だろう|の|何|どれ|どこ|いつ|誰|いくつ|いくら)か$"
+    r"|^\S*\d\S*\s+(?:if|when|unless|for)\b"
     r"|[でてりし]、|(?:ので|から|ため|けれど|けど|しかし|ただし|いや|待って|ではな|じゃな|または|もしくは|かもしれ|たぶん|おそらく|違う|間違)",
+    re.IGNORECASE,
+)
+# No answer but a place where one stands, or none at all.
+_ELSEWHERE = re.compile(
+    r"(?:as follows|see|given (?:by|in|above|below)|shown|left (?:as|to)|the following|listed|described|explained|"
+    r"above|below|(?:in|on) the (?:table|figure|text|list|picture|image|graph))\b|.*[:：]$",
     re.IGNORECASE,
 )
 
@@ -40,8 +48,10 @@ def require_answer(text: str, *, marker: str) -> str:
         )
     if bare[0] in _EDGE or has_tag(bare):
         raise RowError("answer unclear", f"{bare[:20]!r} follows {marker!r}")
-    if bare.endswith(("?", "？", "…", "...")) or _SENTENCE_END.search(bare) or _GOES_ON.search(bare):
+    if bare.rstrip(")） ").endswith(("?", "？", "…", "...")) or _SENTENCE_END.search(bare) or _GOES_ON.search(bare):
         raise RowError("answer unclear", f"more than an answer follows {marker!r}")
+    if _ELSEWHERE.match(bare):
+        raise RowError("answer unclear", f"{bare[:20]!r} follows {marker!r}")
     if re.match(r"(?:not|n't|never|no longer)\b", bare, re.IGNORECASE) or not _balanced(bare):
         raise RowError("answer unclear", f"{bare[:20]!r} follows {marker!r}")
     return bare

@@ -39,8 +39,8 @@ _JAPANESE = (
     rf"{_SO_JA}{_BOLD}(?:最終的な|最終の|最終|正しい)?(?:答え|解答|回答|正解)(?:{_BOLD}は|{_BOLD}{_SPACE}{_COLON})"
     rf"[:：、＝=\s]*{_BOLD}"
     rf"|^{_SPACE}(?:#{{1,3}}{_SPACE})?{_BOLD}{_OPENED}{_SPACE}{_NAME_JA}{_SPACE}{_CLOSED}{_BOLD}[:：、\s]*"
-    rf"|^{_SPACE}(?:#{{1,3}}{_SPACE})?{_BOLD}{_NAME_JA}{_BOLD}{_SPACE}(?:{_COLON}|[.．]){_BOLD}\s*"
-    rf"|^{_SPACE}{_BOLD}(?:最終的な|最終)?(?:答え|解答|回答|正解){_BOLD}[ \t\u3000\n]+"
+    rf"|^{_SPACE}(?:#{{1,3}}{_SPACE})?{_BOLD}{_NAME_JA}{_BOLD}{_SPACE}(?:{_COLON}|[.．→⇒]){_BOLD}\s*"
+    rf"|^{_SPACE}(?:#{{1,6}}{_SPACE})?{_BOLD}(?:最終的な|最終)?(?:答え|解答|回答|正解){_BOLD}[ \t\u3000\n]+"
     rf"|(?<=[。.!?！？]){_SPACE}(?:答え|解答|回答|正解)[ \t\u3000]+(?=\S+\s*\Z)"
 )
 _KOREAN = r"(?:(?:따라서|그러므로),?\s*)?(?:정답은|답은|정답\s*[:：])\s*"

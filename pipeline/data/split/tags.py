@@ -14,13 +14,14 @@ from pipeline.data.think_form import RowError, strip_message
 
 _THINKING = "think|thinking|thought|thoughts|reasoning|reason|scratchpad|chain_of_thought|cot|rationale|seed:think"
 _ANSWER = "answer|final_answer|final|solution|response|output|conclusion"
+_ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*"""
 _TAG = re.compile(
-    rf"<(?P<end1>/?)(?P<think1>{_THINKING})>"
+    rf"<\s*(?P<end1>/?)\s*(?P<think1>{_THINKING}){_ATTRIBUTES}>"
     rf"|\[(?P<end2>/?)(?P<think2>THINK|THINKING|REASONING)\]"
     rf"|<\|(?P<end3>begin|end)_of_(?P<think3>thought)\|>"
     rf"|◁(?P<end4>/?)(?P<think4>think)▷"
     rf"|<\|(?P<end5>START|END)_(?P<think5>THINKING)\|>"
-    rf"|<(?P<end6>/?)(?P<answer1>{_ANSWER})>"
+    rf"|<\s*(?P<end6>/?)\s*(?P<answer1>{_ANSWER}){_ATTRIBUTES}>"
     rf"|<\|(?P<end7>begin|end)_of_(?P<answer2>solution)\|>"
     rf"|<\|(?P<end8>START|END)_(?P<answer3>RESPONSE)\|>",
     re.IGNORECASE,

@@ -52,12 +52,13 @@ def unwrap(answer: str, *, quotes: bool = True) -> str:
 
 
 def closing_brace(text: str, start: int) -> int:
-    """Index of the brace that closes the one opened just before `start`; -1 where none does."""
-    depth = 1
-    for at in range(start, len(text)):
+    """Index of the brace that closes the one opened just before `start`, escaped ones left out; -1 where none does."""
+    depth, at = 1, start
+    while at < len(text):
         depth += {"{": 1, "}": -1}.get(text[at], 0)
         if depth == 0:
             return at
+        at += 2 if text[at] == "\\" else 1
     return -1
 
 

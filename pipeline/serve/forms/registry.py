@@ -17,6 +17,7 @@ _PAIRS = {
     "mistral": ("[THINK]", "[/THINK]"),
     "seed": ("<seed:think>", "</seed:think>"),
     "kimi": ("◁think▷", "◁/think▷"),
+    "gemma": ("<|channel>", "<channel|>"),  # behind the first the word `thought` on a line
     "thinking": ("<thinking>", "</thinking>"),
     "thought": ("<thought>", "</thought>"),
     "reasoning": ("<reasoning>", "</reasoning>"),

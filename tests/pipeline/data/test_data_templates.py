@@ -35,6 +35,7 @@ NOTES = {
     "headers, date, tools": {DATED},
     "parts": {PARTS},
     "channels": set(),
+    "a closed channel in the prompt": {SCAFFOLD},
 }
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import typer
 import yaml
+from fake_upstream import ANSWER, FakeUpstream
 
 from pipeline.cli import main as cli
+from pipeline.serve.keys import new_api_key
 
 FOLDER = Path(__file__).parents[3] / "deploy"
 
@@ -37,6 +46,108 @@ def test_the_command_takes_these_options(where: str) -> None:
     context = serve.make_context("so8t serve", list(commands()[where]))
     assert context.params["upstream"].startswith("http://")
     assert context.params["audit_key_file"] is not None
+
+
+# Options of llama-server that its own README names (ggml-org/llama.cpp, tools/server/README.md, read 2026-11).
+DOCUMENTED = {"--model", "--host", "--port", "--jinja", "--reasoning-format", "--no-slots"}
+
+
+def test_the_engine_gets_documented_options_alone() -> None:
+    command = compose()["services"]["engine"]["command"]
+    assert {word for word in command if word.startswith("--")} <= DOCUMENTED
+    assert command[command.index("--reasoning-format") + 1] in ("none", "deepseek", "deepseek-legacy", "auto")
+
+
+def test_ports_addresses_and_health_checks_are_of_one_mind() -> None:
+    engine, guard = (compose()["services"][name] for name in ("engine", "guard"))
+    ports = {name: one["command"][one["command"].index("--port") + 1] for name, one in (("e", engine), ("g", guard))}
+    upstream = guard["command"][guard["command"].index("--upstream") + 1]
+    assert upstream == f"http://engine:{ports['e']}"
+    assert f":{ports['e']}/health" in engine["healthcheck"]["test"][-1]
+    assert f":{ports['g']}/healthz" in guard["healthcheck"]["test"][-1]
+    assert [port.rsplit(":", 1)[1] for port in guard["ports"]] == [ports["g"]]
+    assert guard["depends_on"] == {"engine": {"condition": "service_healthy"}}
+    mounted = {volume.split(":")[1] for volume in guard["volumes"]} | {
+        f"/run/secrets/{name}" for name in guard["secrets"]
+    }
+    for path in (word for word in guard["command"] if word.startswith("/")):
+        assert any(path.startswith(place) for place in mounted), path
+
+
+@contextmanager
+def running(command: list[str], folder: Path, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A command of the files with its places moved here; (process, address) once it serves."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://[\d.]+:(\d+)/v1", line)
+        assert found, line + (process.communicate()[1] if process.poll() is not None else "")
+        yield process, f"http://127.0.0.1:{found[1]}"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+ASKED = {"messages": [{"role": "user", "content": "what is it?"}]}
+
+
+def moved(words: list[str], places: dict[str, str]) -> list[str]:
+    """The words of a command with parts of them replaced."""
+    for old, new in places.items():
+        words = [word.replace(old, new) for word in words]
+    return words
+
+
+def test_the_units_command_runs_answers_and_stops(tmp_path: Path, upstream: FakeUpstream) -> None:
+    """As systemd would start it: its credential in a directory of its own, its state in another, SIGTERM to stop."""
+    (tmp_path / "audit.key").write_text("k" * 64)
+    (tmp_path / "audit.key").chmod(0o400)
+    places = {
+        "http://127.0.0.1:8081": upstream.url,
+        "${CREDENTIALS_DIRECTORY}": str(tmp_path),
+        "/var/lib/so8t": str(tmp_path),
+    }
+    so8t = [sys.executable, "-m", "pipeline.cli.main", "serve"]
+    with running([*so8t, *moved(commands()["systemd"], places), "--port", "0"], tmp_path) as (process, url):
+        reply = httpx.post(f"{url}/v1/chat/completions", json=ASKED, timeout=60)
+        assert reply.json()["choices"][0]["message"]["content"] == ANSWER
+        assert httpx.get(f"{url}/healthz", timeout=60).status_code == 200
+        process.send_signal(getattr(signal, re.findall(r"^KillSignal=(\w+)$", unit(), re.MULTILINE)[0]))
+        assert process.wait(int(re.findall(r"^TimeoutStopSec=(\d+)$", unit(), re.MULTILINE)[0])) == 0
+    assert (tmp_path / "audit.jsonl").read_text().count('"event":"request"') == 1
+
+
+def test_the_guards_command_and_its_health_check_run(tmp_path: Path, upstream: FakeUpstream, tiny_gguf: Path) -> None:
+    guard = compose()["services"]["guard"]
+    (tmp_path / "audit_key").write_text("k" * 64)
+    (tmp_path / "audit_key").chmod(0o400)
+    key = new_api_key(tmp_path / "api_keys", "alice")
+    places = {
+        "http://engine:8081": upstream.url,
+        "/run/secrets": str(tmp_path),
+        "/var/lib/so8t": str(tmp_path),
+        "/models/model.gguf": str(tiny_gguf),
+        "8080": "0",
+    }
+    so8t = [sys.executable, "-m", "pipeline.cli.main", "serve"]
+    with running([*so8t, *moved(guard["command"], places)], tmp_path) as (process, url):
+        check = [word.replace("http://127.0.0.1:8080", url) for word in guard["healthcheck"]["test"][1:]]
+        assert subprocess.run([sys.executable, *check[1:]], timeout=60).returncode == 0
+        bearer = {"authorization": f"Bearer {key}"}
+        reply = httpx.post(f"{url}/v1/chat/completions", json=ASKED, headers=bearer, timeout=60)
+        assert reply.json()["choices"][0]["message"]["content"] == ANSWER
+        assert reply.json()["usage"]["completion_tokens"] > 0
+        process.terminate()
+        assert process.wait(20) == 0
+        assert subprocess.run([sys.executable, *check[1:]], timeout=60, stderr=subprocess.DEVNULL).returncode != 0
 
 
 def test_the_engine_is_reached_by_the_guard_alone() -> None:

@@ -21,7 +21,8 @@ from pipeline.data.render import CLOCK
 from pipeline.data.think_form import FORM_KEY, SYSTEM_MESSAGE, chat, format_assistant
 from pipeline.release.generate import complete
 from pipeline.serve.engine import EngineError, Job
-from pipeline.serve.engine_llama import ChatTemplate, LlamaEngine, form_of_file, shipped_n_ctx, shipped_stops
+from pipeline.serve.engine_llama import ChatTemplate, LlamaEngine, shipped_n_ctx, shipped_stops
+from pipeline.serve.forms.of_model import form_of_file
 from pipeline.serve.forms.registry import form_named
 from pipeline.serve.guard import TooLong
 from pipeline.serve.request import Limits

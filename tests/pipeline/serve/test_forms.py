@@ -84,6 +84,10 @@ def test_an_upstream_that_separates_is_read_in_its_own_form(
     response = server.ask()
     assert answer_of(response, False) == ANSWER
     assert server.records()[-1]["thinking_hmac"] == thinking_hmac(AUDIT_KEY, CANARY.encode())
+    copied = {"reasoning_content": "a plan", "thinking": CANARY * 3, "content": f"x {CANARY * 3}"}  # two texts
+    upstream.script = lambda _: [OK, chunk(choice={"delta": copied}), chunk(None, "stop"), DONE]
+    assert error(server.ask())["code"] == "answer_withheld"
+    assert server.records()[-1]["reason"] == "copied run"
     for odd in ([CANARY], {"text": CANARY}, 3):
         upstream.script = lambda _, odd=odd: [OK, chunk(choice={"delta": {field: odd}}), chunk(None, "stop"), DONE]
         assert error(server.ask())["code"] == "engine_failed"
@@ -125,6 +129,7 @@ def templates() -> Iterator[tuple[str, str]]:
     yield "mistral", "[SYSTEM_PROMPT]First think: [THINK]...[/THINK][/SYSTEM_PROMPT]"
     yield "seed", "<seed:think>{{ m.reasoning_content }}</seed:think>"
     yield "kimi", "◁think▷{{ m }}◁/think▷"
+    yield "gemma", "<|turn>model\n<|channel>thought\n<channel|>{{ m.content.split('<channel|>')[-1] }}<turn|>"
     yield "thought", "<thought>{{ m }}</thought>"
 
 

@@ -85,6 +85,7 @@ def test_limit_without_a_tokenizer_is_refused_before_any_work(in_front: InFront,
     server = in_front()
     response = server.ask(max_tokens=5)
     assert (status(response), error(response)["param"]) == (422, "max_tokens")
+    assert error(server.ask(max_completion_tokens=5))["param"] == "max_completion_tokens"
     assert upstream.requests == []
     assert "usage" not in body(server.ask())  # nothing is counted, so nothing is stated
 
@@ -111,10 +112,14 @@ REFUSED: dict[str, list[Any]] = {
     "verbosity": ["low"],
     "prompt": ["x"],
     "suffix": ["x"],
-    "stream_options": [{"include_usage": True, "include_obfuscation": True}, {"x": 1}, 3],
+    "stream_options": [{"include_usage": True, "include_obfuscation": True}, {"x": 1}, 3, []],
     "cache_prompt": [True],
     "return_tokens": [True],
     "include_reasoning": [True],
+    "reasoning": [{"max_tokens": 9}, {"effort": "endless"}, "low", {"effort": "low", "summary": "auto"}],
+    "skip_special_tokens": [False],
+    "ignore_eos": [True],
+    "min_tokens": [5],
     "chat_template_kwargs": [{"enable_thinking": False}],
     "add_generation_prompt": [False],
     "continue_final_message": [True],
@@ -129,7 +134,7 @@ REFUSED: dict[str, list[Any]] = {
     "max_tokens": [0, True],
     "max_completion_tokens": [-1],
     "seed": [-1, 1.5],
-    "stop": [[""], ["a"] * 5, 3],
+    "stop": [[""], [None], ["a"] * 5, 3, {}],
     "stream": ["yes", 1],
     "messages": [[], None, {}, "hello", [3], [None], [[]]],
     "model": [3],
@@ -157,6 +162,15 @@ def test_every_other_parameter_is_refused_by_its_name(in_front: InFront, upstrea
     assert upstream.requests == []
 
 
+def test_tools_that_may_not_be_called_are_as_good_as_none(in_front: InFront, upstream: FakeUpstream) -> None:
+    server, tools = in_front(), [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert status(server.ask(tools=tools, tool_choice="none")) == 200
+    assert status(server.ask(functions=[{"name": "f"}], function_call="none")) == 200
+    for fields in ({"tools": tools, "tool_choice": "auto"}, {"tools": tools}, {"tools": {}, "tool_choice": "none"}):
+        assert error(server.ask(**fields))["param"] == "tools"
+    assert all("tools" not in body and "functions" not in body for _, body in upstream.requests)
+
+
 # What clients send without asking for anything: CASES F4, and the defaults of the clients in test_clients.py.
 HARMLESS: dict[str, list[Any]] = {
     "frequency_penalty": [0, 0.0, None],
@@ -172,13 +186,32 @@ HARMLESS: dict[str, list[Any]] = {
     "response_format": [{"type": "text"}],
     "service_tier": ["auto", "default"],
     "n": [1],
-    "logit_bias": [{}],
-    "stream_options": [{}, {"include_usage": None}, {"include_usage": True, "include_obfuscation": False}],
+    "logit_bias": [{}, {"5": 0}],
+    "stream_options": [
+        {},
+        {"include_usage": None},
+        {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": False},
+    ],
+    "reasoning": [{"effort": "low"}, {"effort": "high", "summary": None}, {}],
+    "include_reasoning": [False],
+    "chat_template_kwargs": [{}],
+    "add_generation_prompt": [True],
+    "continue_final_message": [False],
+    "skip_special_tokens": [True],
+    "ignore_eos": [False],
+    "min_tokens": [0],
+    "length_penalty": [1.0],
+    "use_beam_search": [False],
+    "repeat_penalty": [1],
+    "typical_p": [1.0],
+    "top_a": [0],
+    "mirostat": [0],
+    "n_predict": [-1],
     "user": ["u"],
     "safety_identifier": ["u"],
     "prompt_cache_key": ["k"],
     "seed": [0, 7],
-    "reasoning_effort": ["low", "medium", "high"],
+    "reasoning_effort": ["low", "medium", "high", "max", "default"],
     "verbosity": ["medium"],
     "modalities": [["text"]],
     "functions": [[]],
@@ -224,6 +257,9 @@ QUESTION = {"role": "user", "content": "what is it?"}
         {"content": [{"type": "text", "text": "4"}, {"type": "output_text", "text": "2", "annotations": []}]},
         {"content": [{"type": "reasoning", "text": "secret"}, {"type": "text", "text": "42", "cache_control": {}}]},
         {"content": [{"type": "refusal", "refusal": "secret"}, {"type": "text", "text": "42"}], "id": "x"},
+        {"content": "42", "usage": {}, "model": "m", "created": 1, "index": 0, "logprobs": None, "stop_reason": ""},
+        {"content": "42", "additional_kwargs": {}, "response_metadata": {"secret": 1}, "usage_metadata": {"total": 1}},
+        {"content": "42", "images": [], "prefix": False, "partial": False, "timestamp": 1, "metadata": {"x": "y"}},
     ],
 )
 def test_stored_replies_are_taken_back_as_their_text(in_front: InFront, upstream: FakeUpstream, reply: Any) -> None:

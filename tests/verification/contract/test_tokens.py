@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ def test_a_healthy_file_has_no_findings(family: Family, tokenizer: Any) -> None:
     with vocabulary(file.path) as model:
         assert tokens.token_ids(tokenizer, model, tokens.corpus(tokenizer)) == []
         chats = list(chat.render_both(tokenizer, model))
-        assert len(chats) == 2 * len(chat.CHATS)
+        assert len(chats) == len(chat.asked_chats())
         assert chat.rendered_text(chats) == []
         assert chat.rendered_ids(tokenizer, model, chats) == []
         assert chat.template_text(tokenizer, model) == []
@@ -137,3 +138,62 @@ def test_expected_metadata_reads_both_forms_of_rope_theta() -> None:
     old = metadata.expected_metadata({"rope_theta": 5000, "rope_scaling": {"type": "linear"}})
     new = metadata.expected_metadata({"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}})
     assert old["rope.freq_base"] == new["rope.freq_base"] == 5000.0
+
+
+TOOLS = """{% for tool in tools or [] %}{{ tool | tojson }}
+{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.tool_calls %}{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}CALLED
+{% else %}{{ m.content }}ANSWERED
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"""
+
+
+def ending(*, answered: str = "<|im_end|>", called: str = "<|im_end|>") -> str:
+    return TOOLS.replace("ANSWERED", answered).replace("CALLED", called)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (("{{ tool | tojson }}", "{{ tool.function | tojson }}"), {"tools offered", "a tool called"}),
+        (("{{ call.function | tojson }}", "{{ call.function.name }}"), {"a tool called", "two calls of tools"}),
+        (("{{ m.role }}", "{{ 'user' if m.role == 'tool' else m.role }}"), {"a tool called", "two calls of tools"}),
+        (("not enable_thinking", "enable_thinking"), {"thinking on", "thinking off", "thinking on, two turns"}),
+    ],
+    ids=["how tools are offered", "how a call is written", "the role of a result", "the switch turned round"],
+)
+def test_a_template_that_differs_for_tools_or_thinking_alone_is_named(
+    family: Family, tokenizer: Any, change: tuple[str, str], names: set[str]
+) -> None:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = ending()
+    with vocabulary(family.files["F16"]) as model:
+        with chat.FileTemplate(ending(), model) as same:
+            assert chat.rendered_text(chat.render_both(changed, model, same)) == []
+        with chat.FileTemplate(ending().replace(*change), model) as other:
+            found = chat.rendered_text(chat.render_both(changed, model, other))
+    named = {finding.where.split("'")[1] for finding in found}
+    assert names <= named
+    assert not named & set(chat.CHATS)  # a plain chat shows nothing of it
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (ending(), []),
+        (ending(called="<file_sep><|im_end|>"), []),  # some families close the call before they close the turn
+        (ending(called="<file_sep>"), ["calls of tools"]),
+        (ending(answered="<file_sep>"), ["answers"]),
+        (ending(answered="<file_sep>", called="<repo_name>"), ["answers", "calls of tools"]),
+        (ending(answered="{{ '<file_sep>' if enable_thinking else '<|im_end|>' }}"), ["answers"]),
+        (ending(answered="{{ '<file_sep>' if messages[-2].role == 'tool' else '<|im_end|>' }}"), ["answers"]),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}", []),  # knows no tools
+    ],
+)
+def test_every_kind_of_reply_must_end_where_llama_cpp_stops(family: Family, template: str, wanted: list[str]) -> None:
+    with vocabulary(family.files["F16"]) as model, chat.FileTemplate(template, model) as opened:
+        found = chat.end_of_turn(model, opened)
+    assert [finding.cause for finding in found] == ["never stops"] * len(wanted)
+    assert [finding.expected for finding in found] == [
+        f"an end of generation, as the template ends {kind} with it" for kind in wanted
+    ]
