@@ -191,6 +191,7 @@ def _text(run: Run) -> None:
         run.checkpoint.config,
         bos=run.tokenizer.bos_token_id,
         n_ctx=asked.ship_n_ctx,
+        long_context=asked.long_context,
         chats=[np.asarray(chat_ids, dtype=np.int64) for chat_ids in ids],
     )
 
