@@ -111,13 +111,19 @@ def run_reference(
     """
     vocab = int(model.config.get_text_config().vocab_size)
     texts = dict.fromkeys(p.tokens.tobytes() for p in passages)
-    passages = list(distributed.shared_out(passages).values())
-    spool = _spool(model, passages, directory, vocab)
+    small = distributed.from_first(lambda: _keeps_hidden_states(model, passages, directory, vocab))
+    shared = list(distributed.shared_out(passages).values())
+    rows = sum(p.rows for p in shared)
+    spool: LogitSpool | HiddenSpool = (
+        HiddenSpool(directory, ModelHead(model), rows=rows, vocab=vocab)
+        if small
+        else LogitSpool(directory, rows=rows, vocab=vocab)
+    )
     reference = Reference(spool, name, _texts=texts)
     try:
-        ahead, weight = _layers_first(model, passages, partial(tell, stage))
-        total = ahead + weight * len(passages)
-        for number, passage in enumerate(passages):
+        ahead, weight = _layers_first(model, shared, partial(tell, stage))
+        total = ahead + weight * len(shared)
+        for number, passage in enumerate(shared):
             tell(stage, ahead + weight * number, total)
             reference.add(passage, model)
         if isinstance(spool, HiddenSpool):
@@ -129,14 +135,11 @@ def run_reference(
     return reference
 
 
-def _spool(model: Any, passages: Sequence[Passage], directory: Path, vocab: int) -> LogitSpool | HiddenSpool:
-    """Where the logits go: as they are, or as hidden states where they would be large and both give the same bits."""
-    rows = sum(p.rows for p in passages)
-    if not fits(directory, rows=rows, vocab=vocab):
-        shortest = min(passages, key=lambda p: len(p.tokens))
-        if gives_the_same(model, shortest):
-            return HiddenSpool(directory, ModelHead(model), rows=rows, vocab=vocab)
-    return LogitSpool(directory, rows=rows, vocab=vocab)
+def _keeps_hidden_states(model: Any, passages: Sequence[Passage], directory: Path, vocab: int) -> bool:
+    """Whether the logits would be large, and hidden states give the same bits; one answer for all processes."""
+    if fits(directory, rows=sum(p.rows for p in passages), vocab=vocab):
+        return False
+    return gives_the_same(model, min(passages, key=lambda p: len(p.tokens)))
 
 
 def _layers_first(model: Any, passages: Sequence[Passage], tell: Callable[[int, int], None]) -> tuple[int, int]:
