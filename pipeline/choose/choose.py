@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -40,6 +40,7 @@ from verification.reference.tokenizer import load_tokenizer
 
 TRIES = 3  # files that are proven before the answer is that none passes
 Tell = Callable[[str, int, int], None]
+Kept = TypeVar("Kept", Rung, Measured)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def choose(
         oracle = Oracle(out / "files", converter=converter, threads=threads)
         tell("converting", 0, 1)
         source = oracle.converted(checkpoint.directory, digest)
-        rungs = _make(kinds, oracle, source, checkpoint, digest, tell)
+        rungs = _make(kinds, oracle, source, checkpoint, digest, out / "measured", tell)
         with LlamaModel(source, vocab_only=True) as model:
             bos = model.bos if model.add_bos else None
         ranking, proof = _texts(domains, out / "text", tokenizer, chunks=chunks, n_ctx=n_ctx, bos=bos)
@@ -141,12 +142,25 @@ def choose(
 
 
 def _make(
-    kinds: Sequence[str], oracle: Oracle, source: Path, checkpoint: Checkpoint, digest: str, tell: Tell
+    kinds: Sequence[str],
+    oracle: Oracle,
+    source: Path,
+    checkpoint: Checkpoint,
+    digest: str,
+    measured: Path,
+    tell: Tell,
 ) -> list[Rung]:
+    """Every type's file with its weight error; an error that was reckoned before is kept beside the measurements."""
     origin, found = read_gguf(source), list[Rung]()
     for number, kind in enumerate(kinds):
         tell("quantising", number, len(kinds))
-        found.append(rung(kind, oracle.of_type(source, kind, checkpoint.directory, digest), origin))
+        path = oracle.of_type(source, kind, checkpoint.directory, digest)
+        place = measured / f"{path.stem}-weights.json"
+        one = _kept(place, Rung, path.stat().st_size)
+        if one is None:
+            one = rung(kind, path, origin)
+            write_text(place, one.model_dump_json(indent=1) + "\n")
+        found.append(one.model_copy(update={"path": path}))
     tell("quantising", len(kinds), len(kinds))
     return found
 
@@ -177,7 +191,7 @@ def _measure(
 ) -> list[Measured]:
     """Measure what is not kept yet; the checkpoint runs once, and only where something is missing."""
     places = {r.kind: out / "measured" / f"{key}-{r.path.stem}.json" for r in rungs}
-    kept = {r.kind: _kept(places[r.kind], r) for r in rungs}
+    kept = {r.kind: _kept(places[r.kind], Measured, r.bytes) for r in rungs}
     missing = [r for r in rungs if kept[r.kind] is None]
     if missing:
         passages = [passage for text in texts.values() for passage in passages_of(text.chunks)]
@@ -199,13 +213,13 @@ def _measure(
     return [one for r in rungs if (one := kept[r.kind]) is not None]
 
 
-def _kept(path: Path, r: Rung) -> Measured | None:
-    """An earlier measurement of this very file size; one that cannot be read is made again."""
+def _kept(path: Path, kind: type[Kept], size: int) -> Kept | None:
+    """An earlier result for a file of this very size; one that cannot be read is made again."""
     try:
-        found = Measured.model_validate_json(path.read_text(encoding="utf-8"))
+        found = kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError):
         return None
-    return found if found.bytes == r.bytes else None
+    return found if found.bytes == size else None
 
 
 def _candidates(measured: Sequence[Measured], limits: Limits, policy: Policy) -> list[Measured]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from so8t_core.errors import InputError
 from verification.engines.quantise import type_number
@@ -24,9 +24,10 @@ TYPES = (
 )  # those that llama.cpp makes without an importance matrix
 
 
-@dataclass(frozen=True)
-class Rung:
+class Rung(BaseModel):
     """One file of the ladder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
     path: Path
@@ -65,7 +66,7 @@ def weight_error(file: GGUFFile, source: GGUFFile) -> float:
 
 def rung(kind: str, path: Path, source: GGUFFile) -> Rung:
     """A file with its size and weight error."""
-    return Rung(kind, path, path.stat().st_size, weight_error(read_gguf(path), source))
+    return Rung(kind=kind, path=path, bytes=path.stat().st_size, weight_error=weight_error(read_gguf(path), source))
 
 
 def undominated(rungs: Sequence[Rung], *, max_size: int | None = None) -> list[Rung]:

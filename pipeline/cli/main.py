@@ -485,6 +485,9 @@ def reference(
     ship_n_ctx: Annotated[
         int | None, typer.Option(metavar="N", min=64, help="context that you ship; default: up to 4096")
     ] = None,
+    long_context: Annotated[
+        int | None, typer.Option(metavar="N", min=1025, help="one more passage, of N tokens; full: 8192")
+    ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; default: all cores")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -509,6 +512,7 @@ def reference(
             n_ctx=n_ctx,
             level=level,
             ship_n_ctx=ship_n_ctx,
+            long_context=long_context,
             threads=threads,
             versions=versions(),
             tell=progress,
@@ -551,6 +555,9 @@ def verify(
     ship_n_ctx: Annotated[
         int | None,
         typer.Option(metavar="N", min=64, help="context that you ship; default: up to 4096"),
+    ] = None,
+    long_context: Annotated[
+        int | None, typer.Option(metavar="N", min=1025, help="one more passage, of N tokens; full: 8192")
     ] = None,
     stream: Annotated[
         bool | None,
@@ -597,6 +604,7 @@ def verify(
                 stream=stream,
                 cells=level,
                 ship_n_ctx=ship_n_ctx,
+                long_context=long_context,
                 progress=progress,
             )
     except KeyboardInterrupt:

@@ -114,7 +114,7 @@ def _kept(stage: Stage, run: Run, folder: Path) -> Stage:
 def _key(stage: Stage, run: Run) -> str:
     """Everything that a stage's result depends on."""
     asked = run.request
-    settings = [asked.chunks, asked.n_ctx, asked.cells, asked.ship_n_ctx, run.threads]
+    settings = [asked.chunks, asked.n_ctx, asked.cells, asked.ship_n_ctx, asked.long_context, run.threads]
     inputs = [(a.role, a.sha256) for a in run.inputs if a.role not in ("candidate", "policy")]
     own = [a.sha256 for a in run.inputs if a.role == "candidate" and a.label == stage.subject]
     text = json.dumps([SCHEMA_VERSION, stage.name, stage.subject, settings, inputs, own])

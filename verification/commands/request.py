@@ -45,6 +45,8 @@ class VerifyRequest:
         cells: ways of running each file: "quick", or "full" with the long texts.
         ship_n_ctx: context in tokens that the files are shipped for, at least 64; None takes at most 4096 and never
             more than the original length of a stretched RoPE.
+        long_context: tokens of one long passage whose end is scored, more than 1024; None measures one of 8192 with
+            cells = "full" alone. Never more than the model's context.
         converter: directory of a llama.cpp checkout whose converter is used; None installs upstream's with pip.
         imatrix: importance matrix that the quantised candidates were made with, GGUF or legacy form.
         progress: called with (stage, done, total) while measuring.
@@ -71,6 +73,7 @@ class VerifyRequest:
     stream: bool | None = None
     cells: Level = "quick"
     ship_n_ctx: int | None = None
+    long_context: int | None = None
     converter: str | Path | None = None
     imatrix: str | Path | None = None
     progress: Progress | None = None
@@ -98,3 +101,7 @@ class VerifyRequest:
             raise InputError(f"cells = {self.cells!r} is unknown; quick or full")
         if self.ship_n_ctx is not None and self.ship_n_ctx < 64:
             raise InputError(f"ship_n_ctx = {self.ship_n_ctx} is too short for the cells; at least 64")
+        from verification.logit_parity.run_modes import LONG  # here: it loads numpy
+
+        if self.long_context is not None and self.long_context <= LONG:
+            raise InputError(f"long_context = {self.long_context} is no longer than the usual passages; above {LONG}")

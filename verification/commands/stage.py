@@ -34,7 +34,7 @@ from verification.gate.report import (
     TrainedFunction,
 )
 from verification.gguf.candidate import Candidate
-from verification.logit_parity.compare import Reference
+from verification.logit_parity.compare import CorpusResult, Reference
 from verification.logit_parity.kl import Array, Floats
 from verification.logit_parity.run_modes import Plan
 from verification.logit_parity.text import Corpus
@@ -82,6 +82,7 @@ class Run:
     tokens_sha256: str = ""
     open: dict[str, dict[str, OpenTensor]] = field(default_factory=dict)  # by candidate: its layers' outputs decide
     chunk_klds: dict[str, Floats] = field(default_factory=dict)  # by candidate: (chunks, 2), sums of KLDs and positions
+    corpus: dict[str, CorpusResult] = field(default_factory=dict)  # by candidate: measured before its own stage
     left: list[Stage] = field(default_factory=list)  # stages that are not finished
 
     @property

@@ -28,10 +28,12 @@ from verification.gguf.candidate import Candidate
 from verification.gguf.reader import read_gguf
 from verification.logit_parity.bake import bake_leg, base_control, dtype_name, saved_rounding, transposed_control
 from verification.logit_parity.compare import (
+    Subject,
     base_damage_of,
     cell_checks,
     distinct,
     files_leg,
+    measure_corpus,
     measure_file,
     passages_of,
     run_reference,
@@ -50,6 +52,7 @@ from verification.weight_parity.layer_output_error import output_errors
 
 T = TypeVar("T")
 ORACLE_LABEL = "F16 (oracle)"  # the verifier's own conversion, where no float file was given
+TOGETHER = 4  # files that are open at once where logits are made anew for every reading
 OPEN = ("quantise.output_error",)  # of tensors whose weights alone do not decide, where there are any
 
 
@@ -188,6 +191,7 @@ def _text(run: Run) -> None:
         run.checkpoint.config,
         bos=run.tokenizer.bos_token_id,
         n_ctx=asked.ship_n_ctx,
+        long_context=asked.long_context,
         chats=[np.asarray(chat_ids, dtype=np.int64) for chat_ids in ids],
     )
 
@@ -292,6 +296,8 @@ def _trained_function(run: Run) -> None:
 def _logits(label: str, run: Run) -> None:
     """One file's turn: the corpus, then every cell. The stand-in, which nobody ships, runs the corpus alone."""
     _, candidate = _numbered(label, run)
+    if run.reference.spool.recomputes and label not in run.corpus:
+        _together(label, run)
     found = measure_file(
         label,
         candidate.file.path,
@@ -301,6 +307,7 @@ def _logits(label: str, run: Run) -> None:
         seed=run.seed(label),
         threads=run.threads,
         tell=run.tell,
+        corpus=run.corpus.pop(label, None),
     )
     run.divergences.append(found.divergence)
     run.chunk_klds[label] = found.chunk_klds
@@ -308,6 +315,17 @@ def _logits(label: str, run: Run) -> None:
     run.cells += found.cells
     run.add("cells", cell_checks(found.cells, run.plan))
     run.add("evidence", [alignment_check(found.alignment, label)])
+
+
+def _together(label: str, run: Run) -> None:
+    """This file and the next ones on the corpus: a chunk's logits are made from hidden states once for all of them."""
+    waiting = [s.subject for s in run.left if s.name == f"logits {s.subject}" and "reference" in s.needs]
+    files = [next(file for file in run.files if file.label == name) for name in waiting[:TOGETHER]]
+    subjects = [Subject(file.label, file.file.path, run.seed(file.label)) for file in files]
+    chunks = len(run.text.chunks)
+    run.corpus |= measure_corpus(
+        subjects, run.text, run.reference, threads=run.threads, tell=lambda place: run.tell(label, place, chunks)
+    )
 
 
 def _noise_floor(run: Run) -> None:

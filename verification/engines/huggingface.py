@@ -14,6 +14,7 @@ import numpy as np
 from so8t_core.checkpoint_admission import admit_checkpoint
 from so8t_core.errors import InputError
 from so8t_core.weight_files import weight_files
+from verification.engines.model_head import body_runs_once
 from verification.engines.positions import Array, Ids, joined, scored
 
 PIECE_ELEMENTS = 1 << 27  # logits held at once: 512 MiB of float32
@@ -107,36 +108,12 @@ def hf_rows(model: Any, tokens: Ids, *, first: int | None = None, piece: int = P
             yield _numpy(model(input_ids=ids_1T, use_cache=False).logits[0, start:stop])
         return
     rows = max(1, piece // int(model.config.get_text_config().vocab_size))
-    with _body_once(model) if stop - start > rows else contextlib.nullcontext():
+    with body_runs_once(model) if stop - start > rows else contextlib.nullcontext():
         for begin in range(start, stop, rows):
             keep = torch.arange(begin, min(begin + rows, stop), device=ids_1T.device)
             with torch.inference_mode():
                 logits = model(input_ids=ids_1T, use_cache=False, logits_to_keep=keep).logits[0]
             yield _numpy(logits)
-
-
-@contextlib.contextmanager
-def _body_once(model: Any) -> Iterator[None]:
-    """Inside, the model's body answers every call with what it gave the first time: only the head runs again."""
-    from torch import nn
-
-    body = getattr(model, getattr(model, "base_model_prefix", "") or "?", None)
-    if not isinstance(body, nn.Module) or body is model or "forward" in vars(body):
-        yield  # no body of its own, or somebody else's forward on it: run the whole model for every piece
-        return
-    kept: list[Any] = []
-    forward = body.forward
-
-    def once(*args: Any, **more: Any) -> Any:
-        if not kept:
-            kept.append(forward(*args, **more))
-        return kept[0]
-
-    body.forward = once
-    try:
-        yield
-    finally:
-        del body.forward
 
 
 def _numpy(logits: Any) -> Array:

@@ -85,12 +85,16 @@ class StreamedModel:
         run = _LayerByLayer(self, passages, tell)
         self._known |= {_key(tokens): output for tokens, output in zip(passages, run.outputs(), strict=True)}
 
+    def body_output(self, tokens: Ids) -> Any:
+        """What the body gives for these tokens (n,), or gave when they were prepared."""
+        if _key(tokens) not in self._known:
+            self.prepare([tokens])
+        return self._known[_key(tokens)]
+
     @contextlib.contextmanager
     def known(self, tokens: Ids) -> Iterator[Any]:
         """Inside, the model whose body answers with what it gave for these tokens (n,): only its own head runs."""
-        if _key(tokens) not in self._known:
-            self.prepare([tokens])
-        output = self._known[_key(tokens)]
+        output = self.body_output(tokens)
         self._body.forward = lambda *_, **__: output
         try:
             yield self.model

@@ -7,6 +7,7 @@ Several processes share the passages out: who has a passage's reference also mea
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,14 +20,16 @@ from verification.engines import distributed
 from verification.engines.huggingface import hf_rows, open_reference
 from verification.engines.llama_logits import LlamaLogits
 from verification.engines.llama_model import LlamaModel
+from verification.engines.model_head import ModelHead
 from verification.engines.positions import scored
 from verification.engines.reconversion import Oracle
 from verification.engines.streamed import StreamedModel
 from verification.gate.check import divergence_checks
 from verification.gate.report import CellResult, Check, Divergence
 from verification.gguf.candidate import Candidate
+from verification.logit_parity.hidden_store import HiddenSpool, gives_the_same
 from verification.logit_parity.kl import DivergenceAccumulator, Floats, Ids
-from verification.logit_parity.logit_store import LogitSpool
+from verification.logit_parity.logit_store import LogitSpool, fits
 from verification.logit_parity.run_modes import BLOCK, CHAT_LENGTH, Cell, Passage, Plan
 from verification.logit_parity.text import BASE_CHUNKS, Corpus
 from verification.logit_parity.text_checks import ALIGNED_ROWS, alignment
@@ -46,7 +49,7 @@ def passages_of(chunks: Iterable[Ids]) -> list[Passage]:
 class Reference:
     """Where the reference's logits lie in the spool."""
 
-    spool: LogitSpool
+    spool: LogitSpool | HiddenSpool
     name: str
     _places: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # tokens -> first row, first position
     _texts: dict[bytes, None] = field(
@@ -67,10 +70,13 @@ class Reference:
         return {place: p for place, p in enumerate(passages) if _key_of(p, self._texts) in self._places}
 
     def add(self, passage: Passage, model: Any) -> None:
-        """Run the model over a passage and keep its logits."""
+        """Run the model over a passage and keep its logits, or the hidden states that they are made from."""
         row = self.spool.rows
-        for logits in hf_rows(model, passage.tokens, first=passage.first):
-            self.spool.append(logits)
+        if isinstance(self.spool, HiddenSpool):
+            self.spool.keep(passage)
+        else:
+            for logits in hf_rows(model, passage.tokens, first=passage.first):
+                self.spool.append(logits)
         self._places[passage.tokens.tobytes()] = (row, passage.first)
 
 
@@ -99,23 +105,41 @@ def _key_of(passage: Passage, texts: Mapping[bytes, object]) -> bytes:
 def run_reference(
     model: Any, passages: Sequence[Passage], directory: Path, *, name: str, tell: Tell, stage: str = "reference"
 ) -> Reference:
-    """The reference's logits of all passages, or of this process' share, on disk; close `.spool` when done."""
+    """The reference's logits of all passages, or of this process' share, on disk; close `.spool` when done.
+
+    Where they would be large, hidden states are kept instead, and of the model only its head is usable afterwards.
+    """
     vocab = int(model.config.get_text_config().vocab_size)
     texts = dict.fromkeys(p.tokens.tobytes() for p in passages)
-    passages = list(distributed.shared_out(passages).values())
-    spool = LogitSpool(directory, rows=sum(p.rows for p in passages), vocab=vocab)
+    small = distributed.from_first(lambda: _keeps_hidden_states(model, passages, directory, vocab))
+    shared = list(distributed.shared_out(passages).values())
+    rows = sum(p.rows for p in shared)
+    spool: LogitSpool | HiddenSpool = (
+        HiddenSpool(directory, ModelHead(model), rows=rows, vocab=vocab)
+        if small
+        else LogitSpool(directory, rows=rows, vocab=vocab)
+    )
     reference = Reference(spool, name, _texts=texts)
     try:
-        ahead, weight = _layers_first(model, passages, partial(tell, stage))
-        total = ahead + weight * len(passages)
-        for number, passage in enumerate(passages):
+        ahead, weight = _layers_first(model, shared, partial(tell, stage))
+        total = ahead + weight * len(shared)
+        for number, passage in enumerate(shared):
             tell(stage, ahead + weight * number, total)
             reference.add(passage, model)
+        if isinstance(spool, HiddenSpool):
+            spool.done()
     except BaseException:
-        spool.__exit__(None, None, None)
+        spool.close()
         raise
     tell(stage, total, total)
     return reference
+
+
+def _keeps_hidden_states(model: Any, passages: Sequence[Passage], directory: Path, vocab: int) -> bool:
+    """Whether the logits would be large, and hidden states give the same bits; one answer for all processes."""
+    if fits(directory, rows=sum(p.rows for p in passages), vocab=vocab):
+        return False
+    return gives_the_same(model, min(passages, key=lambda p: len(p.tokens)))
 
 
 def _layers_first(model: Any, passages: Sequence[Passage], tell: Callable[[int, int], None]) -> tuple[int, int]:
@@ -189,13 +213,80 @@ def compare_rows(
 
 
 @dataclass(frozen=True)
-class FileResult:
-    """What one candidate's turn measured."""
+class CorpusResult:
+    """What one file gave on the corpus."""
 
     divergence: Divergence
     alignment: float | None
-    cells: list[CellResult]
     chunk_klds: Floats  # (chunks, 2): sum of the KLDs and number of positions
+
+
+@dataclass(frozen=True)
+class FileResult(CorpusResult):
+    """What one candidate's turn measured."""
+
+    cells: list[CellResult]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A file to measure: its name in the report, where it is or is open already, and the seed of its bootstrap."""
+
+    label: str
+    file: Path | LlamaModel
+    seed: str
+
+
+def measure_corpus(
+    files: Sequence[Subject],
+    text: Corpus,
+    reference: Reference,
+    *,
+    threads: int | None = None,
+    tell: Callable[[int], None] = lambda chunks: None,
+) -> dict[str, CorpusResult]:
+    """Files against the reference on the corpus, chunk outside and file inside: a chunk's logits are read once.
+
+    All of the files are open here.
+
+    Raises:
+        InputError: a file has another vocabulary than the reference.
+    """
+    chunks, n_ctx = passages_of(text.chunks), len(text.chunks[0])
+    totals = [_accumulator(reference, file.label, n_ctx, file.seed) for file in files]
+    ratios: dict[int, list[float | None]] = {}
+    with contextlib.ExitStack() as stack:
+        engines = []
+        for file in files:
+            model = file.file if isinstance(file.file, LlamaModel) else stack.enter_context(LlamaModel(file.file))
+            _same_vocabulary(file.label, model, reference)
+            engines.append(stack.enter_context(LlamaLogits(model, n_ctx=n_ctx, threads=threads)))
+
+        def measure(place: int, passage: Passage) -> None:
+            tell(place)
+            found = [
+                compare_rows(
+                    engine.rows(passage.tokens, first=passage.first), reference, passage, total, aligned=place == 0
+                )
+                for engine, total in zip(engines, totals, strict=True)
+            ]
+            if place == 0:
+                ratios[place] = found
+
+        in_turn(chunks, reference, totals, measure)
+    shared = distributed.together(ratios)[0]
+    return {
+        file.label: CorpusResult(total.result(), ratio, total.chunk_klds())
+        for file, total, ratio in zip(files, totals, shared, strict=True)
+    }
+
+
+def _same_vocabulary(label: str, model: LlamaModel, reference: Reference) -> None:
+    if model.vocab_size != reference.spool.vocab:
+        raise InputError(
+            f"{label} gives {model.vocab_size} logits a token, the reference {reference.spool.vocab}: "
+            "different vocabularies cannot be compared"
+        )
 
 
 def measure_file(
@@ -209,38 +300,30 @@ def measure_file(
     threads: int | None = None,
     tell: Tell,
     stage: str = "",
+    corpus: CorpusResult | None = None,
 ) -> FileResult:
     """One file against the reference: the corpus, then every cell. The file is open here and nowhere else.
+
+    Args:
+        corpus: what the file gave on the corpus, where that was measured before.
 
     Raises:
         InputError: the file has another vocabulary than the reference.
     """
-    chunks, cells = passages_of(text.chunks), plan.cells if plan else []
-    steps, n_ctx = len(chunks) + len(cells), len(text.chunks[0])
+    chunks, cells = len(text.chunks), plan.cells if plan else []
+    steps = chunks + len(cells)
     stage = stage or label
-    ratio: dict[int, float | None] = {}
+    measured, refused = dict[str, Divergence](), dict[str, str]()
     with LlamaModel(path) as model:
-        if model.vocab_size != reference.spool.vocab:
-            raise InputError(
-                f"{label} gives {model.vocab_size} logits a token, the reference {reference.spool.vocab}: "
-                "different vocabularies cannot be compared"
-            )
-        total = _accumulator(reference, label, n_ctx, seed)
-        with LlamaLogits(model, n_ctx=n_ctx, threads=threads) as engine:
-
-            def measure(place: int, passage: Passage) -> None:
-                tell(stage, place, steps)
-                rows = engine.rows(passage.tokens, first=passage.first)
-                found = compare_rows(rows, reference, passage, total, aligned=place == 0)
-                if place == 0:
-                    ratio[place] = found
-
-            in_turn(chunks, reference, [total], measure)
-        divergence = total.result()
-        results = [_mid(label, divergence)] if plan else []
-        measured, refused = dict[str, Divergence](), dict[str, str]()
+        subject = Subject(label, model, seed)
+        own = (
+            corpus
+            or measure_corpus(
+                [subject], text, reference, threads=threads, tell=lambda place: tell(stage, place, steps)
+            )[label]
+        )
         for number, cell in enumerate(cells):
-            tell(stage, len(chunks) + number, steps)
+            tell(stage, chunks + number, steps)
             if plan is not None and not (cell.why or cell.same_as or cell.after):
                 together = [cell, *(other for other in cells if other.after == cell.name)]
                 try:
@@ -249,10 +332,11 @@ def measure_file(
                     if cell.flash is None:
                         raise
                     refused[cell.name] = str(error)  # an architecture without that kernel
-        cells = [replace(cell, why=refused.get(cell.name, cell.why)) for cell in cells]
-        results += [_cell_result(cell, label, measured.get(cell.same_as or cell.name)) for cell in cells]
+    results = [_mid(label, own.divergence)] if plan else []
+    cells = [replace(cell, why=refused.get(cell.name, cell.why)) for cell in cells]
+    results += [_cell_result(cell, label, measured.get(cell.same_as or cell.name)) for cell in cells]
     tell(stage, steps, steps)
-    return FileResult(divergence, distributed.together(ratio)[0], results, total.chunk_klds())
+    return FileResult(own.divergence, own.alignment, own.chunk_klds, results)
 
 
 def _mid(label: str, divergence: Divergence) -> CellResult:

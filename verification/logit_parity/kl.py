@@ -84,6 +84,7 @@ class DivergenceAccumulator:
     def __init__(self, *, reference: str, candidate: str, n_ctx: int, vocab: int, seed: str = "") -> None:
         self.reference, self.candidate, self.n_ctx, self.vocab, self.seed = reference, candidate, n_ctx, vocab, seed
         self._clusters: list[Cluster] = []
+        self._scratch: torch.Tensor | None = None
 
     def begin_chunk(self) -> None:
         """What is added from here on is one cluster: its tokens are not independent of each other."""
@@ -119,37 +120,50 @@ class DivergenceAccumulator:
             self._add_block(ref_TV[rows], cand_TV[rows], targets_T[rows], first_position + start)
 
     def _add_block(self, ref: Array, cand: Array, targets: Ids, first_position: int) -> None:
-        a, b = torch.from_numpy(ref).double(), torch.from_numpy(cand).double()
-        lse_a, lse_b = torch.logsumexp(a, dim=1), torch.logsumexp(b, dim=1)
-        # a row's sum is finite exactly when its logits are: float32 values cannot overflow a float64 sum
-        good_T = torch.isfinite(a.sum(dim=1) + b.sum(dim=1))
-        good = good_T.numpy()
-        into = self._clusters[-1]
-        into.non_finite += (~good).sum()
+        """Both rows are shifted by their own largest logit, so one exponential of each gives everything:
+        log p = a - log A and log q = b - log B with A = sum e^a, B = sum e^b, thus KLD = <p, a - b> + log(B / A).
+        The cancellation in the last sum costs eps64 * |logit| ~ 1e-14.
+        """
+        a_TV, b_TV, p_TV = self._buffers(len(ref))
         target_T1 = torch.from_numpy(targets)[:, None]
-        nll_ref = (lse_a - a.gather(1, target_T1).squeeze(1)).numpy()[good]
-        nll_cand = (lse_b - b.gather(1, target_T1).squeeze(1)).numpy()[good]
-        shift = lse_b - lse_a
-        log_p = a - lse_a[:, None]
-        p = log_p.exp()
-        entropy = lse_a - torch.linalg.vecdot(p, a)
-        a.sub_(b)  # a - b from here on
-        # sum p (a - b) + lse_b - lse_a: no second (T, V) log-softmax; the cancellation costs eps64 * |logit| ~ 1e-14
-        kld = (torch.linalg.vecdot(p, a) + shift).numpy()[good]
-        confidence = p.amax(dim=1).numpy()[good]
-        p.masked_fill_(log_p <= LLAMA_CPP_CUT, 0.0)
-        kld_cut = (torch.linalg.vecdot(p, a) + shift * p.sum(dim=1)).numpy()[good]
+        _shifted(cand, b_TV)
+        torch.exp(b_TV, out=p_TV)
+        log_b = p_TV.sum(dim=1).log_()
+        nll_cand = (log_b - b_TV.gather(1, target_T1).squeeze(1)).numpy()
+        _shifted(ref, a_TV)
+        torch.exp(a_TV, out=p_TV)
+        sum_a = p_TV.sum(dim=1)
+        p_TV.div_(sum_a[:, None])
+        log_a = sum_a.log()
+        nll_ref = (log_a - a_TV.gather(1, target_T1).squeeze(1)).numpy()
+        entropy = log_a - torch.linalg.vecdot(p_TV, a_TV)
+        shift = log_b - log_a
+        a_TV.sub_(b_TV)  # a - b from here on
+        kld = torch.linalg.vecdot(p_TV, a_TV) + shift
+        # a NaN or an infinity anywhere in a row leaves none of its sums finite; finite logits always do, in float64
+        good = (torch.isfinite(kld) & torch.isfinite(entropy)).numpy()
+        confidence = sum_a.reciprocal().numpy()[good]  # the largest shifted logit is 0, and e^0 = 1
+        torch.nn.functional.threshold(p_TV, math.exp(LLAMA_CPP_CUT), 0.0, inplace=True)
+        kld_cut = (torch.linalg.vecdot(p_TV, a_TV) + shift * p_TV.sum(dim=1)).numpy()[good]
         same_top = (np.argmax(cand, axis=1) == np.argmax(ref, axis=1))[good]  # the first of equals
+        into = self._clusters[-1]
+        into.non_finite += int((~good).sum())
         into.keep(
-            kld=kld,
+            kld=kld.numpy()[good],
             kld_cut=kld_cut,
             same_top=same_top,
-            nll_ref=nll_ref,
-            nll_cand=nll_cand,
+            nll_ref=nll_ref[good],
+            nll_cand=nll_cand[good],
             entropy=entropy.numpy()[good],
             confidence=confidence,
             positions=np.arange(first_position, first_position + len(good))[good],
         )
+
+    def _buffers(self, rows: int) -> torch.Tensor:
+        """(3, rows, V) float64, the same memory every time: fresh pages would cost as much as the arithmetic."""
+        if self._scratch is None or self._scratch.shape[1] < rows:
+            self._scratch = torch.empty((3, rows, self.vocab), dtype=torch.float64)
+        return self._scratch[:, :rows]
 
     def chunk_klds(self) -> npt.NDArray[np.float64]:
         """(chunks, 2): sum of the KLDs and number of positions of every cluster."""
@@ -269,6 +283,13 @@ def mean_kld(ref_TV: Array, cand_TV: Array) -> float:
     a, b = torch.from_numpy(ref_TV).double(), torch.from_numpy(cand_TV).double()
     log_p = torch.log_softmax(a, dim=1)
     return float(torch.linalg.vecdot(log_p.exp(), log_p - torch.log_softmax(b, dim=1)).mean())
+
+
+def _shifted(logits_TV: Array, into_TV: torch.Tensor) -> None:
+    """Write the logits as float64, each row less its largest."""
+    given = torch.from_numpy(logits_TV)
+    into_TV.copy_(given)
+    into_TV.sub_(given.amax(dim=1, keepdim=True).double())
 
 
 def _into(table: Floats, index: npt.NDArray[np.int64], kld: Floats) -> None:

@@ -18,6 +18,12 @@ import numpy.typing as npt
 from so8t_core.errors import InputError
 
 Array = npt.NDArray[np.float32]
+LARGE = 1 << 30  # bytes of logits above which hidden states are kept instead, where the family allows it
+
+
+def fits(directory: Path, *, rows: int, vocab: int) -> bool:
+    """Whether full logits are no large file for this disk."""
+    return 4 * rows * vocab <= min(LARGE, 0.95 * shutil.disk_usage(directory).free)
 
 
 class LogitSpool:
@@ -26,6 +32,8 @@ class LogitSpool:
     Raises:
         InputError: the disk has not enough room for `rows` rows.
     """
+
+    recomputes = False  # whether a reading costs more than that
 
     def __init__(self, directory: Path, *, rows: int, vocab: int) -> None:
         self.vocab, self.rows = vocab, 0

@@ -30,6 +30,7 @@ SHORT = 12
 DECODED = 12  # tokens decoded one by one at the end of a passage
 CHAT_LENGTH, CHAT_TAIL = 96, 24
 LONG = 1024
+CONTEXT = 8192  # tokens of the one passage as long as people serve
 TAIL = 128  # positions scored at the end of a long passage
 KV_BLOCK = 32  # channels that q8_0 and q4_0 keep under one scale
 BLOCK = 32  # a longer run of scored positions counts as clusters of this many
@@ -90,6 +91,7 @@ def plan_cells(
     chats: Sequence[Ids] = (),
     bos: int | None = None,
     n_ctx: int | None = None,
+    long_context: int | None = None,
 ) -> Plan:
     """The cells of a model.
 
@@ -99,6 +101,7 @@ def plan_cells(
         chats: token ids of rendered chats.
         bos: the tokenizer's BOS, or None when it has none.
         n_ctx: the context the files are shipped for; None takes `shipped_n_ctx`.
+        long_context: tokens of one long passage, at most the model's context; None takes `CONTEXT` in `full`.
     """
     shipped = n_ctx or shipped_n_ctx(config)
     limit = int(config.get("max_position_embeddings") or 1 << 20)
@@ -130,7 +133,7 @@ def plan_cells(
     else:
         cells.append(Cell("chat", "Rendered chats", "", why="the tokenizer has no chat template that renders"))
     cells += [_served(cell, level, config) for cell in _SERVED]
-    cells += _lengths(level, stream, config, limit, passages)
+    cells += _lengths(level, stream, config, limit, passages, long_context)
     return Plan(cells, passages)
 
 
@@ -181,8 +184,15 @@ def _larger(shipped: int, limit: int, config: Config) -> Cell:
     return _allocated(name, title, wanted, config)
 
 
-def _lengths(level: Level, stream: Ids, config: Config, limit: int, passages: dict[str, list[Passage]]) -> list[Cell]:
-    """Where a length-dependent fault shows; each costs long forward passes, so only `full` has them."""
+def _lengths(
+    level: Level,
+    stream: Ids,
+    config: Config,
+    limit: int,
+    passages: dict[str, list[Passage]],
+    long_context: int | None,
+) -> list[Cell]:
+    """Where a length-dependent fault shows; each costs long forward passes, so only `full` or an option has them."""
     cells = []
     original, window = original_length(config), config.get("sliding_window") or 0
     cases = [("long", "Long text", min(LONG, limit), "")]
@@ -195,17 +205,20 @@ def _lengths(level: Level, stream: Ids, config: Config, limit: int, passages: di
         cases += [("rope_beyond", "Beyond the original RoPE length", original + original // 4 + TAIL, "")]
     no_window = "" if 0 < window < limit else "the model has no sliding window shorter than its context"
     cases += [("window", "Beyond the sliding window", 0 if no_window else window + TAIL, no_window)]
+    context = min(long_context or CONTEXT, limit)
+    cases += [("context", "One long passage", context, "" if context > LONG else f"the model's context is {limit}")]
     for name, title, length, why in cases:
-        if not why and level == "quick":
-            why = "measured with --cells full"
+        count, asked = (1, long_context is not None) if name == "context" else (2, False)
+        if not why and level == "quick" and not asked:
+            why = "measured with --cells full" + (" or --long-context" if count == 1 else "")
         if not why and length > limit:
             why = f"{length} tokens are more than the model's context of {limit}"
         if not why and cache_bytes(config, length) > CACHE_LIMIT:
             why = f"a cache of {length} tokens takes more than {CACHE_LIMIT / 2**30:.0f} GiB"
-        setting = f"2 x {length} tokens, the last {TAIL} scored" if length else ""
+        setting = f"{count} x {length} tokens, the last {TAIL} scored" if length else ""
         cells.append(Cell(name, title, setting, "" if why else name, why=why))
         if not why:
-            passages[name] = _cut(stream, length, 2, max(1, length - 1 - TAIL), repeat=True)
+            passages[name] = _cut(stream, length, count, max(1, length - 1 - TAIL), repeat=True)
     return cells
 
 

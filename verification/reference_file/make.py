@@ -50,6 +50,7 @@ def write_reference(
     n_ctx: int = 512,
     level: Level = "quick",
     ship_n_ctx: int | None = None,
+    long_context: int | None = None,
     threads: int | None = None,
     converter: str | Path | None = None,
     work_dir: str | Path | None = None,
@@ -85,6 +86,7 @@ def write_reference(
             checkpoint.config,
             bos=tokenizer.bos_token_id,
             n_ctx=ship_n_ctx,
+            long_context=long_context,
             chats=[np.asarray(ids, dtype=np.int64) for ids in chats],
         )
         corpus_passages = passages_of(text.chunks)

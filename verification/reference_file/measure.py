@@ -6,7 +6,7 @@ The candidate alone runs here. What a passage is, where it is scored and how the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from so8t_core.errors import InputError
 from verification.engines.llama_logits import LlamaLogits
@@ -35,6 +35,7 @@ class Measured:
     means: Means
     alignment: float | None  # how much worse a shift by one position is, by the exact lower bounds
     modes: list[CellResult]
+    mode_errors: dict[str, float] = field(default_factory=dict)  # of each mode's mean, by the drawn tokens alone
 
 
 def measure(candidate: Candidate, reference: ReferenceFile, *, seed: str, threads: int | None, tell: Tell) -> Measured:
@@ -65,11 +66,14 @@ def measure(candidate: Candidate, reference: ReferenceFile, *, seed: str, thread
                 cell=MID, title="The ladder's own chunks", candidate=label, setting=setting, divergence=divergence
             )
         ]
+        errors = dict[str, float]()
         for number, mode in enumerate(header.modes):
             tell(len(chunks) + number, steps)
-            modes.append(_mode(mode, candidate, model, reference, seed, threads))
+            result, error = _mode(mode, candidate, model, reference, seed, threads)
+            modes.append(result)
+            errors[mode.name] = error
     tell(steps, steps)
-    return Measured(divergence, total.means(), ratio, modes)
+    return Measured(divergence, total.means(), ratio, modes, errors)
 
 
 def _total(reference: ReferenceFile, label: str, n_ctx: int, seed: str) -> FileDivergence:
@@ -107,9 +111,10 @@ def _passage(
 
 def _mode(
     mode: Mode, candidate: Candidate, model: LlamaModel, reference: ReferenceFile, seed: str, threads: int | None
-) -> CellResult:
+) -> tuple[CellResult, float]:
+    """One run mode, and the standard error of its mean KLD by the drawn tokens."""
     why = mode.why or _too_large(mode, candidate)
-    divergence = None
+    divergence, error = None, 0.0
     if not why:
         places = reference.header.groups[mode.passages]
         longest = max(reference.header.passages[place.passage].length for place in places)
@@ -119,8 +124,8 @@ def _mode(
                 rows = reference.header.passages[place.passage].length - 1 - place.first
                 block = BLOCK if rows >= 2 * BLOCK else None
                 _passage(engine, reference, place, total, singly=mode.singly, block=block)
-        divergence = total.result()
-    return CellResult(
+        divergence, error = total.result(), total.means().sampling_error
+    result = CellResult(
         cell=mode.name,
         title=mode.title,
         candidate=candidate.label,
@@ -128,6 +133,7 @@ def _mode(
         why=why,
         divergence=divergence,
     )
+    return result, error
 
 
 def _too_large(mode: Mode, candidate: Candidate) -> str:

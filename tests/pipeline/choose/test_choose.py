@@ -22,7 +22,7 @@ from verification.reference.tokenizer import load_tokenizer
 
 
 def a_rung(kind: str, size: int, error: float) -> Rung:
-    return Rung(kind, Path(f"{kind}.gguf"), size, error)
+    return Rung(kind=kind, path=Path(f"{kind}.gguf"), bytes=size, weight_error=error)
 
 
 def measured(kind: str, size: int, kld: float, upper: float) -> Measured:
@@ -93,7 +93,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_choice_is_proven_on_other_text_and_goes_on_where_it_stopped(
-    tiny_dir: Path, tmp_path: Path, gate: Path
+    tiny_dir: Path, tmp_path: Path, gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages: list[str] = []
     asked: dict[str, Any] = {
@@ -110,6 +110,7 @@ def test_a_choice_is_proven_on_other_text_and_goes_on_where_it_stopped(
 
     with pytest.raises(KeyboardInterrupt):  # inside the proof: everything before it is kept
         choose(tiny_dir, tmp_path, Limits(max_kld=0.2, policy=gate), **{**asked, "tell": stop})
+    monkeypatch.setattr("pipeline.choose.choose.rung", lambda *_: pytest.fail("a weight error was reckoned twice"))
     choice = choose(tiny_dir, tmp_path, Limits(max_kld=0.2, policy=gate), **asked)
     assert "checkpoint" not in stages
     assert not {"Q2_K"} & set(stages)

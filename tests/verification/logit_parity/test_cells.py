@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from so8t_core.errors import InputError
+from verification.commands.request import VerifyRequest
 from verification.engines.convert import convert
 from verification.engines.huggingface import hf_chunk, load_hf
 from verification.engines.llama_logits import LlamaLogits
@@ -68,6 +70,7 @@ def test_every_cell_applies_or_says_why() -> None:
         "rope_straddle",
         "rope_beyond",
         "window",
+        "context",
     ]
     assert {name for name, text in why.items() if text} == {"window"}
     by_name = {cell.name: cell for cell in plan.cells}
@@ -76,9 +79,11 @@ def test_every_cell_applies_or_says_why() -> None:
     assert by_name["n_ctx_shipped"].note == ""
     lengths = {name: len(plan.passages[name][0].tokens) for name in ("long", "rope_straddle", "rope_beyond")}
     assert lengths == {"long": 1024, "rope_straddle": 4096 + 64, "rope_beyond": 4096 + 1024 + 128}
+    assert [(len(p.tokens), p.rows) for p in plan.passages["context"]] == [(8192, 128)]
     straddling = plan.passages["rope_straddle"][0]
     assert straddling.first < 4096 < len(straddling.tokens)
     quick = reasons(plan_cells("quick", TEXT, PHI35, bos=None))
+    assert quick["context"] == "measured with --cells full or --long-context"
     assert quick["long"] == quick["rope_beyond"] == "measured with --cells full"
     assert quick["bos"] == "the tokenizer has no BOS token"
     assert "no chat template" in quick["chat"]
@@ -117,6 +122,25 @@ def test_cells_share_a_run_only_where_the_allocated_context_changes_nothing() ->
     assert shared() == ("n_ctx_shipped", "n_ctx_shipped")
     assert shared(n_ctx=8192) == ("", "")  # other factors there: a waiver of that cell must not hide these two
     assert shared(n_ctx=131072) == ("", "")  # more cache than cells may use: it does not run
+
+
+def test_a_long_passage_is_asked_for_or_measured_in_full_and_ends_at_the_models_context() -> None:
+    def found(level: Any, limit: int, length: int | None) -> tuple[str, list[int]]:
+        plan = plan_cells(level, TEXT, {"max_position_embeddings": limit}, long_context=length)
+        return reasons(plan)["context"], [len(p.tokens) for p in plan.passages.get("context", [])]
+
+    assert found("quick", 32768, 9000) == ("", [9000])
+    assert found("full", 32768, None) == ("", [8192])
+    assert found("full", 4096, 32768) == ("", [4096])
+    assert found("full", 1024, None) == ("the model's context is 1024", [])
+    assert (
+        "cache of 32768 tokens takes more than"
+        in reasons(plan_cells("quick", TEXT, {**PHI35, "original_max_position_embeddings": None}, long_context=32768))[
+            "context"
+        ]
+    )
+    with pytest.raises(InputError, match="long_context = 1024 is no longer than the usual passages"):
+        VerifyRequest("r", ["c"], long_context=1024).check()
 
 
 def test_a_cell_never_allocates_more_than_its_limit() -> None:
