@@ -29,11 +29,11 @@ from pipeline.serve.forms.registry import SO8T, form_named, form_of_template
 from pipeline.serve.request_error import Refusal, invalid
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
-from so8t_core.files import sha256_file
 from verification.engines import chat_template
 from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 from verification.engines.sandbox import require_loadable
 from verification.gguf.reader import GGUFFile, read_gguf
+from verification.gguf.split_set import set_stem
 from verification.reference.rope import limit_of_file
 
 PIECE = 128  # prompt tokens between two looks at the cancel flag
@@ -41,7 +41,7 @@ PIECE = 128  # prompt tokens between two looks at the cancel flag
 
 def modelfile_beside(gguf: Path) -> str:
     """The text of the Modelfile beside a file; empty where no Modelfile is there."""
-    beside = gguf.with_suffix(".Modelfile")
+    beside = gguf.with_name(f"{set_stem(gguf)}.Modelfile")
     return beside.read_text(encoding="utf-8") if beside.is_file() else ""
 
 
@@ -143,11 +143,12 @@ class LlamaEngine:
         threads: int | None = None,
         form: Form | None = None,
     ) -> None:
-        if not gguf.is_file():
+        if not gguf.exists():
             raise InputError(f"{gguf} does not exist; `so8t convert` makes GGUF files")
-        self.model_id, self.digest = gguf.stem, f"sha256:{sha256_file(gguf)}"
-        self.max_new_tokens = max_new_tokens
         file = read_gguf(gguf)
+        gguf = file.path  # of a set of shards the first
+        self.model_id, self.digest = file.stem, f"sha256:{file.digest}"
+        self.max_new_tokens = max_new_tokens
         require_loadable(gguf)  # a damaged file can end the process that opens it
         self.model = LlamaModel(gguf)
         self.tokens = Tokens(self.model)

@@ -15,6 +15,7 @@ import llama_cpp
 from pipeline.data.think_form import Message
 from pipeline.serve.request_error import invalid
 from verification.engines.llama_model import LlamaModel
+from verification.gguf.reader import read_gguf
 
 
 class Tokens:
@@ -30,7 +31,7 @@ class Tokens:
     @classmethod
     def load(cls, gguf: Path) -> Tokens:
         """The vocabulary alone, without weights."""
-        return cls(LlamaModel(gguf, vocab_only=True))
+        return cls(LlamaModel(read_gguf(gguf).path, vocab_only=True))
 
     def count(self, text: str) -> int:
         """Tokens of a text."""

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from so8t_core.errors import InputError
-from so8t_core.files import sha256_file
 from verification.commands.lint_result import (
     LintCheck,
     LintFinding,
@@ -114,13 +113,13 @@ def lint(
                 run.timed("tokens", lambda: run.against_tokens(sources.reference, model))
         if sources is not None:
             run.timed("metadata", lambda: run.against_metadata(sources.reference, converted))
-    digest = sha256_file(opened.path)
+    digest = opened.digest
     run.seconds["total"] = round(time.monotonic() - start, 2)
     return LintReport(
         verdict=_verdict(run.checks),
         file=writable(str(opened.path)),
         sha256=digest,
-        bytes=opened.path.stat().st_size,
+        bytes=opened.size,
         architecture=opened.architecture,
         file_type=opened.file_type,
         tensors_total=len(opened.tensors),

@@ -31,7 +31,11 @@ _BY_BLOCK = ("feed_forward_length", "attention.head_count", "attention.head_coun
 
 
 def layout(file: GGUFFile) -> list[Finding]:
-    """Tensor data that is not where it should be."""
+    """Tensor data that is not where it should be, in each shard."""
+    return [finding for shard in file.shards for finding in _layout(shard)]
+
+
+def _layout(file: GGUFFile) -> list[Finding]:
     alignment = int(file.metadata.get("general.alignment", 32))
     found: list[Finding] = []
     end = None

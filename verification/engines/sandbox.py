@@ -50,9 +50,11 @@ class Vocabulary:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        gib = self.path.stat().st_size / (1 << 30)
-        seconds = _SECONDS + gib * _SECONDS_A_GIB
-        memory = _MEMORY + _A_BYTE * min(self.path.stat().st_size, _HEADER)
+        from verification.gguf.split_set import set_size, shard_paths  # here: see `require_loadable`
+
+        size = set_size(shard_paths(self.path))
+        seconds = _SECONDS + size / (1 << 30) * _SECONDS_A_GIB
+        memory = _MEMORY + _A_BYTE * min(size, _HEADER)
         self._child = Child(Path(__file__), Limits(memory, seconds, _WALL * seconds), name="llama.cpp")
         self.refused, self._facts = "", dict[str, Any](template=None)
         self._tokens: dict[int, Token] = {}
