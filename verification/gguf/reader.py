@@ -275,7 +275,7 @@ def _read_file(path: Path) -> GGUFFile:
     size = path.stat().st_size
     if size < 24:
         raise InputError(f"{path} is not a GGUF file: it has {size} bytes, the header alone needs 24. {_AGAIN}")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
+    data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # a memmap's own slices and views cost more
     cursor = Cursor(path, data)
     magic = bytes(cursor.take(4))
     if magic != b"GGUF":

@@ -30,9 +30,9 @@ def judged(family: Family, candidate: Path) -> Report:
 
 def test_a_healthy_set_passes_with_the_digits_of_the_single_file(family: Family, shards: list[Path]) -> None:
     whole, found = judged(family, family.files["Q8_0"]), judged(family, shards[1])
-    checks = {(leg.name, c.name): (c.status, c.value, c.interval) for leg in whole.legs for c in leg.checks}
-    assert checks == {(leg.name, c.name): (c.status, c.value, c.interval) for leg in found.legs for c in leg.checks}
-    assert found.verdict == whole.verdict and found.divergences == whole.divergences and found.tensors == whole.tensors
+    numbers = [{(leg.name, c.name): (c.status, c.value) for leg in r.legs for c in leg.checks} for r in (whole, found)]
+    assert numbers[0] == numbers[1]  # intervals are drawn with a seed out of the digest
+    assert found.verdict == whole.verdict and found.tensors == whole.tensors
     (artefact,) = (a for a in found.artefacts if a.role == "candidate")
     lines = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in shards)
     assert artefact.path == str(shards[0]) and artefact.sha256 == hashlib.sha256(lines.encode()).hexdigest()
@@ -64,7 +64,7 @@ def test_lint_and_kld_take_a_set_as_one_file(family: Family, shards: list[Path],
     assert found.verdict == alone.verdict == "pass"
     assert [(c.name, c.status) for c in found.checks] == [(c.name, c.status) for c in alone.checks]
     base = tmp_path / "b.kld"
-    write_base_of(family.reference, base, chunks=2, n_ctx=64)
+    write_base_of(family.reference, base, chunks=4, n_ctx=64)
     assert candidate_statistics(base, shards[2]).text == candidate_statistics(base, family.files["Q8_0"]).text
 
 
