@@ -55,7 +55,7 @@ def checkpoint(given: Path) -> Path:
 
 
 def gguf_file(given: Path) -> Path:
-    """A GGUF file: the one given, or the hub's file of an id, fetched; of a set of shards all, and the first one's path.
+    """A GGUF file: the one given, or the hub's file of an id, fetched; a set's shards all, the first one's path.
 
     Raises:
         InputError: the hub did not give it, or the id names a repository of several files.
@@ -71,7 +71,8 @@ def gguf_file(given: Path) -> Path:
             names = HfApi().list_repo_files(found.repo, revision=found.revision)
             name = _one_of([n for n in names if n.endswith(".gguf")], found, str(given))
         shards = [path.as_posix() for path in shard_paths(Path(name))]  # of a set all, of a file itself
-        return [Path(hf_hub_download(found.repo, one, revision=found.revision)) for one in shards][0]
+        first, *_ = [Path(hf_hub_download(found.repo, one, revision=found.revision)) for one in shards]
+        return first
     except hub_errors() as error:
         what = f"{str(given)!r} is no file here and the hub did not give it"
         raise not_on_the_hub(what, error, "Check the id, log in with `hf auth login`, or give a file") from None

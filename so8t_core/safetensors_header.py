@@ -66,7 +66,10 @@ def read_header(path: Path) -> tuple[bytes, list[Entry], dict[str, Any]]:
         if len(fields["shape"]) > MAX_RANK:
             raise InputError(f"{path}: {name} has {len(fields['shape'])} dimensions, at most {MAX_RANK} are read")
     spans = sorted((*fields["data_offsets"], name) for name, fields in header.items())
-    entries = [Entry(n, header[n]["dtype"], tuple(header[n]["shape"]), end - start, 8 + size + start) for start, end, n in spans]
+    entries = [
+        Entry(name, header[name]["dtype"], tuple(header[name]["shape"]), end - start, 8 + size + start)
+        for start, end, name in spans
+    ]
     return length + raw, entries, metadata
 
 

@@ -1,8 +1,9 @@
 """A folder of GGUF files as the candidates of one verification: which files it holds, and a run that goes on.
 
-Every file that llama.cpp would run as a model is a candidate. Projectors, LoRAs and importance matrices are known by
-their tensors, never by their name, and are said in a line each. A set of shards is one candidate. What a stage measured of one file is kept under `measured/` until the report is whole: a run that was
-stopped measures only what is missing, and runs the reference only where something is.
+Every file of a language model is a candidate, a set of shards one. Projectors, LoRAs and other kinds are known by their
+keys and tensors, never by their name, and are said in a line each. What a stage measured of one file is kept under
+`measured/` until the report is whole: a run that was stopped measures only what is missing, and runs the reference only
+where something is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from so8t_core.files import write_text
 from verification.commands.request import VerifyRequest
 from verification.commands.stage import Run, Stage
 from verification.gate.report import SCHEMA_VERSION, Leg, LegName, Report
+from verification.gguf.kind import kind_of, require_logits
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.show.write import load_report, to_json
 
@@ -43,12 +45,13 @@ def candidates_of(paths: Sequence[str | Path]) -> Found:
     """The files of a list of GGUF files and folders, folders with everything below them.
 
     Raises:
-        InputError: a file that is no readable GGUF, or a folder without a model.
+        InputError: a file that is no readable GGUF or no language model, or a folder without one.
     """
     found = Found()
     for path in map(Path, paths):
         if not path.is_dir():
             file = read_gguf(path)
+            require_logits(file)
             if not (file.parts and any(file.path == other.path for other in found.files)):  # another shard of the set
                 found.files.append(file)
             continue
@@ -65,23 +68,11 @@ def candidates_of(paths: Sequence[str | Path]) -> Found:
 
 
 def _sort(file: GGUFFile, shown: Path, found: Found) -> None:
-    kind = _other_kind(file)
-    if kind:
-        found.notes.append(f"{shown} is {kind} and no model: it was not judged.")
-    else:
+    kind = kind_of(file)
+    if kind.has_logits:
         found.files.append(file)
-
-
-def _other_kind(file: GGUFFile) -> str:
-    """What a file is that llama.cpp runs as no model; empty for a model."""
-    names = list(file.tensors)
-    if file.architecture == "clip":
-        return "a projector"
-    if names and all(name.endswith((".lora_a", ".lora_b")) for name in names):
-        return "a LoRA"
-    if names and all(name.endswith((".in_sum2", ".counts")) for name in names):
-        return "an importance matrix"
-    return ""
+    else:
+        found.notes.append(f"{shown} is {kind.noun}, which has no logits to compare: it was not judged.")
 
 
 def resumable(stages: Sequence[Stage], run: Run, folder: Path) -> list[Stage]:

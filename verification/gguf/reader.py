@@ -265,7 +265,8 @@ def _joined_files(file: GGUFFile) -> bool:
     alignment = file.metadata.get("general.alignment", 32)
     end = max((tensor.offset + tensor.raw.size for tensor in file.tensors.values()), default=file.header)
     with file.path.open("rb") as stream:
-        return any(stream.seek(at) == at and stream.read(4) == b"GGUF" for at in (end, -(-end // alignment) * alignment))
+        places = (end, -(-end // alignment) * alignment)
+        return any(stream.seek(at) == at and stream.read(4) == b"GGUF" for at in places)
 
 
 def _read_file(path: Path) -> GGUFFile:

@@ -1,8 +1,8 @@
-"""A model in shards, `NAME-00001-of-00003.gguf` to `NAME-00003-of-00003.gguf`: what belongs together, and what does not.
+"""A model in shards, `NAME-00001-of-00003.gguf` to `NAME-00003-of-00003.gguf`: what is one set, and what is none.
 
 llama.cpp opens the first shard, finds the others by that name, and takes the metadata of the first alone. Each shard
-states `split.count`, `split.no` (from 0) and `split.tensors.count` (of all shards). The digest of a set is the sha256 of
-what sha256sum prints of its shards in their order: `sha256sum NAME-*-of-00003.gguf | sha256sum`, in their folder.
+states `split.count`, `split.no` (from 0) and `split.tensors.count` (of all shards). The digest of a set is the sha256
+of what sha256sum prints of its shards in their order: `sha256sum NAME-*-of-00003.gguf | sha256sum`, in their folder.
 Source: llama.cpp, src/llama-model-loader.cpp and tools/gguf-split.
 """
 
@@ -68,7 +68,7 @@ def siblings(path: Path, metadata: dict[str, Any]) -> list[Path]:
     if count > MAX_SHARDS:
         raise InputError(f"{path} states split.count {count}, at most {MAX_SHARDS} shards are read; it is damaged")
     if number >= count:
-        raise InputError(f"{path} states split.no {number}, which counts from 0 and stays below its split.count {count}")
+        raise InputError(f"{path} states split.no {number}, from 0 and below its split.count {count}; it is damaged")
     found, wanted = _NAME.fullmatch(path.name), f"-{number + 1:05}-of-{count:05}.gguf"
     if found is None:
         raise InputError(
@@ -102,7 +102,7 @@ def require_one_model(shards: Sequence[GGUFFile]) -> None:
     first = shards[0]
     for shard in shards:
         _require_same_model(shard, first)
-    stated = {shard.metadata.get("split.tensors.count") for shard in shards} - {None}
+    stated = {m["split.tensors.count"] for m in (shard.metadata for shard in shards) if "split.tensors.count" in m}
     held = sum(len(shard.tensors) for shard in shards)
     where: dict[str, Path] = {}
     for shard in shards:

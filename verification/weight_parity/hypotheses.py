@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # torch and what is built on it take seconds to import, and o
 
 Array = npt.NDArray[np.float32]
 Role = Literal["o", "v", "q", "k", "other"]
-Rotation: TypeAlias = "torch.Tensor | Fold"  # R (in/8, 8, 8), float64; a fold where the map of the input is more than that
+# R (in/8, 8, 8), float64; a fold where the map of the input is more than that
+Rotation: TypeAlias = "torch.Tensor | Fold"
 EXPECTED = "expected"
 BASE = "the base's own weight (nothing baked)"
 UNROTATED, TURNED_BACK, TWICE = "not rotated (R missing)", "rotated back (R^T in place of R)", "rotated twice"

@@ -32,10 +32,10 @@ def test_a_healthy_set_passes_with_the_digits_of_the_single_file(family: Family,
     whole, found = judged(family, family.files["Q8_0"]), judged(family, shards[1])
     numbers = [{(leg.name, c.name): (c.status, c.value) for leg in r.legs for c in leg.checks} for r in (whole, found)]
     assert numbers[0] == numbers[1]  # intervals are drawn with a seed out of the digest
-    assert found.verdict == whole.verdict and found.tensors == whole.tensors
+    assert (found.verdict, found.tensors) == (whole.verdict, whole.tensors)
     (artefact,) = (a for a in found.artefacts if a.role == "candidate")
     lines = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in shards)
-    assert artefact.path == str(shards[0]) and artefact.sha256 == hashlib.sha256(lines.encode()).hexdigest()
+    assert (artefact.path, artefact.sha256) == (str(shards[0]), hashlib.sha256(lines.encode()).hexdigest())
     assert artefact.bytes == sum(path.stat().st_size for path in shards)
 
 
