@@ -213,7 +213,7 @@ def test_a_damaged_number_is_found_in_every_kind(tmp_path: Path) -> None:
         ({}, {"blk.0.attn_q.weight.lora_b": None}, "lora_a alone (half of a pair is missing)"),
         ({}, {"blk.0.attn_q.weight.lora_b": (WIDTH, 3)}, "lora_b [32, 3] (halves of two adapters)"),
         ({}, {"blk.0.ffn_up.weight": (4, 4)}, "blk.0.ffn_up.weight: another"),
-        ({"adapter.lora.alpha": 0.0}, {}, "adapter.lora.alpha: 0.0 (the adapter does nothing)"),
+        ({"adapter.lora.alpha": 0.0}, {}, "adapter.lora.alpha: 0 (the adapter does nothing)"),
         ({"adapter.type": "loha"}, {}, "adapter.type: 'loha'"),
     ],
 )
