@@ -32,6 +32,7 @@ from so8t_core.errors import InputError
 from verification.engines import chat_template
 from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 from verification.engines.sandbox import require_loadable
+from verification.gguf.kind import require_logits
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.gguf.split_set import set_stem
 from verification.reference.rope import limit_of_file
@@ -146,6 +147,7 @@ class LlamaEngine:
         if not gguf.exists():
             raise InputError(f"{gguf} does not exist; `so8t convert` makes GGUF files")
         file = read_gguf(gguf)
+        require_logits(file)
         gguf = file.path  # of a set of shards the first
         self.model_id, self.digest = file.stem, f"sha256:{file.digest}"
         self.max_new_tokens = max_new_tokens

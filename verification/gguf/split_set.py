@@ -10,19 +10,32 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_file
 
-if TYPE_CHECKING:
-    from verification.gguf.reader import GGUFFile
-
 MAX_SHARDS = 1_000  # the largest published sets have about 200
 _NAME = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _WIDTH = re.compile(r"(blk\.\d+\.(attn_norm|ffn_norm)|output_norm)\.weight")  # one weight a channel in every family
+
+
+class Shard(Protocol):
+    """What of a `GGUFFile` is looked at here."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+    def get(self, key: str) -> Any:
+        """A value of its architecture."""
 
 
 def shard_paths(path: Path) -> list[Path]:
@@ -93,7 +106,7 @@ def siblings(path: Path, metadata: dict[str, Any]) -> list[Path]:
     return paths
 
 
-def require_one_model(shards: Sequence[GGUFFile]) -> None:
+def require_one_model(shards: Sequence[Shard]) -> None:
     """Refuse shards that are not one split of one model; `shards` in their order, names and numbers held already.
 
     Raises:
@@ -120,7 +133,7 @@ def require_one_model(shards: Sequence[GGUFFile]) -> None:
         )
 
 
-def _require_same_model(shard: GGUFFile, first: GGUFFile) -> None:
+def _require_same_model(shard: Shard, first: Shard) -> None:
     for key, value in shard.metadata.items():
         if key != "split.no" and key in first.metadata and first.metadata[key] != value:
             raise InputError(
