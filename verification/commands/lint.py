@@ -32,6 +32,7 @@ from verification.commands.lint_result import (
 )
 from verification.contract import chat, file_structure, metadata, other_kinds, tokens
 from verification.contract.checks import TITLES, aborts, vocabulary_findings
+from verification.contract.effects import written_otherwise
 from verification.contract.finding import Finding, writable
 from verification.engines.child import ChildDied
 from verification.engines.convert import convert_metadata
@@ -54,6 +55,7 @@ _TITLES = TITLES | {
     "tokenises": "llama.cpp tokenises texts with the file",
     "template_powers": "What the chat template can do beside laying out a chat",
     "local_paths": "Paths of a computer that the file publishes",
+    "written_otherwise": "Tokenizer keys that are written otherwise and mean the same",
     "finite_weights": "Weights that are NaN or Inf",
     "saturated_weights": "Weights at F16's end",
     "fallback_types": "Tensors in a fallback type",
@@ -354,7 +356,10 @@ class _Run:
         except InputError as error:
             self.skip("oracle_metadata", str(error))
             return
-        self.add("oracle_metadata", metadata.against_oracle(file, wanted, reference.config))
+        differ, harmless = written_otherwise(metadata.against_oracle(file, wanted, reference.config), file, wanted)
+        self.add("oracle_metadata", differ)
+        if harmless:
+            self.add("written_otherwise", harmless, note=True)
 
     def against_tokens(self, reference: Checkpoint, model: _Loaded) -> None:
         """Compare token ids, special ids, chats and the stop set."""

@@ -94,6 +94,10 @@ CHECKS = {
         "A key differs from the config.json of the model, for example a key for positions or norms. The model "
         "answers, but worse, often only in long texts. Convert again."
     ),
+    "written_otherwise": (
+        "Some keys of the tokenizer are written in another way than upstream's converter writes them today. llama.cpp "
+        "does exactly the same with both, which was tried. Nothing has to be done."
+    ),
     "oracle_metadata": (
         "The current converter of llama.cpp writes another value for this key. Convert again with a current "
         "converter, unless you want the difference."
