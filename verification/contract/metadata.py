@@ -52,6 +52,12 @@ HARMLESS = frozenset(
 _HARMLESS_FAMILIES = ("general.license.", "general.source.", "general.base_model.", "general.dataset.")
 _SAMPLING = "general.sampling."
 _MEND = "convert the reference again, or set the key with gguf's gguf-set-metadata and lint once more"
+_GRANITE = {  # key -> config.json's name
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 _BY_LAYER = frozenset({"feed_forward_length", "attention.head_count", "attention.head_count_kv"})
 # llama.cpp masks by the window only for these; elsewhere the key is not written and every token is attended to
 _WINDOWED = frozenset({"gemma2", "gemma3", "phi3", "cohere2", "gpt-oss"})
@@ -86,7 +92,9 @@ def expected_metadata(config: dict[str, Any], architecture: str = "llama") -> di
     scaled = kind in ("linear", "yarn")
     latent = bool(get("kv_lora_rank"))  # MLA is stored as one KV head of the latent's width: the oracle's to judge
     window = get("sliding_window")
+    scales = _GRANITE if architecture.startswith("granite") else {}
     return {
+        **{key: _float(get(name)) for key, name in scales.items()},
         "block_count": get("num_hidden_layers"),
         "context_length": get("max_position_embeddings"),
         "embedding_length": get("hidden_size"),
