@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from pipeline.config import DEMO_MODEL
 from so8t_core.errors import InputError
+from verification.gguf.split_set import set_stem, shard_paths
 
 CHECKPOINT = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -54,7 +55,7 @@ def checkpoint(given: Path) -> Path:
 
 
 def gguf_file(given: Path) -> Path:
-    """A GGUF file: the one given, or the hub's file of an id, fetched.
+    """A GGUF file: the one given, or the hub's file of an id, fetched; a set's shards all, the first one's path.
 
     Raises:
         InputError: the hub did not give it, or the id names a repository of several files.
@@ -69,13 +70,16 @@ def gguf_file(given: Path) -> Path:
         if name is None:
             names = HfApi().list_repo_files(found.repo, revision=found.revision)
             name = _one_of([n for n in names if n.endswith(".gguf")], found, str(given))
-        return Path(hf_hub_download(found.repo, name, revision=found.revision))
+        shards = [path.as_posix() for path in shard_paths(Path(name))]  # of a set all, of a file itself
+        first, *_ = [Path(hf_hub_download(found.repo, one, revision=found.revision)) for one in shards]
+        return first
     except hub_errors() as error:
         what = f"{str(given)!r} is no file here and the hub did not give it"
         raise not_on_the_hub(what, error, "Check the id, log in with `hf auth login`, or give a file") from None
 
 
 def _one_of(names: list[str], wanted: HubId, given: str) -> str:
+    names = list(dict.fromkeys(shard_paths(Path(name))[0].as_posix() for name in names))
     fitting = [n for n in names if wanted.type is None or _type_of(n) == wanted.type.upper()]
     if len(fitting) == 1:
         return fitting[0]
@@ -88,7 +92,7 @@ def _one_of(names: list[str], wanted: HubId, given: str) -> str:
 
 def _type_of(name: str) -> str:
     """ "Q4_K_M" of "folder/my-model-Q4_K_M.gguf" or "my-model.Q4_K_M.gguf"."""
-    return re.split(r"[-./]", name.removesuffix(".gguf"))[-1].upper()
+    return re.split(r"[-./]", set_stem(Path(name)))[-1].upper()
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str], *, named: str) -> Path:

@@ -26,7 +26,8 @@ from so8t_core.exponential import BLOCK, PARAMETERS
 from so8t_core.files import atomic_dir, read_json
 from so8t_core.folding import Fold, named
 from so8t_core.gate import RotationGate
-from so8t_core.safetensors_stream import FLOATS, read_entries, rewrite
+from so8t_core.safetensors_header import read_entries
+from so8t_core.safetensors_stream import FLOATS, rewrite
 from so8t_core.store import KEY_PREFIX, active_adapter, read_adapter, replace_layers
 from so8t_core.weight_files import INDEX, SINGLE, WeightFiles
 

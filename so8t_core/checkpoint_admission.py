@@ -15,7 +15,7 @@ from typing import Any
 
 from so8t_core.errors import InputError
 from so8t_core.files import read_json
-from so8t_core.safetensors_stream import FLOATS
+from so8t_core.safetensors_header import FLOATS
 from so8t_core.weight_files import WeightFiles, weight_files
 
 _QUANTISED_KEYS = ("quantization_config", "compression_config")

@@ -26,7 +26,7 @@ from so8t_core.config import METHOD, SO8TConfig
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, read_json, write_text
 from so8t_core.gate import refresh_apart
-from so8t_core.safetensors_stream import FLOATS, read_entries
+from so8t_core.safetensors_header import FLOATS, read_entries
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from so8t_core.errors import InputError, one_line
 from so8t_core.files import read_json
-from so8t_core.safetensors_stream import MAX_TENSORS, Entry, read_entries
+from so8t_core.safetensors_header import MAX_TENSORS, Entry, read_entries
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -202,6 +202,13 @@ def _quiet_transformers() -> None:
     chatter.disable_progress_bar()
 
 
+def _leave_torch_out() -> None:
+    """Let transformers find no torch in this process: its tokenizers need none, and the import takes seconds."""
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module is not there
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # "PyTorch was not found"
+
+
 def _execute(
     config: Path | str,
     overrides: list[str] | None,
@@ -660,6 +667,8 @@ def lint(
         with page() as console:
             console.print(all_explanations())
         return
+    if adapter is None and is_program(main):
+        _leave_torch_out()
     _quiet_transformers()
     from pipeline import hub
 

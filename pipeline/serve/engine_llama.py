@@ -29,10 +29,10 @@ from pipeline.serve.forms.of_model import form_of_file, modelfile_beside
 from pipeline.serve.request_error import Refusal, invalid
 from pipeline.serve.tokens import Tokens
 from so8t_core.errors import InputError
-from so8t_core.files import sha256_file
 from verification.engines import chat_template
 from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 from verification.engines.sandbox import require_loadable
+from verification.gguf.kind import require_logits
 from verification.gguf.reader import read_gguf
 from verification.reference.rope import limit_of_file
 
@@ -116,11 +116,13 @@ class LlamaEngine:
         threads: int | None = None,
         form: Form | None = None,
     ) -> None:
-        if not gguf.is_file():
+        if not gguf.exists():
             raise InputError(f"{gguf} does not exist; `so8t convert` makes GGUF files")
-        self.model_id, self.digest = gguf.stem, f"sha256:{sha256_file(gguf)}"
-        self.max_new_tokens = max_new_tokens
         file = read_gguf(gguf)
+        require_logits(file)
+        gguf = file.path  # of a set of shards the first
+        self.model_id, self.digest = file.stem, f"sha256:{file.digest}"
+        self.max_new_tokens = max_new_tokens
         require_loadable(gguf)  # a damaged file can end the process that opens it
         self.model = LlamaModel(gguf)
         self.tokens = Tokens(self.model)

@@ -11,6 +11,7 @@ from pipeline.serve.counter import Counter
 from so8t_core.errors import InputError
 from verification.engines.llama_model import LlamaModel
 from verification.engines.sandbox import Vocabulary
+from verification.gguf.reader import read_gguf
 
 
 class Tokens(Counter):
@@ -26,10 +27,11 @@ class Tokens(Counter):
         Raises:
             InputError: llama.cpp cannot load it; a child process tries first, because a damaged file can end it.
         """
-        with Vocabulary(gguf) as vocabulary:
+        path = read_gguf(gguf).path
+        with Vocabulary(path) as vocabulary:
             if vocabulary.refused:
                 raise InputError(f"llama.cpp does not load {gguf}: {vocabulary.refused}")
-        return cls(LlamaModel(gguf, vocab_only=True))
+        return cls(LlamaModel(path, vocab_only=True))
 
     def ids(self, text: str) -> list[int]:
         """See `Counter`."""

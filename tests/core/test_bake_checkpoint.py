@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from so8t_core import InputError, SO8TConfig, attach, bake_checkpoint, save_adapter
 from so8t_core.files import sha256_path
-from so8t_core.safetensors_stream import CHUNK, read_entries
+from so8t_core.safetensors_header import read_entries
+from so8t_core.safetensors_stream import CHUNK
 
 VOCAB = 200_000  # embedding and head are 25.6 MB each, the folded weights 4 KB
 SHARD = 30_000_000

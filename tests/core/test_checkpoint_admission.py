@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from so8t_core import InputError, SO8TConfig, attach, bake_checkpoint, load_adapter, save_adapter
 from so8t_core.checkpoint_admission import admit_checkpoint
-from so8t_core.safetensors_stream import read_entries
+from so8t_core.safetensors_header import read_entries
 from so8t_core.weight_files import INDEX, SINGLE
 
 

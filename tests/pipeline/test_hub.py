@@ -79,6 +79,14 @@ def test_ids_give_their_data_files_and_nothing_that_runs(hub: Hub, tmp_path: Pat
     assert not any(".py" in request or ".bin" in request for request in hub.requests)
 
 
+def test_a_set_of_shards_is_fetched_whole(hub: Hub, tmp_path: Path) -> None:
+    shards = {f"sub/big-Q6_K-{n:05}-of-00003.gguf": b"six" if n == 1 else b"more" for n in (1, 2, 3)}
+    hub.models["me/sets"] = {**shards, "sub/big-Q8_0.gguf": b"eight"}
+    found = ask(hub, tmp_path, ("gguf_file", "me/sets:Q6_K"), ("gguf_file", "me/sets/sub/big-Q6_K-00002-of-00003.gguf"))
+    assert found == ["six", "six"]
+    assert all(any(name in request for request in hub.requests) for name in shards)
+
+
 def test_what_the_hub_has_not_is_refused_in_a_line_with_a_way_out(hub: Hub, tmp_path: Path) -> None:
     asked = [
         ("checkpoint", "me/nothing"),

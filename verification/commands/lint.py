@@ -30,13 +30,16 @@ from verification.commands.lint_result import (
     hypothesis_rows,
     tensor_row,
 )
-from verification.contract import chat, file_structure, metadata, tokens
+from verification.contract import chat, file_structure, metadata, other_kinds, tokens
 from verification.contract.checks import TITLES, aborts, vocabulary_findings
+from verification.contract.effects import written_otherwise
 from verification.contract.finding import Finding, writable
 from verification.engines.child import ChildDied
 from verification.engines.convert import convert_metadata
 from verification.engines.sandbox import Vocabulary
 from verification.gguf.cache import Memory
+from verification.gguf.imatrix import is_legacy_imatrix, read_imatrix
+from verification.gguf.kind import kind_of
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity.compare import Examination, Sources, rotations
@@ -46,10 +49,13 @@ from verification.weight_parity.result import TensorResult
 
 _FLUSHED = 1e-3  # share of a tensor's weights that is worth a note: single ones become zero in every F16 file
 _TITLES = TITLES | {
+    "kind": "What the file is, and what of it is not judged",
+    "parts": "Parts that do not belong together",
     "loads": "llama.cpp loads the file",
     "tokenises": "llama.cpp tokenises texts with the file",
     "template_powers": "What the chat template can do beside laying out a chat",
     "local_paths": "Paths of a computer that the file publishes",
+    "written_otherwise": "Tokenizer keys that are written otherwise and mean the same",
     "finite_weights": "Weights that are NaN or Inf",
     "saturated_weights": "Weights at F16's end",
     "fallback_types": "Tensors in a fallback type",
@@ -90,8 +96,12 @@ def lint(
     if reference is None and (base is not None or adapter is not None):
         raise InputError("a base or an adapter was given without the reference they were baked into; add --reference")
     start = time.monotonic()
+    if is_legacy_imatrix(file):
+        return _legacy_imatrix(Path(file), start)
     opened = read_gguf(file)
     run = _Run(opened, memory)
+    if not run.kind.loads:
+        return _of_other_kind(run, None if reference is None else Path(reference), start)
     sources = None
     if reference is not None:
         checkpoint = Checkpoint(reference)
@@ -114,13 +124,19 @@ def lint(
                 run.timed("tokens", lambda: run.against_tokens(sources.reference, model))
         if sources is not None:
             run.timed("metadata", lambda: run.against_metadata(sources.reference, converted))
-    digest = sha256_file(opened.path)
+    return _report(run, reference, start)
+
+
+def _report(run: _Run, reference: str | Path | None, start: float) -> LintReport:
+    """Everything that was found of a GGUF file."""
+    opened, digest = run.file, run.file.digest
     run.seconds["total"] = round(time.monotonic() - start, 2)
     return LintReport(
+        kind=run.kind.noun,
         verdict=_verdict(run.checks),
         file=writable(str(opened.path)),
         sha256=digest,
-        bytes=opened.path.stat().st_size,
+        bytes=opened.size,
         architecture=opened.architecture,
         file_type=opened.file_type,
         tensors_total=len(opened.tensors),
@@ -129,6 +145,54 @@ def lint(
         tensors=run.tensors,
         hypotheses=run.hypotheses,
         seconds=run.seconds,
+    )
+
+
+def _of_other_kind(run: _Run, reference: Path | None, start: float) -> LintReport:
+    """A file that llama.cpp does not load as a model: structure and numbers; of a vocabulary also what it does."""
+    kind, file = run.kind, run.file
+    if kind.name == "vocabulary":
+        with Vocabulary(file.path) as vocabulary:
+            model = _Loaded("", vocabulary)
+            run.add("vocabulary", file_structure.vocabulary(file))
+            run.add("layout", file_structure.layout(file))
+            run.add("local_paths", file_structure.published_paths(file), note=True)
+            run.vocabulary_itself(model, alone=reference is None)
+            if reference is not None:
+                run.against_tokens(Checkpoint(reference), model)
+        return _report(run, reference, start)
+    run.add("layout", file_structure.layout(file))
+    broken, saturated = file_structure.weights(file)
+    run.add("finite_weights", broken)
+    run.add("saturated_weights", saturated)
+    run.add("local_paths", file_structure.published_paths(file), note=True)
+    if reference is not None:
+        run.skip("inventory", f"{kind.noun} is not compared with a reference; --reference is for language models")
+    return _report(run, reference, start)
+
+
+def _legacy_imatrix(path: Path, start: float) -> LintReport:
+    """An importance matrix of the older form, which is no GGUF file."""
+    problem, entries = "", 0
+    try:
+        entries = len(read_imatrix(path))
+    except InputError as error:
+        problem = str(error)
+    rows = [] if not problem else [LintFinding(where=path.name, expected="sums and counts", found=writable(problem))]
+    status: Status = "fail" if problem else "pass"
+    check = LintCheck(name="parts", title=_TITLES["parts"], status=status, findings=rows)
+    return LintReport(
+        verdict=_verdict([check]),
+        kind="an importance matrix of the older form (.dat)",
+        file=writable(str(path)),
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size,
+        architecture="",
+        file_type="none",
+        tensors_total=entries,
+        reference=None,
+        checks=[check],
+        seconds={"total": round(time.monotonic() - start, 2)},
     )
 
 
@@ -168,12 +232,19 @@ class _Run:
     """The checks of one file, in the order of the report."""
 
     def __init__(self, file: GGUFFile, memory: Memory | None = None) -> None:
-        self.file, self.memory = file, memory
+        self.file, self.memory, self.kind = file, memory, kind_of(file)
         self.checks: list[LintCheck] = []
         self.tensors: list[LintTensor] = []
         self.hypotheses: list[LintHypothesis] = []
         self.seconds: dict[str, float] = {}
         self.known_good: set[str] = set()
+        if self.kind.name not in ("model", "vocabulary", "diffusion", "other"):
+            self.add("parts", other_kinds.parts(file, self.kind.name))
+        if self.kind.unjudged and not self.kind.loads:
+            self.skip("kind", f"{self.kind.noun}: its structure and numbers were judged, not {self.kind.unjudged}")
+        elif self.kind.name != "model":
+            left = f"no run of it is judged: {self.kind.unjudged}" if self.kind.unjudged else "nothing is left unjudged"
+            self.add("kind", [Finding(file.path.name, "a language model", self.kind.noun, left)], note=True)
 
     def timed(self, stage: str, work: Callable[[], None]) -> None:
         start = time.monotonic()
@@ -203,7 +274,12 @@ class _Run:
         self.add("fallback_types", file_structure.fallbacks(file), note=True)
         self.add("recipe", recipe_differences(file), note=True)
         self.add("local_paths", file_structure.published_paths(file), note=True)
-        vocabulary = model.vocabulary
+        if self.kind.name != "other":  # a decoder of sound has no vocabulary
+            self.vocabulary_itself(model, alone=alone)
+
+    def vocabulary_itself(self, model: _Loaded, *, alone: bool) -> None:
+        """Check what llama.cpp does with the file's vocabulary and template."""
+        file, vocabulary = self.file, model.vocabulary
         if vocabulary.refused:
             for name in ("tokenises", "end_of_turn"):
                 self.skip(name, f"llama.cpp cannot load the vocabulary: {vocabulary.refused}")
@@ -280,7 +356,10 @@ class _Run:
         except InputError as error:
             self.skip("oracle_metadata", str(error))
             return
-        self.add("oracle_metadata", metadata.against_oracle(file, wanted, reference.config))
+        differ, harmless = written_otherwise(metadata.against_oracle(file, wanted, reference.config), file, wanted)
+        self.add("oracle_metadata", differ)
+        if harmless:
+            self.add("written_otherwise", harmless, note=True)
 
     def against_tokens(self, reference: Checkpoint, model: _Loaded) -> None:
         """Compare token ids, special ids, chats and the stop set."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from verification.contract.finding import Code
 from verification.weight_parity.result import Drawer, TensorResult
 
-SCHEMA_VERSION = "1.2"  # 1.1: `drawer`, `why` of a tensor; 1.2: `open`
+SCHEMA_VERSION = "1.3"  # 1.1: `drawer`, `why` of a tensor; 1.2: `open`; 1.3: `kind`
 Status = Literal["pass", "fail", "note", "not evaluated"]
 Verdict = Literal["pass", "fail", "incomplete"]
 
@@ -77,6 +77,7 @@ class LintReport(_Model):
 
     schema_version: str = SCHEMA_VERSION
     verdict: Verdict
+    kind: str = "a language model"
     file: str
     sha256: str
     bytes: int

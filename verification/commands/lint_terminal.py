@@ -45,7 +45,8 @@ def headline(report: LintReport) -> str:
     failed = [check for check in report.checks if check.status == "fail"]
     faults = sum(len(check.findings) for check in failed)
     name = visible(Path(report.file).name)
-    what = f"{name} ({visible(report.architecture)}, {report.file_type}, {report.tensors_total} tensors)"
+    kind = "" if report.kind == "a language model" else f"{visible(report.kind)}, "
+    what = f"{name} ({kind}{visible(report.architecture)}, {report.file_type}, {report.tensors_total} tensors)"
     if report.verdict == "fail":
         names = ", ".join(check.name for check in failed)
         return f"FAIL: {what}: {faults} {'fault' if faults == 1 else 'faults'} in {names}"

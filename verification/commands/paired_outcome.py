@@ -20,6 +20,7 @@ from verification.engines.quantise import even_matrix, quantised_bytes
 from verification.gate.check import plain_check
 from verification.gate.report import Check
 from verification.gguf.candidate import Candidate
+from verification.gguf.reader import GGUFFile
 from verification.logit_parity.compare import measure_file
 from verification.logit_parity.intervals import mean_interval, resampled
 from verification.logit_parity.kl import Floats
@@ -40,12 +41,12 @@ def _paired(label: str, run: Run) -> None:
     if not judged:
         return
     candidate = next(file for file in run.files if file.label == label)
-    target = run.work / f"own-{candidate.file.path.stem}.gguf"
+    target = run.work / f"own-{candidate.file.stem}"
     try:
         left = distributed.from_first(lambda: own_quantisation(candidate, judged, run, target))
         own = measure_file(
             label,
-            target,
+            target / candidate.file.path.name,
             run.text,
             run.reference,
             seed=run.seed(label),
@@ -55,19 +56,25 @@ def _paired(label: str, run: Run) -> None:
         )
     finally:
         if distributed.is_first():
-            target.unlink(missing_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
     run.add("quantise", [ratio_check(label, run.chunk_klds[label], own.chunk_klds, len(judged), left, run.seed(label))])
 
 
 def own_quantisation(candidate: Candidate, judged: list[str], run: Run, target: Path) -> list[str]:
-    """Write the candidate with its judged tensors quantised here; names those that this build cannot make.
+    """Write the candidate, its judged tensors quantised here, into a folder; names those that this build cannot make.
 
     A type that is never made without a matrix is made with an even one.
     """
-    file, left = candidate.file, []
-    shutil.copyfile(file.path, target)
-    with target.open("r+b") as stream:
-        for name in judged:
+    target.mkdir()
+    return [name for shard in candidate.file.shards for name in _write_own(shard, judged, run, target)]
+
+
+def _write_own(file: GGUFFile, judged: list[str], run: Run, folder: Path) -> list[str]:
+    """One file, or one shard, with those of its tensors."""
+    left = []
+    shutil.copyfile(file.path, folder / file.path.name)
+    with (folder / file.path.name).open("r+b") as stream:
+        for name in (name for name in judged if name in file.tensors):
             tensor, source = file.tensors[name], run.conversions.tensor("F16", name)
             matrix = run.oracle.imatrix.get(name)
             if source is None or source.shape != tensor.shape:

@@ -20,6 +20,7 @@ from verification.engines.program_digests import llama_digest
 from verification.gate.policy import DEFAULT_POLICY, Policy
 from verification.gate.report import Artefact
 from verification.gguf.candidate import Candidate
+from verification.gguf.split_set import set_digest, set_size, shard_paths
 from verification.logit_parity.text import DEFAULT_CORPUS
 
 Role = Literal["reference", "reference_file", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
@@ -44,7 +45,7 @@ def artefacts(
     texts = [corpus] if isinstance(corpus, str | Path) else list(corpus or [DEFAULT_CORPUS])
     by_file = reference.is_file()  # it carries the tokens of its own text
     found = [_artefact("reference_file" if by_file else "reference", reference)]
-    found += [_artefact("candidate", c.file.path, c.label, c.file.file_type) for c in files]
+    found += [_candidate(c) for c in files]
     found += [_artefact("base", base)] if base is not None else []
     found += [_artefact("adapter", adapter)] if adapter is not None else []
     found += [] if by_file else [_artefact("corpus", path) for path in texts]
@@ -65,6 +66,19 @@ def _artefact(role: Role, path: str | Path, label: str = "", kind: str = "") -> 
     return Artefact(role=role, path=str(path), sha256=sha256_path(path), bytes=size_of(path), label=label, type=kind)
 
 
+def _candidate(candidate: Candidate) -> Artefact:
+    """A file, or a set of shards by the path of its first and the digest of all."""
+    file = candidate.file
+    return Artefact(
+        role="candidate",
+        path=str(file.path),
+        sha256=file.digest,
+        bytes=file.size,
+        label=candidate.label,
+        type=file.file_type,
+    )
+
+
 def changed_artefacts(artefacts: Sequence[Artefact]) -> tuple[list[str], list[str]]:
     """Paths of a report's inputs that are here but no longer what was measured, and of those that are not here.
 
@@ -77,9 +91,20 @@ def changed_artefacts(artefacts: Sequence[Artefact]) -> tuple[list[str], list[st
         if artefact.role != "policy" and Path(artefact.path) != DEFAULT_CORPUS:
             if not _is_here(artefact.path):
                 absent.append(artefact.path)
-            elif not _has_size(Path(artefact.path), artefact.bytes) or sha256_path(artefact.path) != artefact.sha256:
+            elif _changed(artefact):
                 changed.append(artefact.path)
     return changed, absent
+
+
+def _changed(artefact: Artefact) -> bool:
+    """Whether other bytes are there; a candidate of another size than its file's may be a set of shards."""
+    path = Path(artefact.path)
+    if _has_size(path, artefact.bytes):
+        return sha256_path(path) != artefact.sha256
+    shards = shard_paths(path) if artefact.role == "candidate" else []
+    if len(shards) < 2 or not all(shard.is_file() for shard in shards) or set_size(shards) != artefact.bytes:
+        return True
+    return set_digest(shards) != artefact.sha256
 
 
 def _is_here(path: str) -> bool:

@@ -1,9 +1,9 @@
 """A folder of GGUF files as the candidates of one verification: which files it holds, and a run that goes on.
 
-Every file that llama.cpp would run as a model is a candidate. Projectors, LoRAs and importance matrices are known by
-their tensors, never by their name, and are said in a line each. A set of parts is not read here and leaves the verdict
-incomplete. What a stage measured of one file is kept under `measured/` until the report is whole: a run that was
-stopped measures only what is missing, and runs the reference only where something is.
+Every file of a language model is a candidate, a set of shards one. Projectors, LoRAs and other kinds are known by their
+keys and tensors, never by their name, and are said in a line each. What a stage measured of one file is kept under
+`measured/` until the report is whole: a run that was stopped measures only what is missing, and runs the reference only
+where something is.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from so8t_core.errors import InputError
 from so8t_core.files import write_text
 from verification.commands.request import VerifyRequest
 from verification.commands.stage import Run, Stage
-from verification.gate.check import plain_check
-from verification.gate.report import SCHEMA_VERSION, Check, Leg, LegName, Report
+from verification.gate.report import SCHEMA_VERSION, Leg, LegName, Report
+from verification.gguf.kind import kind_of, require_logits
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.show.write import load_report, to_json
 
 KEPT = "measured"
-_PART = "is one part of a file split into"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Found:
 
     files: list[GGUFFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # a line for each file that is no model
-    unread: list[Check] = field(default_factory=list)  # of files that are models and cannot be judged here
 
 
 def is_repository(request: VerifyRequest) -> bool:
@@ -47,49 +45,34 @@ def candidates_of(paths: Sequence[str | Path]) -> Found:
     """The files of a list of GGUF files and folders, folders with everything below them.
 
     Raises:
-        InputError: a file that is no readable GGUF, or a folder without a model.
+        InputError: a file that is no readable GGUF or no language model, or a folder without one.
     """
     found = Found()
     for path in map(Path, paths):
         if not path.is_dir():
-            found.files.append(read_gguf(path))
+            file = read_gguf(path)
+            require_logits(file)
+            if not (file.parts and any(file.path == other.path for other in found.files)):  # another shard of the set
+                found.files.append(file)
             continue
-        before = len(found.files) + len(found.unread)
-        for file in sorted(path.rglob("*.gguf")):
-            _sort(file, file.relative_to(path), found)
-        if len(found.files) + len(found.unread) == before:
+        before = len(found.files)
+        read: set[Path] = set()
+        for one in sorted(path.rglob("*.gguf")):
+            if one not in read:
+                file = read_gguf(one)
+                read.update(shard.path for shard in file.shards)
+                _sort(file, one.relative_to(path), found)
+        if len(found.files) == before:
             raise InputError(f"{path} holds no GGUF file of a model; give a folder with .gguf files, or the files")
-    if found.unread and not found.files:
-        raise InputError(found.unread[0].detail)
     return found
 
 
-def _sort(path: Path, shown: Path, found: Found) -> None:
-    try:
-        file = read_gguf(path)
-    except InputError as error:
-        if _PART not in str(error):
-            raise
-        why = f"{shown} {str(error).removeprefix(f'{path} ')}"
-        found.unread.append(plain_check("contract.whole_file", "File read whole", None, subject=str(shown), detail=why))
-        return
-    kind = _other_kind(file)
-    if kind:
-        found.notes.append(f"{shown} is {kind} and no model: it was not judged.")
-    else:
+def _sort(file: GGUFFile, shown: Path, found: Found) -> None:
+    kind = kind_of(file)
+    if kind.has_logits:
         found.files.append(file)
-
-
-def _other_kind(file: GGUFFile) -> str:
-    """What a file is that llama.cpp runs as no model; empty for a model."""
-    names = list(file.tensors)
-    if file.architecture == "clip":
-        return "a projector"
-    if names and all(name.endswith((".lora_a", ".lora_b")) for name in names):
-        return "a LoRA"
-    if names and all(name.endswith((".in_sum2", ".counts")) for name in names):
-        return "an importance matrix"
-    return ""
+    else:
+        found.notes.append(f"{shown} is {kind.noun}, which has no logits to compare: it was not judged.")
 
 
 def resumable(stages: Sequence[Stage], run: Run, folder: Path) -> list[Stage]:

@@ -93,7 +93,6 @@ def verify_request(request: VerifyRequest) -> Report:
             wanted = stages(run)
         if kept is not None:
             wanted = resumable(wanted, run, kept)
-        run.add("contract", found.unread)
         with Interruption() as interruption:
             try:
                 carry_out(wanted, run)

@@ -7,6 +7,14 @@ from __future__ import annotations
 
 CHECKS = {
     # the file by itself
+    "kind": (
+        "The file is no language model but something that belongs to one, or a model for another task. What can be "
+        "judged of it was; the line names the rest. That is no fault."
+    ),
+    "parts": (
+        "The file lacks a part that it needs, or holds parts of two files, for example half of a LoRA's pair or a "
+        "projector without a layer. Programs refuse it or compute nonsense."
+    ),
     "loads": "llama.cpp refuses the file: nobody can run it. A tensor or a key is missing or has another shape.",
     "layout": (
         "Tensor data lies in a wrong place, or hidden bytes lie between or behind tensors. Programs may read "
@@ -85,6 +93,10 @@ CHECKS = {
     "metadata": (
         "A key differs from the config.json of the model, for example a key for positions or norms. The model "
         "answers, but worse, often only in long texts. Convert again."
+    ),
+    "written_otherwise": (
+        "Some keys of the tokenizer are written in another way than upstream's converter writes them today. llama.cpp "
+        "does exactly the same with both, which was tried. Nothing has to be done."
     ),
     "oracle_metadata": (
         "The current converter of llama.cpp writes another value for this key. Convert again with a current "

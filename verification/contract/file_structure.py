@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from verification.contract.finding import Finding, show
 from verification.engines.quantise import main_type, nominal_types
+from verification.gguf.kind import kind_of
 from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import FLOAT_TYPES, GGUFFile
 
@@ -31,7 +32,11 @@ _BY_BLOCK = ("feed_forward_length", "attention.head_count", "attention.head_coun
 
 
 def layout(file: GGUFFile) -> list[Finding]:
-    """Tensor data that is not where it should be."""
+    """Tensor data that is not where it should be, in each shard."""
+    return [finding for shard in file.shards for finding in _layout(shard)]
+
+
+def _layout(file: GGUFFile) -> list[Finding]:
     alignment = int(file.metadata.get("general.alignment", 32))
     found: list[Finding] = []
     end = None
@@ -118,6 +123,8 @@ def vocabulary(file: GGUFFile) -> list[Finding]:
     """Token lists and special ids that do not fit together."""
     tokens = file.metadata.get("tokenizer.ggml.tokens") or []
     found: list[Finding] = []
+    if not tokens and file.metadata.get("tokenizer.ggml.model") in ("none", "no_vocab"):
+        return []
     if not tokens:
         return [Finding("tokenizer.ggml.tokens", "a vocabulary", "nothing", _AGAIN)]
     for name in ("token_type", "scores"):
@@ -125,6 +132,8 @@ def vocabulary(file: GGUFFile) -> list[Finding]:
         if values is not None and len(values) != len(tokens):
             found.append(Finding(f"tokenizer.ggml.{name}", f"{len(tokens)} items", f"{len(values)}", _AGAIN))
     types = file.metadata.get("tokenizer.ggml.token_type") or []
+    if not any(types) and not kind_of(file).has_logits:  # an encoder writes no text: older ones give no token a type
+        types = []
     found += _token_lists(file, tokens)
     for key, value in file.metadata.items():
         if not (key.startswith("tokenizer.ggml.") and key.endswith("_token_id")):

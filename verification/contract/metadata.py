@@ -52,6 +52,13 @@ HARMLESS = frozenset(
 _HARMLESS_FAMILIES = ("general.license.", "general.source.", "general.base_model.", "general.dataset.")
 _SAMPLING = "general.sampling."
 _MEND = "convert the reference again, or set the key with gguf's gguf-set-metadata and lint once more"
+_GRANITE = {  # key -> config.json's name
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_BY_LAYER = frozenset({"feed_forward_length", "attention.head_count", "attention.head_count_kv"})
 # llama.cpp masks by the window only for these; elsewhere the key is not written and every token is attended to
 _WINDOWED = frozenset({"gemma2", "gemma3", "phi3", "cohere2", "gpt-oss"})
 
@@ -85,7 +92,9 @@ def expected_metadata(config: dict[str, Any], architecture: str = "llama") -> di
     scaled = kind in ("linear", "yarn")
     latent = bool(get("kv_lora_rank"))  # MLA is stored as one KV head of the latent's width: the oracle's to judge
     window = get("sliding_window")
+    scales = _GRANITE if architecture.startswith("granite") else {}
     return {
+        **{key: _float(get(name)) for key, name in scales.items()},
         "block_count": get("num_hidden_layers"),
         "context_length": get("max_position_embeddings"),
         "embedding_length": get("hidden_size"),
@@ -161,12 +170,21 @@ def against_oracle(file: GGUFFile, oracle: GGUFFile, config: dict[str, Any] | No
             wanted = rope.attention_factor(config)
         if actual is None and file.architecture == oracle.architecture:
             actual = value_or_default(file, short)
+        if short in _BY_LAYER and one_for_all(wanted) == one_for_all(actual):
+            continue
         if same(wanted, actual) or (wanted is None and same(value_or_default(oracle, short), actual)):
             continue
         if actual is None and key.startswith(_SAMPLING):  # older converters write none; every caller may set its own
             continue
         found.append(_difference(key, wanted, actual))
     return found
+
+
+def one_for_all(value: Any) -> Any:
+    """A list of one number a layer, all equal, as that number: llama.cpp reads both alike."""
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        return value[0]
+    return value
 
 
 def is_harmless(key: str) -> bool:

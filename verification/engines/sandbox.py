@@ -7,8 +7,11 @@ about tokens. #24885 is a file that loads and aborts while it tokenises: that to
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +26,8 @@ from verification.engines.child import Child, ChildDied, Limits, Message, serve
 _MEMORY, _A_BYTE, _HEADER = 1 << 28, 8, 1 << 25
 # processor time a question: mapping a file costs by its pages; 262,144 tokens take a second
 _SECONDS, _SECONDS_A_GIB, _WALL = 4.0, 10.0, 15.0
+_SPECIAL_IDS = ("bos", "eos", "eot", "nl", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep")
+_AT_ONCE = 4096  # tokens whose pieces make one text of `effects`
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,11 @@ class Vocabulary:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        gib = self.path.stat().st_size / (1 << 30)
-        seconds = _SECONDS + gib * _SECONDS_A_GIB
-        memory = _MEMORY + _A_BYTE * min(self.path.stat().st_size, _HEADER)
+        from verification.gguf.split_set import set_size, shard_paths  # here: see `require_loadable`
+
+        size = set_size(shard_paths(self.path))
+        seconds = _SECONDS + size / (1 << 30) * _SECONDS_A_GIB
+        memory = _MEMORY + _A_BYTE * min(size, _HEADER)
         self._child = Child(Path(__file__), Limits(memory, seconds, _WALL * seconds), name="llama.cpp")
         self.refused, self._facts = "", dict[str, Any](template=None)
         self._tokens: dict[int, Token] = {}
@@ -127,6 +134,18 @@ class Vocabulary:
         question = {"do": "tokenise", "text": text, "add_special": add_special, "parse_special": parse_special}
         return list(self._child.ask(question)["ids"])
 
+    def effects(self, texts: Sequence[str]) -> dict[str, str]:
+        """What the vocabulary does, by name of the part, as digests: equal ones are equal behaviour.
+
+        Parts: every token's piece and flags, the ids of these texts and of texts out of every piece, the special ids,
+        and what is added to a text.
+
+        Raises:
+            ChildDied: llama.cpp ended.
+        """
+        found: dict[str, str] = self._child.ask({"do": "effects", "texts": list(texts)})
+        return found
+
     def close(self) -> None:
         """End the child; safe to call twice."""
         self._child.close()
@@ -180,7 +199,13 @@ class _Engine:
 
     def answer(self, question: Message) -> Message:
         """One question of `Vocabulary`."""
-        answers = {"vocabulary": self.load, "model": self.load, "tokenise": self.tokenise, "token": self.token}
+        answers = {
+            "vocabulary": self.load,
+            "model": self.load,
+            "tokenise": self.tokenise,
+            "token": self.token,
+            "effects": self.effects,
+        }
         return answers[question["do"]](question)
 
     def load(self, question: Message) -> Message:
@@ -221,6 +246,36 @@ class _Engine:
             buffer = (self.cpp.llama_token * room)()
             count = self.cpp.llama_tokenize(self.vocab, data, len(data), buffer, room, *flags)
         return {"ids": list(buffer[: max(count, 0)])}
+
+    def effects(self, question: Message) -> Message:
+        """Digests of what the vocabulary does; see `Vocabulary.effects`."""
+        cpp, vocab = self.cpp, self.vocab
+        count = cpp.llama_vocab_n_tokens(vocab)
+        flags = [(cpp.llama_vocab_get_attr(vocab, t), cpp.llama_vocab_is_eog(vocab, t)) for t in range(count)]
+        pieces = [self._piece(token) for token in range(count)]
+        texts = list(question["texts"])
+        for start in range(0, count, _AT_ONCE):  # every token once, in other neighbourhoods than the vocabulary's own
+            part = pieces[start : start + _AT_ONCE]
+            texts.append(b" ".join(part[::2] + part[1::2]).decode("utf-8", errors="replace"))
+        ids = [
+            self.tokenise({"text": text, "add_special": special, "parse_special": parsed})["ids"]
+            for text in texts
+            for special, parsed in ((False, False), (True, True))
+        ]
+        special = [getattr(cpp, f"llama_vocab_{name}")(vocab) for name in _SPECIAL_IDS]
+        adds = [cpp.llama_vocab_get_add_bos(vocab), cpp.llama_vocab_get_add_eos(vocab)]
+        parts = {"pieces": pieces, "flags": flags, "ids": ids, "special ids": special, "added": adds}
+        return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
+
+    def _piece(self, token: int) -> bytes:
+        """The bytes that a token stands for in a text, control tokens written out."""
+        room = 64
+        while True:
+            buffer = (ctypes.c_char * room)()
+            size = self.cpp.llama_token_to_piece(self.vocab, token, buffer, room, 0, True)
+            if size >= 0:
+                return buffer.raw[:size]
+            room = -size
 
     def token(self, question: Message) -> Message:
         """Text and kinds of one token."""

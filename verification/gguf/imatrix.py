@@ -48,6 +48,22 @@ def read_imatrix(path: str | Path) -> dict[str, Array]:
     return entries
 
 
+def is_legacy_imatrix(path: str | Path) -> bool:
+    """Whether a file is an importance matrix of the older form: by its ending, or by its first entry."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        head = stream.read(8 + admission.MAX_NAME)
+    if head[:4] == b"GGUF":
+        return False
+    if path.suffix in (".dat", ".imatrix"):
+        return True
+    count, length = struct.unpack("<ii", head[:8]) if len(head) >= 8 else (0, 0)
+    name = head[8 : 8 + max(length, 0)]
+    return 0 < count <= admission.MAX_TENSORS and 0 < length < admission.MAX_NAME and name.endswith(b".weight")
+
+
 def _from_gguf(path: Path) -> dict[str, Array]:
     tensors = read_gguf(path).tensors
     entries = {}

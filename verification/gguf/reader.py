@@ -1,4 +1,4 @@
-"""A GGUF file, read whole or refused: metadata as Python values, tensors as raw bytes in place.
+"""A GGUF file or a set of shards, read whole or refused: metadata as Python values, tensors as raw bytes in place.
 
 Layout (little endian): "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv x (string key, u32 type, value) |
 n_tensors x (string name, u32 n_dims, u64 dims innermost first, u32 type, u64 offset) | padding | data.
@@ -25,6 +25,16 @@ from gguf.quants import dequantize
 
 from so8t_core.errors import InputError
 from verification.gguf import admission
+from verification.gguf.split_set import (
+    is_shard,
+    only_set,
+    require_one_model,
+    require_shard,
+    set_digest,
+    set_size,
+    set_stem,
+    siblings,
+)
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 BOOL, STRING, ARRAY = 7, 8, 9
@@ -84,6 +94,27 @@ class GGUFFile:
     tensors: dict[str, GGUFTensor] = field(repr=False)
     header: int = 0  # bytes before the padding and the first tensor
     keys_end: int = 0  # bytes before the tensors' descriptions
+    parts: tuple[GGUFFile, ...] = field(default=(), repr=False)  # of a set: each shard by itself
+
+    @property
+    def shards(self) -> tuple[GGUFFile, ...]:
+        """The files on the disk: a set's shards in their order, otherwise the file alone."""
+        return self.parts or (self,)
+
+    @property
+    def stem(self) -> str:
+        """The model's name: the file's without its ending, a set's without its shards' numbers."""
+        return set_stem(self.path) if self.parts else self.path.stem
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk, of all shards."""
+        return set_size([shard.path for shard in self.shards])
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the file, or of the set as `split_set` defines it."""
+        return set_digest([shard.path for shard in self.shards])
 
     @property
     def architecture(self) -> str:
@@ -192,18 +223,60 @@ _AGAIN = "Check the path, and copy or download the file again."
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Open a GGUF file and check that every tensor lies inside it.
+    """Open a GGUF file, or a set of shards as one file, and check that every tensor lies inside.
+
+    Args:
+        path: a file, any shard of a set, or a folder that holds one of these alone.
 
     Raises:
-        InputError: missing, not GGUF, truncated, unknown tensor type; the message names file, expectation and finding.
+        InputError: missing, not GGUF, truncated, unknown tensor type, shards that are no set; the message names file,
+            expectation and finding.
     """
     path = Path(path)
+    file = _read_file(only_set(path) if path.is_dir() else path)
+    if not is_shard(file.metadata):
+        return file
+    return _as_one(file)
+
+
+def _as_one(shard: GGUFFile) -> GGUFFile:
+    """The set that a shard belongs to: the first one's metadata, the tensors of all."""
+    joined = _joined_files(shard)
+    if joined:
+        raise InputError(
+            f"{shard.path} holds several shards one behind the other, which llama.cpp does not read; join them with "
+            "llama-gguf-split --merge FIRST_SHARD.gguf WHOLE.gguf"
+        )
+    paths, parts = siblings(shard.path, shard.metadata), []
+    total = 0
+    for number, path in enumerate(paths, 1):
+        parts.append(shard if path == shard.path else _read_file(path))
+        require_shard(path, parts[-1].metadata, number, len(paths))
+        total += len(parts[-1].tensors)
+        admission.counts(path, total, 0)
+    require_one_model(parts)
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    first = parts[0]
+    return GGUFFile(first.path, first.metadata, tensors, first.header, first.keys_end, tuple(parts))
+
+
+def _joined_files(file: GGUFFile) -> bool:
+    """Whether another GGUF file begins where this one's tensors end, as `cat` leaves it."""
+    alignment = file.metadata.get("general.alignment", 32)
+    end = max((tensor.offset + tensor.raw.size for tensor in file.tensors.values()), default=file.header)
+    with file.path.open("rb") as stream:
+        places = (end, -(-end // alignment) * alignment)
+        return any(stream.seek(at) == at and stream.read(4) == b"GGUF" for at in places)
+
+
+def _read_file(path: Path) -> GGUFFile:
+    """One file on the disk, whole or one shard."""
     if not path.is_file():
         raise InputError(f"{path} is not a file; a GGUF file is expected here")
     size = path.stat().st_size
     if size < 24:
         raise InputError(f"{path} is not a GGUF file: it has {size} bytes, the header alone needs 24. {_AGAIN}")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
+    data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # a memmap's own slices and views cost more
     cursor = Cursor(path, data)
     magic = bytes(cursor.take(4))
     if magic != b"GGUF":
@@ -238,11 +311,6 @@ def read_gguf(path: str | Path) -> GGUFFile:
     infos = list(_tensor_infos(cursor, n_tensors))
     alignment = metadata.get("general.alignment", 32)
     admission.alignment(path, alignment)
-    if metadata.get("split.count", 0) not in (0, 1):
-        raise InputError(
-            f"{path} is one part of a file split into {metadata['split.count']}; join them first: "
-            "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
-        )
     start, claimed = -(-cursor.at // alignment) * alignment, 0
     tensors: dict[str, GGUFTensor] = {}
     for name, dims, kind, offset in infos:

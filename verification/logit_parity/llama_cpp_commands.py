@@ -16,6 +16,8 @@ from so8t_core.errors import InputError
 from verification.engines.huggingface import hf_chunk, load_hf
 from verification.engines.llama_logits import LlamaLogits
 from verification.engines.llama_model import usable_cores
+from verification.gguf.kind import require_logits
+from verification.gguf.reader import read_gguf
 from verification.logit_parity.llama_cpp_file import Array, read_base, write_base
 from verification.logit_parity.llama_cpp_statistics import KldStatistics, statistics
 from verification.logit_parity.text import Corpus, read_corpus
@@ -63,6 +65,9 @@ def candidate_statistics(
     Raises:
         InputError: a base file or candidate that cannot be used, or whose vocabularies differ.
     """
+    file = read_gguf(candidate)
+    require_logits(file)
+    candidate = file.path  # of a set of shards the first, by which llama.cpp finds the others
     with LlamaLogits(candidate, n_ctx=read_base(base).n_ctx, threads=threads) as engine:
         found = read_base(base, vocab=engine.vocab)
         if engine.file.add_eos:

@@ -13,18 +13,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from so8t_core.folding import Fold, Turn, rotate_rows
 from verification.contract.finding import Code
+
+if TYPE_CHECKING:  # torch and what is built on it take seconds to import, and only an adapter needs them
+    import torch
+
+    from so8t_core.folding import Fold
 
 Array = npt.NDArray[np.float32]
 Role = Literal["o", "v", "q", "k", "other"]
-Rotation = torch.Tensor | Fold  # R (in/8, 8, 8), float64; a fold where the map of the input is more than that
+# R (in/8, 8, 8), float64; a fold where the map of the input is more than that
+Rotation: TypeAlias = "torch.Tensor | Fold"
 EXPECTED = "expected"
 BASE = "the base's own weight (nothing baked)"
 UNROTATED, TURNED_BACK, TWICE = "not rotated (R missing)", "rotated back (R^T in place of R)", "rotated twice"
@@ -94,12 +98,18 @@ def rotation_of(fold: Fold) -> Rotation | None:
     if fold.theta is None:
         return None
     if fold.log_scale is None and fold.shuffled is None:
+        from so8t_core.folding import Turn
+
         return Turn(fold.theta, fold.accumulated).matrix()
     return replace(fold, loras=[])
 
 
 def rotated(W: Array, R: Rotation, *, transposed: bool = False) -> Array:
     """W @ blockdiag(R), or R^T, in float64, as float32; of a fold its map, or the inverse of that."""
+    import torch
+
+    from so8t_core.folding import Fold, rotate_rows
+
     if isinstance(R, Fold):
         folded: Array = R.apply(torch.from_numpy(W), undo=transposed).numpy()
         return folded
@@ -121,10 +131,10 @@ def hypotheses(known: Known) -> Iterator[tuple[str, Array]]:
         yield UNROTATED, unrotated
         yield TURNED_BACK, rotated(unrotated, R, transposed=True)
         yield TWICE, rotated(W, R)
-        if isinstance(R, torch.Tensor) and W.shape[0] == R.shape[0] * 8:
+        if _turns_rows(W, R):
             yield WRONG_SIDE, _left(unrotated, R)
     output = known.rotation if known.role == "v" else None
-    if isinstance(output, torch.Tensor) and W.shape[0] == output.shape[0] * 8:
+    if output is not None and _turns_rows(W, output):
         yield ON_V, _left(W, output)
     if square:
         yield TRANSPOSED, np.ascontiguousarray(W.T)
@@ -177,6 +187,13 @@ def nearest(name: str, actual: Array, known: Known, others: Sequence[Other] = ()
         expected_distance=distances[0] / scale,
         z_expected=prefers(0),
     )
+
+
+def _turns_rows(W: Array, R: Rotation) -> bool:
+    """Whether blockdiag(R) can stand on the left of W; a fold cannot."""
+    import torch
+
+    return isinstance(R, torch.Tensor) and W.shape[0] == R.shape[0] * 8
 
 
 def _left(W: Array, R: Rotation) -> Array:

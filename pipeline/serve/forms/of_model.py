@@ -9,11 +9,12 @@ from pipeline.serve.forms.form import Form
 from pipeline.serve.forms.registry import SO8T, form_named, form_of_template
 from so8t_core.errors import InputError
 from verification.gguf.reader import GGUFFile
+from verification.gguf.split_set import set_stem
 
 
 def modelfile_beside(gguf: Path) -> str:
     """The text of the Modelfile beside a file; empty where no Modelfile is there."""
-    beside = gguf.with_suffix(".Modelfile")
+    beside = gguf.with_name(f"{set_stem(gguf)}.Modelfile")
     return beside.read_text(encoding="utf-8") if beside.is_file() else ""
 
 

@@ -3,56 +3,40 @@
 from __future__ import annotations
 
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+from split_sets import split
 from tiny_gguf import write_tiny
 from verification_models import Family
 
 from so8t_core.errors import InputError
 from verification import verify
 from verification.commands.repository import candidates_of
-from verification.gguf.reader import read_gguf
-
-
-def as_part(path: Path) -> Path:
-    """The same file as the first of two parts: one more key, `split.count` = 2 (u16)."""
-    data, end = path.read_bytes(), read_gguf(path).keys_end
-    key = struct.pack("<Q", 11) + b"split.count" + struct.pack("<IH", 2, 2)
-    count = struct.unpack_from("<Q", data, 16)[0] + 1
-    path.write_bytes(data[:16] + struct.pack("<Q", count) + data[24:end] + key + data[end:])
-    return path
 
 
 def test_models_are_judged_and_the_other_files_are_said(tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
     write_tiny(tmp_path / "b.gguf")
     write_tiny(tmp_path / "deeper" / "a.gguf")
-    part = as_part(write_tiny(tmp_path / "part-00001-of-00002.gguf"))
+    split(write_tiny(tmp_path / "whole"), tmp_path / "deeper", stem="set")
+    (tmp_path / "whole").unlink()
     found = candidates_of([tmp_path])
-    assert [file.path.name for file in found.files] == ["b.gguf", "a.gguf"]
-    assert [(c.name, c.subject, c.value) for c in found.unread] == [("contract.whole_file", part.name, None)]
-    assert "join them first" in found.unread[0].detail
+    assert [file.path.name for file in found.files] == ["b.gguf", "a.gguf", "set-00001-of-00003.gguf"]
+    second = tmp_path / "deeper" / "set-00002-of-00003.gguf"
+    assert len(candidates_of([second, second.with_name("set-00003-of-00003.gguf")]).files) == 1
 
 
-def test_a_folder_of_parts_alone_is_refused(tmp_path: Path) -> None:
-    as_part(write_tiny(tmp_path / "part-00001-of-00002.gguf"))
-    with pytest.raises(InputError, match="join them first"):
-        candidates_of([tmp_path])
+def test_a_set_without_one_shard_is_refused_by_its_name(tmp_path: Path) -> None:
+    split(write_tiny(tmp_path / "whole"), tmp_path / "set", stem="m")[1].unlink()
+    with pytest.raises(InputError, match=r"m-00002-of-00003\.gguf is missing"):
+        candidates_of([tmp_path / "set"])
 
 
-def test_a_file_is_no_model_by_its_tensors_and_never_by_its_name(tmp_path: Path) -> None:
+def test_a_file_is_a_model_by_its_tensors_and_never_by_its_name(tmp_path: Path) -> None:
     write_tiny(tmp_path / "mmproj-model.gguf")
     assert len(candidates_of([tmp_path]).files) == 1
-    for suffix, words in ((".lora_a", "a LoRA"), (".in_sum2", "an importance matrix")):
-        file = read_gguf(tmp_path / "mmproj-model.gguf")
-        tensors = {f"{name}{suffix}": tensor for name, tensor in file.tensors.items()}
-        object.__setattr__(file, "tensors", tensors)
-        from verification.commands.repository import _other_kind
-
-        assert _other_kind(file) == words
 
 
 def test_a_folder_without_a_model_and_a_damaged_file_are_refused(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_damaged_headers_are_refused_not_crashed_on(tmp_path: Path) -> None:
         (text("general.alignment") + number + struct.pack("<I", 0), "alignment is 0"),
         (text("general.alignment") + struct.pack("<I", 8) + text("x"), "alignment is string, wanted integer"),
         (text("a") + struct.pack("<IIQ", 9, 9, 1) * 5000, "array of arrays"),
-        (text("split.count") + struct.pack("<IH", 2, 3), "one part of a file split into 3"),
+        (text("split.count") + struct.pack("<IH", 2, 3), "shard 1 of 3, but its name does not end in -00001-of-"),
     ):
         path.write_bytes(header(entry))
         with pytest.raises(InputError, match=message):
