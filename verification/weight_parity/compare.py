@@ -9,11 +9,12 @@ to what it was made from.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +35,10 @@ from verification.weight_parity.neighbours import AGAIN, VAGUE, held_together, m
 from verification.weight_parity.places import Heads
 from verification.weight_parity.result import TensorResult
 from verification.weight_parity.structure.rotation import residual_rotation
-from verification.weight_parity.values import Measured, Start, Wanted, compared
+from verification.weight_parity.values import Measured, Start, Wanted, compared, distance
 
 Array = npt.NDArray[np.float32]
+T = TypeVar("T")
 _SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # of neighbouring numbers, relative, at most
 _ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
 
@@ -126,14 +128,31 @@ class Examination:
         step = float(np.sqrt(12 * np.mean(error.astype(np.float64) ** 2)))  # rounding errors are uniform in one step
         return tensor.values() - error, step
 
+    def with_error(self, result: TensorResult) -> TensorResult:
+        """A proven tensor's result with its distance from the reference, which the proof did not need."""
+        if not result.proof or result.rel_error is not None:
+            return result
+        tensor = self.file.tensors[result.name]
+        found = self._remembered("distance", tensor, partial(self._distance, tensor))
+        if found is None:
+            return result
+        return dataclasses.replace(result, rel_error=found[0], max_abs_error=found[1])
+
+    def _distance(self, tensor: GGUFTensor) -> tuple[float, float] | None:
+        wanted = self.expected(tensor.name)
+        return None if wanted is None else distance(tensor.values(), wanted.reshape(tensor.shape))
+
     def _recalled(self, tensor: GGUFTensor) -> TensorResult:
+        return self._remembered("examine", tensor, partial(self.examine, tensor))
+
+    def _remembered(self, what: str, tensor: GGUFTensor, make: Callable[[], T]) -> T:
+        """`make()` of a tensor, once for the same bytes beside the same tensors."""
         if self.memory is None:
-            return self.examine(tensor)
+            return make()
         made = (
             self.conversions is not None and tensor.name in self.found.computed
         )  # against other numbers, see `expected`
-        kind = "examine against the conversion" if made else "examine"
-        return self.memory.recall(partial(self.examine, tensor), kind, self._frame, tensor)
+        return self.memory.recall(make, f"{what} against the conversion" if made else what, self._frame, tensor)
 
     @cached_property
     def _frame(self) -> Hashable:
