@@ -88,11 +88,13 @@ class Examination:
         """
         self.file, self.sources, self.found, self.memory = file, sources, found, memory
         self.conversions, self.importance = conversions, importance or {}
+        self._sampled: dict[str, dict[str, Array]] = {}
 
     def run(self, threads: int = 2) -> list[TensorResult]:
         """Examine every tensor; numpy and the quantiser release the interpreter, so two at a time pay."""
         if self.memory is None and self.sources is not None:
-            self.samples  # noqa: B018 (filled before the threads ask for it)
+            for kind in _ATTENTION:
+                self._samples(f"{kind}.weight")  # every such tensor asks for them
         with ThreadPoolExecutor(threads) as pool:
             results = list(pool.map(self._recalled, self.file.tensors.values()))
         results = merged_together(held_together(results, self.found.computed.keys()))
@@ -346,23 +348,24 @@ class Examination:
                 if values is not None:
                     yield other.removeprefix(f"{prefix}.").removesuffix(".weight"), values
 
-    @cached_property
-    def samples(self) -> dict[str, Array]:
-        """A few expected rows (rows, columns) of every attention tensor, to find one of another layer."""
-        return self._samples() if self.memory is None else self.memory.recall(self._samples, "samples", self._frame)
+    def _samples(self, tail: str) -> dict[str, Array]:
+        """A few expected rows (rows, columns) of one tensor in every layer, to find one of another layer."""
+        if tail not in self._sampled:  # two threads that ask at once find the same
+            make = partial(self._sample, tail)
+            known = self.memory
+            self._sampled[tail] = make() if known is None else known.recall(make, f"samples {tail}", self._frame)
+        return self._sampled[tail]
 
-    def _samples(self) -> dict[str, Array]:
+    def _sample(self, tail: str) -> dict[str, Array]:
         found = {}
         for name, tensor in self.file.tensors.items():
-            if name.startswith("blk.") and name.split(".")[2] in _ATTENTION and len(tensor.shape) == 2:
+            if name.startswith("blk.") and name.split(".", 2)[2] == tail and len(tensor.shape) == 2:
                 values = self.expected(name)
                 if values is not None:
                     found[name] = sample_rows(values).copy()
         return found
 
     def _others(self, name: str) -> list[Other]:
-        tail = name.split(".", 2)[2]
-
         def loader(other: str) -> Array:
             values = self.expected(other)
             assert values is not None  # it was sampled
@@ -370,8 +373,8 @@ class Examination:
 
         return [
             Other(f"the tensor of {other.rsplit('.', 2)[0]}", sample, lambda other=other: loader(other))  # type: ignore[misc]
-            for other, sample in self.samples.items()
-            if other != name and other.split(".", 2)[2] == tail
+            for other, sample in self._samples(name.split(".", 2)[2]).items()
+            if other != name
         ]
 
 
