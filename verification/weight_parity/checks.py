@@ -262,6 +262,8 @@ def tensor_row(label: str, result: TensorResult, file: GGUFFile, nominal: str) -
         blocks=result.blocks,
         blocks_differ=result.blocks_differ,
         found=writable(sentence_of(result)) if result.drawer == "unexplained" else "",
+        rows=list(result.profile.rows) if result.profile else [],
+        columns=list(result.profile.columns) if result.profile else [],
     )
 
 

@@ -33,6 +33,7 @@ from verification.weight_parity.hypotheses import Known, Other, Role, Rotation, 
 from verification.weight_parity.judge import judge
 from verification.weight_parity.neighbours import AGAIN, VAGUE, held_together, merged_together
 from verification.weight_parity.places import Heads
+from verification.weight_parity.profile import error_profile
 from verification.weight_parity.result import TensorResult
 from verification.weight_parity.structure.rotation import residual_rotation
 from verification.weight_parity.values import Measured, Start, Wanted, compared, distance
@@ -208,7 +209,12 @@ class Examination:
             return dataclasses.replace(bare, compared=True, roundings=np.inf, findings=(shape,))
         wanted = wanted.reshape(tensor.shape)
         measured = compared(tensor, self._wanted(tensor, wanted))
-        return self._named(tensor, wanted, self._judged(tensor, wanted, measured))
+        measured = self._judged(tensor, wanted, measured)
+        result = self._named(tensor, wanted, measured)
+        if not result.findings or result.non_finite:
+            return result
+        values = tensor.values() if measured.values is None else measured.values
+        return dataclasses.replace(result, profile=error_profile(values, wanted))
 
     def _judged(self, tensor: GGUFTensor, wanted: Array, measured: Measured) -> Measured:
         """A quantised tensor that is not proven, judged by its error, also where another build's blocks explain it."""
