@@ -1,9 +1,12 @@
-"""How far rows, columns and heads of healthy tensors stand out, where no codes decide: the null of two thresholds.
+"""How far healthy tensors stand out of rounding: the nulls of the judge's thresholds.
 
-For the types whose codes have no cells, and Q4_0 to Q5_1, healthy tensors are quantised under matrices of spread 0.5 to
-2; the z of groups' scales (`SCALE_Z`) and of rows' errors (`ROW_Z`) are kept. Beyond 3 the tail is taken for
-exponential, P(z > t) = p3 exp(-(t - 3) / m), m the mean excess, and extended to one false alarm in 1,000 files of
-300 tensors of 2,000 rows. Run: `python -m benchmarks.judge_null`.
+Rows, columns and heads (`SCALE_Z`, `ROW_Z`): types whose codes have no cells, and Q4_0 to Q5_1, under matrices of
+spread 0.5 to 2. Beyond 3 the tail is taken for exponential, P(z > t) = p3 exp(-(t - 3) / m), m the mean excess, and
+extended to one false alarm in 1,000 files of 300 tensors of 2,000 rows.
+Spectra (`LEADING`, `COLOURED`): every type, without a matrix and under two. Blocks
+(`DAMAGED`): two quantisations of weights that differ in float32's last bit, as another processor's sums do. The layer's
+output (`output_error`): the own quantiser under matrices that the judge does not try.
+Run: `python -m benchmarks.judge_null`.
 """
 
 from __future__ import annotations
@@ -11,14 +14,24 @@ from __future__ import annotations
 import json
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from benchmarks.elsewhere import tensors
+from verification.engines.quantise import quantised_bytes
+from verification.gguf.reader import GGUFTensor
+from verification.weight_parity.judge import UNIT
+from verification.weight_parity.layer_output_error import OpenTensor, output_ratio
+from verification.weight_parity.neighbours import DAMAGED
 from verification.weight_parity.own_quantiser import largest_row_errors, log_normal, own_spread, own_values
 from verification.weight_parity.places import LEAST_SPREAD
+from verification.weight_parity.structure.low_rank import CHANCE, COLOURED, DRAWS, FLUCTUATION, LEADING, low_rank
+from verification.weight_parity.structure.rounding import LAST_BIT
 from verification.weight_parity.structure.scale import SIGMA, group_scales
 
+OPEN = ("Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K", "IQ4_XS")
 LATTICES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # rows' errors: no codes explain them
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *LATTICES)
+ALL = (*KINDS, "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 SPREADS = (0.5, 1.0, 1.5, 2.0)
 ROWS, SAMPLED = 192, 64
 QUESTIONS = 1000 * 300 * 2000  # rows asked until one false alarm
@@ -35,6 +48,75 @@ def _tail(z: np.ndarray) -> dict[str, float]:
         "mean_excess": mean,
         "threshold": 3 + mean * float(np.log(max(share, 1 / len(z)) * QUESTIONS)),
     }
+
+
+def spectra() -> dict[str, dict[str, float]]:
+    """Leading singular values in the fluctuation that chance allows, and trailing ones below 1."""
+    leading: list[float] = []
+    trailing: list[float] = []
+    for whole in tensors().values():
+        W = whole[:384].astype(np.float16).astype(np.float32)
+        for kind in ALL:
+            for number, spread in enumerate((0.0, 1.0, 2.0)):
+                F = own_values(kind, W, log_normal(W.shape[1], spread, 80 + number) if spread else None)
+                assert F is not None
+                found = low_rank(F, F - W, block=UNIT.get(kind, 32))
+                assert found is not None
+                chance = FLUCTUATION * len(W) ** (-2 / 3) * float(np.sqrt(1 + 1 / DRAWS))
+                leading.append((found.leading - 1) / chance)
+                trailing.append(found.trailing)
+    chosen = (LEADING - 1) / chance + CHANCE
+    return {
+        "leading": _normal(np.array(leading)) | {"used": chosen},
+        "trailing": _normal(1 - np.array(trailing)) | {"used": 1 - COLOURED},
+    }
+
+
+def _normal(x: np.ndarray) -> dict[str, float]:
+    """Mean, deviation, largest, and mean + 4.5 deviations: one normal variable in 300,000 (1,000 files of 300)."""
+    mean, deviation = float(x.mean()), float(x.std())
+    return {
+        "questions": len(x), "mean": mean, "deviation": deviation, "largest": float(x.max()),
+        "threshold": mean + 4.5 * deviation,
+    }  # fmt: skip
+
+
+def blocks() -> dict[str, float]:
+    """Squared errors of blocks that another processor makes otherwise, in the own quantiser's."""
+    ratios, asked = [], 0
+    for whole in tensors().values():
+        W = whole[:ROWS].astype(np.float16).astype(np.float32)
+        other = W * (1 + 2.0**-23 * np.random.default_rng(1).choice([-1, 1], W.shape)).astype(np.float32)
+        for kind in ALL:
+            size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
+            one, two = own_values(kind, W), own_values(kind, other)
+            assert one is not None
+            assert two is not None
+            A, B = one.reshape(-1, size), two.reshape(-1, size)
+            moved = np.abs(A - B).max(axis=1) > 2 * LAST_BIT * np.abs(A).max(axis=1)
+            V = W.reshape(-1, size)[moved]
+            errors = [((x[moved] - V).astype(np.float64) ** 2).sum(axis=1) for x in (B, A)]
+            ratios.append(errors[0] / errors[1])
+            asked += len(A)
+    found = np.concatenate(ratios)
+    return {"blocks": asked, "moved": len(found), "largest": float(found.max(initial=0)), "used": DAMAGED}
+
+
+def outputs() -> dict[str, float]:
+    """The output error of files of the own quantiser under matrices that nobody hands over."""
+    found: list[float] = []
+    for name, whole in tensors().items():
+        W, rng = whole[:ROWS].astype(np.float16).astype(np.float32), np.random.default_rng(4)
+        x = rng.standard_normal((512, W.shape[1])) * np.exp(0.5 * rng.standard_normal(W.shape[1]))
+        for kind in OPEN:
+            for number, spread in enumerate((0.5, 1.0, 1.5, 2.0)):
+                matrix = log_normal(W.shape[1], spread, 60 + number)
+                raw = quantised_bytes(W, kind, matrix)
+                assert raw is not None
+                found.append(
+                    output_ratio(OpenTensor(GGUFTensor(name, W.shape, kind, raw), W, ""), x.astype(np.float32))
+                )
+    return _normal(np.array(found))
 
 
 def measure() -> dict[str, dict[str, float]]:
@@ -60,4 +142,5 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(), indent=1))
+    found = {"places": measure(), "spectra": spectra(), "blocks": blocks(), "outputs": outputs()}
+    print(json.dumps(found, indent=1))

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
 
 from verification.engines.quantise import quantise, quantised_bytes
-from verification.gguf.reader import GGUFFile, read_gguf
+from verification.gguf.cache import Memory
+from verification.gguf.reader import GGUFFile, GGUFTensor, read_gguf
 from verification.gguf.writer import Raw
 from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity.expected import expected_values
@@ -34,25 +37,30 @@ class Source:
     reference: Path
     floats: Path
     inputs: dict[str, Array]
+    memory: Memory = dataclasses.field(default_factory=Memory)  # of tensors examined against this reference
 
-    @property
+    @cached_property
     def file(self) -> GGUFFile:
         return read_gguf(self.floats)
 
 
-def small_llama(directory: Path) -> Path:
-    """A checkpoint of three layers, width 256, with Gaussian and heavy-tailed weights in bfloat16."""
+def small_llama(directory: Path, *, other: bool = False) -> Path:
+    """A checkpoint of three layers, width 256, with Gaussian and heavy-tailed weights in bfloat16.
+
+    Args:
+        other: a model of other sizes, with Laplace weights whose channels differ by a factor of up to ten.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(3)
+    torch.manual_seed(8 if other else 3)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
-        intermediate_size=512,
+        intermediate_size=768 if other else 512,
         num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=4 if other else 8,
+        num_key_value_heads=2 if other else 4,
         max_position_embeddings=512,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -62,6 +70,10 @@ def small_llama(directory: Path) -> Path:
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
                 weight.uniform_(0.3, 1.7)  # uneven channels, as trained norms give them
+            elif other:
+                laplace = torch.distributions.Laplace(0.0, 0.7).sample(weight.shape)
+                channels = torch.exp(0.6 * torch.randn(1, weight.shape[1]))
+                weight.copy_(laplace * channels * weight.shape[1] ** -0.5)
             else:
                 heavy = torch.distributions.StudentT(5.0).sample(weight.shape)
                 weight.copy_((heavy if "layers.1" in name else torch.randn(weight.shape)) * weight.shape[1] ** -0.5)
@@ -201,6 +213,34 @@ def rounded_scale_first(source: Source, path: Path, target: Path) -> Path:
     return rewritten(path, target, change)
 
 
+def by_gguf(source: Source, path: Path, target: Path, to: str) -> Path:
+    """Matrices by the gguf package's own quantiser, written in numpy: another program than llama.cpp's."""
+    tensors = source.file.tensors
+
+    def change(name: str, kind: str, data: bytes) -> tuple[str, bytes] | None:
+        if kind in ("F32", "F16", "BF16"):
+            return None
+        return to, quantize(tensors[name].values(), GGMLQuantizationType[to]).tobytes()
+
+    return rewritten(path, target, change)
+
+
+def again(source: Source, path: Path, target: Path) -> Path:
+    """Quantised from a Q8_0 file of the reference, as people do who have no float file."""
+    tensors = source.file.tensors
+
+    def change(name: str, kind: str, data: bytes) -> tuple[str, bytes] | None:
+        if kind not in ("Q4_K", "Q6_K"):
+            return None
+        eight = quantised_bytes(tensors[name].values(), "Q8_0")
+        assert eight is not None
+        raw = quantised_bytes(GGUFTensor("", tensors[name].shape, "Q8_0", eight).values(), kind)
+        assert raw is not None
+        return kind, raw.tobytes()
+
+    return rewritten(path, target, change)
+
+
 Grid = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # step and lowest value of every weight's code 0
 
 
@@ -290,7 +330,8 @@ def files(source: Source, root: Path, *, every: bool) -> Iterator[tuple[str, Pat
         "partial": partial,
         "wrong language": matrix(source, 1.5, 2),
     }
-    for kind in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS", "Q4_0", "Q5_1") if every else ("Q4_K_M",):
+    kinds = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS", "Q4_0", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "IQ4_NL")
+    for kind in (*kinds, "Q3_K_L") if every else ("Q4_K_M",):
         for name, values in matrices.items():
             yield f"imatrix {name} {kind}", quantise(source.floats, root / "x.gguf", kind, imatrix=values)
     for kind in ("IQ2_XXS", "IQ3_XXS") if every else ():
@@ -330,7 +371,33 @@ def files(source: Source, root: Path, *, every: bool) -> Iterator[tuple[str, Pat
     for kind, path in plain.items():
         for share in (0.001, 0.05, 1.0) if kind == "Q8_0" else (0.02, 1.0):
             yield f"last bits {share:g} {kind}", last_bits(path, root / "x.gguf", share=share)
+    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0") if every else ("Q5_1",):
+        yield f"gguf-py {kind}", by_gguf(source, plain["Q8_0"], root / "x.gguf", kind)
+    yield "from a Q8_0", again(source, plain["Q4_K_M"], root / "x.gguf")
     yield "rounded scale first", rounded_scale_first(source, plain["Q8_0"], root / "x.gguf")
     for kind in ("Q4_0", "Q4_K_M"):
         yield f"GPTQ {kind}", searched(source, plain[kind], root / "x.gguf", gptq)
         yield f"rounding search {kind}", searched(source, plain[kind], root / "x.gguf", rounding_search)
+
+
+def unseen(source: Source, root: Path) -> Iterator[tuple[str, Path]]:
+    """Thirty files that no threshold was looked at with: the other model, other matrices, other types."""
+    matrices = {
+        "own text": own_text(source),
+        "spread 0.8": matrix(source, 0.8, 41),
+        "spread 1.3": matrix(source, 1.3, 42),
+    }
+    wide, narrow = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_S", "Q2_K", "IQ4_XS"), ("Q5_0", "Q4_1", "IQ4_NL")
+    for kind in (*wide, *narrow):
+        for name in matrices if kind in wide[:4] else ("own text", "spread 1.3"):
+            yield f"imatrix {name} {kind}", quantise(source.floats, root / "x.gguf", kind, imatrix=matrices[name])
+    for kind in ("IQ3_XXS", "IQ3_S", "IQ2_XXS"):
+        yield (
+            f"imatrix own text {kind}",
+            quantise(source.floats, root / "x.gguf", kind, imatrix=matrix(source, 0.8, 43)),
+        )
+    plain = {kind: quantise(source.floats, root / f"{kind}.gguf", kind) for kind in ("Q4_K_M", "Q4_0", "Q8_0")}
+    for kind in ("Q4_0", "Q4_K_M"):
+        yield f"GPTQ {kind}", searched(source, plain[kind], root / "x.gguf", gptq)
+        yield f"rounding search {kind}", searched(source, plain[kind], root / "x.gguf", rounding_search)
+    yield "gguf-py Q4_1", by_gguf(source, plain["Q8_0"], root / "x.gguf", "Q4_1")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from so8t_core import SO8TConfig, attach, bake_checkpoint, save_adapter
@@ -31,7 +32,9 @@ from verification.reference.checkpoint import Checkpoint
 from verification.reference.tokenizer import load_tokenizer
 from verification.weight_parity.compare import Sources, rotations
 from verification.weight_parity.hypotheses import Rotation
+from verification.weight_parity.own_quantiser import log_normal
 
+Array = npt.NDArray[np.float32]
 KINDS = ("F16", "Q8_0", "Q4_K_M")
 ANGLE = 0.03  # rad, standard deviation of the rotation's parameters: near what a short training learns
 LORA = {"r": 8, "lora_alpha": 8, "target_modules": ["down_proj"]}
@@ -67,6 +70,14 @@ class Healthy:
     def opened(self) -> dict[str, GGUFFile]:
         return {kind: read_gguf(path) for kind, path in self.files.items()}
 
+    @cached_property
+    def elsewhere(self) -> GGUFFile:
+        """The reference as Q4_K_M under `unknown_matrix`."""
+        path = self.work / "healthy-elsewhere.gguf"
+        if not path.is_file():
+            quantise(self.files["F16"], path, "Q4_K_M", threads=1, imatrix=unknown_matrix(self.opened["F16"]))
+        return read_gguf(path)
+
     @property
     def conversions(self) -> FloatFiles:
         """The reference's F16 file; quantised ones were made from it."""
@@ -84,6 +95,12 @@ class Healthy:
     def rotation(self, layer: int) -> Rotation:
         """R of one layer's o_proj, (in/8, 8, 8)."""
         return self.sources.rotations[f"model.layers.{layer}.self_attn.o_proj.weight"]
+
+
+def unknown_matrix(file: GGUFFile) -> dict[str, Array]:
+    """Log-normal importance matrices of spread 1, as real ones have it, for a float file's layers."""
+    rows = {name: t.shape[-1] for name, t in file.tensors.items() if len(t.shape) == 2 and "blk." in name}
+    return {name: log_normal(width, 1.0, 1000 + number) for number, (name, width) in enumerate(rows.items())}
 
 
 def make_files(reference: Path, work: Path, *, name: str, threads: int = 1) -> dict[str, Path]:

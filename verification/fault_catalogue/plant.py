@@ -22,7 +22,7 @@ import numpy as np
 
 from so8t_core.errors import InputError
 from verification.contract.metadata import is_harmless
-from verification.engines.quantise import quantise, quantised_bytes
+from verification.engines.quantise import Importance, quantise, quantised_bytes
 from verification.fault_catalogue.diagnosis import diagnose
 from verification.fault_catalogue.fault import Fault, Strength
 from verification.fault_catalogue.file_gate import Judgement, decided, judge, logit_checks
@@ -34,6 +34,7 @@ from verification.fault_catalogue.models import (
     make_main,
     make_plain,
     save_sharp,
+    unknown_matrix,
 )
 from verification.fault_catalogue.peer_checks import KLD_BOUND, NMSE_BOUND, Others, Said, Texts, reference_texts
 from verification.fault_catalogue.result import HealthyRow, Row, Says
@@ -44,7 +45,6 @@ from verification.gguf.reader import GGUFFile, read_gguf
 from verification.gguf.writer import Raw
 from verification.logit_parity.bake import saved_rounding
 from verification.reference.checkpoint import Checkpoint
-from verification.weight_parity.own_quantiser import log_normal
 
 ELSEWHERE = "Q4_K_M made elsewhere"  # level of a row: maker and importance matrix unknown
 # kinds whose faults change weights, so that the drawer matters; keys and tokens are compared alike in both
@@ -153,11 +153,13 @@ class Bench:
             caught_by=["cannot be quantised"],
         )
         try:
-            judgement = judge(pair, made_elsewhere(faulty, target), self.policy)
+            judgement = judge(pair, as_quant(pair, read_gguf(faulty), target, elsewhere=True), self.policy)
         except InputError as error:  # NaN, say: llama.cpp refuses to make such a file
             row.diagnosis = str(error).replace(f"{self.work}/", "")  # no file, so nothing to be named
         else:
             row.caught, row.caught_by = not judgement.passed, judgement.caught_by
+            if not row.caught:
+                self._logits(row, judgement, pair, target)
             self._diagnose(row, fault, judgement)
         for path in (faulty, target):
             path.unlink(missing_ok=True)
@@ -237,7 +239,7 @@ class Bench:
     def _logits(self, row: Row, judgement: Judgement, pair: Healthy, path: Path) -> None:
         assert judgement.file is not None
         said = self.ask("kld", pair, judgement.file)
-        checks = logit_checks(row.level, said, self.policy)
+        checks = logit_checks(row.level.split()[0], said, self.policy)
         row.own_kld, row.own_kld_says = said.mean_kld, "pass" if checks[0].status == "pass" else "fail"
         judgement.checks += checks
         row.caught, row.caught_by = not judgement.passed, judgement.caught_by
@@ -296,17 +298,6 @@ class Bench:
         return total.hexdigest()
 
 
-def made_elsewhere(source: Path, target: Path) -> Path:
-    """A float file as Q4_K_M under log-normal importance matrices of spread 1, as real ones have it.
-
-    Raises:
-        InputError: weights that llama.cpp does not quantise.
-    """
-    rows = {name: t.shape[-1] for name, t in read_gguf(source).tensors.items() if len(t.shape) == 2 and "blk." in name}
-    matrix = {name: log_normal(width, 1.0, 1000 + number) for number, (name, width) in enumerate(rows.items())}
-    return quantise(source, target, "Q4_K_M", threads=1, imatrix=matrix)
-
-
 def _token_keys(file: GGUFFile) -> str:
     found = {k: v for k, v in file.metadata.items() if k.startswith("tokenizer.") or k == "general.name"}
     return hashlib.blake2b(pickle.dumps(sorted(found.items())), digest_size=16).hexdigest()
@@ -352,31 +343,41 @@ def margin_of(judgement: Judgement) -> tuple[float | None, str]:
     return None, f"{counts[0].name} {counts[0].value}, must be 0" if counts else "refused"
 
 
-def as_quant(pair: Healthy, opened: GGUFFile, target: Path) -> Path:
+def as_quant(pair: Healthy, opened: GGUFFile, target: Path, *, elsewhere: bool = False) -> Path:
     """Q4_K_M of a faulty float file; where only tensors' values changed, only those are quantised again.
 
     llama.cpp quantises row by row and chooses types by name and shape, so the file is the one it would write.
+
+    Args:
+        elsewhere: under importance matrices that nobody hands over.
+
+    Raises:
+        InputError: weights that llama.cpp does not quantise.
     """
-    healthy = pair.opened["F16"]
-    if [(t.name, t.shape, t.type) for t in opened.tensors.values()] != [
+    healthy, matrix = pair.opened["F16"], unknown_matrix(opened) if elsewhere else {}
+    if [(t.name, t.shape, t.type) for t in opened.tensors.values()] == [
         (t.name, t.shape, t.type) for t in healthy.tensors.values()
     ]:
-        return quantise(opened.path, target, "Q4_K_M", threads=1)
-    return _spliced(pair, opened, target)
+        quant = pair.elsewhere if elsewhere else pair.opened["Q4_K_M"]
+        if _spliced(healthy, quant, opened, target, matrix):
+            return target
+    return quantise(opened.path, target, "Q4_K_M", threads=1, imatrix=matrix)
 
 
-def _spliced(pair: Healthy, faulty: GGUFFile, target: Path) -> Path:
-    raw, keys = Raw.read(pair.files["Q4_K_M"]), Raw.read(faulty.path)
+def _spliced(healthy: GGUFFile, quant: GGUFFile, faulty: GGUFFile, target: Path, matrix: Importance) -> bool:
+    """Write `quant` with the tensors quantised again that `faulty` has other than `healthy`; whether that is enough."""
+    raw, keys = Raw.read(quant.path), Raw.read(faulty.path)
     raw.keys = keys.keys | {
         k: v for k, v in raw.keys.items() if k in ("general.file_type", "general.quantization_version")
     }
     raw.arrays = keys.arrays
     for info in raw.tensors:
-        mine, healthy = faulty.tensors[info.name], pair.opened["F16"].tensors[info.name]
-        if not np.array_equal(mine.raw, healthy.raw):
+        mine = faulty.tensors[info.name]
+        if not np.array_equal(mine.raw, healthy.tensors[info.name].raw):
             values = mine.values()
-            data = quantised_bytes(values, pair.opened["Q4_K_M"].tensors[info.name].type)
+            data = quantised_bytes(values, quant.tensors[info.name].type, matrix.get(info.name))
             if data is None or not np.isfinite(values).all():  # llama.cpp checks its blocks and refuses some
-                return quantise(faulty.path, target, "Q4_K_M", threads=1)
+                return False
             info.data = data.tobytes()
-    return raw.write(target)
+    raw.write(target)
+    return True

@@ -35,6 +35,7 @@ def self_test(
     work: Path | None = None,
     only: Callable[[Fault], bool] = lambda fault: True,
     healthy: bool = True,
+    here: bool = True,
     elsewhere: bool = True,
     tell: Tell = lambda stage, done, total: None,
     seen: Callable[[Row | HealthyRow], None] = lambda row: None,
@@ -47,6 +48,7 @@ def self_test(
         out: where self_test.json, .md and .html go; None writes nothing.
         work: keeps models and files between runs; None uses a temporary directory.
         only: which faults; healthy: whether healthy files are examined as well.
+        here: whether faults are planted into files made here.
         elsewhere: whether faults of weights are also planted into files made elsewhere.
         seen: told every row as soon as it is decided.
 
@@ -72,11 +74,11 @@ def self_test(
             good.append(row)
             seen(row)
         rows: list[Row] = []
-        for fault, strength, real in planned:
+        for fault, strength, real in planned if here else ():
             tell("faults", len(rows), len(planned))
             rows.append(bench.row(fault, strength, real=real))
             seen(rows[-1])
-        tell("faults", len(planned), len(planned))
+        tell("faults", len(rows), len(rows))
         others_made = [(f, s, real) for f, s, real in planned if real and is_of_weights(f)] if elsewhere else []
         for number, (fault, strength, real) in enumerate(others_made):
             tell("faults made elsewhere", number, len(others_made))

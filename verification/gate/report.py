@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 # 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`; 1.3: check
 # `quantise.unexplained`, each tensor's `drawer`, `why` and `own_error`, and each check's `code` and `where`; 1.4: each
 # artefact's `type`, role `reference_file` of an input, and each tensor's `blocks`, `blocks_differ` and `found`; 1.5:
-# checks `quantise.codes_error` and `quantise.kld_ratio`
+# checks `quantise.codes_error` and `quantise.kld_ratio`, each tensor's `rows` and `columns`
 SCHEMA_VERSION = "1.5"
 
 Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
@@ -155,6 +155,8 @@ class TensorRow(_Model):
     blocks: int = Field(default=0, ge=0)  # of the type; of a float type, weights; 0 where they were not counted
     blocks_differ: int = Field(default=0, ge=0)  # whose bytes are not the own quantiser's
     found: str = ""  # the first fault in words, with its place in the tensor
+    rows: list[float] = Field(default_factory=list, max_length=32)  # relative error of stretches of its rows; of a
+    columns: list[float] = Field(default_factory=list, max_length=32)  # tensor with a fault, and of its columns
 
 
 # `why` of a tensor that `quantise.output_error` decides, and of one that `quantise.codes_error` decides as well

@@ -40,6 +40,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 BOOL, STRING, ARRAY = 7, 8, 9
 _PLAIN = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
 FLOAT_TYPES = {"F32", "F16", "BF16"}
+TOGETHER = 4096  # weights in a piece that is dequantised as one row
 
 # The number stored in general.file_type (llama.cpp's enum llama_ftype) -> its name without gguf's prefix: "Q4_K_M".
 FILE_TYPES = {
@@ -79,9 +80,13 @@ class GGUFTensor:
         if self.type in _PLAIN:
             with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
                 return self.raw.view(_PLAIN[self.type]).reshape(self.shape).astype(np.float32)
-        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
+        block, size = GGML_QUANT_SIZES[kind]
+        long = TOGETHER // block * size  # bytes of a piece: gguf takes 16 rows at a time, whatever their length
+        rest = self.raw.size % long
+        parts = [self.raw[: self.raw.size - rest].reshape(-1, long), self.raw[self.raw.size - rest :].reshape(1, -1)]
         with np.errstate(all="ignore"):  # a damaged scale is seen in the values
-            values: npt.NDArray[np.float32] = dequantize(self.raw.reshape(rows, -1), kind)
+            found = [dequantize(part, kind).reshape(-1) for part in parts if part.size or not self.raw.size]
+        values: npt.NDArray[np.float32] = found[0] if len(found) == 1 else np.concatenate(found)
         return values.reshape(self.shape)
 
 

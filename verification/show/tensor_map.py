@@ -6,6 +6,7 @@ layers stand in a column of their own, to the left of layer 0.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -81,6 +82,34 @@ def differing(row: TensorRow) -> str:
     if not row.blocks:
         return ""
     return f"{number(row.blocks_differ)} of {number(row.blocks)} blocks ({number(100 * _share(row), 2)} %)"
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The error along one axis of a tensor: bars of equal width, the highest of height 1."""
+
+    axis: str  # "rows"
+    bars: list[tuple[float, float]]  # x of 0 to 1, height of 0 to 1
+    width: float  # of a bar
+    words: str
+
+
+def strips(row: TensorRow) -> list[Strip]:
+    """Where in a tensor the difference sits, along its rows and its columns; none where it was not measured."""
+    columns = row.shape[-1] if row.shape else 1
+    rows = math.prod(row.shape[:-1])
+    found = []
+    for axis, errors, size in (("rows", row.rows, rows), ("columns", row.columns, columns)):
+        if not errors or not max(errors) > 0:
+            continue
+        sizes = [size // len(errors) + (at < size % len(errors)) for at in range(len(errors))]  # as numpy splits them
+        at = max(range(len(errors)), key=errors.__getitem__)
+        first, share = sum(sizes[:at]), errors[at] ** 2 / sum(error**2 for error in errors)
+        words = f"most in {axis} {first} to {first + sizes[at] - 1} of {size}: {100 * share:.0f} % of the squared error"
+        width = 1 / len(errors)
+        bars = [(number * width, error / max(errors)) for number, error in enumerate(errors)]
+        found.append(Strip(axis, bars, width, words))
+    return found
 
 
 def _share(row: TensorRow) -> float:

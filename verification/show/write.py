@@ -317,5 +317,6 @@ _FILTERS = {
     "bound": _bound,
     "margin": margin,
     "differing": tensor_map.differing,
+    "strips": tensor_map.strips,
     "shown": tensor_map.shown,
 }

@@ -25,7 +25,6 @@ from verification.weight_parity.expected import Inventory, inventory, is_known
 from verification.weight_parity.layer_output_error import OpenTensor, OutputError
 from verification.weight_parity.recipe import recipe_differences
 from verification.weight_parity.result import TensorResult
-from verification.weight_parity.values import with_error
 
 _IMATRIX_KEY = "quantize.imatrix.file"  # llama-quantize writes it, among others, when it was given a matrix
 ROTATED = "rotation off"
@@ -69,7 +68,7 @@ def weight_checks(
     names = set() if oracle is None else set(oracle.tensors)
     found = inventory(sources.reference, file)
     examination = Examination(file, sources, found, conversions=conversions, importance=importance, memory=memory)
-    results = [_shown(examination, result) for result in examination.run()]
+    results = [examination.with_error(result) for result in examination.run()]
     nominal = {row.name: row.nominal for row in nominal_types(file)}
     rows = [tensor_row(label, result, file, nominal[result.name]) for result in results]
     contract = [_inventory(file, found, names, results, label), _finite(results, label)]
@@ -89,12 +88,6 @@ def weight_checks(
             tensor, by_codes = file.tensors[result.name], result.codes_nearest is False
             undecided[result.name] = OpenTensor(tensor, wanted, module, by_codes)
     return WeightResult(contract, [], quantise, rows, results, undecided, notes)
-
-
-def _shown(examination: Examination, result: TensorResult) -> TensorResult:
-    """A result with the error that the report shows of every tensor."""
-    wanted = None if result.rel_error is not None or not result.proof else examination.expected(result.name)
-    return result if wanted is None else with_error(result, examination.file.tensors[result.name], wanted)
 
 
 def hypothesis_findings(results: Sequence[TensorResult]) -> list[Finding]:
@@ -269,6 +262,8 @@ def tensor_row(label: str, result: TensorResult, file: GGUFFile, nominal: str) -
         blocks=result.blocks,
         blocks_differ=result.blocks_differ,
         found=writable(sentence_of(result)) if result.drawer == "unexplained" else "",
+        rows=list(result.profile.rows) if result.profile else [],
+        columns=list(result.profile.columns) if result.profile else [],
     )
 
 

@@ -9,11 +9,12 @@ to what it was made from.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +33,13 @@ from verification.weight_parity.hypotheses import Known, Other, Role, Rotation, 
 from verification.weight_parity.judge import judge
 from verification.weight_parity.neighbours import AGAIN, VAGUE, held_together, merged_together
 from verification.weight_parity.places import Heads
+from verification.weight_parity.profile import error_profile
 from verification.weight_parity.result import TensorResult
 from verification.weight_parity.structure.rotation import residual_rotation
-from verification.weight_parity.values import Measured, Start, Wanted, compared
+from verification.weight_parity.values import Measured, Start, Wanted, compared, distance
 
 Array = npt.NDArray[np.float32]
+T = TypeVar("T")
 _SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # of neighbouring numbers, relative, at most
 _ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
 
@@ -86,11 +89,13 @@ class Examination:
         """
         self.file, self.sources, self.found, self.memory = file, sources, found, memory
         self.conversions, self.importance = conversions, importance or {}
+        self._sampled: dict[str, dict[str, Array]] = {}
 
     def run(self, threads: int = 2) -> list[TensorResult]:
         """Examine every tensor; numpy and the quantiser release the interpreter, so two at a time pay."""
         if self.memory is None and self.sources is not None:
-            self.samples  # noqa: B018 (filled before the threads ask for it)
+            for kind in _ATTENTION:
+                self._samples(f"{kind}.weight")  # every such tensor asks for them
         with ThreadPoolExecutor(threads) as pool:
             results = list(pool.map(self._recalled, self.file.tensors.values()))
         results = merged_together(held_together(results, self.found.computed.keys()))
@@ -126,14 +131,31 @@ class Examination:
         step = float(np.sqrt(12 * np.mean(error.astype(np.float64) ** 2)))  # rounding errors are uniform in one step
         return tensor.values() - error, step
 
+    def with_error(self, result: TensorResult) -> TensorResult:
+        """A proven tensor's result with its distance from the reference, which the proof did not need."""
+        if not result.proof or result.rel_error is not None:
+            return result
+        tensor = self.file.tensors[result.name]
+        found = self._remembered("distance", tensor, partial(self._distance, tensor))
+        if found is None:
+            return result
+        return dataclasses.replace(result, rel_error=found[0], max_abs_error=found[1])
+
+    def _distance(self, tensor: GGUFTensor) -> tuple[float, float] | None:
+        wanted = self.expected(tensor.name)
+        return None if wanted is None else distance(tensor.values(), wanted.reshape(tensor.shape))
+
     def _recalled(self, tensor: GGUFTensor) -> TensorResult:
+        return self._remembered("examine", tensor, partial(self.examine, tensor))
+
+    def _remembered(self, what: str, tensor: GGUFTensor, make: Callable[[], T]) -> T:
+        """`make()` of a tensor, once for the same bytes beside the same tensors."""
         if self.memory is None:
-            return self.examine(tensor)
+            return make()
         made = (
             self.conversions is not None and tensor.name in self.found.computed
         )  # against other numbers, see `expected`
-        kind = "examine against the conversion" if made else "examine"
-        return self.memory.recall(partial(self.examine, tensor), kind, self._frame, tensor)
+        return self.memory.recall(make, f"{what} against the conversion" if made else what, self._frame, tensor)
 
     @cached_property
     def _frame(self) -> Hashable:
@@ -187,7 +209,12 @@ class Examination:
             return dataclasses.replace(bare, compared=True, roundings=np.inf, findings=(shape,))
         wanted = wanted.reshape(tensor.shape)
         measured = compared(tensor, self._wanted(tensor, wanted))
-        return self._named(tensor, wanted, self._judged(tensor, wanted, measured))
+        measured = self._judged(tensor, wanted, measured)
+        result = self._named(tensor, wanted, measured)
+        if not result.findings or result.non_finite:
+            return result
+        values = tensor.values() if measured.values is None else measured.values
+        return dataclasses.replace(result, profile=error_profile(values, wanted))
 
     def _judged(self, tensor: GGUFTensor, wanted: Array, measured: Measured) -> Measured:
         """A quantised tensor that is not proven, judged by its error, also where another build's blocks explain it."""
@@ -327,23 +354,24 @@ class Examination:
                 if values is not None:
                     yield other.removeprefix(f"{prefix}.").removesuffix(".weight"), values
 
-    @cached_property
-    def samples(self) -> dict[str, Array]:
-        """A few expected rows (rows, columns) of every attention tensor, to find one of another layer."""
-        return self._samples() if self.memory is None else self.memory.recall(self._samples, "samples", self._frame)
+    def _samples(self, tail: str) -> dict[str, Array]:
+        """A few expected rows (rows, columns) of one tensor in every layer, to find one of another layer."""
+        if tail not in self._sampled:  # two threads that ask at once find the same
+            make = partial(self._sample, tail)
+            known = self.memory
+            self._sampled[tail] = make() if known is None else known.recall(make, f"samples {tail}", self._frame)
+        return self._sampled[tail]
 
-    def _samples(self) -> dict[str, Array]:
+    def _sample(self, tail: str) -> dict[str, Array]:
         found = {}
         for name, tensor in self.file.tensors.items():
-            if name.startswith("blk.") and name.split(".")[2] in _ATTENTION and len(tensor.shape) == 2:
+            if name.startswith("blk.") and name.split(".", 2)[2] == tail and len(tensor.shape) == 2:
                 values = self.expected(name)
                 if values is not None:
                     found[name] = sample_rows(values).copy()
         return found
 
     def _others(self, name: str) -> list[Other]:
-        tail = name.split(".", 2)[2]
-
         def loader(other: str) -> Array:
             values = self.expected(other)
             assert values is not None  # it was sampled
@@ -351,8 +379,8 @@ class Examination:
 
         return [
             Other(f"the tensor of {other.rsplit('.', 2)[0]}", sample, lambda other=other: loader(other))  # type: ignore[misc]
-            for other, sample in self.samples.items()
-            if other != name and other.split(".", 2)[2] == tail
+            for other, sample in self._samples(name.split(".", 2)[2]).items()
+            if other != name
         ]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from verification.contract.file_structure import F16_MAX
 from verification.contract.finding import Code, Finding
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.neighbours import AGAIN
@@ -89,9 +90,15 @@ def judge(
     along = None if base is None else _along(tensor, F, W, W - base.reshape(W.shape), at, block)
     codes = rounding(tensor, F, W, saved=saved)
     nearest = codes is not None and not codes.count
-    findings: list[Finding] = []
+    findings: list[Finding] = _clipped(tensor, F, W)
     spectrum = None
-    if along is not None and along.detected:  # less what the own quantiser loses of the change itself
+    # `along` is less what the own quantiser loses of the change itself
+    if (
+        along is not None
+        and along.detected
+        and not findings
+        and _left_of(ratio, along, E, W, base) <= max(CHOSEN, allowed)
+    ):
         findings.append(_finding(tensor, "the change from the base once", along.cause, along.cause, "merge"))
     if codes is not None and codes.count and not findings:
         findings += _placed(tensor, by_codes(tensor, F, W, codes, heads, saved=saved))
@@ -205,11 +212,46 @@ def _open(
         return ""
     if not codes.count or (tensor.type in STORED_OTHERWISE and codes.unexplained <= UNEXPLAINED):
         return ""
-    eight = own_values("Q8_0", W) if W.shape[1] % 32 == 0 else None  # a Q8_0 file was quantised again
-    again = None if eight is None else rounding(tensor, F, eight, saved=saved)
-    if again is not None and (not again.count or (tensor.type in STORED_OTHERWISE and not again.unexplained)):
+    if _from_eight_bits(tensor, F, W, saved=saved):
         return ""
     return f"{codes.share:.2g} of the codes are not the nearest to the reference: error feedback, or other weights"
+
+
+def _clipped(tensor: GGUFTensor, F: Array, W: Array) -> list[Finding]:
+    """A weight at float16's end that the reference has not; the coarsest type keeps half of a block's largest."""
+    largest, wanted = float(np.abs(F).max(initial=0.0)), float(np.abs(W).max(initial=0.0))
+    if not largest > F16_MAX / 2 > wanted:
+        return []
+    cause = "a weight clipped at float16's end"
+    return [_finding(tensor, f"weights up to {wanted:.3g}", f"{largest:.3g}", cause, "f16_overflow")]
+
+
+def _left_of(ratio: float, along: Direction, E: Array, W: Array, base: Array | None) -> float:
+    """The error in the own quantiser's, less what lies along the change from the base.
+
+    Weights of another layer hold nothing of the change either, but what they leave is no rounding.
+    """
+    assert base is not None  # `along` was measured against it
+    square = float(np.vdot(E, E))
+    change = along.value**2 * float(np.vdot(W - base.reshape(W.shape), W - base.reshape(W.shape)))
+    return ratio * float(np.sqrt(max(1 - change / square, 0.0))) if square else 0.0
+
+
+def _from_eight_bits(tensor: GGUFTensor, F: Array, W: Array, *, saved: float) -> bool:
+    """Whether a Q8_0 file of the reference was quantised again: its codes are the nearest to that file's weights."""
+    if W.shape[1] % 32:
+        return False
+    raw = tensor.raw.reshape(len(W), -1)
+    for rows in (slice(0, SAMPLED), slice(SAMPLED, None)):  # the first rows tell nearly always
+        if not len(W[rows]):
+            continue
+        eight = own_values("Q8_0", W[rows])
+        part = GGUFTensor(tensor.name, W[rows].shape, tensor.type, raw[rows].reshape(-1))
+        again = None if eight is None else rounding(part, F[rows], eight, saved=saved)
+        strange = again is None or (again.unexplained if tensor.type in STORED_OTHERWISE else again.count)
+        if strange:
+            return False
+    return True
 
 
 def _placed(tensor: GGUFTensor, place: Place | None) -> list[Finding]:

@@ -65,7 +65,7 @@ def output_errors(
         def measure(module: Any, inputs: Any) -> None:
             x = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1]).numpy()  # (positions, in)
             if len(x) > 1 and x.shape[1] == one.wanted.shape[1]:
-                found[name] = OutputError(_ratio(one, x), *_codes(one, x))
+                found[name] = OutputError(output_ratio(one, x), *_codes(one, x))
 
         return measure
 
@@ -81,7 +81,8 @@ def output_errors(
     return found
 
 
-def _ratio(one: OpenTensor, inputs: Array) -> float:
+def output_ratio(one: OpenTensor, inputs: Array) -> float:
+    """Root mean square of the output error on `inputs` (positions, in), in the largest of the own quantiser's."""
     first, second = np.array_split(inputs, 2)
     wanted, kind = one.wanted, one.tensor.type
     noise = np.random.default_rng(0).standard_normal(wanted.shape[1])

@@ -89,7 +89,7 @@ def by_codes(
             order = "the reference's rows in another order"
             text = f"{what} {', '.join(map(str, shown[:3]))} hold each other's weights"
             return Place("the reference's rows in their order", text, order, "row_order")
-        factor = _factor(tensor, F, W, (part[0], part[1]), counts, axis, saved=saved)
+        factor = _factor(tensor, F, W, (part[0], part[1]), axis, saved=saved)
         text = f"{int(counts.sum())} other codes in {len(shown)} {what} ({', '.join(map(str, shown[:3]))})"
         noun = f"a head's {name}s" if whole else f"a {name}"
         cause = f"{noun} damaged" if factor is None else f"{noun} scaled"
@@ -125,25 +125,28 @@ def _crowded(counts: npt.NDArray[np.int64]) -> float:
 
 
 def _factor(
-    tensor: GGUFTensor,
-    F: Array,
-    W: Array,
-    part: tuple[slice, slice],
-    counts: npt.NDArray[np.int64],
-    axis: int,
-    *,
-    saved: float,
+    tensor: GGUFTensor, F: Array, W: Array, part: tuple[slice, slice], axis: int, *, saved: float
 ) -> float | None:
     """The scale of one group of rows or columns that explains its codes; None where none does."""
     square = float(np.vdot(W[part], W[part]))
     factor = float(np.vdot(F[part], W[part])) / square if square else 1.0
-    scaled = W.copy()
-    scaled[part] *= np.float32(factor)
-    again = rounding(tensor, F, scaled, saved=saved)
-    assert again is not None  # the tensor has cells
-    before = counts[part[axis]].sum()
-    kept = again.unexplained_rows if tensor.type in STORED_OTHERWISE else (again.rows, again.columns)[axis]
-    return factor if factor > LOST_SCALE and kept[part[axis]].sum() <= EXPLAINED * before else None
+    if not factor > LOST_SCALE:
+        return None
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
+    rows, columns = (range(*one.indices(length)) for one, length in zip(part, W.shape, strict=True))
+    first, last = columns.start // block, -(-columns.stop // block)  # the blocks that hold the group
+    raw = tensor.raw.reshape(len(W), -1, size)[rows.start : rows.stop, first:last]
+    around = slice(rows.start, rows.stop), slice(first * block, last * block)
+    held = GGUFTensor(tensor.name, W[around].shape, tensor.type, np.ascontiguousarray(raw).reshape(-1))
+    inside = slice(0, len(rows)) if not axis else slice(columns.start - first * block, columns.stop - first * block)
+
+    def strange(wanted: Array) -> int:
+        found = rounding(held, F[around], wanted, saved=saved)
+        assert found is not None  # the tensor has cells
+        counts = found.unexplained_rows if tensor.type in STORED_OTHERWISE else (found.rows, found.columns)[axis]
+        return int(counts[inside].sum())
+
+    return factor if strange(W[around] * np.float32(factor)) <= EXPLAINED * strange(W[around]) else None
 
 
 def by_scale(

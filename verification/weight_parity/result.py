@@ -12,6 +12,7 @@ from typing import Literal
 
 from verification.contract.finding import Finding
 from verification.weight_parity.hypotheses import Nearest
+from verification.weight_parity.profile import Profile
 from verification.weight_parity.structure.direction import Direction
 from verification.weight_parity.structure.rotation import Residual
 
@@ -44,6 +45,7 @@ class TensorResult:
     residual: Residual | None = None
     along: Direction | None = None  # of the change from the base, where the tensor was judged and the base is known
     findings: tuple[Finding, ...] = ()
+    profile: Profile | None = None  # where its error sits; of a tensor with findings
 
     @property
     def equal(self) -> bool:

@@ -241,12 +241,10 @@ def _dequantised(values: Array, wanted: Wanted) -> bool:
     return worst is not None and worst <= 2.0  # the neighbouring number
 
 
-def with_error(result: TensorResult, tensor: GGUFTensor, wanted: Array) -> TensorResult:
-    """A proven tensor's result with its distance from `wanted`, of the tensor's shape, which the proof did not need."""
-    if not result.proof or result.rel_error is not None:
-        return result
-    relative, largest, _ = _error(tensor.values(), wanted.reshape(tensor.shape))
-    return dataclasses.replace(result, rel_error=relative, max_abs_error=largest)
+def distance(values: Array, wanted: Array) -> tuple[float, float]:
+    """Relative error, and largest error, of `values` against `wanted`, of one shape."""
+    relative, largest, _ = _error(values, wanted)
+    return relative, largest
 
 
 def _error(values: Array, wanted: Array) -> tuple[float, float, Array]:

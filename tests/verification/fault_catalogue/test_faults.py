@@ -29,10 +29,10 @@ from verification.fault_catalogue.diagnosis import kind_of
 from verification.fault_catalogue.edit import set_metadata
 from verification.fault_catalogue.fault import Fault
 from verification.fault_catalogue.file_gate import judge
-from verification.fault_catalogue.models import Healthy, make_family
+from verification.fault_catalogue.models import Healthy, make_family, unknown_matrix
 from verification.fault_catalogue.page import html_page, markdown
 from verification.fault_catalogue.peer_checks import Others
-from verification.fault_catalogue.plant import ELSEWHERE, Bench, as_quant, made_elsewhere
+from verification.fault_catalogue.plant import ELSEWHERE, Bench, as_quant
 from verification.fault_catalogue.result import HealthyRow, Row, SelfTest
 from verification.gate.report import Check
 from verification.gguf.cache import Memory
@@ -120,8 +120,8 @@ def test_a_healthy_file_raises_no_alarm(bench: Bench, pair: Healthy, kind: str) 
     assert judgement.caught_by == []
 
 
-def test_a_healthy_file_made_elsewhere_raises_no_alarm(bench: Bench, pair: Healthy, tmp_path: Path) -> None:
-    judgement = judge(pair, made_elsewhere(pair.files["F16"], tmp_path / "m.gguf"), bench.policy)
+def test_a_healthy_file_made_elsewhere_raises_no_alarm(bench: Bench, pair: Healthy) -> None:
+    judgement = judge(pair, pair.elsewhere.path, bench.policy)
     assert judgement.caught_by == []
     assert judgement.passed
     assert judgement.linted is not None
@@ -313,11 +313,14 @@ def test_a_remembered_examination_is_the_examination(pair: Healthy, tmp_path: Pa
     assert Examination(file, pair.sources, found, memory=memory).run(1) == Examination(file, pair.sources, found).run(1)
 
 
-def test_a_spliced_quant_is_what_the_quantiser_writes(pair: Healthy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_spliced_quant_is_what_the_quantiser_writes(pair: Healthy, tmp_path: Path, elsewhere: bool) -> None:
     path = tmp_path / "f.gguf"
     by_name("v_proj scaled").plant(pair, pair.files["F16"], path, 1.1)
-    spliced = read_gguf(as_quant(pair, read_gguf(path), tmp_path / "s.gguf"))
-    whole = read_gguf(quantise(path, tmp_path / "q.gguf", "Q4_K_M", threads=1))
+    faulty = read_gguf(path)
+    spliced = read_gguf(as_quant(pair, faulty, tmp_path / "s.gguf", elsewhere=elsewhere))
+    matrix = unknown_matrix(faulty) if elsewhere else {}
+    whole = read_gguf(quantise(path, tmp_path / "q.gguf", "Q4_K_M", threads=1, imatrix=matrix))
     assert spliced.metadata == whole.metadata
     for name, tensor in whole.tensors.items():
         assert np.array_equal(tensor.raw, spliced.tensors[name].raw), name

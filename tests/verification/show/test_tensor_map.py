@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from report_page import Page, faults_of_page
 from sample_report import sample_report
 
 from verification.gate.report import Report, TensorRow
-from verification.show.tensor_map import TensorMap, differing, tensor_maps, unproven
+from verification.show.tensor_map import TensorMap, differing, strips, tensor_maps, unproven
 from verification.show.write import load_report, to_html, to_json, write_report
+from verification.weight_parity.profile import error_profile
 
 
 def row(name: str, drawer: str = "proven", **more: object) -> TensorRow:
@@ -108,3 +110,24 @@ def test_what_a_tensor_holds_survives_report_json(tmp_path: Path) -> None:
     report = with_rows(row("blk.3.a.weight", "unexplained", blocks=9, blocks_differ=2, found="block 1"))
     write_report(report, tmp_path)
     assert to_json(load_report(tmp_path)) == to_json(report)
+
+
+def test_the_difference_is_shown_where_it_sits() -> None:
+    """Rows 8 to 15 of 64 in eight stretches; the report names them and draws a bar a stretch."""
+    wanted = np.ones((64, 32), dtype=np.float32)
+    values = wanted.copy()
+    values[8:16] += np.float32(0.5)
+    profile = error_profile(values, wanted)
+    assert len(profile.rows) == len(profile.columns) == 32
+    squares = np.square(profile.rows)
+    assert np.flatnonzero(squares).tolist() == [4, 5, 6, 7]
+    assert np.isclose(squares.sum(), np.square(profile.columns).sum())
+    assert np.isclose(np.sqrt(squares.sum()), np.linalg.norm(values - wanted) / np.linalg.norm(wanted))
+    bad = row("blk.3.a.weight", "unexplained", shape=[64, 32], rows=list(profile.rows), columns=[0.1, 0.0, 0.2])
+    along, across = strips(bad)
+    assert along.words == "most in rows 8 to 9 of 64: 25 % of the squared error"
+    assert across.words == "most in columns 22 to 31 of 32: 80 % of the squared error"
+    html = to_html(with_rows(bad))
+    assert html.count('<svg class="strip"') == 2
+    assert "most in rows 8 to 9 of 64" in html
+    assert strips(row("blk.3.a.weight", "judged")) == []

@@ -79,7 +79,7 @@ class Rounding:
 
     rows: Counts  # (out,): such codes in each row
     columns: Counts  # (in,)
-    unexplained: float  # share of the groups that no other scale explains either; without codebooks' groups
+    unexplained: float  # of `STORED_OTHERWISE`: share of the groups that no other scale explains either
     unexplained_rows: Counts  # (out,): such groups in each row, of those that were looked at
 
     @property
@@ -107,29 +107,54 @@ def rounding(tensor: GGUFTensor, values: Array, wanted: Array, *, saved: float =
         return None
     out, width = values.shape
     rows, columns, lost = np.zeros(out, np.int64), np.zeros(width, np.int64), np.zeros(out, np.int64)
+    search = tensor.type in STORED_OTHERWISE
     kind = _UNIFORM.get(tensor.type)
     touched = looked = 0
     for part, raw in _batches(tensor, out):
         F, W = values[part], wanted[part]
-        below, above, minimum = _cells(tensor.type, raw, F)
-        last = _last_bit(tensor.type, raw, F.shape)
-        slack = last * (np.maximum(np.abs(F), np.abs(W)) + minimum) + np.float32(saved) * np.abs(W)
-        outside = ~((below - slack <= W) & (above + slack >= W))
+        ends = None if kind is None else _ends(tensor.type, raw, F.shape)
+        outside = _outside(tensor.type, raw, F, W, ends, saved)
         rows[part] = outside.sum(axis=1)
         columns += outside.sum(axis=0)
-        if kind is None or not outside.any():
+        if not search or ends is None or kind is None or not outside.any():
             continue
         groups = np.flatnonzero(outside.reshape(-1, kind.group).any(axis=1))
         most = max(LOOKED * F.size // values.size, 64)
         some = groups[:: -(-len(groups) // most)]
-        bad = some[
-            _without_scale(kind, *(x.reshape(-1, kind.group)[some] for x in (*_ends(tensor.type, raw, F.shape), F, W)))
-        ]
+        bad = some[_without_scale(kind, *(x.reshape(-1, kind.group)[some] for x in (*ends, F, W)))]
         lost[part] += np.bincount(bad // (width // kind.group), minlength=len(F))
         touched, looked = touched + len(groups), looked + len(some)
     total = values.size // kind.group if kind is not None else 1
     share = float(lost.sum()) / looked * touched / total if looked else 0.0
     return Rounding(rows, columns, share, lost)
+
+
+def _outside(kind: str, raw: Raw, values: Array, wanted: Array, ends: tuple[Array, Array] | None, saved: float) -> Mask:
+    """Whether each weight lies outside of the cell of its code, (out, in).
+
+    Of equally spaced codes only weights further than half a step from their value are asked: the tolerance of every
+    such type exceeds what float32 rounds in the sum, so that the others lie inside.
+    """
+    last, block = _last_bit(kind, raw), GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
+    if ends is None:
+        below, above = _book_cells(kind, raw, values)
+        slack = last.repeat(block).reshape(values.shape) * np.maximum(np.abs(values), np.abs(wanted)) + np.float32(
+            saved
+        ) * np.abs(wanted)
+        found: Mask = ~((below - slack <= wanted) & (above + slack >= wanted))
+        return found
+    form = _UNIFORM[kind]
+    half = np.abs(ends[1] - ends[0]) / np.float32(2 * form.steps)
+    found = ~(np.abs(wanted - values) <= half)
+    last = last[np.flatnonzero(found) // block]
+    F, W, low, high, half = (x[found] for x in (values, wanted, *ends, half))
+    minimum = np.abs(low) if form.minimum else np.float32(0)
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    slack = last * (np.maximum(np.abs(F), np.abs(W)) + minimum) + np.float32(saved) * np.abs(W)
+    below = np.where(low + half / 2 >= F, -np.inf, F - half)
+    above = np.where(high - half / 2 <= F, np.inf, F + half)
+    found[found] = ~((below - slack <= W) & (above + slack >= W))
+    return found
 
 
 def nearest_values(tensor: GGUFTensor, values: Array, wanted: Array) -> Array | None:
@@ -162,14 +187,15 @@ def _without_scale(kind: _Uniform, low: Array, high: Array, values: Array, wante
     below = np.where(codes <= first + np.float32(0.25), -np.inf, codes - np.float32(0.5))
     above = np.where(codes >= last - np.float32(0.25), np.inf, codes + np.float32(0.5))
     slack = 2 * LAST_BIT * np.abs(codes).max(axis=1, initial=0)
-    found[used] = _room(W, below, above, shift=kind.minimum) < -slack
+    found[used] = ~_has_room(W, below, above, -slack, shift=kind.minimum)
     return found
 
 
-def _room(W: Array, below: Array, above: Array, *, shift: bool) -> Array:
-    """max over a of the room for b in below <= a W + b <= above, (groups,); negative where there is none.
+def _has_room(W: Array, below: Array, above: Array, least: Array, *, shift: bool) -> Mask:
+    """Whether some a leaves at least `least` of room for b in below <= a W + b <= above, (groups,).
 
-    W, below, above: (groups, weights). Without `shift` b is 0. The room is concave in a, so thirds are cut off.
+    W, below, above: (groups, weights). Without `shift` b is 0. The room is concave in a, so thirds are cut off; a group
+    that has room is not searched further.
     """
 
     def room(a: Array) -> Array:
@@ -177,17 +203,23 @@ def _room(W: Array, below: Array, above: Array, *, shift: bool) -> Array:
         left: Array = most - least if shift else 2 * np.minimum(most, -least)
         return left
 
+    found = np.zeros(len(W), dtype=np.bool_)
+    left = np.arange(len(W))
     low: Array
     high: Array
     low, high = (np.full((len(W), 1), x, dtype=np.float32) for x in WIDEST)
-    best = np.full(len(W), -np.inf, dtype=np.float32)
     for _ in range(STEPS):
         one, two = low + (high - low) * THIRD, high - (high - low) * THIRD
         at_one, at_two = room(one), room(two)
-        best = np.maximum(best, np.maximum(at_one, at_two))
+        enough = np.maximum(at_one, at_two) >= least
+        found[left[enough]] = True
+        on = ~enough
         up = (at_one < at_two)[:, None]
-        low, high = np.where(up, one, low), np.where(up, high, two)
-    return best
+        low, high = np.where(up, one, low)[on], np.where(up, high, two)[on]
+        left, W, below, above, least = left[on], W[on], below[on], above[on], least[on]
+        if not left.size:
+            break
+    return found
 
 
 def _batches(tensor: GGUFTensor, rows: int) -> Iterator[tuple[slice, Raw]]:
@@ -198,16 +230,16 @@ def _batches(tensor: GGUFTensor, rows: int) -> Iterator[tuple[slice, Raw]]:
         yield slice(first, first + size), raw[first : first + size].reshape(-1)
 
 
-def _last_bit(kind: str, raw: Raw, shape: tuple[int, ...]) -> Array:
-    """The last bit of every weight's float16 scale, or minimum, relative; at least that of a normal number."""
+def _last_bit(kind: str, raw: Raw) -> Array:
+    """The last bit of every block's float16 scale, or minimum, relative, of a normal number at least; (blocks,)."""
+    size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     if kind == "MXFP4":  # a power of two
-        return np.zeros((1, 1), dtype=np.float32)
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        return np.zeros(raw.size // size, dtype=np.float32)
     at, ends = _SCALE_AT.get(kind, 0), 4 if kind in _UNIFORM and _UNIFORM[kind].minimum else 2
     stored = np.ascontiguousarray(raw.reshape(-1, size)[:, at : at + ends]).view("<f2").astype(np.float32)
     least = np.abs(stored).min(axis=1)
     found = np.maximum(LAST_BIT, np.float32(2.0**-24) / np.where(least > 0, least, np.inf))
-    return np.minimum(found, 1).astype(np.float32).repeat(block).reshape(shape)
+    return np.minimum(found, 1).astype(np.float32)
 
 
 def _filled(kind: str, raw: Raw, shape: tuple[int, ...], codes: tuple[int, int], byte: int) -> Array:
@@ -232,16 +264,8 @@ def _book(kind: str, raw: Raw, shape: tuple[int, ...]) -> tuple[Array, Array, Ar
     return _filled(kind, raw, shape, codes, one), book, cuts
 
 
-def _cells(kind: str, raw: Raw, values: Array) -> tuple[Array, Array, Array]:
-    """Lower and upper end of every weight's cell (infinite at the range's ends), and the size of the minimum."""
-    if kind in _UNIFORM:
-        low, high = _ends(kind, raw, values.shape)
-        minimum = np.abs(low) if _UNIFORM[kind].minimum else np.zeros_like(low)
-        low, high = np.minimum(low, high), np.maximum(low, high)
-        half = (high - low) / np.float32(2 * _UNIFORM[kind].steps)
-        below: Array = np.where(values <= low + half / 2, -np.inf, values - half).astype(np.float32)
-        above: Array = np.where(values >= high - half / 2, np.inf, values + half).astype(np.float32)
-        return below, above, minimum
+def _book_cells(kind: str, raw: Raw, values: Array) -> tuple[Array, Array]:
+    """Lower and upper end of every weight's cell in a codebook, infinite at the range's ends."""
     unit, _, cuts = _book(kind, raw, values.shape)
     at = np.searchsorted(cuts, values / np.where(unit == 0, np.float32(1), unit))
     edges = np.concatenate([[-np.inf], cuts, [np.inf]]).astype(np.float32)
@@ -249,4 +273,4 @@ def _cells(kind: str, raw: Raw, values: Array) -> tuple[Array, Array, Array]:
         one, two = edges[at] * unit, edges[at + 1] * unit
     below = np.where(unit == 0, -np.inf, np.minimum(one, two)).astype(np.float32)
     above = np.where(unit == 0, np.inf, np.maximum(one, two)).astype(np.float32)
-    return below, above, np.zeros_like(unit)
+    return below, above
