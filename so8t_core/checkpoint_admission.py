@@ -22,6 +22,7 @@ _QUANTISED_KEYS = ("quantization_config", "compression_config")
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_log.csv")
 _KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 _NEXTN_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+_SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _WAY_OUT = "take the original checkpoint, or dequantise this one first"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 _MTP = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
@@ -49,13 +50,17 @@ def admit_config(directory: Path) -> dict[str, Any]:
     """config.json of a directory whose model and tokenizer run without any code but transformers'.
 
     Raises:
-        InputError: no config.json, a damaged one, or one that needs foreign code or an adapter.
+        InputError: no config.json, a damaged one, one that needs foreign code or an adapter; or a damaged file of other
+            settings, which is read long after the work has begun.
     """
     if not directory.is_dir():
         raise InputError(f"checkpoint {directory} is not a directory")
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} is not a Hugging Face model directory: it has no config.json")
     config = read_json(directory / "config.json")
+    for name in _SETTINGS:
+        if (directory / name).exists():
+            read_json(directory / name)
     refuse_code(directory, config)
     if (directory / "adapter_config.json").exists():
         raise InputError(

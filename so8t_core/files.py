@@ -37,6 +37,9 @@ def sha256_file(path: str | Path) -> str:
     A file that was hashed before in this process, and by device, inode, size and both times is still the same, is not
     read again: a run asks for its base checkpoint's digest in five places. A file that changed in the last seconds is
     always read, because a second change could fall into the same tick of the file system's clock.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: a pipe would be waited for, and a device may never end.
     """
     before = _identity(path)
     if before in _known:
@@ -52,6 +55,8 @@ def sha256_file(path: str | Path) -> str:
 def _identity(path: str | Path) -> tuple[int, int, int, int, int]:
     """(device, inode, bytes, time of the last write, time of the last change of any kind)."""
     found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

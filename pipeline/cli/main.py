@@ -126,15 +126,26 @@ def _command(requests: StopRequests) -> int | str | None:
         raise
     except SystemExit as end:
         code = end.code
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also a panic of Rust code, which is no Exception
         if not requests.asked:  # otherwise the error came of the signal, which child processes get too
-            return _explained(error)
+            return _last_words(error)
     if requests.asked:
         raise Stopped
     return code
 
 
-def _explained(error: Exception) -> int:
+def _last_words(error: BaseException) -> int:
+    """`_explained`, and where that fails too, the bare error: no file can be opened any more, no memory is left."""
+    try:
+        return _explained(error)
+    except Exception:
+        sys.stderr.write(f"so8t: {type(error).__name__}: {error}"[:500] + "\n")
+        return exit_codes.BAD_INPUT
+
+
+def _explained(error: BaseException) -> int:
     """Show why a command could not run; returns the exit code."""
     if isinstance(error, InputError):
         return _failed(str(error))
@@ -158,7 +169,7 @@ def _explained(error: Exception) -> int:
     return exit_codes.BAD_INPUT
 
 
-def _given(error: Exception) -> str:
+def _given(error: BaseException) -> str:
     """The value of the option that an error of the command line is about."""
     names = getattr(getattr(error, "param", None), "opts", ())
     found = [value for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name in names]

@@ -44,14 +44,22 @@ def count_rows(path: Path) -> int:
         return len(_directory(path))
     if path.suffix.lower() == ".parquet":
         return int(_parquet(path).metadata.num_rows)
+    _require_file(path)
     with path.open("rb") as stream:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
+
+
+def _require_file(path: Path, what: str = "data source") -> None:
+    """Refuse a pipe, which would be waited for, or a device; a path where nothing is passes."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{what} {path} is not a regular file; write the rows into one")
 
 
 def _parquet(path: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
+    _require_file(path)
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -125,8 +133,7 @@ def read_lines(path: Path, *, what: str = "data source") -> Numbered:
         InputError: the file is missing or cannot be opened.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{what} {path} is not a regular file; write the rows into one")
+        _require_file(path, what)
         stream = open(path, "rb")  # noqa: SIM115  (closed below; only the opening is the user's mistake)
     except FileNotFoundError:
         hint = "check data.sources and data.heldout_sources" if what == "data source" else "check the path"

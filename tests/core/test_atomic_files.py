@@ -26,6 +26,7 @@ from so8t_core.files import (
     atomic_dir,
     atomic_file,
     read_json,
+    read_regular,
     sha256_file,
     sha256_path,
     size_of,
@@ -307,3 +308,19 @@ def test_a_changed_file_is_hashed_again_even_when_size_and_time_are_kept(
         file.write(b"b")
     os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
     assert sha256_file(path) == hashlib.sha256(b"b").hexdigest() != first
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_regular_file_is_refused_unread(tmp_path: Path) -> None:
+    """A pipe that nobody writes to would be waited for, a device never ends; in a directory they are no files."""
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_regular(odd, most=10)
+        with pytest.raises(OSError, match="not a regular file"):
+            sha256_file(odd)
+    (tmp_path / "x").write_bytes(b"12345")
+    assert read_regular(tmp_path / "x", most=5) == b"12345"
+    with pytest.raises(ValueError, match="5 bytes, at most 4 are read"):
+        read_regular(tmp_path / "x", most=4)
+    assert sha256_path(tmp_path) == sha256_path(tmp_path)

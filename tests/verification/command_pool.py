@@ -48,6 +48,8 @@ def run(commands: Iterable[list[str]]) -> Iterator[Ended]:
 
 
 def _serve() -> None:
+    from transformers import AutoTokenizer  # noqa: F401 - seconds of every command that has a reference
+
     from pipeline.cli import main as program
     from verification.commands import lint, lint_terminal  # noqa: F401 - what the verbs import when they are called
     from verification.gguf.key_types import wanted

@@ -213,7 +213,7 @@ class _Loaded:
 def _loaded(path: Path) -> _Loaded:
     vocabulary = Vocabulary(path)
     refused = vocabulary.model_refused()
-    if refused and not vocabulary.refused:  # it may have ended while it loaded the whole file
+    if vocabulary.ended and not vocabulary.refused:  # while it loaded the whole file
         vocabulary.close()
         vocabulary = Vocabulary(path)
     return _Loaded(refused, vocabulary)

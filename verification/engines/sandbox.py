@@ -63,11 +63,12 @@ class Vocabulary:
         self._child = Child(Path(__file__), Limits(memory, seconds, _WALL * seconds), name="llama.cpp")
         self.refused, self._facts = "", dict[str, Any](template=None)
         self._tokens: dict[int, Token] = {}
+        self.ended = False  # by a crash or a limit: nothing more may be asked
         try:
             self._facts = self._child.ask({"do": "vocabulary", "path": os.fspath(self.path)})
             self.refused = self._facts["reason"]
         except ChildDied as error:
-            self.refused = str(error)
+            self.refused, self.ended = str(error), True
 
     def model_refused(self) -> str:
         """llama.cpp's reason not to load the whole file; empty where it does. A crash of the child is a reason too."""
@@ -76,6 +77,7 @@ class Vocabulary:
         try:
             return str(self._child.ask({"do": "model", "path": os.fspath(self.path)})["reason"])
         except ChildDied as error:
+            self.ended = True
             return str(error)
 
     @property

@@ -22,7 +22,7 @@ def load_tokenizer(directory: Path) -> Any:
     refuse_code(directory, read_json(config) if config.is_file() else {})
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # a stranger's file: tokenizers and sentencepiece raise bare Exception, RuntimeError, ...
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exception, RuntimeError, and a panic of Rust code, which is no Exception
         raise InputError(f"no usable tokenizer in {directory}: {' '.join(str(error).split())[:200]}") from None

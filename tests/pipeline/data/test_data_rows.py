@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pipeline.data.formats import load_formats
 from pipeline.data.inputs import data_inputs, expected_rows
 from pipeline.data.report import DataReport
 from pipeline.data.rows import DISAGREES, EARLIER, OTHER_FORM, RowOptions, to_think_row
-from pipeline.data.source_rows import read_rows
+from pipeline.data.source_rows import count_rows, read_rows
 from pipeline.data.split.text import split_text
 from pipeline.data.think_form import SYSTEM_MESSAGE, BrokenLine, RowError, format_assistant
 from so8t_core.errors import InputError
@@ -531,3 +532,12 @@ def test_a_text_is_split_in_time_that_grows_with_its_length() -> None:
         with pytest.raises(RowError):
             split_text(text + "\nThe answer is 5\nmore")
     assert time.process_time() - began < 6
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_pipe_that_nobody_writes_to_is_refused(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    for use in (count_rows, lambda path: next(iter(read_rows(path)))):
+        with pytest.raises(InputError, match="is not a regular file"):
+            use(tmp_path / name)

@@ -203,6 +203,30 @@ def test_memory_that_is_not_enough_is_one_line(tmp_path: Path, capfd: Any, monke
     assert len(said.splitlines()) == 1
 
 
+class Panic(BaseException):
+    """As Rust code raises it: no Exception."""
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), Panic("index out of bounds")])
+def test_an_error_that_cannot_be_explained_is_2_and_one_line(
+    error: BaseException, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no file can be opened, the words for the message cannot be imported: Python's own end would be 1."""
+
+    def fail(*_: object) -> Report:
+        raise error
+
+    def unimportable(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("verification.show.write.load_report", fail)
+    monkeypatch.setattr("pipeline.cli.main._explained", unimportable)
+    assert exit_code(monkeypatch, "gate", passed(tmp_path)) == 2
+    said = capfd.readouterr().err
+    assert str(error) in said
+    assert len(said.splitlines()) == 1
+
+
 def test_every_verb_says_its_result_by_one_way() -> None:
     """`pipeline.cli.saying` alone writes to standard output; `serve` announces lines while it works."""
     for path in (ROOT / "pipeline" / "cli").glob("*.py"):

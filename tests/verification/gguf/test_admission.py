@@ -132,7 +132,7 @@ def test_a_header_beyond_any_models_is_refused_before_it_is_read(tmp_path: Path)
     path = tmp_path / "x.gguf"
     whole = Parts({f"k{i}": Value(STRING, "x" * admission.MAX_STRING) for i in range(5)})
     begin = time.process_time()
-    with pytest.raises(InputError, match="beyond 67108864 bytes"):
+    with pytest.raises(InputError, match="beyond 33554432 bytes"):
         read_gguf(whole.write(path))
     assert time.process_time() - begin < 5
 
@@ -182,3 +182,10 @@ def test_a_truth_value_is_one_bit(tiny: Path, tmp_path: Path) -> None:
     path.write_bytes(data[:at] + b"\x02" + data[at + 1 :])
     with pytest.raises(InputError, match="truth value 2"):
         read_gguf(path)
+
+
+def test_more_tokens_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    """llama.cpp needs seconds to load them, and the file only megabytes to hold them."""
+    whole = Parts({"tokenizer.ggml.tokens": Value(ARRAY, ["t"] * (admission.MAX_TOKENS + 1), STRING)})
+    with pytest.raises(InputError, match=f"holds {admission.MAX_TOKENS + 1} tokens, at most {admission.MAX_TOKENS}"):
+        read_gguf(whole.write(tmp_path / "x.gguf"))
