@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from so8t_core.errors import InputError, one_line
+from so8t_core.errors import InputError
 from so8t_core.folding import mapping, named, rounded
 from so8t_core.safetensors_header import Entry, read_header
 
