@@ -36,6 +36,8 @@ def measured(kind: str, size: int, kld: float, upper: float) -> Measured:
 def test_a_type_that_another_one_dominates_is_not_measured() -> None:
     rungs = [a_rung("A", 10, 0.3), a_rung("B", 12, 0.4), a_rung("C", 20, 0.1), a_rung("D", 30, 0.01)]
     assert [one.kind for one in undominated(rungs)] == ["A", "C", "D"]
+    near = [*rungs, a_rung("E", 21, 0.13), a_rung("F", 22, 0.134), a_rung("twin of A", 10, 0.3)]
+    assert [one.kind for one in undominated(near)] == ["A", "C", "E", "D"]
     assert [one.kind for one in undominated(rungs, max_size=25)] == ["A", "C"]
     with pytest.raises(InputError, match="the smallest file, A, has 10"):
         undominated(rungs, max_size=9)
