@@ -51,18 +51,18 @@ def test_logits_made_from_hidden_states_are_the_models_bit_by_bit(
 
 
 def test_parts_of_passages_are_read_in_any_order_and_pieces_are_cut_as_before(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = np.random.default_rng(0)
-    texts = [Passage(rng.integers(3, 40000, length), 1) for length in (20, 33)]
-    monkeypatch.setattr(hidden_store, "PIECE_ELEMENTS", 10 * 49152)
-    whole = run_reference(load_hf(family.reference), texts, tmp_path, name="", tell=silent)
+    rng, folder = np.random.default_rng(0), save_family("llama tied", tmp_path / "m")
+    texts = [Passage(rng.integers(3, 96, length), 1) for length in (20, 33)]
+    monkeypatch.setattr(hidden_store, "PIECE_ELEMENTS", 10 * 96)
+    whole = run_reference(load_hf(folder), texts, tmp_path, name="", tell=silent)
     monkeypatch.setattr(store_module, "LARGE", 0)
-    parts = run_reference(load_hf(family.reference), texts, tmp_path, name="", tell=silent)
+    parts = run_reference(load_hf(folder), texts, tmp_path, name="", tell=silent)
     with whole.spool, parts.spool:
         assert isinstance(parts.spool, HiddenSpool)
         for start, stop in ((3, 17), (0, 18), (40, 49), (12, 12), (9, 41)):
-            # another cut orders a head's 256 products otherwise: see test_long_chunks_come_in_pieces
+            # another cut orders a head's 64 products otherwise: see test_long_chunks_come_in_pieces
             assert np.abs(parts.spool.read(start, stop) - whole.spool.read(start, stop)).max(initial=0) < 4e-5
         with pytest.raises(IndexError):
             parts.spool.read(40, 50)
@@ -93,11 +93,9 @@ def test_the_head_runs_once_a_chunk_for_all_files_and_the_body_is_given_up(
         assert [found[kind].divergence for kind in ("F16", "Q8_0")] == [one.divergence for one in wanted]
 
 
-def test_a_head_that_gives_other_bits_keeps_full_logits(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_that_gives_other_bits_keeps_full_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that asks its body for more than hidden states: planted as one that adds what the body was given."""
-    model = load_hf(family.reference)
+    model = load_hf(save_family("llama", tmp_path / "m"))
     text = Passage(np.arange(20, 40), 3)
     assert gives_the_same(model, text)
     forward = model.forward
