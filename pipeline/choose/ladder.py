@@ -85,7 +85,7 @@ def undominated(rungs: Sequence[Rung], *, max_size: int | None = None) -> list[R
     found: list[Rung] = []
     for one in sorted(within, key=lambda one: (one.bytes, one.weight_error)):
         twin = any((other.bytes, other.weight_error) == (one.bytes, one.weight_error) for other in found)
-        least = min((other.weight_error for other in found), default=math.inf)
-        if not found or (one.weight_error < CLEARLY * least and not twin):
+        best = min((other.weight_error for other in found), default=math.inf)
+        if not found or (one.weight_error < CLEARLY * best and not twin):
             found.append(one)
     return found
