@@ -158,8 +158,6 @@ class Bench:
             row.diagnosis = str(error).replace(f"{self.work}/", "")  # no file, so nothing to be named
         else:
             row.caught, row.caught_by = not judgement.passed, judgement.caught_by
-            if not row.caught:
-                self._logits(row, judgement, pair, target)
             self._diagnose(row, fault, judgement)
         for path in (faulty, target):
             path.unlink(missing_ok=True)
@@ -239,7 +237,7 @@ class Bench:
     def _logits(self, row: Row, judgement: Judgement, pair: Healthy, path: Path) -> None:
         assert judgement.file is not None
         said = self.ask("kld", pair, judgement.file)
-        checks = logit_checks(row.level.split()[0], said, self.policy)
+        checks = logit_checks(row.level, said, self.policy)
         row.own_kld, row.own_kld_says = said.mean_kld, "pass" if checks[0].status == "pass" else "fail"
         judgement.checks += checks
         row.caught, row.caught_by = not judgement.passed, judgement.caught_by

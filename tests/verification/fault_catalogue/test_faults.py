@@ -454,7 +454,7 @@ def test_a_pair_whose_size_moved_lies_below_f16s_normal_range(tmp_path: Path) ->
     assert np.abs(file.tensors["blk.0.attn_v.weight"].values()).max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["detection", "detection_smollm2"])
+@pytest.mark.parametrize("name", ["detection", "detection_smollm2", "detection_elsewhere"])
 def test_the_published_table_is_the_published_run(name: str) -> None:
     """docs/detection.md is written from the JSON beside it by scripts/publish_detection.py."""
     docs = Path(__file__).parents[3] / "docs"
