@@ -4,8 +4,8 @@
     so8t verify --self-test --out self_test
     python scripts/publish_detection.py self_test/self_test.json detection_smollm2
 
-The second argument names the table, `detection`, `detection_smollm2` or `detection_elsewhere`, and its JSON in docs/. A test holds the page to
-the JSON beside it, so nobody edits a number by hand.
+The second argument names the table, `detection`, `detection_smollm2` or `detection_elsewhere`, and its JSON in docs/. A
+test holds the page to the JSON beside it, so nobody edits a number by hand.
 """
 
 from __future__ import annotations
