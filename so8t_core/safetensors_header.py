@@ -41,7 +41,11 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def read_header(path: Path) -> tuple[bytes, list[Entry], dict[str, Any]]:
-    """(length and header as stored, entries, metadata)."""
+    """(length and header as stored, entries, metadata).
+
+    Raises:
+        InputError: the file is damaged, or its header is larger than any model's.
+    """
     try:
         with open(path, "rb") as file:
             length = file.read(8)

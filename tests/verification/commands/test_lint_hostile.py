@@ -321,9 +321,9 @@ def large(name: str) -> Parts:
     elif name == "a million tokens":
         whole.keys["tokenizer.ggml.tokens"] = Value(ARRAY, [f"t{i}" for i in range(1 << 20)], STRING)
         del whole.keys["tokenizer.ggml.token_type"]
-    elif name == "300,000 control tokens":
-        whole.keys["tokenizer.ggml.tokens"] = Value(ARRAY, [f"<t{i}>" for i in range(300_000)], STRING)
-        whole.keys["tokenizer.ggml.token_type"] = Value(ARRAY, [3] * 300_000, I32)
+    elif name == "500,000 control tokens":
+        whole.keys["tokenizer.ggml.tokens"] = Value(ARRAY, [f"<t{i}>" for i in range(500_000)], STRING)
+        whole.keys["tokenizer.ggml.token_type"] = Value(ARRAY, [3] * 500_000, I32)
     elif name == "tokens of 30 MB":
         whole.keys["tokenizer.ggml.tokens"] = Value(ARRAY, [f"{i:010000}" for i in range(3000)], STRING)
         del whole.keys["tokenizer.ggml.token_type"]
@@ -343,7 +343,7 @@ LARGE = [
     "four million numbers",
     "a text of 16 MB beyond the first plane",
     "a million tokens",
-    "300,000 control tokens",
+    "500,000 control tokens",
     "tokens of 30 MB",
     "a million equal tokens",
     "one bit a weight",
