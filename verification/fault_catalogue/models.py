@@ -98,7 +98,7 @@ class Healthy:
 
 
 def unknown_matrix(file: GGUFFile) -> dict[str, Array]:
-    """Log-normal importance matrices of spread 1, as real ones have it: (input width,) for each layer of a float file."""
+    """Log-normal importance matrices of spread 1, as real ones have it: (input width,) for every layer of a file."""
     rows = {name: t.shape[-1] for name, t in file.tensors.items() if len(t.shape) == 2 and "blk." in name}
     return {name: log_normal(width, 1.0, 1000 + number) for number, (name, width) in enumerate(rows.items())}
 
