@@ -65,10 +65,11 @@ def candidate_statistics(
     Raises:
         InputError: a base file or candidate that cannot be used, or whose vocabularies differ.
     """
+    n_ctx = read_base(base).n_ctx
     file = read_gguf(candidate)
     require_logits(file)
     candidate = file.path  # of a set of shards the first, by which llama.cpp finds the others
-    with LlamaLogits(candidate, n_ctx=read_base(base).n_ctx, threads=threads) as engine:
+    with LlamaLogits(candidate, n_ctx=n_ctx, threads=threads) as engine:
         found = read_base(base, vocab=engine.vocab)
         if engine.file.add_eos:
             raise InputError(f"{candidate} appends EOS to every text; llama.cpp's own tool refuses such files here")
