@@ -39,7 +39,7 @@ from verification.engines.convert import convert_metadata
 from verification.engines.sandbox import Vocabulary
 from verification.gguf.cache import Memory
 from verification.gguf.imatrix import is_legacy_imatrix, read_imatrix
-from verification.gguf.kind import kind_of
+from verification.gguf.kind import MATRIX_UNJUDGED, kind_of
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity.compare import Examination, Sources, rotations
@@ -180,9 +180,13 @@ def _legacy_imatrix(path: Path, start: float) -> LintReport:
         problem = str(error)
     rows = [] if not problem else [LintFinding(where=path.name, expected="sums and counts", found=writable(problem))]
     status: Status = "fail" if problem else "pass"
-    check = LintCheck(name="parts", title=_TITLES["parts"], status=status, findings=rows)
+    why = f"its structure and numbers were judged, not {MATRIX_UNJUDGED}"
+    checks = [
+        LintCheck(name="parts", title=_TITLES["parts"], status=status, findings=rows),
+        LintCheck(name="kind", title=_TITLES["kind"], status="not evaluated", detail=why),
+    ]
     return LintReport(
-        verdict=_verdict([check]),
+        verdict=_verdict(checks),
         kind="an importance matrix of the older form (.dat)",
         file=writable(str(path)),
         sha256=sha256_file(path),
@@ -191,7 +195,7 @@ def _legacy_imatrix(path: Path, start: float) -> LintReport:
         file_type="none",
         tensors_total=entries,
         reference=None,
-        checks=[check],
+        checks=checks,
         seconds={"total": round(time.monotonic() - start, 2)},
     )
 

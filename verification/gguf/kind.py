@@ -69,6 +69,7 @@ class Kind:
 
 
 _MODEL = Kind("model", "a language model", has_logits=True, loads=True)
+MATRIX_UNJUDGED = "the model and the text that it was made with"
 _WITH_ITS_MODEL = "whether it fits the model it belongs to, and what it computes"
 
 
@@ -83,9 +84,9 @@ def kind_of(file: GGUFFile) -> Kind:
     if said == "adapter" or (names and all(name.endswith((".lora_a", ".lora_b")) for name in names)):
         return Kind("lora", "a LoRA adapter", _WITH_ITS_MODEL)
     if said == "imatrix" or (names and all(name.endswith((".in_sum2", ".counts")) for name in names)):
-        return Kind("imatrix", "an importance matrix")
+        return Kind("imatrix", "an importance matrix", MATRIX_UNJUDGED)
     if not names and "tokenizer.ggml.model" in file.metadata:
-        return Kind("vocabulary", "a vocabulary without weights")
+        return Kind("vocabulary", "a vocabulary without weights", "a model: there is no weight in it")
     if arch == "wavtokenizer-dec":
         return Kind("other", "a decoder of sound (wavtokenizer-dec)", "the sound it makes", loads=True)
     if arch not in MODEL_ARCH_NAMES.values() and names and not any(_IN_LAYERS.match(name) for name in names):

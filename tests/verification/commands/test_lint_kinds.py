@@ -149,8 +149,8 @@ KINDS: dict[Callable[[Path], Path], tuple[str, str]] = {
     projector: ("incomplete", "a projector"),
     lora: ("incomplete", "a LoRA adapter"),
     control_vector: ("incomplete", "a control vector"),
-    imatrix: ("pass", "an importance matrix"),
-    vocabulary: ("pass", "a vocabulary without weights"),
+    imatrix: ("incomplete", "an importance matrix"),
+    vocabulary: ("incomplete", "a vocabulary without weights"),
     bert: ("pass", "an embedding model (bert, pooling: mean)"),
     reranker: ("pass", "a reranker (bert)"),
     picture_model: ("incomplete", "no language model (architecture flux)"),
@@ -242,12 +242,12 @@ def test_an_importance_matrix_of_either_form_is_judged(tmp_path: Path) -> None:
     old.write_bytes(struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 4, WIDTH) + values.tobytes())
     report = lint(old)
     assert (report.verdict, report.kind, report.tensors_total) == (
-        "pass",
+        "incomplete",
         "an importance matrix of the older form (.dat)",
         1,
     )
     unnamed = old.rename(tmp_path / "matrix")
-    assert lint(unnamed).verdict == "pass"
+    assert lint(unnamed).verdict == "incomplete"
     cut = tmp_path / "cut.dat"
     cut.write_bytes(unnamed.read_bytes()[:-8])
     assert "truncated" in failed(lint(cut))["parts"]
