@@ -124,8 +124,14 @@ start({})
 """
 
 
-@pytest.mark.parametrize("moment", KILLS.values(), ids=KILLS.keys())
-@pytest.mark.parametrize("existing", [False, True])
+MOMENTS = [  # half of them every time: each process imports for ten seconds
+    pytest.param(moment, existing, id=f"{name}, {existing}", marks=[] if (place + existing) % 2 else [pytest.mark.soak])
+    for place, (name, moment) in enumerate(KILLS.items())
+    for existing in (False, True)
+]
+
+
+@pytest.mark.parametrize(("moment", "existing"), MOMENTS)
 def test_a_kill_leaves_the_earlier_result_or_none(tmp_path, base, adapter, want, moment, existing):
     out = tmp_path / "out"
     if existing:
@@ -164,6 +170,7 @@ def on_a_disk(disk: Path, *, size: str, prepare: str) -> tuple[str, ...]:
     return (*prefix, mount, "sh")
 
 
+OTHER_DISKS = [(False, "1m"), (False, "40m"), (True, "20m"), (True, "40m")]
 TRY = """
 try: bake_checkpoint(B, A, O)
 except InputError as error: print(error)
@@ -171,8 +178,10 @@ print(sorted(os.listdir(os.path.dirname(O))), sorted(os.listdir(O)) if os.path.i
 """
 
 
-@pytest.mark.parametrize("size", ["1m", "20m", "40m"])
-@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("existing", "size"),
+    [(False, "20m"), (True, "1m"), *(pytest.param(*case, marks=pytest.mark.soak) for case in OTHER_DISKS)],
+)
 def test_a_full_disk_is_the_users_error_and_leaves_what_was(tmp_path, base, adapter, size, existing):
     prefix = on_a_disk(tmp_path, size=size, prepare="mkdir out && echo > out/old" if existing else "true")
     done = run(TRY, base, adapter, tmp_path / "out", prefix=prefix)

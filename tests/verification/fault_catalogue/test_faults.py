@@ -405,13 +405,9 @@ def test_the_self_test_itself_can_fail(bench: Bench, monkeypatch: pytest.MonkeyP
     assert "<script" not in page
 
 
-MAIN = {  # one fault for each way of planting one; all of them: `tox -e soak`
+MAIN = {  # a checkpoint, a GGUF's tensor, its metadata and its bytes; all faults: `tox -e soak`
     "norm's gain off",
     "chat template's end cut",
-    "quantised from another finetune",
-    "weights went through a smaller float type",
-    "one layer's R off by an angle",
-    "the base converted, nothing merged",
     "LoRA's scale wrong in one layer",
     "saved without the rotation in one layer",
     "cut off",
@@ -436,7 +432,7 @@ def test_a_part_of_the_catalogue_through_the_whole_runner(tokenizer: Any, tmp_pa
     assert [row.fault for row in result.rows if not row.named_right] == []
     assert told[-1] == f"faults {len(result.rows)}/{len(result.rows)}"
     blind = [row for row in result.rows if row.nmse_says == "pass" and row.kld_says == "pass"]
-    assert len(blind) >= 3  # what the usual checks let pass
+    assert len(blind) >= 2  # what the usual checks let pass
     assert (tmp_path / "out" / "self_test.html").is_file()
 
 
