@@ -320,7 +320,10 @@ def searched(
 
 
 def files(source: Source, root: Path, *, every: bool) -> Iterator[tuple[str, Path]]:
-    """Files by their makers, one at a time: each is overwritten by the next. `every`: all types, not Q4_K_M alone."""
+    """Files by their makers, one at a time: each is overwritten by the next.
+
+    `every`: all types, matrices and shares of last bits; otherwise one of each kind of maker, at Q4_K_M mostly.
+    """
     whole, narrow = matrix(source, 1.0, 1), matrix(source, 0.5, 3)
     partial = {name: values for name, values in whole.items() if not name.startswith("blk.1.")}
     matrices = {
@@ -332,7 +335,7 @@ def files(source: Source, root: Path, *, every: bool) -> Iterator[tuple[str, Pat
     }
     kinds = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS", "Q4_0", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "IQ4_NL")
     for kind in (*kinds, "Q3_K_L") if every else ("Q4_K_M",):
-        for name, values in matrices.items():
+        for name, values in matrices.items() if every else list(matrices.items())[1:4:2]:
             yield f"imatrix {name} {kind}", quantise(source.floats, root / "x.gguf", kind, imatrix=values)
     for kind in ("IQ2_XXS", "IQ3_XXS") if every else ():
         yield f"imatrix whole {kind}", quantise(source.floats, root / "x.gguf", kind, imatrix=matrix(source, 1.0, 4))
@@ -368,7 +371,7 @@ def files(source: Source, root: Path, *, every: bool) -> Iterator[tuple[str, Pat
             lambda name, kind: {"blk.0": "Q5_K", "blk.1": "IQ4_XS"}.get(name[:5], kind),
         ),
     )
-    for kind, path in plain.items():
+    for kind, path in plain.items() if every else [("Q4_K_M", plain["Q4_K_M"])]:
         for share in (0.001, 0.05, 1.0) if kind == "Q8_0" else (0.02, 1.0):
             yield f"last bits {share:g} {kind}", last_bits(path, root / "x.gguf", share=share)
     for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0") if every else ("Q5_1",):
@@ -377,7 +380,8 @@ def files(source: Source, root: Path, *, every: bool) -> Iterator[tuple[str, Pat
     yield "rounded scale first", rounded_scale_first(source, plain["Q8_0"], root / "x.gguf")
     for kind in ("Q4_0", "Q4_K_M"):
         yield f"GPTQ {kind}", searched(source, plain[kind], root / "x.gguf", gptq)
-        yield f"rounding search {kind}", searched(source, plain[kind], root / "x.gguf", rounding_search)
+        if every or kind == "Q4_K_M":
+            yield f"rounding search {kind}", searched(source, plain[kind], root / "x.gguf", rounding_search)
 
 
 def unseen(source: Source, root: Path) -> Iterator[tuple[str, Path]]:

@@ -63,7 +63,7 @@ def test_verify_and_its_oracle_run_no_code_of_the_reference(
     family: Family, hostile: Path, tmp_path: Path, trace: Path
 ) -> None:
     report = verify(hostile, [family.files["F16"]], chunks=2, n_ctx=64, work_dir=tmp_path / "work")
-    assert report.verdict in ("pass", "fail")  # measured to its end
+    assert report.verdict != "incomplete"  # measured to its end; two short chunks may leave it inconclusive
     assert not trace.exists()
 
 
