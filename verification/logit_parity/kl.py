@@ -124,7 +124,7 @@ class DivergenceAccumulator:
         log p = a - log A and log q = b - log B with A = sum e^a, B = sum e^b, thus KLD = <p, a - b> + log(B / A).
         The cancellation in the last sum costs eps64 * |logit| ~ 1e-14.
         """
-        a_TV, b_TV, p_TV = self._buffers(len(ref))
+        a_TV, b_TV, p_TV = self._working(len(ref))
         target_T1 = torch.from_numpy(targets)[:, None]
         _shifted(cand, b_TV)
         torch.exp(b_TV, out=p_TV)
@@ -159,7 +159,7 @@ class DivergenceAccumulator:
             positions=np.arange(first_position, first_position + len(good))[good],
         )
 
-    def _buffers(self, rows: int) -> torch.Tensor:
+    def _working(self, rows: int) -> torch.Tensor:
         """(3, rows, V) float64, the same memory every time: fresh pages would cost as much as the arithmetic."""
         if self._scratch is None or self._scratch.shape[1] < rows:
             self._scratch = torch.empty((3, rows, self.vocab), dtype=torch.float64)
