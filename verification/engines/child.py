@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from verification.engines.closing import Closing
 
 Message = dict[str, Any]
 _ROOT = Path(__file__).resolve().parents[2]  # what the child may import this package from
@@ -42,7 +43,7 @@ class ChildDied(Exception):
     """The child ended or was ended; the text says by what, in its own last words where it had some."""
 
 
-class Child:
+class Child(Closing):
     """A running child; a context manager.
 
     Args:
@@ -141,14 +142,6 @@ class Child:
         self._process.wait()
         for stream in (self._in, self._out, self._err):
             stream.close()
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _reason(code: int, limits: Limits) -> str:

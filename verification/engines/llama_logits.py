@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import llama_cpp
 import numpy as np
 
 from so8t_core.errors import InputError
+from verification.engines.closing import Closing
 from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 from verification.engines.positions import Array, Ids, joined, scored
 
@@ -18,7 +18,7 @@ FLASH = {True: llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, False: llama_cpp.LLAMA_F
 N_BATCH = 512  # llama.cpp keeps one row of logits for each scored token of a batch
 
 
-class LlamaLogits:
+class LlamaLogits(Closing):
     """One context of one GGUF file, asked chunk by chunk; a context manager.
 
     Args:
@@ -60,14 +60,6 @@ class LlamaLogits:
                 self.file.close()
             raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for {self.file.path}: {last_words()}")
         self.batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
-
-    def __enter__(self) -> LlamaLogits:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the context, and the model where it was loaded here; safe to call twice."""

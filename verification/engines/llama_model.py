@@ -10,12 +10,12 @@ import collections
 import ctypes
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import llama_cpp
 
 from so8t_core.errors import InputError
+from verification.engines.closing import Closing
 
 _LOG: collections.deque[str] = collections.deque(maxlen=200)
 _WARNING = 3  # ggml_log_level: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the line before
@@ -47,7 +47,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class LlamaModel:
+class LlamaModel(Closing):
     """A GGUF file loaded by llama.cpp; a context manager.
 
     Args:
@@ -68,14 +68,6 @@ class LlamaModel:
         if not self.model:
             raise InputError(f"llama.cpp cannot load {path}: {last_words()}")
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
-
-    def __enter__(self) -> LlamaModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the model; safe to call twice."""

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 if __name__ == "__main__":  # run as the child: import from the package's root, not from beside this file
     sys.path[0] = sys.argv[2]
 
 from verification.engines.child import Child, ChildDied, Limits, Message, serve
+from verification.engines.closing import Closing
 
 # bytes of data. Measured: 60 MB for Python and llama.cpp, 28 MB more for 49,152 tokens in a header of 1.6 MB
 _MEMORY, _A_BYTE, _HEADER = 1 << 28, 8, 1 << 25
@@ -47,7 +47,7 @@ class Token:
     is_end: bool
 
 
-class Vocabulary:
+class Vocabulary(Closing):
     """A file's vocabulary in a llama.cpp that runs in a child; a context manager.
 
     `refused` is llama.cpp's reason not to load the vocabulary, empty where it does; then nothing else may be asked.
@@ -151,14 +151,6 @@ class Vocabulary:
     def close(self) -> None:
         """End the child; safe to call twice."""
         self._child.close()
-
-    def __enter__(self) -> Vocabulary:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def probe(path: Path) -> Probe:

@@ -9,11 +9,11 @@ tokens and the run modes, 3.8 GB of logits are 9 MB of states of 640 channels.
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from verification.engines.closing import Closing
 from verification.engines.huggingface import PIECE_ELEMENTS, hf_rows
 from verification.engines.model_head import ModelHead
 from verification.engines.positions import scored
@@ -22,7 +22,7 @@ from verification.logit_parity.logit_store import Array, LogitSpool
 from verification.logit_parity.run_modes import Passage
 
 
-class HiddenSpool:
+class HiddenSpool(Closing):
     """A temporary file of hidden states, read as logits; a context manager like `LogitSpool`.
 
     Raises:
@@ -37,14 +37,6 @@ class HiddenSpool:
         self._piece = max(1, PIECE_ELEMENTS // vocab)
         self._pieces: list[tuple[int, int]] = []  # rows start .. stop-1 went through the head together
         self._known: tuple[int, Array] = (0, np.empty((0, vocab), dtype="<f4"))  # the piece that was read last
-
-    def __enter__(self) -> HiddenSpool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give disk and memory back; safe to call twice."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from so8t_core.errors import InputError
+from verification.engines.closing import Closing
 
 Array = npt.NDArray[np.float32]
 LARGE = 1 << 30  # bytes of logits above which hidden states are kept instead, where the family allows it
@@ -26,7 +26,7 @@ def fits(directory: Path, *, rows: int, vocab: int) -> bool:
     return 4 * rows * vocab <= min(LARGE, 0.95 * shutil.disk_usage(directory).free)
 
 
-class LogitSpool:
+class LogitSpool(Closing):
     """A temporary file of logits; a context manager.
 
     Raises:
@@ -44,14 +44,6 @@ class LogitSpool:
                 "free; set TMPDIR (in a run: run_dir) to a larger disk, or score fewer chunks"
             )
         self._file = tempfile.TemporaryFile(dir=directory, prefix="so8t-logits-")  # noqa: SIM115  nameless: gone with us
-
-    def __enter__(self) -> LogitSpool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give the disk back; safe to call twice."""
