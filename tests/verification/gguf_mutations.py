@@ -7,6 +7,7 @@ import math
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -106,6 +107,22 @@ def llama(vocabulary: dict[str, Value]) -> Parts:
         for seed, (name, shape) in enumerate(shapes.items()):
             tensors.append(floats(f"blk.{block}.{name}.weight", shape, 10 * block + seed + 3))
     return Parts(keys, dict(tensors))
+
+
+def llama_config(rows: int, **more: Any) -> Any:
+    """transformers' config of the model in `llama`, with a vocabulary of `rows` tokens."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=rows,
+        hidden_size=WIDTH,
+        intermediate_size=FFN,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2,
+        max_position_embeddings=128,
+        **more,
+    )
 
 
 def seeds(folder: Path) -> dict[str, Parts]:

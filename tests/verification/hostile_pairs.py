@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_bytes import Parts, parts
-from gguf_mutations import BLOCKS, FFN, HEADS, WIDTH, mutate, spm
+from gguf_mutations import llama_config, mutate, spm
 from test_checkpoint_admission import changed, mutated_json, mutated_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -32,25 +32,14 @@ class Healthy:
 def healthy_pair(root: Path) -> Healthy:
     """Made by transformers and upstream's converter."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from verification.engines.convert import convert
 
     vocabulary = spm()
     tokens = vocabulary["tokenizer.ggml.tokens"].value
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=WIDTH,
-        intermediate_size=FFN,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = llama_config(len(tokens), tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
     checkpoint = root / "checkpoint"
     LlamaForCausalLM(config).half().save_pretrained(checkpoint, max_shard_size="60KB")
     _write(checkpoint / "tokenizer.json", _tokenizer(tokens))

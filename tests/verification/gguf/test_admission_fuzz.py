@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gguf_mutations import BLOCKS, FFN, HEADS, WIDTH, legacy_imatrix, mutate, seeds
+from gguf_mutations import legacy_imatrix, llama_config, mutate, seeds
 
 from so8t_core.errors import InputError
 from verification.contract import file_structure, metadata
@@ -114,22 +114,12 @@ def matrices(folder: Path) -> Make:
 def against_a_reference(folder: Path) -> Callable[[Path], None]:
     """What `lint --reference` does here: keys against config.json and the oracle, tensors against weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     healthy = seeds(folder)["F16"]
     rows = len(healthy.keys["tokenizer.ggml.tokens"].value)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=rows,
-        hidden_size=WIDTH,
-        intermediate_size=FFN,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "reference")
+    LlamaForCausalLM(llama_config(rows, tie_word_embeddings=True)).save_pretrained(folder / "reference")
     checkpoint, oracle = Checkpoint(folder / "reference"), read_gguf(healthy.write(folder / "oracle.gguf"))
 
     def use(path: Path) -> None:
