@@ -25,11 +25,11 @@ from pipeline.choose.ladder import TYPES, Rung, check_types, rung, undominated
 from pipeline.choose.measure import Measured, measure
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path, write_text
-from so8t_core.threads import torch_threads
 from verification import verify
 from verification.engines.huggingface import load_hf
 from verification.engines.llama_model import LlamaModel
 from verification.engines.reconversion import Oracle
+from verification.engines.threads import torch_threads
 from verification.gate.policy import Policy, load_policy, make_policy
 from verification.gate.report import Report
 from verification.gguf.reader import read_gguf

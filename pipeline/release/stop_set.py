@@ -16,7 +16,7 @@ from pipeline.data.masking import render_row
 from pipeline.data.think_form import RowError, chat, format_assistant
 from so8t_core.errors import InputError
 from so8t_core.files import read_json, write_text
-from verification.engines.stop_tokens import eos_ids, listed_stops
+from verification.engines.stop_keys import eos_ids, listed_stops
 
 
 def stop_ids(directory: Path, tokenizer: Any) -> list[int]:

@@ -26,7 +26,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pipeline.config import RunConfig, TrainConfig
-from so8t_core.threads import torch_threads
+from verification.engines.threads import torch_threads
 from verification.logit_parity.text import BASE_CHUNKS
 
 RUNTIME = 0.7e9  # bytes of a process that has imported torch, transformers and peft; measured 0.5 to 0.8

@@ -24,9 +24,9 @@ from pipeline.progress import Reporter, StageProgress
 from pipeline.run.refuse import refuse_early
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, sweep, write_text
-from so8t_core.threads import torch_threads
 from verification.engines import distributed
 from verification.engines.quantise import type_number
+from verification.engines.threads import torch_threads
 from verification.gate.policy import Policy, load_policy, make_policy
 from verification.gate.report import AnswerRecord, Report, TrainingRecord
 

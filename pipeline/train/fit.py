@@ -39,8 +39,8 @@ from so8t_core import SO8TConfig, gates, save_adapter, trainable_counts
 from so8t_core.adapter import layer_of
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, write_text
-from so8t_core.quantised import load_quantised
 from verification.engines import distributed
+from verification.engines.bitsandbytes_base import load_quantised
 from verification.gate.report import Curve, TrainingRecord
 
 RECORD_NAME = "training.json"

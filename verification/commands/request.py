@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from so8t_core.errors import InputError
 
 if TYPE_CHECKING:
-    from so8t_core.quantised import Quantization
+    from verification.engines.bitsandbytes_base import Quantization
     from verification.gate.policy import Policy
     from verification.gate.report import AnswerRecord, TrainingRecord
     from verification.logit_parity.run_modes import Level

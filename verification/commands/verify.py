@@ -19,7 +19,6 @@ from typing import ParamSpec
 
 from so8t_core.errors import InputError
 from so8t_core.files import write_text
-from so8t_core.threads import torch_threads
 from verification.commands.interruption import Interruption
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
 from verification.commands.reference_file import file_stages, is_reference_file
@@ -30,6 +29,7 @@ from verification.commands.stages import comparable_base, stages
 from verification.engines import distributed
 from verification.engines.llama_model import usable_cores
 from verification.engines.reconversion import Oracle
+from verification.engines.threads import torch_threads
 from verification.gate.decide import LEG_TITLES, decide
 from verification.gate.policy import Policy, load_policy
 from verification.gate.report import Artefact, Check, Leg, LegName, Report

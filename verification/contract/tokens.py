@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from verification.contract.finding import Finding
-from verification.engines.stop_tokens import listed_stops
+from verification.engines.stop_keys import listed_stops
 from verification.gguf.reader import GGUFFile
 
 PLAIN = (

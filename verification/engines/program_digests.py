@@ -17,7 +17,7 @@ from so8t_core.files import sha256_file
 
 SCRIPT = "convert_hf_to_gguf.py"
 _PACKAGES = ("conversion", "gguf", "gguf-py/gguf")
-_OWN = ("convert.py", "converter_input.py", "quantise.py", "stop_tokens.py")
+_OWN = ("convert.py", "converter_input.py", "quantise.py", "stop_keys.py")
 _READERS = ("transformers", "tokenizers", "sentencepiece", "torch", "numpy", "llama-cpp-python")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from so8t_core.quantised import Quantization, load_quantised, weight_error
+from verification.engines.bitsandbytes_base import Quantization, load_quantised, weight_error
 from verification.gate.report import TrainedFunction
 from verification.logit_parity.compare import Reference, Tell, saved_against
 from verification.logit_parity.text import Corpus

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from so8t_core.files import sha256_path
-from so8t_core.threads import torch_threads
 from verification.contract.chat import fixtures
 from verification.engines.huggingface import hf_rows, load_hf
 from verification.engines.llama_model import LlamaModel
 from verification.engines.reconversion import Oracle
+from verification.engines.threads import torch_threads
 from verification.gguf.reader import read_gguf
 from verification.logit_parity.compare import passages_of
 from verification.logit_parity.run_modes import Cell, Level, Passage, Plan, plan_cells
