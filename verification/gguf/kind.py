@@ -1,7 +1,7 @@
-"""What a GGUF file is, by its keys and tensors: a language model, or one of the other kinds that people publish.
+"""The kind of a GGUF file, known by its keys and tensors: a language model, or another kind that people publish.
 
 `general.type` is "model", "adapter", "imatrix" or "mmproj" in files of current tools; older ones are known by their
-architecture or by how their tensors are called. llama.cpp's pooling type says that a model gives vectors (1 mean,
+architecture or by the names of their tensors. llama.cpp's pooling type says that a model gives vectors (1 mean,
 2 first token, 3 last token) or a score (4) instead of the next token's logits.
 Sources: gguf, constants.py (GGUFType, PoolingType, MODEL_ARCH_NAMES); llama.cpp, include/llama.h.
 """

@@ -1,8 +1,9 @@
-"""A model in shards, `NAME-00001-of-00003.gguf` to `NAME-00003-of-00003.gguf`: what is one set, and what is none.
+"""A model in several files (shards), `NAME-00001-of-00003.gguf` to `NAME-00003-of-00003.gguf`, read as one set.
 
 llama.cpp opens the first shard, finds the others by that name, and takes the metadata of the first alone. Each shard
-states `split.count`, `split.no` (from 0) and `split.tensors.count` (of all shards). The digest of a set is the sha256
-of what sha256sum prints of its shards in their order: `sha256sum NAME-*-of-00003.gguf | sha256sum`, in their folder.
+states `split.count`, `split.no` (from 0) and `split.tensors.count` (of all shards). The digest of a set is the SHA-256
+of the lines that sha256sum prints for its shards in their order, in their folder:
+`sha256sum NAME-*-of-00003.gguf | sha256sum`.
 Source: llama.cpp, src/llama-model-loader.cpp and tools/gguf-split.
 """
 
@@ -23,7 +24,7 @@ _WIDTH = re.compile(r"(blk\.\d+\.(attn_norm|ffn_norm)|output_norm)\.weight")  # 
 
 
 class Shard(Protocol):
-    """What of a `GGUFFile` is looked at here."""
+    """The part of a `GGUFFile` that this file reads."""
 
     @property
     def path(self) -> Path: ...

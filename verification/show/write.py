@@ -103,10 +103,11 @@ def load_report(path: Path) -> Report:
         return Report.model_validate(_restore(raw))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = " ".join(visible(".".join(str(part) for part in first["loc"])).split())[:200]
+        what = " ".join(visible(first["msg"].removeprefix("Value error, ")).split())[:300]
         raise InputError(
-            f"{path} (report schema {SCHEMA_VERSION}) is not a valid report: {' '.join(visible(where).split())[:200]}: "
-            f"{' '.join(visible(first['msg']).split())[:300]}. Run `so8t verify` again."
+            f"{path} (report schema {SCHEMA_VERSION}) is not a valid report: {where}{': ' if where else ''}{what}. "
+            "Run `so8t verify` again."
         ) from None
 
 

@@ -147,7 +147,7 @@ def require_ended(fields: dict[str, Any]) -> None:
 
 
 def ended(reason: Any) -> bool:
-    """Whether a finish reason is none of those that cut a reply off."""
+    """Whether a reply was not cut off, judged by its finish reason."""
     return not (isinstance(reason, str) and reason.strip().lower() in _CUT)
 
 
