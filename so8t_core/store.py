@@ -52,7 +52,7 @@ def attach(model: Model, config: SO8TConfig) -> Model:
         raise InputError(
             "the model already carries an adapter; detach it first, or give the LoRA to SO8TConfig(lora={...})"
         )
-    config = copy.deepcopy(config)  # it learns which layers share an input; of another model that is another list
+    config = copy.deepcopy(config)  # `attach` adds which layers share an input, which differs between models
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except BaseException:
