@@ -1,11 +1,11 @@
-"""How far healthy tensors stand out of rounding: the nulls of the judge's thresholds.
+"""Measure healthy tensors, for the judge's thresholds: how far they differ from plain rounding.
 
 Rows, columns and heads (`SCALE_Z`, `ROW_Z`): types whose codes have no cells, and Q4_0 to Q5_1, under matrices of
-spread 0.5 to 2. Beyond 3 the tail is taken for exponential, P(z > t) = p3 exp(-(t - 3) / m), m the mean excess, and
+spread 0.5 to 2. Beyond 3 the tail is assumed to be exponential, P(z > t) = p3 exp(-(t - 3) / m), m the mean excess, and
 extended to one false alarm in 1,000 files of 300 tensors of 2,000 rows.
-Spectra (`LEADING`, `COLOURED`): every type, without a matrix and under two. Blocks
-(`DAMAGED`): two quantisations of weights that differ in float32's last bit, as another processor's sums do. The layer's
-output (`output_error`): the own quantiser under matrices that the judge does not try.
+Spectra (`LEADING`, `COLOURED`): every type, without a matrix and under two matrices. Blocks (`DAMAGED`): two
+quantisations of weights that differ in float32's last bit, as sums of another processor do. The layer's output
+(`output_error`): this package's quantiser under matrices that the judge does not try.
 Run: `python -m benchmarks.judge_null`.
 """
 
@@ -34,11 +34,11 @@ KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *LATTICES)
 ALL = (*KINDS, "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 SPREADS = (0.5, 1.0, 1.5, 2.0)
 ROWS, SAMPLED = 192, 64
-QUESTIONS = 1000 * 300 * 2000  # rows asked until one false alarm
+QUESTIONS = 1000 * 300 * 2000  # judged rows for one false alarm
 
 
 def _tail(z: np.ndarray) -> dict[str, float]:
-    """Share and mean excess beyond 3, and the threshold that asks `QUESTIONS` times for one alarm."""
+    """Share and mean excess beyond 3, and the threshold with one false alarm in `QUESTIONS` rows."""
     beyond = z[z > 3] - 3
     share, mean = len(beyond) / len(z), float(beyond.mean()) if len(beyond) else 0.0
     return {
@@ -51,7 +51,7 @@ def _tail(z: np.ndarray) -> dict[str, float]:
 
 
 def spectra() -> dict[str, dict[str, float]]:
-    """Leading singular values in the fluctuation that chance allows, and trailing ones below 1."""
+    """Leading singular values in units of their chance fluctuation, and the distance of trailing ones below 1."""
     leading: list[float] = []
     trailing: list[float] = []
     for whole in tensors().values():
@@ -82,7 +82,7 @@ def _normal(x: np.ndarray) -> dict[str, float]:
 
 
 def blocks() -> dict[str, float]:
-    """Squared errors of blocks that another processor makes otherwise, in the own quantiser's."""
+    """Squared errors of blocks that another processor quantises differently, over those of this machine's blocks."""
     ratios, asked = [], 0
     for whole in tensors().values():
         W = whole[:ROWS].astype(np.float16).astype(np.float32)
@@ -103,7 +103,7 @@ def blocks() -> dict[str, float]:
 
 
 def outputs() -> dict[str, float]:
-    """The output error of files of the own quantiser under matrices that nobody hands over."""
+    """The output error of files that this package's quantiser makes under matrices unknown to the judge."""
     found: list[float] = []
     for name, whole in tensors().items():
         W, rng = whole[:ROWS].astype(np.float16).astype(np.float32), np.random.default_rng(4)
@@ -120,7 +120,7 @@ def outputs() -> dict[str, float]:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """The tails of rows' errors, and of rows', columns' and heads' scales."""
+    """The tails of the errors of rows, and of the scales of rows, columns and heads."""
     found: dict[str, list[np.ndarray]] = {"row error": [], "row scale": [], "column scale": [], "head scale": []}
     at = np.linspace(0, ROWS - 1, SAMPLED).astype(np.int64)
     for whole in tensors().values():
