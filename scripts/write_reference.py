@@ -1,9 +1,9 @@
-"""Write the parts of docs/ that follow from the code: the tree of files in design.md, the commands in commands.md.
+"""Write the parts of docs/ that are made from the code: the tree of files in design.md, the commands in commands.md.
 
     python scripts/write_reference.py
 
 Each part stands between two comments, `<!-- NAME -->` and `<!-- end of NAME -->`. A file's line is the first sentence
-of its docstring; a command's text is its help. A test holds the pages to the code (tests/test_docs.py).
+of its docstring; a command's text is its help. A test compares the pages with the code (tests/test_docs.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KINDS = {".py", ".yaml", ".txt", ".j2"}  # py.typed is empty
 
 
 def first_sentence(path: Path) -> str:
-    """What a file says of itself: the docstring of a module, the first comment of a YAML file."""
+    """A file's line in the table: the start of a module's docstring, or the first comment of a YAML file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         said = (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0]
@@ -38,7 +38,7 @@ def folders(package: Path) -> Iterator[Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The folder's own files; an `__init__.py` that only holds a docstring is the folder's line, not a file's."""
+    """The files of a folder, without an `__init__.py` that is only a docstring, which describes the folder."""
     own = sorted(path for path in folder.iterdir() if path.suffix in KINDS)
     return [path for path in own if path.name != "__init__.py" or len(ast.parse(path.read_text("utf-8")).body) > 1]
 
@@ -107,7 +107,7 @@ PARTS = {"design.md": ("tree", tree), "commands.md": ("commands", commands)}
 
 
 def page(name: str) -> str:
-    """The text of docs/NAME with its part written anew."""
+    """The text of docs/NAME with its generated part written again."""
     mark, make = PARTS[name]
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     before, _, rest = text.partition(f"<!-- {mark} -->\n")
