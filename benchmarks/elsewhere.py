@@ -2,7 +2,7 @@
 
 For every type, faults of falling strength are merged into two tensors of 576 x 1536: heavy-tailed random weights, and
 an `ffn_down` of the demo's 135M model, which lies on the 4-bit grid that it was dequantised from, so that small changes
-snap back. They are quantised under a log-normal matrix that the judge does not know, and judged until it misses a fault.
+snap back. They are quantised under a log-normal matrix that the judge does not know, until the judge misses a fault.
 Healthy trials (the same tensors, more matrices) give the false alarms. Run: `python -m benchmarks.elsewhere --out F`.
 """
 
@@ -115,7 +115,7 @@ def causes(w: Array, tensor: GGUFTensor, base: Array | None = None) -> list[str]
 
 
 def _row(kind: str, name: str, fault: str, plant: Plant, strengths: tuple[float, ...], word: str) -> dict[str, object]:
-    """Judge faults from strong to weak until one is accepted; `open` counts those that only the layer's output shows."""
+    """Judge faults from strong to weak until one is accepted; `open` counts those that the layer's output decides."""
     w, smallest, named, caught, left = tensors()[name], None, 0, 0, 0
     for number, strength in enumerate(reversed(strengths)):
         faulty = plant(w, strength, 70 + number)
