@@ -188,7 +188,7 @@ def extrapolate(models: dict[str, tuple[Model, Model]]) -> dict[str, Any]:
 
 
 def page(document: dict[str, Any], points: list[Point]) -> str:
-    """Log-log plots of every job, the exponents, the models and the extrapolation, self-contained."""
+    """A self-contained page: log-log plots of every job, exponents, models and extrapolation."""
     from benchmarks.loglog import plot
     from benchmarks.page import STYLE
 

@@ -49,7 +49,7 @@ def prepare_base(base: str, work_dir: Path) -> Path:
     """Directory of the base checkpoint; the demo model is unpacked to `work_dir` the first time.
 
     Raises:
-        InputError: neither a checkpoint directory nor a known model.
+        InputError: `base` is neither a checkpoint directory nor a known model.
     """
     if base == DEMO_MODEL:
         if not (work_dir / "config.json").is_file():

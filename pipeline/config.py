@@ -1,4 +1,4 @@
-"""The run's configuration: YAML in, validated model out.
+"""The run's configuration: read YAML and validate it into a model.
 
 Every key has a type, a default and a bound here; `configs/*.yaml` comment each of them. An unknown key is an error.
 """
@@ -25,7 +25,7 @@ PII_KINDS: tuple[PiiKind, ...] = get_args(PiiKind)  # where two kinds claim a sp
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be used; the message names the key, the value and what is allowed."""
+    """A configuration that cannot be used; the message names the key, the value and the allowed values."""
 
 
 class _Section(BaseModel):

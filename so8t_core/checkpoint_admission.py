@@ -29,10 +29,10 @@ _MTP = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
 
 
 def admit_checkpoint(directory: str | Path) -> tuple[WeightFiles, list[str]]:
-    """(the weight files of a checkpoint, notes: a sentence each).
+    """(the weight files of a checkpoint, notes of one sentence each).
 
     Raises:
-        InputError: see the module; also no config.json, or a damaged one.
+        InputError: a fault that the module's text names, or a missing or damaged config.json.
     """
     directory = Path(directory)
     config = admit_config(directory)

@@ -99,7 +99,7 @@ class RotationGate(nn.Module):
         return [self] if self.shuffled is None else [self, self.shuffled]
 
     def rotation(self) -> Tensor:
-        """R (n, 8, 8), float32; with a graph when theta is being trained.
+        """R (n, 8, 8), float32 or, like theta, float64; with a graph when theta is being trained.
 
         Raises:
             InputError: theta holds a NaN, an Inf or an absurd angle (the message names the layer).

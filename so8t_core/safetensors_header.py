@@ -35,7 +35,7 @@ def read_entries(path: Path) -> list[Entry]:
     """The tensors of a file in the order of their bytes.
 
     Raises:
-        InputError: the file is damaged, or its header is larger than any model's.
+        InputError: the file is damaged, or its header is larger than that of any model.
     """
     return read_header(path)[1]
 
@@ -44,7 +44,7 @@ def read_header(path: Path) -> tuple[bytes, list[Entry], dict[str, Any]]:
     """(length and header as stored, entries, metadata).
 
     Raises:
-        InputError: the file is damaged, or its header is larger than any model's.
+        InputError: the file is damaged, or its header is larger than that of any model.
     """
     try:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Which linear layers read the same tensor: q, k and v of an attention, gate and up of an MLP.
+"""Find the linear layers that read the same tensor: q, k and v of an attention, gate and up of an MLP.
 
 One forward over two tokens finds them: two layers share their input where every call of both receives the very same
 tensor object. The rotation acts inside the layers of the group, so every other reader of that tensor (a router, a gate

@@ -31,7 +31,7 @@ def inside_backward() -> bool:
 def writes(tensor: Tensor) -> int:
     """How often `tensor`, of any shape (..), was written in place, as far as torch counts (not through `.data`).
 
-    Missing: a public counter; autograd uses this one to find a saved tensor that was overwritten.
+    Missing: a public counter; autograd uses this counter to find a saved tensor that was overwritten.
     """
     return tensor._version
 

@@ -122,7 +122,7 @@ def evaluate(
 
 
 def check_same_model(name: str, trained: float, saved: float) -> None:
-    """Raises InputError where the saved checkpoint's loss is not the trained model's."""
+    """Raises InputError if the saved checkpoint's loss differs from the trained model's."""
     if not abs(trained - saved) <= SAME_MODEL:
         raise InputError(
             f"arm {name}: the trained model's loss on {PROBE_ROWS} rows is {trained:.4f}, the saved checkpoint's "

@@ -206,7 +206,7 @@ def _calm() -> None:
     # programs use the cores too (19 to 25 s against 6 to 7), as on most CI machines.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it lists its missing optional kernels at import
-    # peft 0.21.2 reads a name that transformers 5.23 deprecates; TrainingArguments renames options of its own.
+    # peft 0.21.2 reads a name that transformers 5.23 deprecates; TrainingArguments renames some options.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is deprecated and will be removed in v6.*")
 
 
@@ -218,7 +218,7 @@ def _quiet_transformers() -> None:
 
 
 def _leave_torch_out() -> None:
-    """Let transformers find no torch in this process: its tokenizers need none, and the import takes seconds."""
+    """Let transformers find no torch in this process: its tokenizers do not need torch, whose import takes seconds."""
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module is not there
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # "PyTorch was not found"

@@ -25,8 +25,8 @@ _NARROW, _WIDE = 20, 1000  # columns
 def occupy_standard_streams() -> None:
     """Put the null device where the caller closed a standard stream.
 
-    Otherwise the next file that is opened, perhaps a report, would get the stream's number, and the prints of a C
-    library.
+    Otherwise the next file that is opened, perhaps a report, would get the stream's number and the output of C
+    libraries.
     """
     for number in range(3):
         try:
@@ -92,7 +92,7 @@ class _Spare:
 
 @contextlib.contextmanager
 def spare_standard_error() -> Iterator[None]:
-    """Standard error that raises nothing, for every library that writes to it."""
+    """Let standard error raise nothing, for any library that writes to it."""
     before = sys.stderr
     if before is not None:
         sys.stderr = cast(TextIO, _Spare(before))

@@ -312,7 +312,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def restore_curves(watch: Watch, checkpoint: Path) -> int:
-    """Give `watch` the curves of an interrupted run; returns the step they end at."""
+    """Give `watch` the curves of an interrupted run; returns their last step."""
     curves = json.loads((checkpoint / CURVES_NAME).read_text(encoding="utf-8"))
     watch.curves = {name: [(int(s), float(v)) for s, v in points] for name, points in curves.items()}
     return int(checkpoint.name.rpartition("-")[2])

@@ -132,7 +132,7 @@ def take_answer(text: str) -> tuple[str, str] | None:
     """(text in front, answer) of a text that ends in one answer block; None where it has no such tags.
 
     Raises:
-        RowError: several blocks, an unclosed one, text behind it, or nothing in it.
+        RowError: several blocks, an unclosed or empty block, or text behind the block.
     """
     found = [tag for tag in tags(text) if tag.kind == "answer"]
     names = {tag.name for tag in found if tag.closes} & {tag.name for tag in found if not tag.closes}

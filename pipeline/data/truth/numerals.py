@@ -173,7 +173,7 @@ def _one_spelling(unit: str) -> str:
 
 
 def _kanji_value(text: str) -> Fraction | None:
-    """Value of a numeral in kanji, or in digits with 十, 百, 千, 万 between; None for an order without sense."""
+    """Value of a numeral in kanji, or in digits with 十, 百, 千, 万 between; None if their order makes no sense."""
     if all(letter in _KANJI for letter in text):  # one digit a place: 二〇二六
         return Fraction(int("".join(str(_KANJI[letter]) for letter in text))) if len(text) <= MAX_DIGITS else None
     total = section = Fraction(0)

@@ -18,7 +18,7 @@ class Pair:
     """See `pipeline.serve.forms.form.Form`.
 
     Raises:
-        InputError: the two tags cannot be told from each other or from ordinary text.
+        InputError: the two tags are too similar to each other or to ordinary text.
     """
 
     instructs, may_skip = False, True
