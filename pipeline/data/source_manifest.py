@@ -9,8 +9,7 @@
         collected: 2026-05-01
         purpose: training                            # training | evaluation | refusal
       - {url: "https://example.org/rows.jsonl", licence: CC0-1.0, purpose: training}   # --collect adds the rest
-An unknown key is an error by file and line; a missing field, an unknown licence or a forbidding robots.txt excludes
-the rows.
+An unknown key is an error by file and line. A missing field, unknown licence or refusing robots.txt excludes the rows.
 """
 
 from __future__ import annotations
