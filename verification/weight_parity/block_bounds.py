@@ -9,7 +9,7 @@ and a tensor is within bounds when all its blocks are and no more of them differ
 Measured on Gaussian weights, llama.cpp b11434 with and without contraction: error ratios up to 1.11 (256 values) and
 1.31 (32 values), shares of blocks up to 0.27 Q2_K, 0.08 Q4_K, 0.37 Q5_K, 0.03 others, 0.0007 direct; a rotation by
 1e-3 rad gives 0.57, 0.68, 0.92, 0.22 and 0.43. Weights on a coarser grid (a dequantised model) tie everywhere and may
-exceed this: such a file from a contracting build is refused rather than explained.
+exceed this: such a tensor from a contracting build is not explained here but judged by its errors.
 """
 
 from __future__ import annotations

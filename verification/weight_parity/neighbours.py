@@ -15,7 +15,6 @@ from verification.contract.finding import Finding
 from verification.weight_parity.result import TensorResult
 from verification.weight_parity.structure.direction import together
 
-DAMAGED = 1.2  # squared error of a block, in its own quantiser's
 SAME_MAKER = 0.9  # share of equal blocks, of the median tensor, from which a file comes from the same quantiser
 ROUNDED = "within one rounding of its type"  # proof of a float tensor that is not rounded to nearest everywhere
 AGAIN = "convert and quantise the reference again"

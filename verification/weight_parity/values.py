@@ -22,7 +22,8 @@ from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
 from verification.weight_parity import expected
 from verification.weight_parity.block_bounds import LAST_BIT, hold
-from verification.weight_parity.neighbours import AGAIN, DAMAGED, ROUNDED
+from verification.weight_parity.last_bits import unexplained
+from verification.weight_parity.neighbours import AGAIN, ROUNDED, SAME_MAKER
 from verification.weight_parity.result import TensorResult
 
 Array = npt.NDArray[np.float32]
@@ -167,18 +168,15 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         )
     own_raw = None if nearest is None else quantised_bytes(nearest.values, tensor.type, wanted.importance)
     own_values, own_error, differ, damaged = None, None, blocks, 0
-    own_block = np.zeros(blocks, dtype=np.bool_)  # blocks that the own quantiser makes, but for a scale's last bit
     if own_raw is not None:
         own_values = dataclasses.replace(tensor, raw=own_raw).values()
         own_error = _error(own_values, wanted.values)[0]
         unequal = (own_raw != tensor.raw).reshape(blocks, -1).any(axis=1)
-        mine = (difference**2).reshape(blocks, -1).sum(axis=1)
-        theirs = ((own_values - wanted.values) ** 2).reshape(blocks, -1).sum(axis=1)
         differ = int(np.count_nonzero(unequal))
         beyond = _beyond_last_bit(values.reshape(blocks, -1), own_values.reshape(blocks, -1))
-        own_block = ~unequal | ~beyond
-        damaged = int(np.count_nonzero(~own_block & (mine > DAMAGED * theirs)))
         assert nearest is not None
+        if 0 < differ <= (1 - SAME_MAKER) * blocks:  # elsewhere other blocks are another maker's, not damage
+            damaged = _damaged(tensor.type, wanted, nearest, difference, own_values, unequal & beyond)
         held = hold(tensor, own_raw, nearest.values, imatrix=wanted.importance is not None)
         if held.within and not findings:
             bare = dataclasses.replace(bare, explanation="by another build or machine")
@@ -186,6 +184,28 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         bare, own_error=own_error, blocks_differ=differ, blocks_damaged=damaged, findings=tuple(findings)
     )
     return Measured(result, values, own_values, own_raw, nearest)
+
+
+def _damaged(
+    kind: str, wanted: Wanted, start: Start, difference: Array, own: Array, asked: npt.NDArray[np.bool_]
+) -> int:
+    """Blocks that fit the reference worse than the own quantiser makes them on any processor.
+
+    Args:
+        difference: |file - reference|, in the tensor's shape.
+        own: the own quantiser's values.
+        asked: (blocks,), those whose values differ from the own quantiser's.
+    """
+    width = wanted.values.shape[-1]
+    rows, target = start.values.reshape(-1, width), wanted.values.reshape(-1, width)
+    blocks = (len(rows), len(asked) // len(rows), -1)
+    mine = (difference.astype(np.float64) ** 2).reshape(blocks).sum(axis=-1)
+    theirs = ((own - wanted.values).astype(np.float64) ** 2).reshape(blocks).sum(axis=-1)
+    matrices = None
+    if wanted.importance is not None:  # (channels,), or one matrix an expert
+        each = wanted.importance.reshape(-1, width)
+        matrices = np.repeat(each, len(rows) // len(each), axis=0)
+    return unexplained(kind, rows, target, np.where(asked.reshape(mine.shape), mine, 0.0), theirs, matrices)
 
 
 def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
