@@ -31,7 +31,7 @@ class LintFinding(_Model):
 
 
 class LintCheck(_Model):
-    """One check and what it found."""
+    """One check and its findings."""
 
     name: str  # stable id: "oracle_metadata", "weights"
     title: str

@@ -129,7 +129,7 @@ class Run:
 class Stage:
     """One stage of a verification."""
 
-    name: str  # "reference", "logits Q8_0"; its seconds stand in the report under this name
+    name: str  # "reference", "logits Q8_0"; the report lists its seconds under this name
     work: Callable[[Run], None]
     needs: tuple[str, ...] = ()  # products of earlier stages
     yields: tuple[str, ...] = ()  # products of this stage

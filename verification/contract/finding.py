@@ -36,7 +36,7 @@ class Cause(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """One disagreement between a file and what it should be."""
+    """One disagreement between a file and its expected contents."""
 
     where: str  # "llama.rope.freq_base", "blk.3.attn_output.weight", "token 2", "chat 1"
     expected: str

@@ -45,7 +45,7 @@ def _lora(file: GGUFFile) -> Iterator[Finding]:
     for name, tensor in file.tensors.items():
         stem, _, half = name.rpartition(".lora_")
         if half not in ("a", "b"):
-            if not name.endswith("norm.weight"):  # trained norms stand beside the pairs
+            if not name.endswith("norm.weight"):  # trained norms are not in pairs
                 yield Finding(name, "a name that ends in .lora_a or .lora_b", "another", _AGAIN)
             continue
         other = file.tensors.get(f"{stem}.lora_{'b' if half == 'a' else 'a'}")

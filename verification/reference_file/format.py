@@ -42,7 +42,7 @@ class Rows:
     top_ids: Array  # (R, K), the most likely first; of equally likely ids the lower first
     top_codes: Array  # (R, K) u16
     lowest: Array  # (R,) f32, log p of the last top token
-    tail_mass: Array  # (R,) f32, log of the mass of all other tokens; -inf where there are none
+    tail_mass: Array  # (R,) f32, log of the mass of all other tokens; -inf if there are none
     tail_entropy: Array  # (R,) f32, nats, entropy of the tail as a distribution
     target: Array  # (R,) f32, log p of the next token
     tail_ids: Array  # (R, S) drawn from the tail with replacement

@@ -2,7 +2,7 @@
 
 Every hypothesis is an array H of the tensor's shape; its distance is ||T - H|| / ||expected||. With noise of standard
 deviation s a weight (the distance to the best, spread over n weights), two hypotheses a, b are separated by
-z = (d_b^2 - d_a^2) / (2 s ||H_a - H_b||): the choice is safe at every quantisation level at which z is large.
+z = (d_b^2 - d_a^2) / (2 s ||H_a - H_b||): the choice is safe at every quantisation level with a large z.
 R is blockdiag(R_k) on the input of the tensor, W' = W @ R (see so8t_core.folding). In an adapter with a scale or a
 second rotation, R is the whole map and R^T its inverse. Hypotheses that need R or the base are tested only if an
 adapter or a base is given; transposes only if the tensor is square.

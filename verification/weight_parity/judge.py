@@ -36,7 +36,7 @@ CHOSEN = 2.0  # error of a quantiser that may round up or down, divided by that 
 CERTAIN = 6.0  # standard errors: P(|z| > 6) over 300 tensors and 4 estimators is 2e-6
 # largest leading singular value, divided by that of llama.cpp's quantiser: weights on a grid snap back in both
 GRID = 1.1
-# error of weights on a grid, divided by that of the same weights in another order; without a grid equal within 5 %
+# error of weights on a grid, divided by that of the same weights in another order; equal within 5 % without a grid
 OFF_GRID = 0.5
 UNEXPLAINED = 1e-3  # share of groups whose codes no scale gives; a rounding quantiser leaves none
 # number of weights that share a scale: errors of different groups are independent

@@ -30,9 +30,9 @@ LOST_SCALE = 0.1  # a smaller factor means that nearly nothing of the reference 
 MANY = 256  # largest number of groups of rows among which an exchange is searched
 HALF = 0.5  # relative distance below which a group holds these weights: 0.35 for two bits, 1.4 for other weights
 CANDIDATES = 8  # number of rows with the largest relative error, which are quantised again
-# Standard deviations by which a group's scale, and a row's log error ratio, must stand out. `benchmarks.judge_null`
-# measures healthy tensors under matrices of spread 0.5 to 2 and extends the tails to one false alarm in 1,000 files:
-# rows 9.3, columns 18.6, heads 16.2, row errors 12.05
+# A group is faulty if its scale, a row if its log error ratio, differs by more standard deviations than these.
+# `benchmarks.judge_null` measures healthy tensors under matrices of spread 0.5 to 2 and extends the tails to one false
+# alarm in 1,000 files: rows 9.3, columns 18.6, heads 16.2, row errors 12.05
 SCALE_Z = {"row": 10.0, "column": 19.0, "head": 17.0, "head's columns": 17.0}
 ROW_Z = 12.1
 LEAST_SPREAD = 0.02  # least spread of the log error ratios

@@ -26,7 +26,7 @@ class TensorResult:
     name: str
     type: str
     compared: bool  # whether it was compared with the reference's values
-    proof: str = ""  # how the tensor was proven: "from F16", "from BF16 with the imatrix", "dequantised from this file"
+    proof: str = ""  # how the tensor was proven: "as F16", "from F16", "from BF16 with the imatrix"; "" if it was not
     rel_error: float | None = None  # ||dequantised - reference|| / ||reference||
     max_abs_error: float | None = None
     own_error: float | None = None  # relative error of llama.cpp's quantiser on the same values
