@@ -1,4 +1,4 @@
-"""A request to end the process (Ctrl-C, a signal) takes effect only after the report is written.
+"""Ctrl-C and signals while a verification finishes: they wait until the report is written.
 
 Every Python signal handler is wrapped. A signal that the process ignores, or that has no Python handler, is unchanged.
 """
