@@ -99,7 +99,7 @@ class GGUFFile:
     tensors: dict[str, GGUFTensor] = field(repr=False)
     header: int = 0  # bytes before the padding and the first tensor
     keys_end: int = 0  # bytes before the tensors' descriptions
-    parts: tuple[GGUFFile, ...] = field(default=(), repr=False)  # the shards of a set, each as one file
+    parts: tuple[GGUFFile, ...] = field(default=(), repr=False)  # of a set: each shard by itself
 
     @property
     def shards(self) -> tuple[GGUFFile, ...]:
