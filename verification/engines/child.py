@@ -41,7 +41,7 @@ class Limits:
 
 
 class ChildDied(Exception):
-    """The child ended or was ended; the text gives the reason and the last line that the child wrote to stderr."""
+    """The child ended or was ended; the text gives the reason and one line of the child's stderr, if there is one."""
 
 
 class Child(Closing):
