@@ -3,9 +3,10 @@
 Rows, columns and heads (`SCALE_Z`, `ROW_Z`): types whose codes have no cells, and Q4_0 to Q5_1, under matrices of
 spread 0.5 to 2. Beyond 3 the tail is assumed to be exponential, P(z > t) = p3 exp(-(t - 3) / m), m the mean excess, and
 extended to one false alarm in 1,000 files of 300 tensors of 2,000 rows.
-Spectra (`LEADING`, `COLOURED`): every type, without a matrix and under two matrices. Blocks (`DAMAGED`): two
-quantisations of weights that differ in float32's last bit, as sums of another processor do. The layer's output
-(`output_error`): this package's quantiser under matrices that the judge does not try.
+Spectra (`LEADING`, `COLOURED`): every type, without a matrix and under two matrices.
+Blocks (`last_bits`): two quantisations of weights that differ in float32's last bit, as sums of another processor do.
+`last_bits` must explain every worse block. The layer's output (`output_error`): this package's quantiser under matrices
+that the judge does not try.
 Run: `python -m benchmarks.judge_null`.
 """
 
@@ -20,8 +21,8 @@ from benchmarks.elsewhere import tensors
 from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.judge import UNIT
+from verification.weight_parity.last_bits import WORSE, unexplained
 from verification.weight_parity.layer_output_error import OpenTensor, output_ratio
-from verification.weight_parity.neighbours import DAMAGED
 from verification.weight_parity.own_quantiser import largest_row_errors, log_normal, own_spread, own_values
 from verification.weight_parity.places import LEAST_SPREAD
 from verification.weight_parity.structure.low_rank import CHANCE, COLOURED, DRAWS, FLUCTUATION, LEADING, low_rank
@@ -81,9 +82,10 @@ def _normal(x: np.ndarray) -> dict[str, float]:
     }  # fmt: skip
 
 
-def blocks() -> dict[str, float]:
-    """Squared errors of blocks that another processor quantises differently, over those of this machine's blocks."""
-    ratios, asked = [], 0
+def blocks() -> dict[str, dict[str, float]]:
+    """By type, the number of blocks, of those that another processor quantises differently, of the worse ones among
+    these, and of the worse ones that no last bit explains."""
+    found: dict[str, dict[str, float]] = {}
     for whole in tensors().values():
         W = whole[:ROWS].astype(np.float16).astype(np.float32)
         other = W * (1 + 2.0**-23 * np.random.default_rng(1).choice([-1, 1], W.shape)).astype(np.float32)
@@ -94,12 +96,15 @@ def blocks() -> dict[str, float]:
             assert two is not None
             A, B = one.reshape(-1, size), two.reshape(-1, size)
             moved = np.abs(A - B).max(axis=1) > 2 * LAST_BIT * np.abs(A).max(axis=1)
-            V = W.reshape(-1, size)[moved]
-            errors = [((x[moved] - V).astype(np.float64) ** 2).sum(axis=1) for x in (B, A)]
-            ratios.append(errors[0] / errors[1])
-            asked += len(A)
-    found = np.concatenate(ratios)
-    return {"blocks": asked, "moved": len(found), "largest": float(found.max(initial=0)), "used": DAMAGED}
+            V = W.reshape(-1, size)
+            theirs, mine = (((x - V).astype(np.float64) ** 2).sum(axis=1) for x in (B, A))
+            worse = np.where(moved, theirs, 0.0).reshape(len(W), -1)
+            one_type = found.setdefault(kind, dict.fromkeys(("blocks", "moved", "worse", "unexplained"), 0.0))
+            one_type["blocks"] += len(A)
+            one_type["moved"] += int(moved.sum())
+            one_type["worse"] += int((worse > WORSE * mine.reshape(len(W), -1)).sum())
+            one_type["unexplained"] += unexplained(kind, W, W, worse, mine.reshape(len(W), -1))
+    return found
 
 
 def outputs() -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What `lint` answers: checks with their findings, a row a tensor, a row an attention tensor's hypothesis."""
+"""The result of `lint`: checks with their findings, one row for each tensor, one for each hypothesis."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Model(BaseModel):
 
 
 class LintFinding(_Model):
-    """One line of the answer: what, expected, found, what to do."""
+    """One finding: its place, the expected value, the found value, the action to take."""
 
     where: str
     expected: str
@@ -31,7 +31,7 @@ class LintFinding(_Model):
 
 
 class LintCheck(_Model):
-    """One check and what it found."""
+    """One check and its findings."""
 
     name: str  # stable id: "oracle_metadata", "weights"
     title: str
@@ -47,8 +47,8 @@ class LintTensor(_Model):
     type: str
     how: Literal["bytes of the type's own rounding or quantiser", "within the type's bound", "refused", "not compared"]
     drawer: Drawer = "not compared"
-    why: str = ""  # how it was proven, or why other bytes are healthy
-    open: str = ""  # why only the error of its layer's output can decide; "" where it need not
+    why: str = ""  # how the tensor was proven equal, or why its different bytes are healthy
+    open: str = ""  # why only the error of the layer's output can decide; "" where the tensor alone decides
     rel_error: float | None = None
     own_error: float | None = None
     roundings: float | None = None
@@ -59,21 +59,21 @@ class LintTensor(_Model):
 
 
 class LintHypothesis(_Model):
-    """What an attention tensor is nearest to."""
+    """The hypothesis that an attention tensor is nearest to."""
 
     name: str
     best: str
     distance: float
     second: str
     second_distance: float
-    z: float | None  # None where no noise is left to compare with
+    z: float | None  # None where there is no noise to compare with
     residual_rms: float | None = None  # rad, o_proj only
     residual_largest: float | None = None
     standard_error: float | None = None
 
 
 class LintReport(_Model):
-    """The whole answer; `so8t lint --out` writes it as lint.json."""
+    """The whole result; `so8t lint --out` writes it as lint.json."""
 
     schema_version: str = SCHEMA_VERSION
     verdict: Verdict
@@ -92,7 +92,7 @@ class LintReport(_Model):
 
 
 def tensor_row(result: TensorResult) -> LintTensor:
-    """A tensor's row of the answer."""
+    """A tensor's row of the result."""
     row = {key: value for key, value in asdict(result).items() if key in LintTensor.model_fields}
     if not result.compared:
         how = "not compared"
@@ -106,7 +106,7 @@ def tensor_row(result: TensorResult) -> LintTensor:
 
 
 def hypothesis_rows(result: TensorResult) -> list[LintHypothesis]:
-    """The rows of what an attention tensor, or each part of a fused one, is nearest to."""
+    """The nearest hypothesis of an attention tensor, one row for each part of a fused tensor."""
     rows = []
     left = result.residual
     for match in result.nearest:

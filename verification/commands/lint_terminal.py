@@ -1,7 +1,7 @@
-"""The answer of `lint` for the terminal: the verdict first, then one line a finding: what, expected, found, what to do.
+"""The result of `lint` for the terminal: the verdict, then one line a finding (place, expected, found, action).
 
-Says everything in words, so that it reads the same without colours; texts from files are never read as markup, and
-control characters in them are shown escaped.
+The text says everything in words, so that it reads the same without colours. Text from files is never read as markup,
+and control characters in it are shown escaped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from verification.show.words import visible
 
 _WORDS = {"pass": "PASS", "fail": "FAIL", "incomplete": "INCOMPLETE"}
 _STYLES = {"pass": "bold green", "fail": "bold red", "incomplete": "bold yellow"}
-_ROWS = 8  # findings of one check that are shown; lint.json has all
+_ROWS = 8  # most findings shown for one check; lint.json has all
 
 
 def lint_table(report: LintReport) -> RenderableType:
