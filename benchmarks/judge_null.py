@@ -18,10 +18,10 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from benchmarks.elsewhere import tensors
-from verification.engines.quantise import quantised_bytes
+from verification.engines.quantise import even_matrix, quantised_bytes
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.judge import UNIT
-from verification.weight_parity.last_bits import WORSE, unexplained
+from verification.weight_parity.last_bits import WORSE, damaged_blocks
 from verification.weight_parity.layer_output_error import OpenTensor, output_ratio
 from verification.weight_parity.own_quantiser import largest_row_errors, log_normal, own_spread, own_values
 from verification.weight_parity.places import LEAST_SPREAD
@@ -91,19 +91,18 @@ def blocks() -> dict[str, dict[str, float]]:
         other = W * (1 + 2.0**-23 * np.random.default_rng(1).choice([-1, 1], W.shape)).astype(np.float32)
         for kind in ALL:
             size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
-            one, two = own_values(kind, W), own_values(kind, other)
-            assert one is not None
-            assert two is not None
-            A, B = one.reshape(-1, size), two.reshape(-1, size)
+            matrix = even_matrix(kind, W.shape)
+            raws = [quantised_bytes(x, kind, matrix) for x in (W, other)]
+            own, tensor = (GGUFTensor("", W.shape, kind, raw) for raw in raws if raw is not None)
+            A, B, V = (x.reshape(-1, size) for x in (own.values(), tensor.values(), W))
             moved = np.abs(A - B).max(axis=1) > 2 * LAST_BIT * np.abs(A).max(axis=1)
-            V = W.reshape(-1, size)
             theirs, mine = (((x - V).astype(np.float64) ** 2).sum(axis=1) for x in (B, A))
-            worse = np.where(moved, theirs, 0.0).reshape(len(W), -1)
-            one_type = found.setdefault(kind, dict.fromkeys(("blocks", "moved", "worse", "unexplained"), 0.0))
+            matrices = None if matrix is None else np.tile(matrix, (len(W), 1))
+            one_type = found.setdefault(kind, dict.fromkeys(("blocks", "moved", "worse", "damaged"), 0.0))
             one_type["blocks"] += len(A)
             one_type["moved"] += int(moved.sum())
-            one_type["worse"] += int((worse > WORSE * mine.reshape(len(W), -1)).sum())
-            one_type["unexplained"] += unexplained(kind, W, W, worse, mine.reshape(len(W), -1))
+            one_type["worse"] += int((moved & (theirs > WORSE * mine)).sum())
+            one_type["damaged"] += damaged_blocks(tensor, own.values(), W, W, moved, matrices)
     return found
 
 

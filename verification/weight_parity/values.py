@@ -22,7 +22,7 @@ from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
 from verification.weight_parity import expected
 from verification.weight_parity.block_bounds import LAST_BIT, hold
-from verification.weight_parity.last_bits import unexplained
+from verification.weight_parity.last_bits import damaged_blocks
 from verification.weight_parity.neighbours import AGAIN, ROUNDED, SAME_MAKER
 from verification.weight_parity.result import TensorResult
 
@@ -150,7 +150,7 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         numbers = Finding(tensor.name, "a reference whose weights are numbers", f"{lost} of them are NaN or Inf",
                           "give the checkpoint that the file was made of")  # fmt: skip
         return Measured(dataclasses.replace(bare, findings=(numbers,)), values)
-    error, largest, difference = _error(values, wanted.values)
+    error, largest, _ = _error(values, wanted.values)
     bare = dataclasses.replace(bare, rel_error=error, max_abs_error=largest)
     if _dequantised(values, wanted):
         proof = "the reference is what this tensor dequantises to"
@@ -176,7 +176,7 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         beyond = _beyond_last_bit(values.reshape(blocks, -1), own_values.reshape(blocks, -1))
         assert nearest is not None
         if 0 < differ <= (1 - SAME_MAKER) * blocks:  # elsewhere other blocks are another maker's, not damage
-            damaged = _damaged(tensor.type, wanted, nearest, difference, own_values, unequal & beyond)
+            damaged = _damaged(tensor, wanted, nearest, own_values, unequal & beyond)
         held = hold(tensor, own_raw, nearest.values, imatrix=wanted.importance is not None)
         if held.within and not findings:
             bare = dataclasses.replace(bare, explanation="by another build or machine")
@@ -186,26 +186,16 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     return Measured(result, values, own_values, own_raw, nearest)
 
 
-def _damaged(
-    kind: str, wanted: Wanted, start: Start, difference: Array, own: Array, asked: npt.NDArray[np.bool_]
-) -> int:
-    """Blocks that fit the reference worse than the own quantiser makes them on any processor.
-
-    Args:
-        difference: |file - reference|, in the tensor's shape.
-        own: the own quantiser's values.
-        asked: (blocks,), those whose values differ from the own quantiser's.
-    """
-    width = wanted.values.shape[-1]
-    rows, target = start.values.reshape(-1, width), wanted.values.reshape(-1, width)
-    blocks = (len(rows), len(asked) // len(rows), -1)
-    mine = (difference.astype(np.float64) ** 2).reshape(blocks).sum(axis=-1)
-    theirs = ((own - wanted.values).astype(np.float64) ** 2).reshape(blocks).sum(axis=-1)
+def _damaged(tensor: GGUFTensor, wanted: Wanted, start: Start, own: Array, asked: npt.NDArray[np.bool_]) -> int:
+    """Damaged blocks of a tensor of any number of axes; `asked` (blocks,) as in `damaged_blocks`."""
+    shape = (-1, wanted.values.shape[-1])
+    target = wanted.values.reshape(shape)
     matrices = None
     if wanted.importance is not None:  # (channels,), or one matrix an expert
-        each = wanted.importance.reshape(-1, width)
-        matrices = np.repeat(each, len(rows) // len(each), axis=0)
-    return unexplained(kind, rows, target, np.where(asked.reshape(mine.shape), mine, 0.0), theirs, matrices)
+        each = wanted.importance.reshape(shape)
+        matrices = np.repeat(each, len(target) // len(each), axis=0)
+    flat = dataclasses.replace(tensor, shape=target.shape)
+    return damaged_blocks(flat, own.reshape(shape), start.values.reshape(shape), target, asked, matrices)
 
 
 def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
