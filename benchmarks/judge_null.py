@@ -77,9 +77,12 @@ def _normal(x: np.ndarray) -> dict[str, float]:
     """Mean, deviation, largest, and mean + 4.5 deviations: one normal variable in 300,000 (1,000 files of 300)."""
     mean, deviation = float(x.mean()), float(x.std())
     return {
-        "questions": len(x), "mean": mean, "deviation": deviation, "largest": float(x.max()),
+        "questions": len(x),
+        "mean": mean,
+        "deviation": deviation,
+        "largest": float(x.max()),
         "threshold": mean + 4.5 * deviation,
-    }  # fmt: skip
+    }
 
 
 def blocks() -> dict[str, dict[str, float]]:

@@ -147,8 +147,12 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     if bad:  # the check of finite weights counts and names these
         return Measured(bare, values)
     if lost := int(wanted.values.size - np.count_nonzero(np.isfinite(wanted.values))):  # these cannot be compared
-        numbers = Finding(tensor.name, "a reference whose weights are numbers", f"{lost} of them are NaN or Inf",
-                          "give the checkpoint that the file was made of")  # fmt: skip
+        numbers = Finding(
+            tensor.name,
+            "a reference whose weights are numbers",
+            f"{lost} of them are NaN or Inf",
+            "give the checkpoint that the file was made of",
+        )
         return Measured(dataclasses.replace(bare, findings=(numbers,)), values)
     error, largest, _ = _error(values, wanted.values)
     bare = dataclasses.replace(bare, rel_error=error, max_abs_error=largest)
