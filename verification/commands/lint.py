@@ -56,6 +56,7 @@ _TITLES = TITLES | {
     "template_powers": "What the chat template can do beside laying out a chat",
     "local_paths": "Paths of a computer that the file publishes",
     "written_otherwise": "Tokenizer keys that are written otherwise and mean the same",
+    "unread_keys": "Keys that differ and that llama.cpp does not read",
     "finite_weights": "Weights that are NaN or Inf",
     "saturated_weights": "Weights at F16's end",
     "fallback_types": "Tensors in a fallback type",
@@ -364,6 +365,8 @@ class _Run:
         self.add("oracle_metadata", differ)
         if harmless:
             self.add("written_otherwise", harmless, note=True)
+        if unread := metadata.unread_differences(file, wanted):
+            self.add("unread_keys", unread, note=True)
 
     def against_tokens(self, reference: Checkpoint, model: _Loaded) -> None:
         """Compare token ids, special ids, chats and the stop set."""

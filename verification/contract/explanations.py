@@ -98,6 +98,10 @@ CHECKS = {
         "Some keys of the tokenizer are written in another way than upstream's converter writes them today. llama.cpp "
         "does exactly the same with both, which was tried. Nothing has to be done."
     ),
+    "unread_keys": (
+        "The file has keys that upstream's converter does not write, or lacks some that it writes, and no code of "
+        "llama.cpp reads them. Nothing changes when llama.cpp runs the file; another program may look at them."
+    ),
     "oracle_metadata": (
         "The current converter of llama.cpp writes another value for this key. Convert again with a current "
         "converter, unless you want the difference."
