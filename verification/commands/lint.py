@@ -28,6 +28,7 @@ from verification.commands.lint_result import (
     Status,
     Verdict,
     hypothesis_rows,
+    runs_on_row,
     tensor_row,
 )
 from verification.contract import chat, file_structure, metadata, other_kinds, tokens
@@ -141,6 +142,7 @@ def _report(run: _Run, reference: str | Path | None, start: float) -> LintReport
         architecture=opened.architecture,
         file_type=opened.file_type,
         tensors_total=len(opened.tensors),
+        runs_on=runs_on_row(opened) if run.kind.loads else None,
         reference=None if reference is None else writable(str(reference)),
         checks=run.checks,
         tensors=run.tensors,
