@@ -70,6 +70,10 @@ CHECKS = {
         "A tensor of the reference is missing in the file, or the file has a tensor that nothing explains. The "
         "model in the file is not the trained model."
     ),
+    "left_out": (
+        "The reference also has parts for pictures, for sound or for the prediction of several tokens at once, and "
+        "this file holds the text model without them. That is how such files are usually published."
+    ),
     "weights": (
         "Weights differ from the reference by more than the rounding of their type. The file is damaged or comes "
         "from another model. Its answers differ, even if you do not see it at once."

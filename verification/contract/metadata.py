@@ -62,23 +62,25 @@ def expected_metadata(config: dict[str, Any], architecture: str = "llama") -> di
     settings, dim = rope.rope_parameters(config), rope.head_dim(config)
     theta, kind, partial = settings.get("rope_theta"), settings["rope_type"], settings.get("partial_rotary_factor")
     scaled = kind in ("linear", "yarn")
+    by_factors = kind == "proportional"  # Gemma 4: channels that are not rotated have a factor in `rope_freqs`
     latent = bool(get("kv_lora_rank"))  # MLA is stored as one KV head of the latent's width: the oracle's to judge
     window = get("sliding_window")
     scales = _GRANITE if architecture.startswith("granite") else {}
     return {
         **{key: _float(get(name)) for key, name in scales.items()},
         "block_count": get("num_hidden_layers"),
-        "context_length": get("max_position_embeddings"),
+        "context_length": get("max_position_embeddings") if architecture != "granitehybrid" else None,  # without RoPE
         "embedding_length": get("hidden_size"),
-        "feed_forward_length": get("intermediate_size"),
+        "feed_forward_length": get("intermediate_size_mlp")
+        or get("intermediate_size"),  # Llama 4 names the experts' so
         "attention.head_count": get("num_attention_heads"),
         "attention.head_count_kv": None if latent else get("num_key_value_heads") or get("num_attention_heads"),
-        "attention.key_length": None if latent else dim,
-        "attention.value_length": None if latent else dim,
+        "attention.key_length": None if latent else get("global_head_dim") or dim,
+        "attention.value_length": None if latent else get("global_head_dim") or dim,
         "attention.layer_norm_rms_epsilon": _float(get("rms_norm_eps")),
         "rope.freq_base": _float(theta),
-        "rope.freq_base_swa": rope.local_theta(config) if architecture == "gemma3" else None,
-        "rope.dimension_count": int(dim * partial) if dim and partial and partial != 1 else None,
+        "rope.freq_base_swa": rope.local_theta(config) if architecture in ("gemma3", "gemma4") else None,
+        "rope.dimension_count": int(dim * partial) if dim and partial and partial != 1 and not by_factors else None,
         "rope.scaling.type": kind if scaled else None,
         "rope.scaling.factor": _float(settings.get("factor")) if scaled else None,
         "rope.scaling.original_context_length": settings.get("original_max_position_embeddings")

@@ -115,7 +115,9 @@ def _later_tensors(file: GGUFFile, table: dict[str, Any]) -> Iterator[Need]:
 
 def _keys(file: GGUFFile, table: dict[str, Any]) -> Iterator[Need]:
     """Keys that can change the network or the tokens."""
-    for key in file.metadata.keys() - {"tokenizer.ggml.pre"}:  # its value was asked for already
+    for key in file.metadata:
+        if key == "tokenizer.ggml.pre":  # its value was asked for already
+            continue
         effect = effect_of(key, file.architecture)
         prefix, _, rest = key.partition(".")
         fact = table["keys"].get(f"%s.{rest}" if prefix == file.architecture else key)

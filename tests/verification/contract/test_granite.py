@@ -11,23 +11,14 @@ from verification.commands.lint import lint
 from verification.commands.lint_result import LintReport
 from verification.engines.convert import convert
 from verification.engines.quantise import quantise
-from verification.fault_catalogue import models
-
-SCALES = {
-    "embedding_multiplier": 12.0,
-    "residual_multiplier": 0.22,
-    "attention_multiplier": 0.0078125,
-    "logits_scaling": 8.0,
-}
+from verification.fault_catalogue.models import save_model
 
 
 @pytest.fixture(scope="module")
 def granite(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, F16 file)"""
     folder = tmp_path_factory.mktemp("granite")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.FAMILIES, "granite", ("GraniteConfig", {**SCALES, "tie_word_embeddings": True}))
-        models.save_model("granite", folder / "reference")
+    save_model("granite", folder / "reference")
     return folder / "reference", convert(folder / "reference", folder / "F16.gguf", model_name="tiny-granite")
 
 
