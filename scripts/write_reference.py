@@ -9,22 +9,25 @@ of its docstring; a command's text is its help. A test compares the pages with t
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("so8t", "so8t_core", "verification", "pipeline")
-KINDS = {".py", ".yaml", ".txt", ".j2"}  # py.typed is empty
+KINDS = {".py", ".yaml", ".txt", ".j2", ".json"}  # py.typed is empty
 
 
 def first_sentence(path: Path) -> str:
-    """A file's line in the table: the start of a module's docstring, or the first comment of a YAML file."""
+    """A file's line in the table: a docstring's start, a YAML file's first comment, or a JSON file's "about"."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         said = (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0]
     elif path.suffix == ".yaml":
         said = text.partition("\n")[0].removeprefix("#") if text.startswith("#") else ""
+    elif path.suffix == ".json":
+        said = str(json.loads(text).get("about", ""))
     else:
         said = {".j2": f"The template of {path.stem}.", ".txt": "The text that is scored by default."}[path.suffix]
     line = " ".join(said.split()) or "(no words of its own)"

@@ -81,7 +81,7 @@ def test_a_data_file_that_is_not_packaged_would_be_seen(tmp_path: Path) -> None:
     shutil.copytree(ROOT, tmp_path / "source", ignore=LEFT_OUT, symlinks=True)
     settings = tmp_path / "source" / "pyproject.toml"
     text = settings.read_text(encoding="utf-8")
-    line = 'verification = ["py.typed", "gate/*.yaml", "show/templates/*", "logit_parity/corpus/*"]\n'
+    line = 'verification = ["py.typed", "gate/*.yaml", "gguf/*.json", "show/templates/*", "logit_parity/corpus/*"]\n'
     assert line in text
     settings.write_text(
         text.replace(line, "").replace("[tool.setuptools]", "[tool.setuptools]\ninclude-package-data = false")

@@ -7,10 +7,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from verification.contract.finding import Code
+from verification.contract.finding import Code, writable
+from verification.gguf.reader import GGUFFile
+from verification.gguf.runs_on import Need, runs_on
 from verification.weight_parity.result import Drawer, TensorResult
 
-SCHEMA_VERSION = "1.3"  # 1.1: `drawer`, `why` of a tensor; 1.2: `open`; 1.3: `kind`
+SCHEMA_VERSION = "1.4"  # 1.1: `drawer`, `why` of a tensor; 1.2: `open`; 1.3: `kind`; 1.4: `runs_on`
 Status = Literal["pass", "fail", "note", "not evaluated"]
 Verdict = Literal["pass", "fail", "incomplete"]
 
@@ -72,6 +74,24 @@ class LintHypothesis(_Model):
     standard_error: float | None = None
 
 
+class LintNeed(_Model):
+    """A build of llama.cpp, and the part of the file that no earlier one knows."""
+
+    build: int  # 5092 for b5092
+    what: str
+    source: str  # the pull request
+
+
+class LintRunsOn(_Model):
+    """The oldest builds of llama.cpp for the file; see `runs_on`."""
+
+    sentence: str
+    loads: LintNeed | None  # None where a name is unknown
+    keys: LintNeed | None  # None where every build that loads the file knows its keys
+    unknown: list[str]
+    newest: int
+
+
 class LintReport(_Model):
     """The whole result; `so8t lint --out` writes it as lint.json."""
 
@@ -84,11 +104,28 @@ class LintReport(_Model):
     architecture: str
     file_type: str
     tensors_total: int
+    runs_on: LintRunsOn | None = None  # None of a file that llama.cpp does not load as a model
     reference: str | None
     checks: list[LintCheck]
     tensors: list[LintTensor] = Field(default_factory=list)
     hypotheses: list[LintHypothesis] = Field(default_factory=list)
     seconds: dict[str, float] = Field(default_factory=dict)
+
+
+def runs_on_row(file: GGUFFile) -> LintRunsOn:
+    """The oldest builds of llama.cpp for a model."""
+    found = runs_on(file)
+
+    def row(need: Need | None) -> LintNeed | None:
+        return None if need is None else LintNeed(build=need.build, what=writable(need.what), source=need.source)
+
+    return LintRunsOn(
+        sentence=writable(found.sentence),
+        loads=row(found.loads),
+        keys=row(found.keys),
+        unknown=[writable(name) for name in found.unknown],
+        newest=found.newest,
+    )
 
 
 def tensor_row(result: TensorResult) -> LintTensor:

@@ -32,6 +32,8 @@ def lint_table(report: LintReport) -> RenderableType:
         if check.status == "not evaluated":
             lines.append(Text(f"Not evaluated: {check.title}: {visible(check.detail)}", style="yellow"))
     held = sum(check.status == "pass" for check in report.checks)
+    if report.runs_on is not None:
+        lines.append(Text(f"llama.cpp: {visible(report.runs_on.sentence)}."))
     lines.append(Text(f"{held} of {len(report.checks)} checks held in {report.seconds.get('total', 0):.1f} s."))
     if report.hypotheses:
         lines.append(Text(_hypotheses(report)))

@@ -73,6 +73,14 @@ def published_paths(file: GGUFFile) -> list[Finding]:
     ]
 
 
+def _first_key_length(file: GGUFFile) -> int | None:
+    """Channels of a key head in the first layer: a windowed one may have others (Gemma 4)."""
+    pattern, windowed = file.get("attention.sliding_window_pattern"), file.get("attention.key_length_swa")
+    first = windowed if windowed and isinstance(pattern, list) and pattern[:1] == [True] else None
+    length: int | None = first or file.get("attention.key_length")
+    return length
+
+
 def counts(file: GGUFFile) -> list[Finding]:
     """Numbers that metadata and tensors both state."""
     found: list[Finding] = []
@@ -96,7 +104,7 @@ def counts(file: GGUFFile) -> list[Finding]:
         equal(f"{arch}.embedding_length", embedding.shape[1], file.get("embedding_length"), "columns of token_embd")
         tokens = file.metadata.get("tokenizer.ggml.tokens")
         equal("tokenizer.ggml.tokens", embedding.shape[0], len(tokens) if tokens else None, "rows of token_embd")
-    heads, key = file.get("attention.head_count"), file.get("attention.key_length")
+    heads, key = file.get("attention.head_count"), _first_key_length(file)
     if isinstance(heads, int) and heads > 0 and not file.get("attention.kv_lora_rank"):  # MLA has other sizes
         dim = key or (file.get("embedding_length") or 0) // heads
         equal("blk.0.attn_q.weight", heads * dim, rows("blk.0.attn_q.weight"), "heads x channels a head")

@@ -48,6 +48,8 @@ _PASSED = (
 )
 _IMPORTED = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "yaml", "tqdm")
 _SECONDS, _BYTES_A_SECOND = 600.0, 2e6  # time limit: this, plus the weights' bytes at a slow disk's speed
+# the assertion of Qwen3.5's class where a fine-tune has lost its layers for several-token prediction (MTP)
+_NO_MTP_LAYERS = "assert self.opt_num_mtp_layers"
 _LOG = logging.getLogger(__name__)
 
 
@@ -153,18 +155,10 @@ def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str) -> 
     with converter_input(hf_dir) as (given, weights, notes):
         limit = _SECONDS + sum(path.stat().st_size for path in weights.paths) / _BYTES_A_SECOND
         command = [sys.executable, str(home / SCRIPT), str(given), "--outfile", os.path.abspath(out_file), *options]
-        try:
-            done = subprocess.run(
-                [*command, "--model-name", name],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                env=_environment(home),
-                errors="replace",
-                timeout=limit,
-            )
-        except subprocess.TimeoutExpired:
-            raise InputError(f"upstream's converter gave nothing for {hf_dir} within {limit:.0f} s") from None
+        command += ["--model-name", name]
+        done = _started(command, home, limit, hf_dir)
+        if done.returncode != 0 and _NO_MTP_LAYERS in done.stderr:
+            done = _started([*command, "--no-mtp"], home, limit, hf_dir)
         if done.returncode != 0 or not out_file.is_file():
             said = _tail(done.stderr).replace(str(given), str(hf_dir))
             because = f" (signal {-done.returncode})" if done.returncode < 0 else ""
@@ -172,6 +166,26 @@ def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str) -> 
             raise InputError(f"upstream's converter failed on {hf_dir}{because}: {said}.{hint}")
         for note in notes:
             _LOG.warning("%s: %s", hf_dir, note)
+
+
+def _started(command: list[str], home: Path, limit: float, hf_dir: Path) -> subprocess.CompletedProcess[str]:
+    """One run of the converter.
+
+    Raises:
+        InputError: it takes longer than `limit` seconds.
+    """
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=_environment(home),
+            errors="replace",
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"upstream's converter gave nothing for {hf_dir} within {limit:.0f} s") from None
 
 
 def default_name(hf_dir: str | Path) -> str:

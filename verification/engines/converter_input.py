@@ -23,6 +23,7 @@ import yaml
 from so8t_core.checkpoint_admission import admit_checkpoint
 from so8t_core.files import MAX_JSON
 from so8t_core.weight_files import INDEX, SINGLE, WeightFiles
+from verification.reference.config_forms import for_converter
 
 _DATA = frozenset({".json", ".jsonl", ".jinja", ".model", ".txt", ".md", ".tiktoken", ".vocab", ".bpe"})
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
@@ -94,6 +95,7 @@ def _without_code(path: Path) -> str | None:
         for key in ("_name_or_path", "_model_name_or_path"):
             if isinstance(changed.get(key), str):
                 changed[key] = _without_path(changed[key])
+        changed = for_converter(changed)
     return None if changed == value else json.dumps(changed, ensure_ascii=False)
 
 

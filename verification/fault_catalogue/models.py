@@ -316,9 +316,80 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("SmolLM3Config", {"tie_word_embeddings": True}),
 }
+_SCALES = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0078125,
+    "logits_scaling": 8.0,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# families of 2025 and 2026; those with experts or recurrent layers are judged by upstream's conversion
+NEWER: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("GraniteConfig", {**_SCALES, "tie_word_embeddings": True}),
+    "granitemoe": ("GraniteMoeConfig", {**_SCALES, **_EXPERTS, "tie_word_embeddings": True}),
+    "granitehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_SCALES,
+            **_EXPERTS,
+            "num_hidden_layers": 3,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "shared_intermediate_size": 256,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 64,
+            "mamba_d_state": 64,
+            "mamba_n_groups": 1,
+            "position_embedding_type": None,
+        },
+    ),
+    "qwen3moe": (
+        "Qwen3MoeConfig",
+        {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
+    ),
+    "qwen35": (
+        "Qwen3_5TextConfig",
+        {
+            "head_dim": 64,
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "head_dim": 128,
+            "sliding_window": 256,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+            "pad_token_id": 0,
+        },
+    ),
+    "gpt-oss": ("GptOssConfig", {**_EXPERTS, "head_dim": 64, "intermediate_size": 256, "sliding_window": 128}),
+    "lfm2": (
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 256,
+            "intermediate_size_mlp": 512,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 256,
+        },
+    ),
+}
 # qwen2: transformers 5 forces Qwen2's splitting on every tokenizer.json of this model type, so that only a real Qwen2
 # vocabulary has a hash that the converter knows; the converter accepts a SentencePiece model too
-SENTENCEPIECE = ("phi3", "gemma2", "qwen2", "llama", "mistral", "smollm3", "gemma3")
+SENTENCEPIECE = ("phi3", "gemma2", "qwen2", "llama", "mistral", "smollm3", "gemma3", "granite", "granitemoe", "gemma4")
 PHI3_CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -347,16 +418,17 @@ def save_model(family: str, directory: Path, tokenizer: Any = None, *, seed: int
     """
     import transformers
 
-    name, changes = FAMILIES[family]
+    name, changes = (FAMILIES | NEWER)[family]
     torch.manual_seed(seed)
     small = family in SENTENCEPIECE or tokenizer is None
     vocabulary, stops = save_sentencepiece(directory, family) if small else (len(tokenizer), [2])
-    config = getattr(transformers, name)(**{**SIZES, "vocab_size": vocabulary, **changes, **more})
+    by_layer = {"vocab_size_per_layer_input": vocabulary} if family == "gemma4" else {}
+    config = getattr(transformers, name)(**{**SIZES, "vocab_size": vocabulary, **by_layer, **changes, **more})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            if parameter.ndim >= 2:  # (out, in), (experts, out, in), (channels, 1, width)
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
             else:
                 parameter.uniform_(-0.3, 0.3).add_(0 if family.startswith("gemma") else 1)
     model.generation_config.eos_token_id = stops

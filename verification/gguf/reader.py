@@ -100,6 +100,7 @@ class GGUFFile:
     header: int = 0  # bytes before the padding and the first tensor
     keys_end: int = 0  # bytes before the tensors' descriptions
     parts: tuple[GGUFFile, ...] = field(default=(), repr=False)  # of a set: each shard by itself
+    version: int = 3  # of the GGUF format
 
     @property
     def shards(self) -> tuple[GGUFFile, ...]:
@@ -262,7 +263,7 @@ def _as_one(shard: GGUFFile) -> GGUFFile:
     require_one_model(parts)
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     first = parts[0]
-    return GGUFFile(first.path, first.metadata, tensors, first.header, first.keys_end, tuple(parts))
+    return GGUFFile(first.path, first.metadata, tensors, first.header, first.keys_end, tuple(parts), first.version)
 
 
 def _joined_files(file: GGUFFile) -> bool:
@@ -339,7 +340,7 @@ def _read_file(path: Path) -> GGUFFile:
         if name in tensors:
             raise InputError(f"{path}: tensor {name} occurs twice; the file is damaged")
         tensors[name] = GGUFTensor(name, shape, kind.name, data[begin : begin + length], begin)
-    return GGUFFile(path, metadata, tensors, cursor.at, keys_end)
+    return GGUFFile(path, metadata, tensors, cursor.at, keys_end, version=version)
 
 
 def _tensor_infos(cursor: Cursor, count: int) -> Iterator[tuple[str, list[int], GGMLQuantizationType, int]]:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from so8t_core.checkpoint_admission import admit_checkpoint
 from so8t_core.files import read_json
+from verification.reference.config_forms import as_published
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,11 @@ class Checkpoint(Mapping[str, Array]):
         kind = self._entries[name or next(iter(self))].dtype
         return kind if kind in ("F16", "BF16") else "F32"
 
+    @property
+    def size(self) -> int:
+        """Bytes of all its weights."""
+        return sum(self._entries[name].nbytes for name in self)
+
     def __iter__(self) -> Any:
         return iter(self._file_of)
 
@@ -67,6 +73,6 @@ class Checkpoint(Mapping[str, Array]):
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory; keys of a nested text model replace those of the model."""
-    value = read_json(directory / "config.json")
+    value = as_published(read_json(directory / "config.json"))
     text = value.get("text_config")
     return {**value, **(text if isinstance(text, dict) else {})}

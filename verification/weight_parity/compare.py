@@ -8,6 +8,7 @@ rotation that is left over. `explain` searches for the cause of a difference tha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from verification.weight_parity.structure.rotation import residual_rotation
 from verification.weight_parity.values import Measured, Start, Wanted, compared, distance
 
 Array = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 T = TypeVar("T")
 _SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # largest relative distance of neighbouring numbers
 _ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
@@ -75,6 +77,7 @@ class Examination:
         found: Inventory,
         *,
         conversions: FloatFiles | None = None,
+        conversion: GGUFFile | None = None,
         importance: Importance | None = None,
         memory: Memory | None = None,
     ) -> None:
@@ -83,11 +86,14 @@ class Examination:
         Args:
             sources: the checkpoints that the file can have been made from; None if there is only a conversion.
             conversions: the reference as float GGUF files, for tensors that `expected` cannot compute.
+            conversion: in their place one whole conversion in the type that the reference is saved in, so that nothing
+                of it was rounded.
             importance: the importance matrix that the user says was used for the file, by tensor.
             memory: stored results of other files with these sources and no matrix; None examines every tensor.
         """
-        self.file, self.sources, self.found, self.memory = file, sources, found, memory
-        self.conversions, self.importance = conversions, importance or {}
+        self.file, self.sources, self.found = file, sources, found
+        self.memory = memory if conversion is None else None  # a memory knows nothing of the conversion
+        self.conversions, self.conversion, self.importance = conversions, conversion, importance or {}
         self._sampled: dict[str, dict[str, Array]] = {}
 
     def run(self, threads: int = 2) -> list[TensorResult]:
@@ -174,17 +180,26 @@ class Examination:
             values = expected.expectation(name, self.found, self.sources.reference, self.file)
             if values is not None:
                 return values
+        converted = converted or self._converted(name)
         return None if converted is None else converted.values()
+
+    def _converted(self, name: str) -> GGUFTensor | None:
+        """A tensor of the one conversion; a tied head that is written out is the embedding again."""
+        if self.conversion is None:
+            return None
+        head = "token_embd.weight" if name == "output.weight" else name
+        return self.conversion.tensors.get(name) or self.conversion.tensors.get(head)
 
     def _wanted(self, tensor: GGUFTensor, values: Array) -> Wanted:
         """The expected values with everything that a proof needs."""
         name, sources = tensor.name, self.sources
         source = self.found.source_of.get(name)
         mapped = sources is not None and (name in self.found.computed or (source and is_known(self.file)))
+        exact = mapped or self.conversion is not None
         saved = sources.reference.saved_in(source) if sources is not None else "F16"
         return Wanted(
             values,
-            (lambda: _own_starts(values)) if mapped else (lambda: self._converted_starts(name, tensor.shape)),
+            (lambda: _own_starts(values)) if exact else (lambda: self._converted_starts(name, tensor.shape)),
             importance=self.importance.get(name),
             saved_in=saved,
             computed=name in self.found.computed and self.conversions is None,
@@ -202,11 +217,16 @@ class Examination:
         wanted = self.expected(tensor.name)
         if wanted is None:
             return self._alone(tensor)
-        if wanted.size != int(np.prod(tensor.shape)) or (len(wanted.shape) == 2 and wanted.shape != tensor.shape):
+        if wanted.size != int(np.prod(tensor.shape)) or not _one_shape(wanted.shape, tensor.shape):
             shape = Finding(tensor.name, f"shape {list(wanted.shape)}", f"{list(tensor.shape)}", AGAIN)
             bare = self._alone(tensor)
             return dataclasses.replace(bare, compared=True, roundings=np.inf, findings=(shape,))
         wanted = wanted.reshape(tensor.shape)
+        own = self._converted(tensor.name)
+        stored = own is not None and own.type == tensor.type and tensor.type not in FLOAT_TYPES  # gpt-oss: MXFP4
+        if stored and own is not None and np.array_equal(own.raw, tensor.raw):
+            proof = f"the reference's own {tensor.type}"
+            return dataclasses.replace(self._alone(tensor), compared=True, proof=proof)
         measured = compared(tensor, self._wanted(tensor, wanted))
         measured = self._judged(tensor, wanted, measured)
         result = self._named(tensor, wanted, measured)
@@ -383,6 +403,12 @@ class Examination:
         ]
 
 
+def _one_shape(wanted: tuple[int, ...], actual: tuple[int, ...]) -> bool:
+    """Whether two shapes of one size hold the same matrix; llama.cpp's quantiser drops outer dimensions of 1."""
+    bare = [tuple(itertools.dropwhile(lambda size: size == 1, shape)) for shape in (wanted, actual)]
+    return len(bare[0]) != 2 or bare[0] == bare[1]
+
+
 def _own_starts(values: Array) -> Iterator[Start]:
     """The float forms of a checkpoint's values from which a quantiser may start."""
     with np.errstate(over="ignore"):
@@ -411,15 +437,16 @@ def _cause(result: TensorResult, cause: str) -> TensorResult:
 
 def _vector_cause(values: Array, wanted: Array) -> str:
     """The cause in a norm or bias: 1 added or missing, or a common factor."""
-    offset = values - wanted
+    found, target = values.astype(np.float64), wanted.astype(np.float64)  # squares of RoPE factors may leave float32
+    offset = found - target
     spread = float(np.abs(offset - offset.mean()).max(initial=0.0))
     for shift, words in ((1.0, "norm + 1 applied once too often"), (-1.0, "norm + 1 missing")):
         if abs(float(offset.mean()) - shift) < 1e-2 and spread < 1e-2:
             return words
-    return _scale_cause(values, wanted)
+    return _scale_cause(found, target)
 
 
-def _scale_cause(values: Array, wanted: Array) -> str:
+def _scale_cause(values: Floats, wanted: Floats) -> str:
     square = float(np.vdot(wanted, wanted))
     factor = float(np.vdot(wanted, values)) / square if square else 1.0
     rest = float(np.linalg.norm(values - factor * wanted))

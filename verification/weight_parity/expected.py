@@ -4,11 +4,12 @@ Float files: each weight lies within one rounding of its type, |g - w| <= u |w| 
 bits (round to nearest: F32 exact because w is at most F32; F16 p = 11; BF16 p = 8) and s half the smallest subnormal
 (F16 2^-25, BF16 2^-134). Names come from gguf's TensorNameMap; llama's q/k rows are permuted from two halves to pairs;
 Gemma stores norm + 1; RoPE factors are computed from config.json. Tensors without such a rule (experts, families not in
-KNOWN) are compared with the oracle, the verifier's own conversion.
+KNOWN) are compared with the oracle, the verifier's own conversion: it gives names, shapes and values.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,11 @@ _ROUNDING: dict[str, tuple[float, float]] = {
 }
 # float32 powers of two libraries differ by 4 ulp; llama3's factors amplify that by at most factor * high/(high-low)
 _COMPUTED = 2.0**-18
+
+
+PREDICTION = "the prediction of further tokens (MTP)"
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,5})\.")
+_MTP = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def inventory(checkpoint: Checkpoint, file: GGUFFile) -> Inventory:
     names = get_tensor_name_map(architecture, blocks if isinstance(blocks, int) and 0 <= blocks < 10_000 else 0)
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     for name in checkpoint:
-        if any(part in name for part in OTHER_TOWERS):
+        if optional_part(name, checkpoint):
             continue
         target = names.get_name(name.replace("language_model.", ""), try_suffixes=(".weight", ".bias"))
         if target is None:
@@ -73,6 +79,39 @@ def inventory(checkpoint: Checkpoint, file: GGUFFile) -> Inventory:
         source_of["output.weight"] = source_of.get("token_embd.weight", "")
         extra.remove("output.weight")
     return Inventory(source_of, sorted(unmapped), missing, extra, computed)
+
+
+def inventory_by_conversion(checkpoint: Checkpoint, file: GGUFFile, conversion: GGUFFile) -> Inventory:
+    """Account for every tensor of a family that is not mapped by principle: upstream's conversion names them.
+
+    Args:
+        conversion: a whole conversion of the reference.
+    """
+    mapped = inventory(checkpoint, file)
+    missing, extra = conversion.tensors.keys() - file.tensors.keys(), file.tensors.keys() - conversion.tensors.keys()
+    if checkpoint.config.get("tie_word_embeddings"):  # a head may be written out, or left to the embedding
+        missing, extra = missing - {"output.weight"}, extra - {"output.weight"}
+    source_of = {name: source for name, source in mapped.source_of.items() if name in conversion.tensors}
+    return Inventory(source_of, [], sorted(missing), sorted(extra))
+
+
+def left_out(checkpoint: Checkpoint, file: GGUFFile) -> dict[str, list[str]]:
+    """Tensors of the reference that a text model's file may leave out, by what they belong to."""
+    found: dict[str, list[str]] = {}
+    for name in checkpoint:
+        part = optional_part(name, checkpoint)
+        if part and not (part == PREDICTION and file.get("nextn_predict_layers")):
+            found.setdefault(part, []).append(name)
+    return found
+
+
+def optional_part(name: str, checkpoint: Checkpoint) -> str:
+    """What a tensor belongs to beside the text model; "" of the text model's own."""
+    if any(part in name for part in OTHER_TOWERS):
+        return "pictures or sound"
+    layer, layers = _LAYER.search(name), checkpoint.config.get("num_hidden_layers")
+    beyond = layer is not None and isinstance(layers, int) and int(layer[1]) >= layers
+    return PREDICTION if beyond or _MTP.search(name) else ""
 
 
 def expected_values(name: str, source: str, checkpoint: Checkpoint, architecture: str) -> Array:

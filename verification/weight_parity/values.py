@@ -93,8 +93,7 @@ def _float(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     with np.errstate(invalid="ignore"):
         difference = np.nan_to_num(np.abs(values - target), nan=np.inf, posinf=np.inf)
     worst = expected.roundings(difference, target, tensor.type, computed=wanted.computed)
-    norm = float(np.linalg.norm(target)) or 1.0
-    error_size = float(np.linalg.norm(difference)) / norm
+    error_size = norm(difference) / (norm(target) or 1.0)
     overflow = int(np.count_nonzero(np.abs(target) > F16_MAX)) if tensor.type == "F16" else 0
     flushed = int(np.count_nonzero((values == 0) & (target != 0)))
     findings = []
@@ -264,6 +263,12 @@ def distance(values: Array, wanted: Array) -> tuple[float, float]:
 def _error(values: Array, wanted: Array) -> tuple[float, float, Array]:
     """(relative error, largest error, every |difference|)."""
     difference = np.abs(values - wanted)
-    norm = float(np.linalg.norm(wanted))
-    size = float(np.linalg.norm(difference))
-    return (size / norm if norm else size), float(difference.max(initial=0.0)), difference
+    whole, size = norm(wanted), norm(difference)
+    return (size / whole if whole else size), float(difference.max(initial=0.0)), difference
+
+
+def norm(values: Array) -> float:
+    """Root of the sum of squares; Gemma 4's factors of channels that are not rotated are 1e30."""
+    with np.errstate(over="ignore"):
+        found = float(np.linalg.norm(values))
+    return found if np.isfinite(found) else float(np.linalg.norm(values.astype(np.float64)))
