@@ -16,6 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _warm(warm_converter: None) -> None:
+    """Every conversion of these rooms."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real model last: a broken law on the tiny one should be seen first."""
     items.sort(key=lambda item: "smollm2" in item.name)
