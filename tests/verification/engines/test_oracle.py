@@ -68,7 +68,8 @@ WITH = (
     "IQ3_XXS",
     "IQ3_XS",
 )
-SLOW = {"IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS"}  # llama.cpp first builds a grid: seconds each
+# llama.cpp first builds a grid: seconds each; IQ3_XS and IQ3_M are mixes of IQ3_XXS, IQ3_S and others
+SLOW = {"IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_M"}
 CASES = [
     pytest.param((kind, use), id=f"{kind}{'+imatrix' if use else ''}", marks=[pytest.mark.soak] if kind in SLOW else [])
     for kinds, use in ((WITHOUT, False), (WITH, True))
