@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import pytest
 from made import Made
-from warm_programs import POSSIBLE, Warm, WarmConverter, program
+from warm_programs import POSSIBLE, Warm, WarmChildren, WarmConverter, program
 
 # A test may use the parts of another room's tests: each folder's modules are found, and no two have one name.
 sys.path += [str(folder) for folder in sorted(Path(__file__).parent.rglob("*")) if any(folder.glob("*.py"))]
@@ -63,6 +63,22 @@ def warm_converter() -> Iterator[None]:
         patch.setattr(module, "subprocess", converter)
         yield
     converter.close()
+
+
+@pytest.fixture(scope="session")
+def warm_children() -> Iterator[None]:
+    """The verifier's children by forks; `cold_children` starts each as users do."""
+    children = WarmChildren()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("verification.engines.child"), "subprocess", children)
+        yield
+    children.close()
+
+
+@pytest.fixture
+def cold_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verifier's children as processes of their own, as users have them."""
+    monkeypatch.setattr(sys.modules["verification.engines.child"], "subprocess", subprocess)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from warm_programs import POSSIBLE, Warm
+from warm_programs import POSSIBLE, Warm, WarmChildren
 
 pytestmark = pytest.mark.skipif(not POSSIBLE, reason="needs os.pidfd_open")
 
@@ -109,6 +109,17 @@ def test_an_environment_that_imports_would_read_does_not_fit(warm: Warm) -> None
     assert warm.fits({**os.environ, "TMPDIR": "/somewhere"})
     assert not warm.fits({**os.environ, "HF_HOME": "/somewhere"})
     assert not warm.fits({name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"})
+
+
+def test_a_child_is_the_script_that_was_asked_for(warm: Warm) -> None:
+    children = WarmChildren()
+    for words in ("exit", "3"), ("raise", "x"), ("die",):
+        command = [sys.executable, warm.entry, *words]
+        with children.Popen(command, env=dict(os.environ), stderr=subprocess.PIPE) as process:
+            said = process.communicate()[1].splitlines()[-1:]
+        usual = subprocess.run(command, capture_output=True)
+        assert (process.returncode, said) == (usual.returncode, usual.stderr.splitlines()[-1:])
+    children.close()
 
 
 def test_the_program_of_shell_scripts_is_so8t(so8t: Path) -> None:

@@ -3,7 +3,8 @@
 `Warm(entry)` starts that process at the first use. `Warm.words(...)` is a command line for `subprocess`: a small client
 that hands its arguments, environment, working directory, standard streams, ignored signals and cores to a fork, passes
 on the signals that it gets, and ends as the fork ends: by its exit code or by its signal. A fork whose client is killed
-is killed too. `entry` is "so8t" or the path of a script. What a module reads of the environment when it is imported is
+is killed too. `entry` is "so8t", the path of a script, or "children": any script, with
+what the product's small children import. What a module reads of the environment when it is imported is
 read once, so a caller that changes such a variable (`READ_AT_IMPORT`) gets an ordinary start.
 
 As a script: `serve ENTRY SOCKET`, or `run SOCKET ARGUMENTS...`.
@@ -104,6 +105,29 @@ class WarmConverter:
             self._warm.close()
 
 
+class WarmChildren:
+    """Takes the place of the module `subprocess` in `verification.engines.child`."""
+
+    def __init__(self) -> None:
+        self._warm: dict[str, Warm] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(subprocess, name)
+
+    def Popen(self, command: list[str], **more: Any) -> subprocess.Popen[bytes]:
+        """`subprocess.Popen` of a Python script, by a fork."""
+        if not POSSIBLE:
+            return subprocess.Popen(command, **more)
+        kind = json.dumps(read_at_import(more["env"]), sort_keys=True)
+        if kind not in self._warm:
+            self._warm[kind] = Warm("children", more["env"])
+        return subprocess.Popen(self._warm[kind].words(*command[1:]), **more)
+
+    def close(self) -> None:
+        for warm in self._warm.values():
+            warm.close()
+
+
 # --- the process that has imported everything
 
 
@@ -125,6 +149,20 @@ def _so8t() -> Callable[[], object]:
     return main.main
 
 
+def _children() -> Callable[[], object]:
+    """Runs the script that its first argument names."""
+    import runpy
+
+    import llama_cpp  # noqa: F401
+
+    def main() -> None:
+        del sys.argv[0]
+        sys.path[0] = str(Path(sys.argv[0]).parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    return main
+
+
 def _script(path: str) -> Callable[[], object]:
     import runpy
 
@@ -137,7 +175,7 @@ def serve(entry: str, address: str) -> None:
     """Answer until the standard input ends."""
     import gc
 
-    main = _so8t() if entry == "so8t" else _script(entry)
+    main = {"so8t": _so8t, "children": _children}.get(entry, lambda: _script(entry))()
     gc.collect()
     gc.freeze()  # or a fork's collector would copy every page
     with socket.socket(socket.AF_UNIX) as listener:

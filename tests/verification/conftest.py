@@ -17,8 +17,8 @@ torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffi
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _warm(warm_converter: None) -> None:
-    """Every conversion of these rooms."""
+def _warm(warm_converter: None, warm_children: None) -> None:
+    """Every conversion of these rooms, and every child that asks llama.cpp or renders a template."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,8 @@ from verification.commands.lint_terminal import write_lint
 from verification.engines.sandbox import Vocabulary, probe
 from verification.gguf.reader import ARRAY, STRING
 
+pytestmark = pytest.mark.usefixtures("cold_children")  # their limits and deaths are what is tested
+
 MEGABYTES, SECONDS = 500, 5.0
 
 

@@ -71,6 +71,7 @@ def test_phi3_keeps_its_family_when_its_tokens_strip(
     assert default_name(tmp_path) == expected
 
 
+@pytest.mark.usefixtures("cold_converter")
 def test_a_conversion_publishes_no_local_path(small_checkpoint: Path, tmp_path: Path) -> None:
     """Names of folders stand in config.json and the model card of most local fine-tunes."""
     directory = shutil.copytree(small_checkpoint, tmp_path / "home" / "anna" / "tuned")
