@@ -17,6 +17,11 @@ PHI_TEMPLATE = (
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _warm(warm_converter: None) -> None:
+    """Every conversion of these rooms."""
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
     from transformers import AutoTokenizer

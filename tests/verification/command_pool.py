@@ -2,18 +2,19 @@
 
 Reads one command a line from stdin (JSON, the arguments), answers one JSON object a line: exit status, signal, seconds
 on the clock, largest memory, standard error. Each command has a child of its own, so one that dies takes nothing with
-it. The parent starts no thread before a fork (OMP_NUM_THREADS=1, set by `run`).
+it. The parent starts no thread before a fork (OMP_NUM_THREADS=1, set by `command_pool`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,19 +32,28 @@ class Ended:
     output: str
 
 
-def run(commands: Iterable[list[str]]) -> Iterator[Ended]:
-    """Each command's end, in order."""
+Run = Callable[[Iterable[list[str]]], Iterator[Ended]]  # each command's end, in order
+
+
+@contextlib.contextmanager
+def command_pool() -> Iterator[Run]:
+    """The process of the children, as a function that has it run commands."""
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     with subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
     ) as pool:
+
+        def run(commands: Iterable[list[str]]) -> Iterator[Ended]:
+            assert pool.stdin is not None
+            assert pool.stdout is not None
+            for command in commands:
+                pool.stdin.write(json.dumps(command) + "\n")
+                pool.stdin.flush()
+                yield Ended(**json.loads(pool.stdout.readline()))
+
+        yield run
         assert pool.stdin is not None
-        assert pool.stdout is not None
-        for command in commands:
-            pool.stdin.write(json.dumps(command) + "\n")
-            pool.stdin.flush()
-            yield Ended(**json.loads(pool.stdout.readline()))
         pool.stdin.close()
 
 

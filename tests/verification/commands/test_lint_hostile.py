@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from command_pool import Ended, run
+from command_pool import Ended, Run, command_pool
 from gguf_bytes import F32, I32, U32, Parts, Tensor, Value
 from gguf_mutations import TEMPLATE, bpe, llama, mutate, seeds, spm
 from hostile_pairs import Healthy, damaged_pair, healthy_pair
+from warm_programs import POSSIBLE, Warm
 
 from verification.commands.lint import lint
 from verification.commands.lint_result import LintReport
 from verification.commands.lint_terminal import write_lint
 from verification.engines.sandbox import Vocabulary, probe
 from verification.gguf.reader import ARRAY, STRING
+
+pytestmark = pytest.mark.usefixtures("cold_children")  # their limits and deaths are what is tested
 
 MEGABYTES, SECONDS = 500, 5.0
 
@@ -219,46 +222,73 @@ def _faults(ended: Ended, *, most: float = SECONDS) -> list[str]:
 # Loads a file and tokenises with it, as any program that uses llama.cpp does: written without the project's own code.
 _PLAIN_USE = """
 import sys, llama_cpp as c
-silent = c.llama_log_callback(lambda *_: None)
-c.llama_log_set(silent, None)
-texts = "Hello, world 123", "東京の気温 \\U0001f600", "<|im_start|>x<|im_end|></s>", "".join(map(chr, range(1, 600)))
-params = c.llama_model_default_params()
-model = c.llama_model_load_from_file(sys.argv[1].encode(), params)
-if not model: sys.exit(3)
-vocab = c.llama_model_get_vocab(model)
-for text in map(str.encode, texts):
-    for special in (False, True):
-        buffer = (c.llama_token * 5000)()
-        if c.llama_tokenize(vocab, text, len(text), buffer, 5000, special, special) < 0: sys.exit(4)
+def use(path):
+    silent = c.llama_log_callback(lambda *_: None)
+    c.llama_log_set(silent, None)
+    texts = ["Hello, world 123", "東京の気温 \\U0001f600", "<|im_start|>x<|im_end|></s>"]
+    texts.append("".join(map(chr, range(1, 600))))
+    params = c.llama_model_default_params()
+    model = c.llama_model_load_from_file(path.encode(), params)
+    if not model: sys.exit(3)
+    vocab = c.llama_model_get_vocab(model)
+    for text in map(str.encode, texts):
+        for special in (False, True):
+            buffer = (c.llama_token * 5000)()
+            if c.llama_tokenize(vocab, text, len(text), buffer, 5000, special, special) < 0: sys.exit(4)
+if __name__ == "__main__":
+    use(sys.argv[1])
 """
 
 
-def _llama_cpp_accepts(path: Path) -> bool:
-    done = subprocess.run([sys.executable, "-c", _PLAIN_USE, str(path)], capture_output=True)
-    return done.returncode == 0
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Whole programs, each in a process of its own."""
+    with command_pool() as pool:
+        yield pool
 
 
-def whole_program(folder: Path, kinds: dict[str, Parts], numbers: range) -> dict[int, int]:
+@pytest.fixture(scope="module")
+def plain_use(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], bool]]:
+    """Whether llama.cpp uses a file, in a process that may die of it."""
+    script = tmp_path_factory.mktemp("plain") / "use.py"
+    script.write_text(_PLAIN_USE, encoding="utf-8")
+    warm = Warm(str(script))
+
+    def accepts(path: Path) -> bool:
+        words = warm.words(path) if POSSIBLE else [sys.executable, str(script), str(path)]
+        return subprocess.run(words, capture_output=True).returncode == 0
+
+    yield accepts
+    warm.close()
+
+
+def whole_program(
+    run: Run, folder: Path, kinds: dict[str, Parts], numbers: range, accepts: Callable[[Path], bool]
+) -> dict[int, int]:
     """Exit status -> how often; raises for a fault, and for a pass of a file that llama.cpp does not use."""
     statuses: dict[int, int] = {}
     for number, ended in zip(numbers, run(_commands(folder, kinds, numbers)), strict=True):
         path = folder / f"{number}.gguf"
         assert not _faults(ended), (number, _faults(ended), ended.error)
-        assert ended.status != 0 or _llama_cpp_accepts(path), f"{number}: lint passes what llama.cpp refuses"
+        assert ended.status != 0 or accepts(path), f"{number}: lint passes what llama.cpp refuses"
         statuses[ended.status] = statuses.get(ended.status, 0) + 1
         path.unlink()
     return statuses
 
 
 @pytest.mark.timeout(1800)
-def test_the_whole_program_ends_within_its_bounds(kinds: dict[str, Parts], tmp_path: Path) -> None:
-    statuses = whole_program(tmp_path, kinds, range(100))
+def test_the_whole_program_ends_within_its_bounds(
+    run: Run, kinds: dict[str, Parts], plain_use: Callable[[Path], bool], tmp_path: Path
+) -> None:
+    statuses = whole_program(run, tmp_path, kinds, range(100), plain_use)
     assert set(statuses) == {0, 1, 2}
 
 
 @pytest.mark.soak
-def test_the_whole_program_ends_within_its_bounds_for_many_files(kinds: dict[str, Parts], tmp_path: Path) -> None:
-    whole_program(tmp_path, kinds, range(5000))
+def test_the_whole_program_ends_within_its_bounds_for_many_files(
+    run: Run, kinds: dict[str, Parts], plain_use: Callable[[Path], bool], tmp_path: Path
+) -> None:
+    whole_program(run, tmp_path, kinds, range(5000), plain_use)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +296,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Healthy:
     return healthy_pair(tmp_path_factory.mktemp("pair"))
 
 
-def pairs(folder: Path, healthy: Healthy, numbers: Sequence[int]) -> dict[int, int]:
+def pairs(run: Run, folder: Path, healthy: Healthy, numbers: Sequence[int]) -> dict[int, int]:
     """Exit status -> how often, of whole lints with `--reference`; raises for a fault.
 
     Upstream's converter takes most of their time, so that is measured by the healthy pair's.
@@ -290,23 +320,23 @@ def pairs(folder: Path, healthy: Healthy, numbers: Sequence[int]) -> dict[int, i
 
 
 @pytest.mark.timeout(1800)
-def test_a_lint_with_a_reference_ends_within_its_bounds(pair: Healthy, tmp_path: Path) -> None:
-    statuses = pairs(tmp_path, pair, (0, 1, 3))
+def test_a_lint_with_a_reference_ends_within_its_bounds(run: Run, pair: Healthy, tmp_path: Path) -> None:
+    statuses = pairs(run, tmp_path, pair, (0, 1, 3))
     assert {1, 2} <= set(statuses)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_many_lints_with_a_reference_end_within_their_bounds(pair: Healthy, tmp_path: Path) -> None:
-    pairs(tmp_path, pair, range(500))
+def test_many_lints_with_a_reference_end_within_their_bounds(run: Run, pair: Healthy, tmp_path: Path) -> None:
+    pairs(run, tmp_path, pair, range(500))
 
 
-def test_the_comparison_with_llama_cpp_can_fail(tmp_path: Path) -> None:
+def test_the_comparison_with_llama_cpp_can_fail(plain_use: Callable[[Path], bool], tmp_path: Path) -> None:
     whole = llama(spm())
-    assert _llama_cpp_accepts(whole.write(tmp_path / "a.gguf"))
+    assert plain_use(whole.write(tmp_path / "a.gguf"))
     tokens = whole.keys["tokenizer.ggml.tokens"].value
     whole.keys["tokenizer.ggml.tokens"] = Value(ARRAY, [t.replace("<0x", "<1x") for t in tokens], STRING)
-    assert not _llama_cpp_accepts(whole.write(tmp_path / "b.gguf"))
+    assert not plain_use(whole.write(tmp_path / "b.gguf"))
 
 
 def large(name: str) -> Parts:
@@ -352,7 +382,7 @@ LARGE = [
 ]
 
 
-def test_a_hostile_file_stays_within_500_megabytes_and_seconds(tmp_path: Path) -> None:
+def test_a_hostile_file_stays_within_500_megabytes_and_seconds(run: Run, tmp_path: Path) -> None:
     paths = [str(large(name).write(tmp_path / f"{number}.gguf")) for number, name in enumerate(LARGE)]
     used = {}
     for name, ended in zip(LARGE, run(["lint", path] for path in paths), strict=True):

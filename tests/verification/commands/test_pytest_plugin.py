@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from policy_reports import released
-from verification_models import rewrite
+from verification_models import Family, rewrite
 
 import verification
 from verification.show.write import to_json
@@ -34,16 +34,14 @@ def asked(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     return pytester
 
 
-def test_every_check_is_a_test(asked: pytest.Pytester, small_checkpoint: Path, tmp_path: Path) -> None:
+def test_every_check_is_a_test(asked: pytest.Pytester, family: Family, tmp_path: Path) -> None:
     """With o_proj transposed: what fails, fails; a waiver and a leg without data are skipped with their reason."""
-    from verification.engines.convert import convert
-
-    healthy = convert(small_checkpoint, tmp_path / "m-F16.gguf", model_name="m")
-    broken = rewrite(healthy, tmp_path / "b-F16.gguf", tensors={"blk.0.attn_output.weight": np.transpose})
+    changed = {"blk.1.attn_output.weight": np.transpose}
+    broken = rewrite(family.files["F16"], tmp_path / "b-F16.gguf", tensors=changed)
     policy = tmp_path / "gate.yaml"
     policy.write_text(POLICY, encoding="utf-8")
-    options = [f"--so8t-reference={small_checkpoint}", f"--so8t-candidate={broken}", f"--so8t-policy={policy}"]
-    options += [f"--so8t-out={tmp_path / 'out'}", "--so8t-chunks=2", "--so8t-n-ctx=64", "-rA"]
+    options = [f"--so8t-reference={family.reference}", f"--so8t-candidate={broken}", f"--so8t-policy={policy}"]
+    options += [f"--so8t-out={tmp_path / 'out'}", "--so8t-chunks=2", "--so8t-n-ctx=64", "--so8t-threads=1", "-rA"]
     done = asked.runpytest_subprocess(*NAMED, *options)
     assert done.ret == 1
     done.stdout.fnmatch_lines_random(

@@ -17,6 +17,8 @@ from verification.engines.chat_template import CLOCK, ChatTemplate, llama_cpp_va
 from verification.engines.child import Child, ChildDied, Limits
 from verification.fault_catalogue.models import PHI3_CHAT, TURNS
 
+pytestmark = pytest.mark.usefixtures("cold_children")  # their limits and deaths are what is tested
+
 LOOPS = """{% for m in messages %}{{ m.role }}: {{ m.content | trim }}
 {% if loop.last %}{% break %}{% endif %}{% endfor %}"""
 COUNT = """{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"""

@@ -49,6 +49,7 @@ def watched(tmp_path: Path) -> Path:
     return home
 
 
+@pytest.mark.usefixtures("cold_converter")
 def test_a_known_family_is_converted_from_its_data_alone(
     family: Family, hostile: Path, tmp_path: Path, trace: Path
 ) -> None:
