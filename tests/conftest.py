@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,23 +17,47 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, cores[number % len(cores) :: workers])
 
 import pytest
+from made import Made
 
 # A test may use the parts of another room's tests: each folder's modules are found, and no two have one name.
 sys.path += [str(folder) for folder in sorted(Path(__file__).parent.rglob("*")) if any(folder.glob("*.py"))]
 
 
 @pytest.fixture(scope="session")
-def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint."""
-    from pipeline.base_model import prepare_base
-    from pipeline.config import DEMO_MODEL
-
-    return prepare_base(DEMO_MODEL, tmp_path_factory.mktemp("models") / "smollm2")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """Makes each shared folder once for all workers of this run (`made.py`)."""
+    base = tmp_path_factory.getbasetemp()
+    shared = Made((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made")
+    yield shared
+    assert shared.changed() == [], "a test changed files that all tests share; it should change a copy"
 
 
 @pytest.fixture(scope="session")
-def tiny_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smollm2_dir(made: Made) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint."""
+    return made(_smollm2) / "smollm2"
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(made: Made, smollm2_dir: Path) -> Path:
     """A random two-layer Llama, hidden 256 (so K-quants are real), with SmolLM2's tokenizer files."""
+    return made(_tiny_llama, smollm2_dir) / "tiny-llama"
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(made: Made, tiny_dir: Path) -> Path:
+    """The tiny model as an F32 GGUF file."""
+    return made(_tiny_gguf, tiny_dir) / "tiny-F32.gguf"
+
+
+def _smollm2(folder: Path) -> None:
+    from pipeline.base_model import prepare_base
+    from pipeline.config import DEMO_MODEL
+
+    prepare_base(DEMO_MODEL, folder / "smollm2")
+
+
+def _tiny_llama(folder: Path, smollm2_dir: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,19 +77,15 @@ def tiny_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         initializer_range=0.06,  # 1 / sqrt(256): activations keep their size
         dtype="bfloat16",
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         model.model.embed_tokens.weight *= 4  # tied head: logits of standard deviation 4, far from uniform
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder / "tiny-llama")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(smollm2_dir / name, folder / name)
-    return folder
+        shutil.copyfile(smollm2_dir / name, folder / "tiny-llama" / name)
 
 
-@pytest.fixture(scope="session")
-def tiny_gguf(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as an F32 GGUF file."""
+def _tiny_gguf(folder: Path, tiny_dir: Path) -> None:
     from verification.engines.convert import convert
 
-    return convert(tiny_dir, tmp_path_factory.mktemp("gguf") / "tiny-F32.gguf", outtype="f32")
+    convert(tiny_dir, folder / "tiny-F32.gguf", outtype="f32")
