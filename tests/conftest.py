@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,23 +21,24 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import pytest
 from made import Made
-from remembered_converter import remembering
+from remembered_converter import remembering, warm
+from warm_programs import POSSIBLE, Warm, WarmConverter, program
 
 # A test may use the parts of another room's tests: each folder's modules are found, and no two have one name.
 sys.path += [str(folder) for folder in sorted(Path(__file__).parent.rglob("*")) if any(folder.glob("*.py"))]
 
 
 def pytest_collection_finish() -> None:
-    _keep_what_is_loaded()
+    gc.collect()
+    gc.freeze()  # shared parts are made before the first file's own fixtures
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _loaded() -> None:
-    _keep_what_is_loaded()
+def _collector_spares_what_is_loaded() -> None:
+    """What stood before a test file is garbage of none of its tests: torch's and transformers' million objects.
 
-
-def _keep_what_is_loaded() -> None:
-    """Garbage is looked for among what the tests make, not in 600,000 objects of imported packages: 0.3 s each time."""
+    A full collection walks all that live, and `verify` asks for one after every stage.
+    """
     gc.collect()
     gc.freeze()
 
@@ -50,9 +53,42 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 
 
 @pytest.fixture(scope="session")
-def remembered_converter(made: Made) -> Path:
+def so8t(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The program for shell scripts and `subprocess`, without the seconds of its imports (`warm_programs.py`)."""
+    warm = Warm("so8t", {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    words = warm.words() if POSSIBLE else [sys.executable, "-m", "pipeline.cli.main"]
+    yield program(tmp_path_factory.mktemp("so8t") / "so8t", words)
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def warm_converter() -> Iterator[None]:
+    """Conversions by forks of one process of upstream's converter; `cold_converter` starts it as users do."""
+    module, converter = importlib.import_module("verification.engines.convert"), WarmConverter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "subprocess", converter)
+        yield
+    converter.close()
+
+
+@pytest.fixture
+def cold_converter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's converter in a process of its own, as users start it."""
+    monkeypatch.setattr(sys.modules["verification.engines.convert"], "subprocess", subprocess)
+
+
+@pytest.fixture(scope="session")
+def remembered_converter(made: Made) -> Iterator[Path]:
     """A directory for $SO8T_CONVERTER: upstream's converter, which makes each file of a run once."""
-    return made(remembering)
+    home = made(remembering)
+    with warm(home):
+        yield home
+
+
+@pytest.fixture
+def conversions_remembered(remembered_converter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was converted before in this run is not converted again."""
+    monkeypatch.setenv("SO8T_CONVERTER", str(remembered_converter))
 
 
 @pytest.fixture(scope="session")

@@ -7,19 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from remembered_converter import SCRIPT, in_use, remembering
+from remembered_converter import SCRIPT, in_use, remembering, warm
 
 from verification.engines.convert import find_converter
 
 STUB = """
+import builtins
 import sys
 from pathlib import Path
-given, _, out, *options = sys.argv[1:]
-with open(Path(__file__).parent / "calls", "a") as calls:
-    calls.write("x")
-if (Path(given) / "bad").exists():
-    sys.exit("it is bad")
-Path(out).write_text(f"{(Path(given) / 'model').read_text()} {options}")
+
+if __name__ != "__main__":
+    builtins.imported_before = True
+else:
+    given, _, out, *options = sys.argv[1:]
+    with open(Path(__file__).parent / "calls", "a") as calls:
+        calls.write("warm " if hasattr(builtins, "imported_before") else "cold ")
+    if (Path(given) / "bad").exists():
+        sys.exit("it is bad")
+    Path(out).write_text(f"{(Path(given) / 'model').read_text()} {options}")
 """
 
 
@@ -57,7 +62,7 @@ def test_only_what_is_asked_again_is_remembered(real: Path, remembered: Path, tm
         (folder / "model").write_text("a")
 
     def calls() -> int:
-        return len((real / "calls").read_text())
+        return len((real / "calls").read_text().split())
 
     assert convert(remembered, model, "--outtype", "f16") == "a ['--outtype', 'f16']"
     assert convert(remembered, model, "--outtype", "f16") == "a ['--outtype', 'f16']"
@@ -81,3 +86,20 @@ def test_it_stands_for_the_converter_while_it_is_in_use(real: Path, remembered: 
         assert find_converter() == remembered
         assert (remembered / "conversion" / "base.py").is_file()
     assert find_converter() == real
+
+
+def test_what_is_not_remembered_is_made_by_a_warm_process_while_there_is_one(
+    real: Path, remembered: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model").write_text("a")
+    with warm(remembered):
+        assert convert(remembered, model, "1") == convert(remembered, model, "1") == "a ['1']"
+        assert (real / "calls").read_text() == "warm "
+        (model / "bad").touch()
+        assert convert(remembered, model, "1") == "it is bad"
+        assert (real / "calls").read_text() == "warm warm cold "  # what fails is said by an ordinary start
+        (model / "bad").unlink()
+    assert convert(remembered, model, "2") == "a ['2']"
+    assert (real / "calls").read_text().split()[-1] == "cold"

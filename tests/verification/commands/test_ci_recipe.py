@@ -15,7 +15,8 @@ import pytest
 import yaml
 from sample_report import sample_report
 from test_action import run as run_step
-from verification_models import rewrite
+from verification_models import Family, rewrite
+from warm_programs import program
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
@@ -30,13 +31,11 @@ def recipe() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Path:
-    from verification.engines.convert import convert
-    from verification.engines.quantise import quantise
-
+def place(tmp_path_factory: pytest.TempPathFactory, family: Family, so8t: Path) -> Path:
     folder = tmp_path_factory.mktemp("ci")
-    (folder / "checkpoint").symlink_to(small_checkpoint)
-    quantise(convert(small_checkpoint, folder / "f16.gguf"), folder / "model-Q8_0.gguf", "Q8_0")
+    (folder / "checkpoint").symlink_to(family.reference)
+    (folder / "f16.gguf").symlink_to(family.files["F16"])
+    shutil.copyfile(family.files["Q8_0"], folder / "model-Q8_0.gguf")
     # a random model: its logits depend on every weight alike, so roundings show more than in a trained one
     bounds = "quality: {Q8_0: {mean_kld: 0.5, top1: 0.5}}\nconvert: {mean_kld: 1.0e-3, top1: 0.9}\n"
     bounds += (
@@ -45,16 +44,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> P
     (folder / "gate.yaml").write_text(bounds, encoding="utf-8")
     programs = folder / "bin"
     programs.mkdir()
-    for name, module in (("so8t", "pipeline.cli.main"), ("pytest", "pytest -p verification.commands.pytest_plugin")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n', encoding="utf-8")
-        (programs / name).chmod(0o755)
+    (programs / "so8t").symlink_to(so8t)
+    program(programs / "pytest", [sys.executable, "-m", "pytest", "-p", "verification.commands.pytest_plugin"])
     return folder
 
 
 def run(place: Path, script: str, **more: str) -> subprocess.CompletedProcess[str]:
     """A script of the document as it stands there, on fewer tokens."""
-    script = re.sub(r"^so8t verify .*", r"\g<0> --chunks 2 --n-ctx 64", script, flags=re.M)
-    script = re.sub(r"^pytest .*", r"\g<0> --so8t-chunks=2 --so8t-n-ctx=64", script, flags=re.M)
+    script = re.sub(r"^so8t verify .*", r"\g<0> --chunks 2 --n-ctx 64 --threads 1", script, flags=re.M)
+    script = re.sub(r"^pytest .*", r"\g<0> --so8t-chunks=2 --so8t-n-ctx=64 --so8t-threads=1", script, flags=re.M)
     paths = {"PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     env = {**os.environ, **paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **more}
     return subprocess.run(["bash", "-euc", script], cwd=place, env=env, capture_output=True, text=True)
@@ -71,7 +69,7 @@ def test_the_recipe_passes_a_healthy_file_and_writes_the_jobs_summary(place: Pat
 def test_the_action_measures_a_healthy_file(place: Path) -> None:
     """The whole step with the real program; what it passes on, and how it ends otherwise: test_action.py."""
     given = {"reference": "checkpoint", "candidates": "model-*.gguf", "policy": "gate.yaml", "out": "of-the-action"}
-    code, outputs, said = run_step("verify", place, {**given, "arguments": "--chunks=2\n--n-ctx=64"})
+    code, outputs, said = run_step("verify", place, {**given, "arguments": "--chunks=2\n--n-ctx=64\n--threads=1"})
     assert (code, outputs) == (0, {"exit-code": "0", "report": "of-the-action"}), said
     assert (place / "of-the-action" / "report.html").is_file()
 
@@ -102,7 +100,7 @@ def test_the_recipe_shuts_the_gate_on_a_broken_file(place: Path, tmp_path: Path)
     candidate = place / "model-Q8_0.gguf"
     kept = shutil.copyfile(candidate, tmp_path / "kept.gguf")
     try:
-        rewrite(place / "f16.gguf", candidate, tensors={"blk.0.attn_output.weight": np.transpose})
+        rewrite(place / "f16.gguf", candidate, tensors={"blk.1.attn_output.weight": np.transpose})
         gate = run(place, "so8t gate report/report.json")
         assert (gate.returncode, "model-Q8_0.gguf changed since" in gate.stderr) == (2, True)
         done = run(place, recipe()[0])

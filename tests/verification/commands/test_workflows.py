@@ -6,7 +6,6 @@ import configparser
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +70,14 @@ def test_ci_covers_tests_lint_types_docs_and_benchmarks_on_every_python() -> Non
     assert FLOWS["ci"]["jobs"]["tests"]["strategy"]["matrix"]["python"] == wanted
 
 
-def shell(script: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+def shell(so8t: Path, script: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """A step as GitHub runs it: bash with -e and pipefail."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
-    (programs / "so8t").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline.cli.main "$@"\n', encoding="utf-8")
+    (programs / "so8t").symlink_to(so8t)
     for name in ("gh", "python"):  # what leaves this machine, or changes it, is written down instead
         (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> "{folder}/calls"\n', encoding="utf-8")
-    for program in programs.iterdir():
-        program.chmod(0o755)
+        (programs / name).chmod(0o755)
     env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **more}
     return subprocess.run(
         ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script],
@@ -100,7 +98,7 @@ CASES = {"pass": {}, "fail": {"convert.mean_kld": 1e-3}, "inconclusive": {"evide
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_the_gate_opens_for_a_pass_only(kind: str, tmp_path: Path) -> None:
+def test_the_gate_opens_for_a_pass_only(kind: str, so8t: Path, tmp_path: Path) -> None:
     from verification import decide
     from verification.show.write import write_report
 
@@ -111,7 +109,7 @@ def test_the_gate_opens_for_a_pass_only(kind: str, tmp_path: Path) -> None:
     decided = decide(measured)
     assert decided.verdict == kind
     write_report(decided, tmp_path / "runs" / "demo" / "report")
-    done = shell(step_named("gate"), tmp_path)
+    done = shell(so8t, step_named("gate"), tmp_path)
     assert done.returncode == (0 if kind == "pass" else 1), done.stdout + done.stderr
 
 
@@ -126,14 +124,14 @@ def test_nothing_is_released_past_the_gate() -> None:
     assert writers == ["release"]
 
 
-def test_what_is_installed_is_what_will_be_released(tmp_path: Path) -> None:
+def test_what_is_installed_is_what_will_be_released(so8t: Path, tmp_path: Path) -> None:
     (tmp_path / "dist").mkdir()
     (tmp_path / "dist" / "so8t-0.1.0-py3-none-any.whl").touch()
-    assert shell(step_named("install what will be released"), tmp_path).returncode == 0
+    assert shell(so8t, step_named("install what will be released"), tmp_path).returncode == 0
     assert "dist/so8t-0.1.0-py3-none-any.whl[demo]" in (tmp_path / "calls").read_text().splitlines()
 
 
-def test_the_release_has_files_digests_and_its_report(tmp_path: Path) -> None:
+def test_the_release_has_files_digests_and_its_report(so8t: Path, tmp_path: Path) -> None:
     for name in (
         "dist/so8t.whl",
         "dist/so8t.tar.gz",
@@ -143,7 +141,7 @@ def test_the_release_has_files_digests_and_its_report(tmp_path: Path) -> None:
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    done = shell(step_named("publish"), tmp_path, GITHUB_REF_NAME="v1", GITHUB_REPOSITORY="a/b")
+    done = shell(so8t, step_named("publish"), tmp_path, GITHUB_REF_NAME="v1", GITHUB_REPOSITORY="a/b")
     assert done.returncode == 0, done.stderr
     named = [call for call in (tmp_path / "calls").read_text().splitlines() if (tmp_path / call).is_file()]
     assert {"dist/so8t.whl", "dist/so8t.tar.gz", "SHA256SUMS", "report/report.json"} <= set(named)

@@ -19,6 +19,12 @@ from verification.gguf.reader import read_gguf
 from verification.reference.checkpoint import read_config
 
 
+@pytest.fixture(scope="module")
+def family(wide_family: Family) -> Family:
+    """With SmolLM2's vocabulary, which is byte-level BPE."""
+    return wide_family
+
+
 def vocabulary(path: Path) -> LlamaModel:
     return LlamaModel(path, vocab_only=True)
 

@@ -143,10 +143,10 @@ def test_the_report_says_which_llama_library_was_loaded(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("form", ["list", "mapping"])
-def test_extra_special_tokens_are_read_in_both_forms(family: Family, tmp_path: Path, form: str) -> None:
+def test_extra_special_tokens_are_read_in_both_forms(wide_family: Family, tmp_path: Path, form: str) -> None:
     """transformers 5 writes a list, 4 wrote a mapping; tokenizer, converter and the contract's checks take both."""
     directory = tmp_path / "extra"
-    shutil.copytree(family.reference, directory)
+    shutil.copytree(wide_family.reference, directory)
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     extra = ["<repo_name>", "<file_sep>"]
     named = dict(zip(("repo_token", "file_token"), extra, strict=True))

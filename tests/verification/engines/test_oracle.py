@@ -111,7 +111,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def made(request: Any, floats: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+def case(request: Any, floats: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
     kind, use = request.param
     root, matrix = tmp_path_factory.mktemp(kind), importance() if use else None
     healthy, rotated = (quantise(path, root / path.name, kind, imatrix=matrix) for path in floats)
@@ -146,52 +146,52 @@ def scaled(tensor: GGUFTensor, block: int, steps: int) -> dict[int, bytes]:
     return {tensor.offset + block * size: bytes(raw)}
 
 
-def test_the_same_weights_give_the_same_bytes(made: Made) -> None:
-    differ, unexplained = made.leg(made.healthy)
+def test_the_same_weights_give_the_same_bytes(case: Made) -> None:
+    differ, unexplained = case.leg(case.healthy)
     assert (differ.value, unexplained.value) == (0, 0)
     assert differ.detail.startswith("21 of 21 tensors are proven")
 
 
-def test_a_rotation_by_a_milliradian_in_one_layer_is_caught(made: Made) -> None:
-    check = made.check(made.rotated)
+def test_a_rotation_by_a_milliradian_in_one_layer_is_caught(case: Made) -> None:
+    check = case.check(case.rotated)
     assert check.value == 1
     assert TURNED in check.detail
 
 
-def test_a_tensor_of_another_layer_is_caught(made: Made, tmp_path: Path) -> None:
-    file = read_gguf(made.healthy)
+def test_a_tensor_of_another_layer_is_caught(case: Made, tmp_path: Path) -> None:
+    file = read_gguf(case.healthy)
     here, there = file.tensors[TURNED], file.tensors["blk.0.attn_output.weight"]
     assert here.type == there.type
-    check = made.check(patched(made.healthy, tmp_path / "x.gguf", {here.offset: there.raw.tobytes()}))
+    check = case.check(patched(case.healthy, tmp_path / "x.gguf", {here.offset: there.raw.tobytes()}))
     assert check.value == 1
     assert TURNED in check.detail
 
 
-def test_one_blocks_scale_twice_too_large_is_caught(made: Made, tmp_path: Path) -> None:
-    tensor = read_gguf(made.healthy).tensors[TURNED]
-    check = made.check(patched(made.healthy, tmp_path / "x.gguf", scaled(tensor, 17, 1024)))
+def test_one_blocks_scale_twice_too_large_is_caught(case: Made, tmp_path: Path) -> None:
+    tensor = read_gguf(case.healthy).tensors[TURNED]
+    check = case.check(patched(case.healthy, tmp_path / "x.gguf", scaled(tensor, 17, 1024)))
     assert (check.value, TURNED in check.detail) == (1, True)
 
 
 def test_the_scales_last_bit_is_explained_where_a_whole_build_shows_and_not_in_one_tensor(
-    made: Made, tmp_path: Path
+    case: Made, tmp_path: Path
 ) -> None:
-    quantised = [t for t in read_gguf(made.healthy).tensors.values() if t.type not in FLOAT_TYPES]
+    quantised = [t for t in read_gguf(case.healthy).tensors.values() if t.type not in FLOAT_TYPES]
     everywhere = {at: data for tensor in quantised for at, data in scaled(tensor, 17, 1).items()}
-    differ, unexplained = made.leg(patched(made.healthy, tmp_path / "x.gguf", everywhere))
+    differ, unexplained = case.leg(patched(case.healthy, tmp_path / "x.gguf", everywhere))
     assert (differ.value, unexplained.value) == (len(quantised), 0), unexplained.detail
     assert f"{len(quantised)} judged healthy: {len(quantised)} by another build or machine" in differ.detail
     alone = next(tensor for tensor in quantised if tensor.name == TURNED)
-    check = made.check(patched(made.healthy, tmp_path / "x.gguf", scaled(alone, 17, 1)))
+    check = case.check(patched(case.healthy, tmp_path / "x.gguf", scaled(alone, 17, 1)))
     assert check.value == 1
     assert TURNED in check.detail
 
 
-def test_a_norm_may_not_differ_at_all(made: Made, tmp_path: Path) -> None:
-    tensor = read_gguf(made.healthy).tensors["blk.0.attn_norm.weight"]
+def test_a_norm_may_not_differ_at_all(case: Made, tmp_path: Path) -> None:
+    tensor = read_gguf(case.healthy).tensors["blk.0.attn_norm.weight"]
     assert tensor.type in FLOAT_TYPES
     one_up = np.nextafter(tensor.raw.view(np.float32)[:1], np.float32(9)).tobytes()
-    check = made.check(patched(made.healthy, tmp_path / "x.gguf", {tensor.offset: one_up}))
+    check = case.check(patched(case.healthy, tmp_path / "x.gguf", {tensor.offset: one_up}))
     assert check.value == 1
 
 
@@ -370,7 +370,7 @@ def test_verify_takes_an_importance_matrix_and_binds_the_report_to_it(
     entries = {"blk.0.ffn_down.weight": (np.arange(64) % 5 + 1).astype(np.float32)}
     matrix = legacy_imatrix(tmp_path / "i.dat", entries)
     path = quantise(source, tmp_path / "q.gguf", "Q4_0", imatrix=read_imatrix(matrix))
-    report = verify(small_checkpoint, [path], imatrix=matrix, chunks=2, n_ctx=64, work_dir=middle.directory)
+    report = verify(small_checkpoint, [path], imatrix=matrix, chunks=2, n_ctx=64, threads=1, work_dir=middle.directory)
     check = next(check for leg in report.legs for check in leg.checks if check.name == "quantise.tensors_differ")
     assert (check.status, check.value, "from F32 with the imatrix" in check.detail) == ("pass", 0, True)
     assert [a.path for a in report.artefacts if a.role == "imatrix"] == [str(matrix)]

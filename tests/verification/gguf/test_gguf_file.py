@@ -47,7 +47,7 @@ def test_reading_agrees_with_upstreams_reader(family: Family, kind: str) -> None
             assert ours.metadata[name] == field.contents()
 
 
-@pytest.mark.parametrize("keep", [0, 3, 10, 100, 5000, 1_500_000, -1])
+@pytest.mark.parametrize("keep", [0, 3, 10, 100, 5000, 500_000, -1])
 def test_every_truncation_is_refused_with_sizes(family: Family, tmp_path: Path, keep: int) -> None:
     data = family.files["Q8_0"].read_bytes()
     short = tmp_path / "short.gguf"

@@ -72,7 +72,7 @@ def test_the_head_runs_once_a_chunk_for_all_files_and_the_body_is_given_up(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(1)
-    text = Corpus((), tuple(rng.integers(3, 40000, 64) for _ in range(3)), "ids")
+    text = Corpus((), tuple(rng.integers(3, family.vocab, 64) for _ in range(3)), "ids")
     texts = passages_of(text.chunks)
     plain = run_reference(load_hf(family.reference), texts, tmp_path, name="", tell=silent)
     with plain.spool:

@@ -91,11 +91,11 @@ def test_a_full_disk_is_said_before_it_is_filled(tmp_path: Path, monkeypatch: py
 def test_long_chunks_come_in_pieces_that_equal_the_whole(family: Family) -> None:
     """The body runs once and the head once a piece: the same logits, up to the order of fp32 sums in the head."""
     model = load_hf(family.reference)
-    tokens = np.random.default_rng(1).integers(100, 40000, 64)
+    tokens = np.random.default_rng(1).integers(100, family.vocab, 64)
     calls: list[int] = []
     handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     whole = hf_chunk(model, tokens)
-    pieces = list(hf_rows(model, tokens, piece=10 * 49152))
+    pieces = list(hf_rows(model, tokens, piece=10 * family.vocab))
     handle.remove()
     assert [len(piece) for piece in pieces] == [10, 10, 10, 1]
     assert len(calls) == 2

@@ -32,9 +32,9 @@ KINDS = ("8bit", "4bit")
 
 
 @pytest.fixture(scope="module")
-def text() -> Corpus:
+def text(family: Family) -> Corpus:
     rng = np.random.default_rng(0)
-    return Corpus((), tuple(rng.integers(3, 49152, 64) for _ in range(3)), "random")
+    return Corpus((), tuple(rng.integers(3, family.vocab, 64) for _ in range(3)), "random")
 
 
 @pytest.fixture(scope="module")

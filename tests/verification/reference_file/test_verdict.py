@@ -36,33 +36,33 @@ LOOSE = make_policy(
 
 
 @pytest.fixture(scope="session")
-def made(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reference") / "reference.so8t"
     write_reference(family.reference, path, work_dir=family.work, **SMALL)
     return path
 
 
 @pytest.fixture(scope="session")
-def reference(made: Path) -> ReferenceFile:
-    return read(made)
+def reference(written: Path) -> ReferenceFile:
+    return read(written)
 
 
 @pytest.fixture(scope="session")
-def healthy(family: Family, made: Path) -> Report:
-    return verify(made, list(family.files.values()), policy=LOOSE, threads=1)
+def healthy(family: Family, written: Path) -> Report:
+    return verify(written, list(family.files.values()), policy=LOOSE, threads=1)
 
 
 def found_in(report: Report) -> dict[tuple[str, str], Any]:
     return {(check.name, check.subject): check for leg in report.legs for check in leg.checks}
 
 
-def test_a_healthy_family_passes_and_the_report_says_what_needs_the_weights(healthy: Report, made: Path) -> None:
+def test_a_healthy_family_passes_and_the_report_says_what_needs_the_weights(healthy: Report, written: Path) -> None:
     assert healthy.verdict == "pass", healthy.summary
     assert {leg.name for leg in healthy.legs} == {"convert", "quality", "contract", "evidence", "cells"}
     assert any("need the weights: convert.rounding, quantise.tensors_differ" in note for note in healthy.notes)
     assert any("fit a GGUF file to its samples" in note for note in healthy.notes)
     assert "that need no weights" in healthy.summary
-    assert [a.role for a in healthy.artefacts if a.path == str(made)] == ["reference_file"]
+    assert [a.role for a in healthy.artefacts if a.path == str(written)] == ["reference_file"]
 
 
 def test_the_estimate_is_that_of_the_full_rows(
@@ -85,8 +85,8 @@ def test_the_estimate_is_that_of_the_full_rows(
             assert found_in(healthy)[f"{leg}.top1", label].value == full.top1
 
 
-def test_a_quant_alone_passes_without_the_leg_convert(family: Family, made: Path) -> None:
-    report = verify(made, [family.files["Q8_0"]], policy=LOOSE, threads=1)
+def test_a_quant_alone_passes_without_the_leg_convert(family: Family, written: Path) -> None:
+    report = verify(written, [family.files["Q8_0"]], policy=LOOSE, threads=1)
     assert report.verdict == "pass", report.summary
     assert "evidence.noise_floor" not in {name for name, _ in found_in(report)}
     strict = decide(report, LOOSE.model_copy(update={"required": ["convert", "contract", "quantise"]}))
@@ -102,7 +102,7 @@ def test_a_quant_alone_passes_without_the_leg_convert(family: Family, made: Path
         (None, {"llama.attention.layer_norm_rms_epsilon": 1e-6}, {"contract.metadata"}),
         (None, {"llama.rope.freq_base": 5e4}, {"contract.metadata", "contract.oracle_metadata"}),
         (None, {"tokenizer.ggml.eos_token_id": 5}, {"contract.special_ids"}),
-        (None, {"tokenizer.ggml.add_bos_token": True}, {"contract.added_specials", "contract.token_ids"}),
+        (None, {"tokenizer.ggml.add_bos_token": False}, {"contract.added_specials", "contract.token_ids"}),
         (None, {"tokenizer.chat_template": "{{ messages[0].content }}"}, {"contract.chat_render"}),
     ],
     ids=["norm", "rows", "nan", "epsilon", "theta", "eos", "bos", "template"],
@@ -120,9 +120,9 @@ def test_the_contract_of_healthy_files_finds_nothing_but_fallbacks(healthy: Repo
     assert [(c.name, c.subject) for c in contract.checks if c.value and c.name != "contract.fallback_types"] == []
 
 
-def test_a_transposed_tensor_fails_by_logits_and_by_statistics(family: Family, made: Path, tmp_path: Path) -> None:
+def test_a_transposed_tensor_fails_by_logits_and_by_statistics(family: Family, written: Path, tmp_path: Path) -> None:
     path = rewrite(family.files["F16"], tmp_path / "f.gguf", tensors={"blk.1.attn_output.weight": lambda w: w.T})
-    report = verify(made, [path], policy=LOOSE, threads=1)
+    report = verify(written, [path], policy=LOOSE, threads=1)
     failed = {check.name for leg in report.legs for check in leg.checks if check.status == "fail"}
     assert report.verdict == "fail"
     assert {"convert.mean_kld", "contract.tensor_statistics", "cells.chat.mean_kld"} <= failed
@@ -156,16 +156,16 @@ def test_a_float_file_that_the_samples_cannot_decide_needs_the_weights(
     assert ("needs the weights" in kld.detail) != decided
 
 
-def test_what_is_of_use_with_the_weights_only_is_refused(family: Family, made: Path) -> None:
+def test_what_is_of_use_with_the_weights_only_is_refused(family: Family, written: Path) -> None:
     with pytest.raises(InputError, match="--base is of use with the weights only"):
-        verify(made, [family.files["F16"]], base=family.base)
+        verify(written, [family.files["F16"]], base=family.base)
     with pytest.raises(InputError, match="is not a reference file"):
         verify(family.files["F16"], [family.files["F16"]])
 
 
-def test_the_same_checkpoint_gives_the_same_bytes(family: Family, made: Path, tmp_path: Path) -> None:
+def test_the_same_checkpoint_gives_the_same_bytes(family: Family, written: Path, tmp_path: Path) -> None:
     write_reference(family.reference, tmp_path / "again.so8t", work_dir=family.work, **SMALL)
-    assert (tmp_path / "again.so8t").read_bytes() == made.read_bytes()
+    assert (tmp_path / "again.so8t").read_bytes() == written.read_bytes()
 
 
 def test_chats_with_tools_and_thinking_are_recorded(reference: ReferenceFile) -> None:

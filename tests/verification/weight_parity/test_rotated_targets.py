@@ -59,22 +59,22 @@ class Made:
 
 
 @pytest.fixture(scope="module", params=["llama shared", "llama scaled and shuffled", "phi3 scaled and shuffled"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def folded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     family, _, form = request.param.partition(" ")
     return Made(tmp_path_factory.mktemp(request.param.replace(" ", "-")), family, **FORMS[form])
 
 
-def test_a_healthy_file_has_no_findings_and_every_weight_its_rotation(made: Made) -> None:
-    assert made.examine(made.file) == {}
-    linear = {name for name in made.sources.reference if "_proj.weight" in name}
-    assert set(made.sources.rotations) == linear
+def test_a_healthy_file_has_no_findings_and_every_weight_its_rotation(folded: Made) -> None:
+    assert folded.examine(folded.file) == {}
+    linear = {name for name in folded.sources.reference if "_proj.weight" in name}
+    assert set(folded.sources.rotations) == linear
 
 
-def test_every_wrong_fold_of_every_target_is_named(made: Made, tmp_path: Path) -> None:
+def test_every_wrong_fold_of_every_target_is_named(folded: Made, tmp_path: Path) -> None:
     """All targets of one layer at once, each with another of the three faults."""
-    file = read_gguf(made.file)
-    source_of = inventory(made.sources.reference, file).source_of
-    names = sorted(n for n in file.tensors if n.startswith("blk.1.") and source_of[n] in made.sources.rotations)
+    file = read_gguf(folded.file)
+    source_of = inventory(folded.sources.reference, file).source_of
+    names = sorted(n for n in file.tensors if n.startswith("blk.1.") and source_of[n] in folded.sources.rotations)
     kinds = {UNROTATED: (True,), TURNED_BACK: (True, True), TWICE: (False,)}
     planted = {name: list(kinds)[number % 3] for number, name in enumerate(names)}
 
@@ -83,24 +83,24 @@ def test_every_wrong_fold_of_every_target_is_named(made: Made, tmp_path: Path) -
         def change(values: np.ndarray) -> np.ndarray:
             W = values.astype(np.float32)
             for inverse in kinds[planted[name]]:
-                W = rotated(W, made.sources.rotations[source_of[name]], transposed=inverse)
+                W = rotated(W, folded.sources.rotations[source_of[name]], transposed=inverse)
             return W
 
         return change
 
-    faulty = rewrite(made.file, tmp_path / "faulty.gguf", tensors={name: plant(name) for name in names})
-    found = made.examine(faulty)
+    faulty = rewrite(folded.file, tmp_path / "faulty.gguf", tensors={name: plant(name) for name in names})
+    found = folded.examine(faulty)
     assert set(found) == set(names)
     for name in names:
         assert set(found[name]) == {planted[name]}, name
 
 
-def test_the_bake_leg_passes_and_its_control_fails(made: Made) -> None:
+def test_the_bake_leg_passes_and_its_control_fails(folded: Made) -> None:
     chunk = np.arange(32) % 64 + 3
-    result = bake_leg(made.base, made.adapter, [chunk], max_abs_logit=1e-3)
+    result = bake_leg(folded.base, folded.adapter, [chunk], max_abs_logit=1e-3)
     assert result.bake[0].value is not None
     assert result.bake[0].value < 1e-3
-    control = transposed_control(made.base, made.adapter, chunk, result.gated, max_abs_logit=1e-3)
+    control = transposed_control(folded.base, folded.adapter, chunk, result.gated, max_abs_logit=1e-3)
     assert control.value is not None
     assert control.value > 0.1
 

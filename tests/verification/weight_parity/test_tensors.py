@@ -187,7 +187,7 @@ def test_a_saved_nan_is_not_hidden_by_the_tensors_after_it(family: Family, tmp_p
     (path,) = folder.glob("*.safetensors")
     saved = load_file(path)
     assert saved_rounding(model, Checkpoint(folder))[0] == 0
-    saved["model.embed_tokens.weight"][40000, 3] = bad
+    saved["model.embed_tokens.weight"][100, 3] = bad
     save_file(saved, path, metadata={"format": "pt"})
     value, where = saved_rounding(model, Checkpoint(folder))
     assert value == float("inf")
