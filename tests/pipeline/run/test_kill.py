@@ -95,14 +95,16 @@ def _prepare(base: Path, folder: Path, until: str, *overrides: str) -> Path:
     return config
 
 
-def _beside(finished: Path, folder: Path, *parts: str) -> Path:
+def _beside(finished: Path, folder: Path, *parts: str, steps: int | None = None) -> Path:
     """As `_prepare`, with parts of a finished run (`conftest.finished`) as the undisturbed one."""
     (folder / "undisturbed").mkdir()
     for part in parts:
         (folder / "undisturbed" / part).symlink_to(finished / part)
     settings = yaml.safe_load((finished / "config.resolved.yaml").read_text(encoding="utf-8"))
+    settings["run_dir"] = str(folder / "run")
+    settings["train"]["steps"] = steps or settings["train"]["steps"]
     config = folder / "run.yaml"
-    config.write_text(json.dumps(settings | {"run_dir": str(folder / "run")}), encoding="utf-8")
+    config.write_text(json.dumps(settings), encoding="utf-8")
     return config
 
 
@@ -116,10 +118,14 @@ def _assert_like_undisturbed(config: Path, *, all_of_them: bool) -> None:
 def _ends_undisturbed(config: Path, *options: str) -> Started:
     run = Started(config, *options)
     assert run.end() in (0, 1), run.lines  # 1: the tiny model fails the quality bounds, as it does undisturbed
+    _assert_ended_undisturbed(config)
+    return run
+
+
+def _assert_ended_undisturbed(config: Path) -> None:
     _assert_like_undisturbed(config, all_of_them=True)
     run_dir = config.parent / "run"
     assert [p.name for p in run_dir.iterdir() if p.name.endswith((".old", ".tmp"))] == []
-    return run
 
 
 def _measured(folder: Path) -> dict[str, Any]:
