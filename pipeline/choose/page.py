@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from pipeline.choose.choose import Choice
 from so8t_core.files import write_text
 from verification.show.svg import log_y, svg_figure
 from verification.show.words import number, size
+from verification.show.write import strict_json
 
 
 def frontier(choice: Choice) -> set[str]:
@@ -92,7 +92,7 @@ def write_choice(choice: Choice, out: Path) -> None:
         "ladder": [{"type": r.kind, "bytes": r.bytes, "weight_error": r.weight_error} for r in choice.ladder],
         "measured": [one.model_dump(mode="json") for one in choice.measured],
     }
-    write_text(out / "choose.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    write_text(out / "choose.json", strict_json(record))
     header, *rows = table(choice)
     lines = [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
     write_text(out / "choose.md", "\n".join([*lines, "", answer(choice), ""]))

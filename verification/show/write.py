@@ -113,7 +113,12 @@ def load_report(path: Path) -> Report:
 
 def to_json(report: Report) -> str:
     """Strict JSON, UTF-8, fields in schema order, floats at full precision."""
-    text = json.dumps(_strict(report.model_dump(mode="python")), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return strict_json(report.model_dump(mode="python"))
+
+
+def strict_json(value: Any) -> str:
+    """A value as strict JSON with a line feed at its end; a non-finite number is a word: "NaN", "Infinity"."""
+    text = json.dumps(_strict(value), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate becomes its JSON escape
 
 
