@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,18 @@ def test_a_signal_that_the_caller_ignores_is_ignored(warm: Warm) -> None:
 
 
 def test_what_is_imported_is_imported_once(warm: Warm) -> None:
+    done(warm, "exit", "0")
+    imported = Path(f"{warm.entry}.imported").read_text()
     for _ in range(3):
         done(warm, "exit", "0")
-    assert Path(f"{warm.entry}.imported").read_text() == "x"
+    assert Path(f"{warm.entry}.imported").read_text() == imported
+
+
+def test_threads_that_ask_first_at_once_share_one_process(warm: Warm) -> None:
+    fresh = Warm(warm.entry)
+    with ThreadPoolExecutor(4) as threads:
+        assert [ended.returncode for ended in threads.map(lambda _: done(fresh, "exit", "5"), range(4))] == [5] * 4
+    fresh.close()
 
 
 def test_an_environment_that_imports_would_read_does_not_fit(warm: Warm) -> None:

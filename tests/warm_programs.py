@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,6 +54,7 @@ class Warm:
         self.socket = Path(self._folder.name) / "s"
         self.environment = dict(os.environ if environment is None else environment)
         self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
 
     def fits(self, environment: Mapping[str, str] | None = None) -> bool:
         """Whether a program with this environment would have imported the same."""
@@ -61,13 +63,14 @@ class Warm:
 
     def words(self, *arguments: object) -> list[str]:
         """The command line of one start."""
-        if self._process is None:
-            command = [sys.executable, __file__, "serve", self.entry, str(self.socket)]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment, text=True
-            )
-            assert self._process.stdout is not None
-            assert self._process.stdout.readline() == "ready\n", f"{self.entry} cannot be imported"
+        with self._lock:
+            if self._process is None:
+                command = [sys.executable, __file__, "serve", self.entry, str(self.socket)]
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment, text=True
+                )
+                assert self._process.stdout is not None
+                assert self._process.stdout.readline() == "ready\n", f"{self.entry} cannot be imported"
         return [sys.executable, "-I", "-S", __file__, "run", str(self.socket), *map(str, arguments)]
 
     def close(self) -> None:
@@ -85,6 +88,7 @@ class WarmConverter:
 
     def __init__(self) -> None:
         self._warm: Warm | None = None
+        self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(subprocess, name)
@@ -95,7 +99,8 @@ class WarmConverter:
 
         script, environment = command[1], more.get("env")
         if Path(script).parent == cache_directory() and environment is not None:
-            self._warm = self._warm or Warm(script, environment)
+            with self._lock:
+                self._warm = self._warm or Warm(script, environment)
             if self._warm.entry == script and self._warm.fits(environment):
                 return subprocess.run([*self._warm.words(), *command[2:]], **more)
         return subprocess.run(command, **more)
@@ -110,6 +115,7 @@ class WarmChildren:
 
     def __init__(self) -> None:
         self._warm: dict[str, Warm] = {}
+        self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(subprocess, name)
@@ -119,8 +125,9 @@ class WarmChildren:
         if not POSSIBLE:
             return subprocess.Popen(command, **more)
         kind = json.dumps(read_at_import(more["env"]), sort_keys=True)
-        if kind not in self._warm:
-            self._warm[kind] = Warm("children", more["env"])
+        with self._lock:
+            if kind not in self._warm:
+                self._warm[kind] = Warm("children", more["env"])
         return subprocess.Popen(self._warm[kind].words(*command[1:]), **more)
 
     def close(self) -> None:

@@ -128,14 +128,15 @@ def test_a_request_to_end_after_the_measuring_keeps_it_and_never_passes(
 
 
 @pytest.mark.soak
-def test_ctrl_c_at_any_time_of_a_process_leaves_no_pass_and_no_litter(family: Family, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_time_of_a_process_leaves_no_pass_and_no_litter(wide_family: Family, tmp_path: Path) -> None:
     """To the whole group, as a terminal sends it: the converter's process gets it too."""
     seen: list[str] = []
     for tick in range(1, 60):
         out, temporary = tmp_path / f"out-{tick}", tmp_path / f"tmp-{tick}"
         temporary.mkdir()
-        command = [sys.executable, "-m", "pipeline.cli.main", "verify", "--reference", family.reference, "--out", out]
-        command += ["--candidate", family.files["Q8_0"], "--chunks", "2", "--n-ctx", "64", "--threads", "1"]
+        command = [sys.executable, "-m", "pipeline.cli.main", "verify", "--reference", wide_family.reference]
+        command += ["--out", out, "--candidate", wide_family.files["Q8_0"]]
+        command += ["--chunks", "2", "--n-ctx", "64", "--threads", "1"]
         process = subprocess.Popen(
             [str(part) for part in command],
             env={**os.environ, "TMPDIR": str(temporary)},
