@@ -95,8 +95,6 @@ def test_the_command_shows_the_form_and_serves_it(tiny_dir: Path, tmp_path: Path
         )
         assert ANSWER.startswith(cut.choices[0].message.content or "?")
         assert cut.choices[0].finish_reason == "length"
-    with started(tmp_path, *options, "--think-form", "kimi", shown="thinking as kimi"):
-        pass
 
 
 def test_a_directory_counts_and_cuts_as_the_file_made_from_it(tiny_dir: Path, tiny_gguf: Path) -> None:
