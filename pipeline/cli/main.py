@@ -304,7 +304,7 @@ def _policy_line(report: Report, source: str) -> str:
     return visible(f"Policy: {source}, sha256 {policy_digest(report.policy)[:12]}, {how}")
 
 
-@app.command(epilog="Example: so8t demo run_dir=/tmp/so8t train.steps=80")
+@app.command(epilog="Example: so8t demo run_dir=/tmp/so8t train.steps=30")
 def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train, bake, convert, verify a 135M model."""
     text = (Path(__file__).parents[1] / "configs" / "demo.yaml").read_text(encoding="utf-8")
