@@ -323,6 +323,8 @@ KITS = {
         OWN,
         pair(FORMS["think"], {**TAGS, **ANGLES}),
         pair(FORMS["mistral"], {**TAGS, **SQUARES}),
+        pair(FORMS["gemma"], {**TAGS, **ANGLES}),
+        pair(FORMS["kimi"], TAGS),
         HARMONY,
         SEPARATED,
         pair(form_named("<scratchpad>...</scratchpad>"), {**TAGS, **ANGLES}),
