@@ -254,7 +254,7 @@ def _error(values: Array, wanted: Array) -> tuple[float, float, Array]:
 
 
 def norm(values: Array) -> float:
-    """Root of the sum of squares; Gemma 4's factors of channels that are not rotated are 1e30."""
+    """Root of the sum of squares of an array of any shape; Gemma 4's factors of channels that stand still are 1e30."""
     with np.errstate(over="ignore"):
         found = float(np.linalg.norm(values))
     return found if np.isfinite(found) else float(np.linalg.norm(values.astype(np.float64)))
