@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,13 @@ from verification.gguf.kind import MATRIX_UNJUDGED, kind_of
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity.compare import Examination, Sources, rotations
-from verification.weight_parity.expected import inventory, inventory_by_conversion, is_known, left_out
+from verification.weight_parity.expected import (
+    PREDICTION,
+    inventory,
+    inventory_by_conversion,
+    is_known,
+    left_out,
+)
 from verification.weight_parity.recipe import recipe_differences
 from verification.weight_parity.result import TensorResult
 
@@ -122,7 +129,11 @@ def lint(
         if sources is not None:
             target = Path(scratch) / "converted.gguf"
             whole = not is_known(opened)  # then the conversion says what every tensor should be
-            converted = pool.submit(_oracle, oracle, sources.reference, target, converter, whole=whole)
+            less = PREDICTION in left_out(sources.reference, opened)
+            convert_it = partial(
+                _oracle, oracle, sources.reference, target, converter, whole=whole, prediction=not less
+            )
+            converted = pool.submit(convert_it)
             run.timed("weights", lambda: run.against_weights(sources, converted if whole else None))
         with loaded.result() as model:
             run.timed("file", lambda: run.itself(model, alone=sources is None))
@@ -231,9 +242,18 @@ def _loaded(path: Path) -> _Loaded:
 
 
 def _oracle(
-    given: str | Path | None, reference: Checkpoint, target: Path, converter: str | Path | None, *, whole: bool
+    given: str | Path | None,
+    reference: Checkpoint,
+    target: Path,
+    converter: str | Path | None,
+    *,
+    whole: bool,
+    prediction: bool = True,
 ) -> Path:
     """A conversion of the reference: one made before, its metadata alone, or, `whole`, with every tensor.
+
+    Args:
+        prediction: with the layers that predict further tokens, which the file may leave out.
 
     Raises:
         InputError: the converter refuses the reference, or the disk has no room for a whole conversion.
@@ -241,7 +261,7 @@ def _oracle(
     if given is not None:
         return Path(given)
     if not whole:
-        return convert_metadata(reference.directory, target, converter=converter)
+        return convert_metadata(reference.directory, target, converter=converter, prediction=prediction)
     free = shutil.disk_usage(target.parent).free
     if free < _ROOM * reference.size:
         raise InputError(
@@ -249,7 +269,7 @@ def _oracle(
             f"GiB in {target.parent}, and {free / 2**30:.1f} are free; set TMPDIR to a larger disk"
         )
     kind = reference.saved_in(None).lower()  # nothing is rounded
-    return convert(reference.directory, target, outtype=kind, converter=converter)
+    return convert(reference.directory, target, outtype=kind, converter=converter, prediction=prediction)
 
 
 def _verdict(checks: Sequence[LintCheck]) -> Verdict:

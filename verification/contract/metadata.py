@@ -31,6 +31,8 @@ _GRANITE = {  # key -> config.json's name
     "logit_scale": "logits_scaling",
 }
 _BY_LAYER = frozenset({"feed_forward_length", "attention.head_count", "attention.head_count_kv"})
+# layers that predict further tokens, which GGUF counts among the blocks; config.json counts them apart
+_PREDICTED = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 # llama.cpp masks by the window only for these; elsewhere the key is not written and every token is attended to
 _WINDOWED = frozenset({"gemma2", "gemma3", "phi3", "cohere2", "gpt-oss"})
 
@@ -38,7 +40,9 @@ _WINDOWED = frozenset({"gemma2", "gemma3", "phi3", "cohere2", "gpt-oss"})
 def against_config(config: dict[str, Any], file: GGUFFile, *, tokenizer_size: int | None = None) -> list[Finding]:
     """Keys that contradict config.json, with llama.cpp's default where a key is absent."""
     found: list[Finding] = []
-    for key, wanted in expected_metadata(config, file.architecture).items():
+    stated = file.get("nextn_predict_layers")
+    more = stated if isinstance(stated, int) and any(config.get(key) == stated for key in _PREDICTED) else 0
+    for key, wanted in expected_metadata(config, file.architecture, more=more).items():
         actual = value_or_default(file, key)
         by_layer = isinstance(actual, list) and file.architecture not in KNOWN  # config.json says it in its own way
         if wanted is not None and not by_layer and not same(wanted, actual):
@@ -56,19 +60,23 @@ def against_config(config: dict[str, Any], file: GGUFFile, *, tokenizer_size: in
     return found
 
 
-def expected_metadata(config: dict[str, Any], architecture: str = "llama") -> dict[str, Any]:
-    """GGUF keys (without architecture prefix) and the values config.json asks for; None means it says nothing."""
+def expected_metadata(config: dict[str, Any], architecture: str = "llama", *, more: int = 0) -> dict[str, Any]:
+    """GGUF keys (without architecture prefix) and the values config.json asks for; None means it says nothing.
+
+    Args:
+        more: layers at the file's end that predict further tokens.
+    """
     get = config.get
     settings, dim = rope.rope_parameters(config), rope.head_dim(config)
     theta, kind, partial = settings.get("rope_theta"), settings["rope_type"], settings.get("partial_rotary_factor")
     scaled = kind in ("linear", "yarn")
     by_factors = kind == "proportional"  # Gemma 4: channels that are not rotated have a factor in `rope_freqs`
     latent = bool(get("kv_lora_rank"))  # MLA is stored as one KV head of the latent's width: the oracle's to judge
-    window = get("sliding_window")
+    window, layers = get("sliding_window"), get("num_hidden_layers")
     scales = _GRANITE if architecture.startswith("granite") else {}
     return {
         **{key: _float(get(name)) for key, name in scales.items()},
-        "block_count": get("num_hidden_layers"),
+        "block_count": layers + more if isinstance(layers, int) else layers,
         "context_length": get("max_position_embeddings") if architecture != "granitehybrid" else None,  # without RoPE
         "embedding_length": get("hidden_size"),
         "feed_forward_length": get("intermediate_size_mlp")

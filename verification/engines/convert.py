@@ -48,6 +48,7 @@ _PASSED = (
 )
 _IMPORTED = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "yaml", "tqdm")
 _SECONDS, _BYTES_A_SECOND = 600.0, 2e6  # time limit: this, plus the weights' bytes at a slow disk's speed
+_WITHOUT_MTP, _NO_SUCH_CHOICE = "--no-mtp", "--mtp / --no-nextn are not supported"
 # the assertion of Qwen3.5's class where a fine-tune has lost its layers for several-token prediction (MTP)
 _NO_MTP_LAYERS = "assert self.opt_num_mtp_layers"
 _LOG = logging.getLogger(__name__)
@@ -109,11 +110,13 @@ def convert(
     outtype: str = "f16",
     model_name: str | None = None,
     converter: str | Path | None = None,
+    prediction: bool = True,
 ) -> Path:
     """Convert a checkpoint directory to one GGUF file, whole or not at all, and load-check it with llama.cpp.
 
     Args:
         model_name: becomes general.name; None takes `default_name(hf_dir)`, which keeps the base's family.
+        prediction: with the layers that predict further tokens (MTP), where the checkpoint has them.
 
     Raises:
         InputError: no checkpoint, a refused checkpoint (`admit_checkpoint`), no converter, or an error of the converter
@@ -127,7 +130,7 @@ def convert(
     name = model_name or default_name(hf_dir)
     with atomic_file(out_file) as temporary:
         temporary.unlink()  # the converter must not find an existing file
-        _run(home, hf_dir, temporary, name, "--outtype", outtype)
+        _run(home, hf_dir, temporary, name, "--outtype", outtype, prediction=prediction)
         found = read_gguf(temporary).metadata.get("general.name")
         if found != name:
             raise InputError(f"the converter wrote general.name {found!r} where {name!r} was asked for; update it")
@@ -137,7 +140,9 @@ def convert(
     return out_file
 
 
-def convert_metadata(hf_dir: str | Path, out_file: str | Path, *, converter: str | Path | None = None) -> Path:
+def convert_metadata(
+    hf_dir: str | Path, out_file: str | Path, *, converter: str | Path | None = None, prediction: bool = True
+) -> Path:
     """Write only the metadata and the vocabulary of a conversion of `hf_dir`: a few seconds for any size.
 
     Raises:
@@ -145,20 +150,22 @@ def convert_metadata(hf_dir: str | Path, out_file: str | Path, *, converter: str
     """
     hf_dir, out_file = Path(hf_dir), Path(out_file)
     admit_config(hf_dir)
-    _run(find_converter(converter), hf_dir, out_file, default_name(hf_dir), "--vocab-only")
+    _run(find_converter(converter), hf_dir, out_file, default_name(hf_dir), "--vocab-only", prediction=prediction)
     add_stop_keys(out_file, hf_dir)
     return out_file
 
 
-def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str) -> None:
+def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str, prediction: bool) -> None:
     """Start the converter on the checkpoint's data and wait for its file."""
     with converter_input(hf_dir) as (given, weights, notes):
         limit = _SECONDS + sum(path.stat().st_size for path in weights.paths) / _BYTES_A_SECOND
         command = [sys.executable, str(home / SCRIPT), str(given), "--outfile", os.path.abspath(out_file), *options]
         command += ["--model-name", name]
-        done = _started(command, home, limit, hf_dir)
-        if done.returncode != 0 and _NO_MTP_LAYERS in done.stderr:
-            done = _started([*command, "--no-mtp"], home, limit, hf_dir)
+        done = _started(command if prediction else [*command, _WITHOUT_MTP], home, limit, hf_dir)
+        if not prediction and _NO_SUCH_CHOICE in done.stderr:
+            done = _started(command, home, limit, hf_dir)
+        if prediction and done.returncode != 0 and _NO_MTP_LAYERS in done.stderr:
+            done = _started([*command, _WITHOUT_MTP], home, limit, hf_dir)
         if done.returncode != 0 or not out_file.is_file():
             said = _tail(done.stderr).replace(str(given), str(hf_dir))
             because = f" (signal {-done.returncode})" if done.returncode < 0 else ""

@@ -102,6 +102,16 @@ def test_sizes_that_a_config_states_by_layer() -> None:
     assert against_config(hybrid, file_of("granite", {}, context_length=1 << 20))
 
 
+def test_layers_that_predict_further_tokens_count_as_blocks_where_config_json_has_them() -> None:
+    config = {"num_hidden_layers": 2, "mtp_num_hidden_layers": 1}
+    with_them = file_of("qwen35", {}, block_count=3, nextn_predict_layers=1)
+    assert against_config(config, with_them) == []
+    assert against_config(config, file_of("qwen35", {}, block_count=2)) == []
+    for wrong in (file_of("qwen35", {}, block_count=3), file_of("qwen35", {}, block_count=4, nextn_predict_layers=1)):
+        assert [f.where for f in against_config(config, wrong)] == ["qwen35.block_count"]
+    assert [f.where for f in against_config({"num_hidden_layers": 2}, with_them)] == ["qwen35.block_count"]
+
+
 def test_latent_attention_is_no_contradiction() -> None:
     """DeepSeek-V2: the latent is stored as one KV head."""
     config = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,31 @@ def test_a_family_is_judged(family: str, request: pytest.FixtureRequest, tmp_pat
         report = lint(file, reference=mini.reference, oracle=mini.floats)
         assert (report.verdict, {place for places in failed(report).values() for place in places}) == ("fail", {name})
         assert {row.name for row in report.tensors if row.drawer == "unexplained"} == {name}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("with_them", [True, False])
+def test_layers_that_predict_further_tokens_may_be_left_out(with_them: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """Qwen3.5 is published both with them and without."""
+    from safetensors.torch import load_file, save_file
+
+    reference = save_model("qwen35", tmp_path / "hf", tokenizer)
+    tensors = load_file(reference / "model.safetensors")
+    last = "model.layers.3."  # with full attention, as they have
+    more = {
+        name.replace(last, "mtp.layers.0."): value.flip(0).clone() for name, value in tensors.items() if last in name
+    }
+    norm = tensors["model.norm.weight"]
+    more |= {f"mtp.{name}.weight": norm.clone() for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    more["mtp.fc.weight"] = tensors["model.layers.3.mlp.down_proj.weight"].clone()  # (256, 2 x 256)
+    save_file(tensors | more, reference / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((reference / "config.json").read_text())
+    (reference / "config.json").write_text(json.dumps(config | {"mtp_num_hidden_layers": 1}))
+    floats = convert(reference, tmp_path / "F16.gguf", model_name="tiny", prediction=with_them)
+    report = lint(quantise(floats, tmp_path / "Q4_K_M.gguf", "Q4_K_M"), reference=reference)
+    assert (failed(report), report.verdict) == ({}, "pass")
+    noted = [f.expected for check in report.checks if check.name == "left_out" for f in check.findings]
+    assert noted == ([] if with_them else [PREDICTION])
 
 
 def test_a_tensor_that_is_missing_or_extra_is_named(sample: Miniature, tmp_path: Path) -> None:
