@@ -1,7 +1,7 @@
-"""The bake against its peers, rounds interleaved: PEFT's merge of OFT for one weight, a plain copy for a checkpoint.
+"""The bake against its peers, in interleaved rounds: PEFT's merge of OFT for one weight, a copy for a checkpoint.
 
-`tox -e bench` runs it. The checkpoint is synthetic, with the shapes of Phi-3.5: all 32 layers (7.6 GB, and twice that
-free on the disk) with SO8T_BENCH_FULL=1, otherwise few and narrower ones (about 400 MB).
+`tox -e bench` runs it. The checkpoint is synthetic, with the shapes of Phi-3.5: all 32 layers (7.6 GB, and twice as
+much free disk) with SO8T_BENCH_FULL=1, otherwise a few narrower layers (about 400 MB).
 Bars: one weight at least 10 times as fast as PEFT; a checkpoint at most 1.5 times copy + fsync + sha256 of the same
 files plus the fold of its o_proj, in 1 GB of memory.
 """
@@ -49,7 +49,7 @@ print(seconds, int(peak.split()[1]) * 1024)
 def make_checkpoint(
     directory: Path, *, layers: int, hidden: int, intermediate: int, vocab: int, files: int = 2
 ) -> Path:
-    """A Phi-3-shaped bfloat16 checkpoint of random values in so many files, written a tensor at a time."""
+    """A Phi-3-shaped bfloat16 checkpoint of random values in `files` files, written one tensor at a time."""
     shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
     shapes["model.norm.weight"] = (hidden,)
     for k in range(layers):
@@ -108,7 +108,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def copy_and_hash(base: Path, out: Path) -> None:
-    """What a release does to a checkpoint anyway."""
+    """Copy, fsync and hash a checkpoint: the work of a release without a bake."""
     out.mkdir()
     for file in sorted(base.iterdir()):
         subprocess.run(["cp", file, out / file.name], check=True)
@@ -124,7 +124,7 @@ def bake_in_a_process(base: Path, adapter: Path, out: Path) -> tuple[float, int]
 
 
 def peft_merge(weight: Tensor) -> nn.Module:
-    """A linear layer of this weight with stock PEFT OFT (block 8) on it, ready to be merged."""
+    """A linear layer of this weight with stock PEFT OFT (block 8), ready for the merge."""
     one = nn.Module()
     one.o_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     one.o_proj.weight.data = weight.clone()
@@ -165,13 +165,13 @@ def bench_bake_of_a_checkpoint(record: Any, quick: bool, tmp_path: Path) -> None
         took = seconds(lambda: bake_checkpoint(base, adapter, tmp_path / "out"))
         shutil.rmtree(tmp_path / "out")
         folds = seconds(lambda: [fold.apply(weight) for _ in range(shape["layers"])])
-        ours.append(max(took - folds, 0.01 * took))  # a disturbed round must stay a ratio
+        ours.append(max(took - folds, 0.01 * took))  # keeps the ratio positive in a disturbed round
     name = f"bake_checkpoint of {size / 1e9:.2f} GB without its folds"
     times = {"so8t": ours, "copy + fsync + sha256": floor}
     for figure in comparisons(name, times, bar=1.5, lower_is_better=True, bytes=size):
         record(figure)
     if quick:
-        return  # bench_memory has the bake's own; the process around it takes seconds to start
+        return  # bench_memory measures the bake alone; this process takes seconds to start
     _, peak = bake_in_a_process(base, adapter, tmp_path / "out")
     sizes = {"so8t": [peak / 1e6], "the checkpoint's files": [size / 1e6]}
     record(of_memory(f"bake_checkpoint of {size / 1e9:.2f} GB, peak memory of the process", sizes, bar=1e9 / size))

@@ -22,7 +22,7 @@ from so8t_core import SO8TConfig, exp_so8, skew
 
 BLOCKS = 12288
 FLOOR = "frozen base"
-OFT = {"r": 0, "oft_block_size": 8, "target_modules": ["o_proj"]}  # PEFT's own defaults otherwise
+OFT = {"r": 0, "oft_block_size": 8, "target_modules": ["o_proj"]}  # otherwise PEFT's defaults
 
 
 def _theta(angle: float) -> Tensor:
@@ -57,7 +57,7 @@ def bench_exponential_with_gradient(figures: Any, angle: float, bar: float) -> N
 
 
 class _End(torch.autograd.Function):
-    """x, g -> next to nothing; dL/dx is g, whatever comes after."""
+    """x, g -> the first channel of x; dL/dx is always g."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
@@ -70,14 +70,14 @@ class _End(torch.autograd.Function):
 
 
 class End(nn.Linear):
-    """A linear layer that takes no time and whose gradient is there, so that the adapter on it is measured alone."""
+    """A linear layer that takes no time and has a ready gradient, so that only the adapter on it is measured."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _End.apply(x, self.g)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Projections(nn.Module):
-    """Some layers of which nothing but the adapter on `o_proj` takes time; each has its own input and gradient."""
+    """Layers in which only the adapter on `o_proj` takes time; each layer has its own input and gradient."""
 
     def __init__(self, tokens: int, width: int, layers: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -105,8 +105,8 @@ def _adapted(config: PeftConfig, tokens: int, width: int, layers: int, dtype: to
 
 
 def _step(model: Any, xs: list[Tensor]) -> Callable[[], Any]:
-    """Forward and backward to the inputs and the parameters, then the optimiser's write, which outdates what was
-    cached."""
+    """Forward, backward to the inputs and the parameters, and the optimiser's write, after which cached rotations are
+    old."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> None:
@@ -165,7 +165,7 @@ def llama(layers: int = 6, dtype: torch.dtype = DTYPE) -> LlamaForCausalLM:
 
 @functools.cache
 def method(name: str, layers: int = 6, dtype: torch.dtype = DTYPE) -> nn.Module:
-    """The frozen base, or a method on its o_proj. The base's embeddings need a gradient so that all go backward."""
+    """The frozen base, or a method on its o_proj. The embeddings need a gradient, so that all methods run backward."""
     configs: dict[str, PeftConfig] = {
         "so8t": SO8TConfig(init_scale=0.05),
         "LoRA r=8": LoraConfig(r=8, target_modules=["o_proj"]),
@@ -208,7 +208,7 @@ def bench_whole_training_step(figures: Any, quick: bool) -> None:
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
-    """What the graph of `run`'s result keeps for the backward, parameters left out; each storage counts once."""
+    """Bytes that the graph of `run`'s result keeps for the backward, without parameters; each storage counts once."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def saved_bytes(run: Callable[[], Tensor]) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    run()  # the rotation is computed once for many passes; what that keeps is none of this one's
+    run()  # the first pass also computes the rotation, for many passes
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
     assert result.requires_grad
@@ -224,8 +224,8 @@ def saved_bytes(run: Callable[[], Tensor]) -> int:
 
 
 def bench_saved_activations(record: Any) -> None:
-    """Bytes a token, channel and layer that the backward needs more than the frozen base's, counted in one layer; in
-    bfloat16 everywhere: of float32 states the base keeps already what an adapter would."""
+    """Bytes a token, channel and layer that the backward needs more than the frozen base's, counted in one layer;
+    always in bfloat16, because the base keeps float32 states itself, which an adapter would use again."""
     ids = torch.randint(0, 4096, (1, 512), generator=torch.Generator().manual_seed(0))
 
     def saved(name: str) -> int:

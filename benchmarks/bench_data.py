@@ -1,4 +1,4 @@
-"""The data step's throughput against parsing and writing the same rows, which nothing that reads JSONL gets below."""
+"""The data step's throughput against parsing and writing the same rows, the least work of any JSONL reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rows_file(path: Path, rows: int) -> Path:
 
 
 def build(source: Path, tokenizer: Any, out: Path) -> int:
-    """The whole data step over one file; returns the rows it kept."""
+    """The whole data step over one file; returns the number of kept rows."""
     config = DataConfig(sources=[str(source)], unlisted_sources="allow", heldout_share=0.1)
     with atomic_dir(out) as folder:
         report = build_dataset(config, tokenizer, folder, 0)

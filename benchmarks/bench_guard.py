@@ -1,7 +1,7 @@
-"""What the guard adds to a request: `so8t serve` and a bare proxy, each a process, in front of the same upstream.
+"""The time that the guard adds to a request: `so8t serve` and a bare proxy, each a process, before the same upstream.
 
-The upstream answers at once, so that nothing but the two servers is measured; both use the same web server and client
-library. The parts are those of the guard's own tests (tests/pipeline/serve).
+The upstream answers at once, so that only the two servers are measured; both use the same web server and client
+library. The parts come from the guard's tests (tests/pipeline/serve).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REQUESTS = 20
 
 @contextmanager
 def _server(command: list[str], folder: Path) -> Iterator[int]:
-    """A server process that prints its address; its port."""
+    """Start a server process that prints its address; yields its port."""
     path = os.pathsep.join([str(SERVE.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "SO8T_AUDIT_KEY": "6b" * 32}
     with open(folder / "stderr", "ab") as errors:
@@ -55,7 +55,7 @@ def _ask(port: int, data: bytes) -> None:
 
 @pytest.mark.parametrize("characters", [100, 4000])
 def bench_guard(figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, characters: int) -> None:
-    """Sequential requests; the thinking has so many characters, three in each event of the stream."""
+    """Sequential requests; the thinking has `characters` characters, three in each event of the stream."""
     monkeypatch.syspath_prepend(str(SERVE))
     from fake_upstream import FakeUpstream, generation, text
     from running_server import request

@@ -1,6 +1,6 @@
-"""Peak memory of our work above what its process already held, against a peer's or a floor's, in forks of one process.
+"""Peak memory of SO8T's work above the memory that its process held before, against a peer or a floor, in forks.
 
-python -m benchmarks.bench_memory WORK_DIR TOKENIZER_DIR quick|whole prints what the benchmark records.
+python -m benchmarks.bench_memory WORK_DIR TOKENIZER_DIR quick|whole prints the figures that the benchmark records.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Jobs = dict[str, dict[str, Callable[[], Any]]]
 
 
 def bench_memory(record: Any, tokenizer_dir: Path, tmp_path: Path, quick: bool) -> None:
-    """In a fresh process: a fork of this one would carry its threads' locks along."""
+    """Measure in a fresh process: a fork of this one would keep its threads' locks."""
     size = "quick" if quick else "whole"
     command = [sys.executable, "-m", "benchmarks.bench_memory", str(tmp_path), str(tokenizer_dir), size]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -31,7 +31,7 @@ def bench_memory(record: Any, tokenizer_dir: Path, tmp_path: Path, quick: bool) 
 
 
 def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], shape: dict[str, int]) -> Jobs:
-    """Everything is imported and prepared before the first fork; nothing here computes a gradient."""
+    """Import and prepare everything before the first fork, without computing a gradient."""
     import torch
     from safetensors.torch import load_file
 
@@ -55,7 +55,7 @@ def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], s
         bake_checkpoint(base, adapter, work / "out")
 
     def whole() -> int:
-        files = sorted(base.glob("*.safetensors"))  # cloned: safetensors only maps them
+        files = sorted(base.glob("*.safetensors"))  # cloned, because safetensors only maps tensors
         return len([tensor.clone() for file in files for tensor in load_file(file).values()])
 
     def data() -> int:
@@ -79,7 +79,7 @@ def _jobs(work: Path, tokenizer_dir: Path, *, tokens: int, methods: list[str], s
 
 
 def main(work: Path, tokenizer_dir: Path, *, rounds: int, **sizes_of_jobs: Any) -> None:
-    """Measure everything in turns, print one JSON object: figure -> contender -> MB of every round."""
+    """Measure all contenders in turns; print one JSON object: figure -> contender -> MB of every round."""
     from benchmarks.peak import peak
 
     jobs = _jobs(work, tokenizer_dir, **sizes_of_jobs)

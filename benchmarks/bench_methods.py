@@ -1,4 +1,4 @@
-"""tokens/s and peak VRAM of every method at the exact Phi-3.5 shape where there is a GPU; tiny on a CPU."""
+"""tokens/s and peak VRAM of every method: at the exact Phi-3.5 shape on a GPU, at a tiny shape on a CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS = 1024
 
 @pytest.mark.parametrize("method", METHODS[1:])
 def bench_method_tiny(figures: Any, method: str) -> None:
-    """A tiny Phi-3 in float32 on the CPU: small figures that show the path which a GPU takes."""
+    """A tiny Phi-3 in float32 on the CPU runs the same code as on a GPU."""
     made = prepare(method, TINY, 256, "cpu", torch.float32)
     figures(
         f"method, training step, Phi-3 256 x 2, 256 tokens: {method}",

@@ -1,4 +1,4 @@
-"""What PET costs: a training step with it and without, and the bytes it keeps for the backward.
+"""The cost of PET: a training step with and without it, and the bytes that it keeps for the backward.
 
 Shape: a Llama 768 x 6 in `number_type`'s type with a rotation on every layer, as in `bench_core`; PET on the last
 layer, the default, and on all six.
@@ -53,7 +53,7 @@ def bench_pet_training_step(figures: Any, quick: bool) -> None:
 
 
 def bench_pet_saved_bytes(record: Any) -> None:
-    """Bytes a token, channel and layer looked at that the backward needs more than without PET; always bfloat16."""
+    """Bytes a token, channel and PET layer that the backward needs more than without PET; always bfloat16."""
     ids = torch.randint(0, 4096, (1, 128), generator=torch.Generator().manual_seed(0))
 
     without = saved_bytes(_loss([], ids, torch.bfloat16))

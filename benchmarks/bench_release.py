@@ -1,8 +1,8 @@
-"""Convert, quantise, lint and verify against what they cannot do without.
+"""Convert, quantise, lint and verify against the least work that each of them needs (its floor).
 
 Floors: upstream's converter alone in its process; llama.cpp's quantiser alone; reading the files and their sha256; the
-forward passes of the reference and of the file. Models: SmolLM2-135M, and a Llama 256 x 2 with its tokenizer in a
-quick run.
+forward passes of the reference and of the file. Models: SmolLM2-135M, or in a quick run a Llama 256 x 2 with its
+tokenizer.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def bench_quantise(figures: Any, absent: Any, model: Model, quick: bool, tmp_pat
 
 @pytest.mark.parametrize("against", ["alone", "reference"])
 def bench_lint(figures: Any, absent: Any, model: Model, quick: bool, against: str) -> None:
-    """With the reference, all its tensors are re-quantised and compared; upstream's metadata is given, not made."""
+    """With the reference, lint re-quantises and compares all its tensors; upstream's metadata is given, not made."""
     if quick and against == "alone":
         absent("lint alone", "only in a whole run: it is part of lint against the reference")
     files = [model.q8, *(sorted(model.reference.glob("*.safetensors")) if against == "reference" else ())]
@@ -143,7 +143,7 @@ def bench_lint(figures: Any, absent: Any, model: Model, quick: bool, against: st
 
 
 def bench_verify_logits(figures: Any, model: Model, quick: bool) -> None:
-    """What spooling, reading back and the divergence in float64 add to the forward passes."""
+    """The time that spooling, reading back and the divergence in float64 add to the forward passes."""
     n_ctx = 128 if quick else 512
     text = read_corpus(None, load_tokenizer(model.reference), n_ctx=n_ctx, chunks=2)
     figures(
@@ -160,7 +160,7 @@ def bench_verify_logits(figures: Any, model: Model, quick: bool) -> None:
 
 
 def bench_verify_whole(figures: Any, absent: Any, model: Model, quick: bool, tmp_path: Path) -> None:
-    """All legs, quick cells, contract and evidence, the oracle kept between runs, against the same forward passes."""
+    """All legs, quick cells, contract and evidence, with a kept oracle, against the same forward passes."""
     if quick:
         absent("verify, everything", "only in a whole run: it takes a minute even for a tiny model")
     n_ctx = 256

@@ -1,11 +1,11 @@
-"""Peak memory and time of the reference's pass: streamed layer by layer, and whole, each in a process of its own.
+"""Peak memory and time of the reference's pass: streamed layer by layer, and whole, each in a separate process.
 
 python -m benchmarks.bench_streamed [--layers 2 4 8] [--chunks 2] [--n-ctx 512] [--whole]
 
-The model is random, of Phi-3.5-mini's shape (hidden 3072, feed-forward 8192, 32 heads, 32,064 tokens) with as many
-layers as are asked for, saved in bfloat16, one layer a shard. Measured is what `verify` does for its reference: load,
-every passage, logits to the disk. Processor seconds are printed beside the wall's, because they hold on a machine that
-others use; the exponents are those of a power of the number of layers.
+The model is random, of Phi-3.5-mini's shape (hidden 3072, feed-forward 8192, 32 heads, 32,064 tokens) with the given
+numbers of layers, saved in bfloat16, one layer in each shard. The measured work is that of `verify` for its reference:
+load, run every passage, write logits to the disk. CPU seconds are printed beside wall seconds, because other programs
+hardly change them. An exponent e means growth with layers^e.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHAPE = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 
 
 
 def main() -> None:
-    """Parse, make each model, measure it in child processes, print one JSON object a line."""
+    """Parse, make each model, measure it in child processes; print one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--chunks", type=int, default=2)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _save(folder: Path, layers: int) -> None:
-    """The checkpoint, one layer in memory at a time."""
+    """Write the checkpoint with one layer in memory at a time."""
     import torch
     from safetensors.torch import save_file
     from transformers import Phi3Config, Phi3ForCausalLM
@@ -118,7 +118,7 @@ def _measure(folder: Path, streamed: bool, chunks: int, n_ctx: int) -> None:
         "processor_s": round(used.ru_utime + used.ru_stime, 1),
         "tokens": chunks * n_ctx,
     }
-    if streamed:  # as a progress bar would: time so far over the share that is done, behind the first layer
+    if streamed:  # as a progress bar: time so far by the share done, after the first layer
         at, done, total = next(step for step in told if step[1] > 0)
         begin = told[0][0]
         row["estimate_over_truth"] = round((at - begin) * total / done / (wall - begin), 3)

@@ -1,12 +1,11 @@
-"""What a whole verification costs against the bare forward passes it needs: the reference once, every file once.
+"""The cost of a whole verification against the forward passes that it needs: the reference once, every file once.
 
 python -m benchmarks.bench_verify --reference HF_DIR --candidate FILE.gguf [--candidate ...] [--chunks 12] [--rounds 3]
 
-Bare: the model's forward over the chunks, and llama.cpp's decode over them, logits fetched and dropped. Report: every
-stage of `verify` with its default settings, the verifier's own conversion included. The two take turns in every round,
-so that a machine that slows down slows both. Printed are the rounds' wall seconds and processor seconds (children
-included), medians and ranges of their ratio, and the seconds of each stage. On a machine that others use, the
-processor seconds are the steadier of the two.
+Bare: the model's forward and llama.cpp's decode over the chunks; logits are fetched and dropped. Report: every stage of
+`verify` with its default settings and with the verifier's conversion. Both run in every round, so that a machine that
+slows down slows both. The output has the rounds' wall and CPU seconds (with children), medians and ranges of their
+ratio, and the seconds of each stage. CPU seconds are steadier on a machine that other programs use.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from verification.logit_parity.compare import measure_file, passages_of, run_ref
 from verification.logit_parity.text import Corpus, read_corpus
 from verification.reference.tokenizer import load_tokenizer
 
-Seconds = tuple[float, float]  # by the wall's clock, by the processor's
+Seconds = tuple[float, float]  # wall seconds, CPU seconds
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _stages_timed(into: dict[str, list[Seconds]]) -> Iterator[None]:
-    """Inside, the seconds of every stage are kept; a stage that one run enters several times counts once."""
+    """Collect the seconds of every stage in the block; a stage that one run enters several times counts once."""
     plain, found = Run.timed, dict[str, Seconds]()
 
     @contextlib.contextmanager

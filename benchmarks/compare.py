@@ -1,18 +1,14 @@
-"""Two result files of one machine, figure by figure, and a verdict: did something of ours become slower or hungrier?
+"""Compare two result files of one machine, figure by figure: did SO8T become slower or use more memory?
 
 python -m benchmarks.compare OLD NEW [--again NEWER] [--old-again OLDER] [--other-machine] [--partial]
 
-Judged is the ratio to the peer of the same run, never a time. The change of a figure is the shift between the two
-runs' log ratios (Hodges, Lehmann: the median of all differences of a round of one and a round of the other) with the
-exact 99 % interval of the rank-sum test, which assumes no distribution. A figure has regressed if
- * the interval's near end lies beyond 1.14, the square root of 1.3: half way, on a log scale, between no change and the
-   30 % that must be seen, so that what differs from run to run (memory layout, a neighbour) has as much room as noise;
- * and the change is more than 0.2 ms (0.1 for a figure of less than 1 ms is no news to anybody) or 16 MB.
-The interval covers noise from round to round, not what lasts as long as a figure's rounds, such as a neighbour, or as
-a process, such as where its memory lies. So measure NEW twice, and OLD twice, and give all four: a figure then counts
-as regressed only if it is so in both new files against both old ones.
-A figure whose interval reaches from below the floor to above 1.3 is undecided, and said to be: measure again, longer.
-Exit codes: 0 nothing regressed; 1 something did, or a figure is gone; 2 the files cannot be compared.
+A figure's change is the shift (`shift`) of its ratio to the peer of the same run, with a 99 % interval; times are not
+compared. A figure has regressed if the interval's near end lies beyond 1.14 (the square root of 1.3, half way on a log
+scale from no change to the 30 % that must be seen) and the change is more than 0.2 ms or 16 MB. It is undecided if the
+interval reaches from below 1.14 to above 1.3: measure again, longer. The interval does not cover effects that last for
+a whole figure or process, such as other programs or the memory's layout. So measure OLD and NEW twice and give all four
+files: a figure then has regressed only if both new files show it against both old files.
+Exit codes: 0 no figure regressed; 1 a figure regressed or is missing; 2 the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -38,14 +34,14 @@ SEEN = 1.3  # the slowdown that must be seen
 FLOOR = math.sqrt(SEEN)
 MILLISECONDS = 0.2  # about a timer interrupt and a refilled cache
 MEGABYTES = 16.0  # about what an allocator keeps or gives back by chance
-_COUNTED = 0.005  # what is counted (bytes that a graph keeps) has no noise; its floor is half a percent
+_COUNTED = 0.005  # the floor of counted figures (bytes that a graph keeps), which have no noise
 
 Status = Literal["regressed", "better", "same", "undecided"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure in both files; `slower` is a factor on our own time or memory, above 1 for the worse."""
+    """One figure in both files; `slower` is a factor on SO8T's time or memory, above 1 if it became worse."""
 
     name: str
     peer: str
@@ -53,15 +49,16 @@ class Change:
     new: float
     slower: float
     interval: tuple[float, float]
-    extra: str  # the same as a time or a size
+    extra: str  # the change as a time or a size
     status: Status
 
 
 def shift(old: list[float], new: list[float], level: float = LEVEL) -> tuple[float, float, float]:
-    """(estimate, low, high) of how much larger `new` is than `old`, with the rank-sum test's exact interval.
+    """(estimate, low, high) of the shift from `old` to `new`, with the exact interval of the rank-sum test.
 
-    Too few rounds for the level give an infinite interval. Source: Hollander, Wolfe, Chicken, Nonparametric
-    Statistical Methods, chapter 4.
+    The estimate (Hodges, Lehmann) is the median of all differences between a new and an old value; the test assumes no
+    distribution. Too few rounds for the level give an infinite interval. Source: Hollander, Wolfe, Chicken,
+    Nonparametric Statistical Methods, chapter 4.
     """
     differences = np.sort(np.subtract.outer(np.asarray(new), np.asarray(old)).ravel())
     cut = _rank_sum_cut(len(old), len(new), (1 - level) / 2)
@@ -74,8 +71,8 @@ def shift(old: list[float], new: list[float], level: float = LEVEL) -> tuple[flo
 def _rank_sum_cut(m: int, n: int, tail: float) -> int:
     """The largest k with P(U <= k) <= tail for the rank-sum statistic U of m and n values; -1 if there is none.
 
-    The interval runs from the difference at index k of the sorted ones to that at the same place from the end. The
-    number of ways to reach U = u is the coefficient of q^u in the Gaussian binomial (m + n choose n), in whole numbers.
+    The interval runs from the sorted difference at index k to the one at the same index from the end. The number of
+    ways to reach U = u is the coefficient of q^u in the Gaussian binomial (m + n choose n), in whole numbers.
     """
     ways = np.zeros(m * n + 1, dtype=object)
     ways[0] = 1
@@ -88,7 +85,7 @@ def _rank_sum_cut(m: int, n: int, tail: float) -> int:
 
 
 def judge(old: Figure, new: Figure) -> Change:
-    """What became of one figure."""
+    """The change of one figure."""
     sign = 1.0 if new.lower_is_better else -1.0
     before, after = ([sign * math.log(ratio) for ratio in figure.ratios] for figure in (old, new))
     floor = math.log(FLOOR)
@@ -107,19 +104,19 @@ def judge(old: Figure, new: Figure) -> Change:
         status = "better"
     else:
         status = "same" if high < math.log(SEEN) else "undecided"
-    interval = (math.exp(low), math.exp(min(high, 700.0)))  # 700: no overflow where there is no interval
+    interval = (math.exp(low), math.exp(min(high, 700.0)))  # 700: no overflow for an infinite interval
     shown = f"{extra:+.3g} {unit}" if own else ""
     return Change(new.name, new.peer, old.ratio, new.ratio, slower, interval, shown, status)
 
 
 def _whole_range(old: list[float], new: list[float]) -> tuple[float, float, float]:
-    """For peak memory, which next to no noise moves: every difference must agree, so a few rounds are enough."""
+    """The shift of peak memory, which has almost no noise: all differences must agree, so a few rounds are enough."""
     differences = [b - a for a in old for b in new]
     return float(np.median(differences)), min(differences), max(differences)
 
 
 def _own(figure: Figure) -> tuple[float, str, float]:
-    """What ours takes, its unit, and the change in it that counts."""
+    """SO8T's time or memory, its unit, and the smallest change that counts."""
     if figure.ours in figure.milliseconds:
         return figure.milliseconds[figure.ours], "ms", MILLISECONDS
     if figure.ours in figure.sizes:
@@ -128,14 +125,14 @@ def _own(figure: Figure) -> tuple[float, str, float]:
 
 
 def compare(old: Results, new: Results) -> tuple[list[Change], list[str]]:
-    """(the figures of both, in the new file's order; the names of those that are only in the old one)."""
+    """(changes of the figures in both files, in the new file's order; names of figures that only the old file has)."""
     before = {figure.key: figure for figure in old.figures}
     changes = [judge(before.pop(figure.key), figure) for figure in new.figures if figure.key in before]
     return changes, list(before)
 
 
 def confirmed(changes: list[Change], again: list[Change]) -> list[Change]:
-    """The changes, where a regression that another comparison does not show as well is undecided."""
+    """The changes; a regression that the other comparison does not show becomes undecided."""
     worse = {(change.name, change.peer) for change in again if change.status == "regressed"}
     return [
         replace(change, status="undecided")

@@ -1,4 +1,4 @@
-"""The `figures` fixture: what a benchmark measures goes into one table at the end, one dated JSON file and its page."""
+"""The `figures` fixture: a benchmark's figures go into one table at the end, one dated JSON file and its page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIGURES: list[Comparison] = []
 _ABSENT: dict[str, str] = {}
 _START = time.monotonic()
 RESULTS = Path(__file__).parent / "results"
-MORE_SECONDS, MORE_SECONDS_QUICK = 12.0, 1.0  # a figure's time for rounds beyond the planned ones, where it is noisy
+MORE_SECONDS, MORE_SECONDS_QUICK = 12.0, 1.0  # time for more rounds of a noisy figure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """One thread: the ratios are those of the arithmetic, not of two schedulers."""
+    """Use one thread, so that the ratios compare arithmetic and not schedulers."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quick(request: pytest.FixtureRequest) -> bool:
-    """Whether the run is to end within three minutes."""
+    """Whether the run should end within three minutes."""
     return bool(request.config.getoption("--quick"))
 
 
@@ -71,7 +71,7 @@ def tokenizer_dir(quick: bool, request: pytest.FixtureRequest, tmp_path_factory:
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest, quick: bool, record: Callable[[Comparison], None]) -> Any:
-    """`compare`, whose results are kept for the table."""
+    """`compare`; its results are kept for the table."""
     more = request.config.getoption("--more")
     options = {
         "more_seconds": more if more is not None else MORE_SECONDS_QUICK if quick else MORE_SECONDS,
@@ -97,7 +97,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[Comparison], None]:
 
 @pytest.fixture
 def absent() -> Callable[[str, str], None]:
-    """Say what cannot be measured here and why, then skip: it stands in the table, the file and the page."""
+    """Record that a figure cannot be measured here and why, for table, file and page; then skip."""
 
     def say(name: str, why: str) -> None:
         _ABSENT[name] = why

@@ -1,8 +1,8 @@
-"""Smallest faults that are seen in a tensor made elsewhere: quantised with an importance matrix that nobody named.
+"""The smallest faults that the judge finds in a tensor that was quantised with an unknown importance matrix.
 
 For every type, faults of falling strength are merged into two tensors of 576 x 1536: heavy-tailed random weights, and
 an `ffn_down` of the demo's 135M model, which lies on the 4-bit grid that it was dequantised from, so that small changes
-snap back. Quantised under a log-normal matrix that the judge does not know, they are judged until one is missed.
+snap back. They are quantised under a log-normal matrix that the judge does not know, until the judge misses a fault.
 Healthy trials (the same tensors, more matrices) give the false alarms. Run: `python -m benchmarks.elsewhere --out F`.
 """
 
@@ -38,7 +38,7 @@ def _lora(w: Array, size: float, seed: int) -> Array:
 
 
 def _turned(w: Array, angle: float, seed: int) -> Array:
-    """Every block of 8 columns turned; `angle` is the root mean square of its 28 planes."""
+    """Turn every block of 8 columns; `angle` is the root mean square over its 28 planes."""
     rng = np.random.default_rng(seed)
     A = np.triu(rng.standard_normal((w.shape[1] // 8, 8, 8)), 1) * angle
     R = torch.matrix_exp(torch.from_numpy(A - A.transpose(0, 2, 1))).numpy()
@@ -104,7 +104,7 @@ def _quantised(w: Array, kind: str, seed: int) -> GGUFTensor:
 
 
 def causes(w: Array, tensor: GGUFTensor, base: Array | None = None) -> list[str]:
-    """What the judge says of a tensor; "open" where only its layer's output decides."""
+    """The causes that the judge names for a tensor; "open" where only its layer's output decides."""
     values = tensor.values()
     found = judge(tensor, values, w, base=base)
     words = [finding.cause or "size" for finding in found.findings]
@@ -115,11 +115,11 @@ def causes(w: Array, tensor: GGUFTensor, base: Array | None = None) -> list[str]
 
 
 def _row(kind: str, name: str, fault: str, plant: Plant, strengths: tuple[float, ...], word: str) -> dict[str, object]:
-    """From strong to weak until one is accepted; `open` counts those that are left to the layer's output."""
+    """Judge faults from strong to weak until one is accepted; `open` counts those that the layer's output decides."""
     w, smallest, named, caught, left = tensors()[name], None, 0, 0, 0
     for number, strength in enumerate(reversed(strengths)):
         faulty = plant(w, strength, 70 + number)
-        base = faulty if fault == KNOWN_DIRECTION else None  # what is missing is the whole change from the base
+        base = faulty if fault == KNOWN_DIRECTION else None  # the whole change from the base is missing
         said = causes(w, _quantised(faulty, kind, 10 + number), base=base)
         if not said:
             break
@@ -154,7 +154,7 @@ def measure(kinds: tuple[str, ...]) -> dict[str, object]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The smallest strengths as a Markdown table: a row a fault, a column a type; heavy-tailed / on a 4-bit grid."""
+    """The smallest strengths as a Markdown table, faults by types; each cell has heavy-tailed / on a 4-bit grid."""
     kinds = list(dict.fromkeys(row["type"] for row in result["rows"]))
     found = {(row["type"], row["fault"], row["tensor"]): row["smallest"] for row in result["rows"]}
     names = list(dict.fromkeys(row["tensor"] for row in result["rows"]))

@@ -1,11 +1,12 @@
-"""How far healthy tensors stand out of rounding: the nulls of the judge's thresholds.
+"""Measure healthy tensors, for the judge's thresholds: how far they differ from plain rounding.
 
 Rows, columns and heads (`SCALE_Z`, `ROW_Z`): types whose codes have no cells, and Q4_0 to Q5_1, under matrices of
-spread 0.5 to 2. Beyond 3 the tail is taken for exponential, P(z > t) = p3 exp(-(t - 3) / m), m the mean excess, and
+spread 0.5 to 2. Beyond 3 the tail is assumed to be exponential, P(z > t) = p3 exp(-(t - 3) / m), m the mean excess, and
 extended to one false alarm in 1,000 files of 300 tensors of 2,000 rows.
-Spectra (`LEADING`, `COLOURED`): every type, without a matrix and under two. Blocks
-(`DAMAGED`): two quantisations of weights that differ in float32's last bit, as another processor's sums do. The layer's
-output (`output_error`): the own quantiser under matrices that the judge does not try.
+Spectra (`LEADING`, `COLOURED`): every type, without a matrix and under two matrices.
+Blocks (`last_bits`): two quantisations of weights that differ in float32's last bit, as sums of another processor do.
+`last_bits` must explain every worse block. The layer's output (`output_error`): this package's quantiser under matrices
+that the judge does not try.
 Run: `python -m benchmarks.judge_null`.
 """
 
@@ -17,11 +18,11 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from benchmarks.elsewhere import tensors
-from verification.engines.quantise import quantised_bytes
+from verification.engines.quantise import even_matrix, quantised_bytes
 from verification.gguf.reader import GGUFTensor
 from verification.weight_parity.judge import UNIT
+from verification.weight_parity.last_bits import WORSE, damaged_blocks
 from verification.weight_parity.layer_output_error import OpenTensor, output_ratio
-from verification.weight_parity.neighbours import DAMAGED
 from verification.weight_parity.own_quantiser import largest_row_errors, log_normal, own_spread, own_values
 from verification.weight_parity.places import LEAST_SPREAD
 from verification.weight_parity.structure.low_rank import CHANCE, COLOURED, DRAWS, FLUCTUATION, LEADING, low_rank
@@ -34,11 +35,11 @@ KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *LATTICES)
 ALL = (*KINDS, "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 SPREADS = (0.5, 1.0, 1.5, 2.0)
 ROWS, SAMPLED = 192, 64
-QUESTIONS = 1000 * 300 * 2000  # rows asked until one false alarm
+QUESTIONS = 1000 * 300 * 2000  # judged rows for one false alarm
 
 
 def _tail(z: np.ndarray) -> dict[str, float]:
-    """Share and mean excess beyond 3, and the threshold that asks `QUESTIONS` times for one alarm."""
+    """Share and mean excess beyond 3, and the threshold with one false alarm in `QUESTIONS` rows."""
     beyond = z[z > 3] - 3
     share, mean = len(beyond) / len(z), float(beyond.mean()) if len(beyond) else 0.0
     return {
@@ -51,7 +52,7 @@ def _tail(z: np.ndarray) -> dict[str, float]:
 
 
 def spectra() -> dict[str, dict[str, float]]:
-    """Leading singular values in the fluctuation that chance allows, and trailing ones below 1."""
+    """Leading singular values in units of their chance fluctuation, and the distance of trailing ones below 1."""
     leading: list[float] = []
     trailing: list[float] = []
     for whole in tensors().values():
@@ -76,34 +77,40 @@ def _normal(x: np.ndarray) -> dict[str, float]:
     """Mean, deviation, largest, and mean + 4.5 deviations: one normal variable in 300,000 (1,000 files of 300)."""
     mean, deviation = float(x.mean()), float(x.std())
     return {
-        "questions": len(x), "mean": mean, "deviation": deviation, "largest": float(x.max()),
+        "questions": len(x),
+        "mean": mean,
+        "deviation": deviation,
+        "largest": float(x.max()),
         "threshold": mean + 4.5 * deviation,
-    }  # fmt: skip
+    }
 
 
-def blocks() -> dict[str, float]:
-    """Squared errors of blocks that another processor makes otherwise, in the own quantiser's."""
-    ratios, asked = [], 0
+def blocks() -> dict[str, dict[str, float]]:
+    """By type, the number of blocks, of those that another processor quantises differently, of the worse ones among
+    these, and of the worse ones that no last bit explains."""
+    found: dict[str, dict[str, float]] = {}
     for whole in tensors().values():
         W = whole[:ROWS].astype(np.float16).astype(np.float32)
         other = W * (1 + 2.0**-23 * np.random.default_rng(1).choice([-1, 1], W.shape)).astype(np.float32)
         for kind in ALL:
             size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
-            one, two = own_values(kind, W), own_values(kind, other)
-            assert one is not None
-            assert two is not None
-            A, B = one.reshape(-1, size), two.reshape(-1, size)
+            matrix = even_matrix(kind, W.shape)
+            raws = [quantised_bytes(x, kind, matrix) for x in (W, other)]
+            own, tensor = (GGUFTensor("", W.shape, kind, raw) for raw in raws if raw is not None)
+            A, B, V = (x.reshape(-1, size) for x in (own.values(), tensor.values(), W))
             moved = np.abs(A - B).max(axis=1) > 2 * LAST_BIT * np.abs(A).max(axis=1)
-            V = W.reshape(-1, size)[moved]
-            errors = [((x[moved] - V).astype(np.float64) ** 2).sum(axis=1) for x in (B, A)]
-            ratios.append(errors[0] / errors[1])
-            asked += len(A)
-    found = np.concatenate(ratios)
-    return {"blocks": asked, "moved": len(found), "largest": float(found.max(initial=0)), "used": DAMAGED}
+            theirs, mine = (((x - V).astype(np.float64) ** 2).sum(axis=1) for x in (B, A))
+            matrices = None if matrix is None else np.tile(matrix, (len(W), 1))
+            one_type = found.setdefault(kind, dict.fromkeys(("blocks", "moved", "worse", "damaged"), 0.0))
+            one_type["blocks"] += len(A)
+            one_type["moved"] += int(moved.sum())
+            one_type["worse"] += int((moved & (theirs > WORSE * mine)).sum())
+            one_type["damaged"] += damaged_blocks(tensor, own.values(), W, W, moved, matrices)
+    return found
 
 
 def outputs() -> dict[str, float]:
-    """The output error of files of the own quantiser under matrices that nobody hands over."""
+    """The output error of files that this package's quantiser makes under matrices unknown to the judge."""
     found: list[float] = []
     for name, whole in tensors().items():
         W, rng = whole[:ROWS].astype(np.float16).astype(np.float32), np.random.default_rng(4)
@@ -120,7 +127,7 @@ def outputs() -> dict[str, float]:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """The tails of rows' errors, and of rows', columns' and heads' scales."""
+    """The tails of the errors of rows, and of the scales of rows, columns and heads."""
     found: dict[str, list[np.ndarray]] = {"row error": [], "row scale": [], "column scale": [], "head scale": []}
     at = np.linspace(0, ROWS - 1, SAMPLED).astype(np.int64)
     for whole in tensors().values():

@@ -1,4 +1,4 @@
-"""A small log-log plot as SVG in the page's colours: one line an axis that was varied, over its own sizes."""
+"""A small log-log plot as SVG in the page's colours: one line for each varied axis, over the sizes on that axis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 500, 300, 52, 34, 10, 78  # px
 
 
 def plot(points: list[Point], what: Literal["seconds", "megabytes"]) -> str:
-    """Sizes relative to the first of each line, so that lines of layers and of tokens share an axis."""
+    """Draw the points; sizes are relative to the first of each line, so that layers and tokens share an axis."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         lines.setdefault(point.axis, []).append((float(point.value), float(getattr(point, what))))
@@ -49,7 +49,7 @@ def plot(points: list[Point], what: Literal["seconds", "megabytes"]) -> str:
         drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in at]
         ends.append((at[-1][1] + 4, at[-1][0] + 7, axis, colour))
     placed: list[tuple[float, float]] = []
-    for y, x, axis, colour in sorted(ends):  # from above; a label makes way for one that it would lie on
+    for y, x, axis, colour in sorted(ends):  # from above; a label moves if it would cover another
         y = max([y, *(other + 13 for other, left in placed if abs(left - x) < 55 and other + 13 > y)])
         placed.append((y, x))
         drawn.append(f'<text x="{x:.1f}" y="{y:.1f}" style="fill:{colour}">{escape(axis)}</text>')

@@ -1,9 +1,9 @@
-"""The ways to fine-tune that users choose between, on one random model: base, LoRA, QLoRA, OFT, SO8T, SO8T + LoRA.
+"""The usual ways to fine-tune, on one random model: base, LoRA, QLoRA, OFT, SO8T, SO8T + LoRA.
 
-Shapes: the exact Phi-3.5-mini (3.8B), and a tiny one of the same architecture that shows on a CPU that the code runs.
-LoRA has rank 16 on all four projections (what a user takes), the rotations sit on `o_proj`, PEFT's OFT with its own
-defaults and the same block of 8. Every method's floor is the frozen base with the gradient flowing through all layers,
-in the same model: `floor` switches the adapter off, so that one model is in memory and the two take turns.
+Shapes: the exact Phi-3.5-mini (3.8B), and a tiny model of the same architecture, which tests the code on a CPU.
+LoRA has rank 16 on all four projections, as users choose it. The rotations are on `o_proj`; PEFT's OFT has its defaults
+and the same block of 8. Every method's floor is the frozen base with a gradient through all layers, in the same model:
+`floor` switches the adapter off, so that only one model is in memory and both runs take turns.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build(method: str, shape: dict[str, int], device: str, dtype: torch.dtype = 
     """A random Phi-3 of this shape with the method's adapter on it, ready to train.
 
     Raises:
-        ValueError: not one of METHODS.
+        ValueError: `method` is not in METHODS.
     """
     if method not in METHODS:
         raise ValueError(f"{method!r} is not one of {', '.join(METHODS)}")
@@ -77,7 +77,7 @@ def build(method: str, shape: dict[str, int], device: str, dtype: torch.dtype = 
 
 
 def _to_nf4(model: nn.Module, device: str, dtype: torch.dtype) -> None:
-    """Every projection as bitsandbytes' 4-bit linear, the head and the embedding left, as its loader does it."""
+    """Make every projection a 4-bit linear of bitsandbytes; head and embedding stay, as with its loader."""
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
@@ -118,7 +118,7 @@ def training_step(model: Any, ids: Tensor) -> Callable[[], None]:
 
 
 def floor(model: Any, ids: Tensor) -> Callable[[], None]:
-    """The same step with the adapter switched off: what the frozen base alone takes."""
+    """The same step with the adapter switched off: the cost of the frozen base alone."""
 
     def step() -> None:
         off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
@@ -130,15 +130,15 @@ def floor(model: Any, ids: Tensor) -> Callable[[], None]:
 
 
 class Prepared(NamedTuple):
-    """A method ready to be timed."""
+    """A method that is ready for timing."""
 
     step: Callable[[], None]
     floor: Callable[[], None]
-    megabytes: float | None  # device memory at the peak of two steps, weights and optimiser included; None on a CPU
+    megabytes: float | None  # peak device memory of two steps, with weights and optimiser; None on a CPU
 
 
 def prepare(method: str, shape: dict[str, int], tokens: int, device: str, dtype: torch.dtype) -> Prepared:
-    """Build the model, take two steps, and say what the device held at most.
+    """Build the model, take two steps, and measure the device's peak memory.
 
     Raises:
         torch.OutOfMemoryError: the device has too little memory for the method.
@@ -158,7 +158,7 @@ def prepare(method: str, shape: dict[str, int], tokens: int, device: str, dtype:
 
 
 def synchronise(tensor: Tensor) -> None:
-    """Wait for the device; nothing on a CPU."""
+    """Wait for the device; does nothing on a CPU."""
     if tensor.is_cuda:
         torch.cuda.synchronize()
 

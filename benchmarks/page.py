@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.result_file import Figure, Results, read
 
 ROW, LEFT, WIDTH, RIGHT = 24, 430, 560, 20  # px
-NAME = 70  # letters that fit to the left
+NAME = 70  # letters of a name that fit left of the plot
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#5a6370;--line:#d9dee5;--card:#fff;--ours:#0b66c3;--bad:#b3261e;
 --good:#1a7f37}

@@ -1,12 +1,11 @@
-"""Peak memory of one piece of work: in a forked process, above what the process already held.
+"""Peak memory of one piece of work in a forked process, above the memory that the process held before.
 
-The fork starts with the parent's imports and data, and with its high-water mark at what is resident then, so the
-difference at the end is the work's own. Three things would hide it, feign it or make it wander, and are settled first
-(`_settle`): a fork inherits no page of a mapped file (59 MB of a training step were the code of libraries), it does
-inherit heap that the parent has freed, which work can fill without growing, and glibc keeps freed blocks of up to
-32 MB or not, as the layout of the process falls out (one step: 97 to 134 MB in seven processes, since then 86 to 87 in
-five). Call it from a process that has not yet used torch with more than one thread, nor run a backward: neither
-survives a fork.
+The fork starts with the parent's imports and data, and its peak mark is reset to its resident memory, so the difference
+at the end belongs to the work. `_settle` first removes three disturbances. A fork inherits no page of a mapped file
+(59 MB of a training step were the code of libraries). It inherits heap that the parent has freed, which the work can
+fill without growth. And glibc keeps freed blocks of up to 32 MB or not, by the layout of the process (one step: 97 to
+134 MB in seven processes before, 86 to 87 MB in five since). Call it from a process that has not yet used torch with
+more than one thread or run a backward: neither survives a fork.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_MADV_POPULATE_READ = 22  # Linux 5.14, linux/mman.h; an older kernel refuses it, and libraries' pages count again
+_MADV_POPULATE_READ = 22  # Linux 5.14, linux/mman.h; an older kernel refuses it, and then libraries' pages count
 
 
 def forked(work: Callable[[], Any]) -> Any:
@@ -47,7 +46,7 @@ def forked(work: Callable[[], Any]) -> Any:
             traceback.print_exc()
         finally:
             sys.stderr.flush()
-            os._exit(code)  # nothing of the parent's is cleaned up twice
+            os._exit(code)  # skips the parent's clean-up
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         data = pipe.read()
@@ -60,7 +59,7 @@ def forked(work: Callable[[], Any]) -> Any:
 def peak(work: Callable[[], Any]) -> float:
     """Run `work` in a fork and return the growth of its resident memory at the peak, MB (at least 0.1).
 
-    Not for timing: a heap that gives everything back at once made a training step up to twice as long.
+    Not for timing: with a heap that returns all freed memory at once, a training step took up to twice as long.
 
     Raises:
         RuntimeError: as `forked`.
@@ -68,9 +67,9 @@ def peak(work: Callable[[], Any]) -> float:
 
     def measured() -> float:
         gc.collect()
-        gc.freeze()  # what the parent holds and drops is no part of the work
+        gc.freeze()  # the parent's objects are no part of the work
         _settle()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = resident("VmRSS")
         work()
         return max(resident("VmHWM") - before, 0.1)
@@ -79,10 +78,10 @@ def peak(work: Callable[[], Any]) -> float:
 
 
 def _settle() -> None:
-    """Give freed heap back to the system, now and from now on, and make every mapped file's pages resident."""
+    """Return freed heap to the system, now and later, and make the pages of every mapped file resident."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "malloc_trim"):  # glibc
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)  # its default, but no longer growing with what is freed
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)  # the default, but fixed: otherwise it grows with freed blocks
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 17)
         libc.malloc_trim(0)
     for line in Path("/proc/self/maps").read_text().splitlines():

@@ -1,10 +1,10 @@
-"""The gate's own proof: the same commit measured ten times, and twice with a planted slowdown of 30 %.
+"""Test the gate of `compare`: measure one commit ten times, and twice with a planted slowdown of 30 %.
 
 python -m benchmarks.repeat OUT.jsonl [--times 10] [-- FILES AND OPTIONS OF PYTEST]
 
-Every run is `pytest benchmarks --quick` in a process of its own; the last two's --plant 1.3 really slows our side, by
-waiting inside the timed part. One result file a line; `summary` compares all of them, and the tests decide again on
-what was kept (tests/fixtures/benchmark_runs.jsonl).
+Every run is `pytest benchmarks --quick` in a separate process; in the last two, --plant 1.3 slows SO8T's side by a wait
+inside the timed part. OUT has one result file a line; `summary` compares all of them, and the tests decide again from
+the stored runs (tests/fixtures/benchmark_runs.jsonl).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ OPTIONS = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-
 
 
 class Summary(NamedTuple):
-    """What the gate said."""
+    """The gate's verdicts."""
 
     pairs: int
     alone: list[str]  # false alarms of one comparison
-    false_alarms: list[str]  # of those, what any third run confirmed
-    of_four: list[str]  # of those, what a second old and a second new run both confirm
+    false_alarms: list[str]  # of those, the ones that a third run confirmed
+    of_four: list[str]  # of those, the ones that a second old and a second new run both confirmed
     undecided: float  # share of the comparisons of unchanged figures
     planted: int  # comparisons of slowed figures
     caught: int
-    missed: list[str]  # called the same or better although slowed by 30 %
+    missed: list[str]  # slowed by 30 %, but called the same or better
 
 
 def summary(runs: list[Results]) -> Summary:
-    """Every ordered pair of unslowed runs, and every slowed run against every unslowed one."""
+    """Compare every ordered pair of unslowed runs, and every slowed run with every unslowed run."""
     clean = [run for run in runs if run.planted == 1.0]
     slowed = [run for run in runs if run.planted != 1.0]
     pairs = {(i, j): compare(clean[i], clean[j])[0] for i, j in permutations(range(len(clean)), 2)}

@@ -1,7 +1,7 @@
-"""The result file of a benchmark run: what was measured, every round of it, on which machine and commit.
+"""The result file of a benchmark run: every figure with all its rounds, the machine and the commit.
 
-`benchmarks/results/DATE-MACHINE.json`, versioned; the page beside it (`page`) is made of it, `compare` reads two. What
-the machine and the commit are is asked of pytest-benchmark; its name in the network and its owner's names are left out.
+The file is `benchmarks/results/DATE-MACHINE.json`, versioned; `page` makes the page beside it, `compare` reads two
+files. pytest-benchmark describes machine and commit; names of the host and of persons are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Model(BaseModel):
 
 
 class Machine(_Model):
-    """Where it was measured. The first four and `bfloat16` decide whether two files may be compared."""
+    """The machine of a run. The first four fields and `bfloat16` decide whether two files may be compared."""
 
     cpu: str
     cores: int
@@ -37,14 +37,14 @@ class Machine(_Model):
     gpu: str | None
     memory_gb: float
     cache: dict[str, int | str] = Field(default_factory=dict)
-    bfloat16: bool  # `number_type`
+    bfloat16: bool  # see `number_type`
     system: str
     python: str
     packages: dict[str, str]
     load: float | None = None  # when the file was written
 
     def same_as(self, other: Machine) -> bool:
-        """Whether ratios measured here and there may be held against each other."""
+        """Whether ratios of both machines may be compared."""
         mine, yours = ((m.cpu, m.cores, m.capability, m.bfloat16, m.gpu) for m in (self, other))
         return mine == yours
 
@@ -80,7 +80,7 @@ class Figure(_Model):
 
     @property
     def key(self) -> str:
-        """What identifies a figure from run to run."""
+        """The figure's key, the same in every run."""
         return f"{self.name} | {self.ours} | {self.peer}"
 
 
@@ -92,12 +92,12 @@ class Results(_Model):
     commit: str
     changed: bool  # whether the working tree differed from the commit
     quick: bool
-    planted: float = 1.0  # a slowdown that was put in on purpose
-    seconds: float = 0.0  # what the run took
-    cpu_seconds: float = 0.0  # of it and of the processes it started; far below `seconds` on a busy machine
+    planted: float = 1.0  # a slowdown that was added on purpose
+    seconds: float = 0.0  # duration of the run
+    cpu_seconds: float = 0.0  # of the run and its child processes; far below `seconds` on a busy machine
     machine: Machine
     figures: list[Figure]
-    absent: dict[str, str] = Field(default_factory=dict)  # what could not be measured here, and why
+    absent: dict[str, str] = Field(default_factory=dict)  # figures that could not be measured here, with the reason
 
 
 def machine() -> Machine:
@@ -149,7 +149,7 @@ def make(figures: list[Comparison], *, quick: bool, planted: float, seconds: flo
 
 
 def file_name(results: Results) -> str:
-    """DATE-MACHINE.json; a quick run says so, and never takes the place of a whole one."""
+    """DATE-MACHINE.json; a quick run has another name, so that it never replaces a whole run."""
     text = f"{results.machine.cpu}-{results.machine.cores}-cores{'-quick' if results.quick else ''}"
     plain = "".join(c if c.isalnum() else "-" for c in text).lower()
     while "--" in plain:
@@ -158,7 +158,7 @@ def file_name(results: Results) -> str:
 
 
 def to_json(results: Results) -> str:
-    """Five digits, a figure's rounds on one line."""
+    """JSON with five digits, and a figure's rounds on one line."""
     document = results.model_dump(mode="json", exclude={"figures"})
     lines = [json.dumps(_rounded(figure.model_dump(mode="json"))) for figure in results.figures]
     head = json.dumps(_rounded(document), indent=1)[:-2]
@@ -177,7 +177,7 @@ def read(path: Path) -> Results:
     """A result file.
 
     Raises:
-        InputError: no such file, no JSON, another schema version, or a field that is not what it should be.
+        InputError: no such file, no JSON, another schema version, or a wrong field.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -1,13 +1,13 @@
-"""How time and memory grow with layers, width, vocabulary, context and files, and what that means for large models.
+"""Measure how time and memory grow with layers, width, vocabulary, context and files; extrapolate to large models.
 
 python -m benchmarks.scaling [--out benchmarks/results] [--job "train step" ...]
 
-Times are CPU seconds of one thread. Two fits. The exponent of each axis: the slope of log seconds against log size by
-least squares, with the 95 % interval of Student's t. And a cost model of each job, a sum of terms that the algorithm
-implies (products of a layer's weights with tokens, of the vocabulary with tokens, bytes to copy ...), with coefficients
-that are not negative, fitted to all points of the job by their relative error; it is what is carried over to 3.8B and
-70B. Its largest error over the measured points stands beside it; beyond them it is an extrapolation. Written:
-scaling-DATE-MACHINE as JSON and as a page.
+Times are CPU seconds of one thread. There are two fits. The exponent of each axis is the slope of log seconds against
+log size by least squares, with the 95 % interval of Student's t. The cost model of each job is a sum of terms that the
+algorithm implies (products of a layer's weights with tokens, of the vocabulary with tokens, bytes to copy ...), with
+coefficients of at least zero, fitted to all points of the job by their relative error; it gives the numbers for 3.8B
+and 70B. Its largest error over the measured points stands beside it; beyond these points it is an extrapolation. The
+output is scaling-DATE-MACHINE, as JSON and as a page.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from benchmarks.scaling_jobs import JOBS, Point, Shape, measure
 
 PHI35 = Shape(32, 3072, 8192, 3072, 32064, 2048, 2)
 LLAMA70 = Shape(80, 8192, 28672, 1024, 128256, 2048, 30)
-SCORED_CHUNKS, CHUNK = 12, 512  # what `so8t verify` scores by default
+SCORED_CHUNKS, CHUNK = 12, 512  # the defaults of `so8t verify`
 DAY = 86400.0
 
-# Terms of the cost models, each per job in units that make the coefficient readable.
+# Terms of each job's cost model, in units that give readable coefficients.
 _TIME: dict[str, dict[str, Callable[[Shape], float]]] = {
     "train step": {
         "s a layer": lambda s: s.layers,
@@ -116,7 +116,7 @@ def exponent(x: list[float], y: list[float]) -> Exponent:
 
 
 def fit(shapes: list[Shape], values: list[float], terms: dict[str, Callable[[Shape], float]]) -> Model:
-    """Coefficients, none negative, of the smallest sum of squared relative errors."""
+    """Coefficients of at least zero with the smallest sum of squared relative errors."""
     rows = np.array(
         [[term(shape) / value for term in terms.values()] for shape, value in zip(shapes, values, strict=True)]
     )
@@ -154,7 +154,8 @@ def analyse(points: list[Point]) -> dict[str, Any]:
 
 
 def extrapolate(models: dict[str, tuple[Model, Model]]) -> dict[str, Any]:
-    """One thread of this machine at 3.8B and 70B: hours and gigabytes of each job, and a thousand candidates a day."""
+    """Hours and gigabytes of each job at 3.8B and 70B on one thread of this machine, and the cost of a thousand
+    candidates a day."""
 
     def at(job: str, shape: Shape) -> tuple[float, float]:
         seconds, megabytes = models[job]
@@ -187,7 +188,7 @@ def extrapolate(models: dict[str, tuple[Model, Model]]) -> dict[str, Any]:
 
 
 def page(document: dict[str, Any], points: list[Point]) -> str:
-    """Log-log plots of every job, the exponents, the models and the extrapolation, self-contained."""
+    """A self-contained page: log-log plots of every job, exponents, models and extrapolation."""
     from benchmarks.loglog import plot
     from benchmarks.page import STYLE
 

@@ -1,8 +1,7 @@
-"""What `scaling` measures: one training step, one bake, one verification, one quantisation at a given shape.
+"""The jobs that `scaling` measures: one training step, one bake, one verification, one quantisation at a given shape.
 
-All models are random Llamas (float32 in training and verification, as the verifier's reference is), all on one thread.
-A GGUF file is written here with random weights instead of being converted: what a verification costs does not depend
-on whether the two agree.
+All models are random Llamas (float32 in training and verification, like the verifier's reference), all on one thread.
+GGUF files get random weights and are not converted: the cost of a verification does not depend on its result.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from verification.logit_parity.text import Corpus
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder and what is done with it."""
+    """The sizes of a decoder and of its job."""
 
     layers: int = 4
     width: int = 256
@@ -52,7 +51,7 @@ class Shape:
 
 
 def resized(shape: Shape, axis: str, value: int) -> Shape:
-    """The shape with one axis changed; the width takes the inner and the key width along."""
+    """The shape with one axis changed; a new width also changes the inner and the key width."""
     if axis == "width":
         return replace(shape, width=value, inner=2 * value, kv_width=value)
     return replace(shape, **{axis: value})
@@ -78,9 +77,9 @@ def _ids(shape: Shape) -> np.ndarray:
 
 
 def _fastest(work: Callable[[], Any], times: int) -> float:
-    """CPU seconds, user and system, of the fastest run: what else the machine does hardly moves them.
+    """CPU seconds, user and system, of the fastest run: other programs hardly change them.
 
-    Waiting for a disk is not in them.
+    They do not include waiting for a disk.
     """
     taken = []
     for _ in range(times):
@@ -91,7 +90,8 @@ def _fastest(work: Callable[[], Any], times: int) -> float:
 
 
 def train_step(shape: Shape) -> float:
-    """CPU seconds of forward, backward and the rotation's update, the base frozen, one sequence of `context` tokens."""
+    """CPU seconds of forward, backward and the rotation's update, with a frozen base and a sequence of `context`
+    tokens."""
     torch.set_num_threads(1)
     model = attach(_model(shape).requires_grad_(False), SO8TConfig(init_scale=0.05))
     ids = torch.tensor(_ids(shape))[None]
@@ -118,7 +118,7 @@ def bake(shape: Shape) -> float:
 
 
 def verify(shape: Shape) -> float:
-    """CPU seconds of the reference's logits of two chunks to the disk and `files` files' divergences from them."""
+    """CPU seconds to write the reference's logits of two chunks to the disk and to compare `files` files with them."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root, model = Path(folder), _model(shape).eval()
@@ -136,7 +136,7 @@ def verify(shape: Shape) -> float:
 
 
 def quantising(shape: Shape) -> float:
-    """CPU seconds of llama.cpp's quantiser to Q4_K_M, one thread: what the exact oracle costs for every candidate."""
+    """CPU seconds of llama.cpp's quantiser to Q4_K_M on one thread: the cost of the exact oracle for each candidate."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_gguf(Path(folder) / "m.gguf", shape)
         return _fastest(lambda: quantise(path, Path(folder) / "q.gguf", "Q4_K_M", threads=1), 2)
@@ -240,7 +240,7 @@ class Point:
     axis: str
     value: int
     seconds: float
-    megabytes: float  # the process's growth at its peak, the model's own weights included
+    megabytes: float  # peak growth of the process, with the model's weights
     shape: Shape
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class Point:
 
 
 def measure(job: str, axis: str, value: int) -> Point:
-    """One point: seconds in a fork of its own, memory in another one, since measuring it takes time."""
+    """One point: seconds in one fork, memory in another, because measuring memory takes time."""
     work, base, _ = JOBS[job]
     shape = resized(base, axis, value)
     return Point(job, axis, value, float(forked(lambda: work(shape))), peak(lambda: work(shape)), shape)

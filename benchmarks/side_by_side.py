@@ -1,8 +1,9 @@
-"""Interleaved timing: every round runs each contender once, so that whatever slows the machine slows them all.
+"""Interleaved timing: every round runs each contender once, so that a slow phase of the machine slows all of them.
 
-The figure is the ratio of a peer's time to ours within one round; reported are its median over the rounds, quartiles
-and range, beside each contender's median time. Every round's ratio is kept: `compare` makes intervals of them. Rounds
-are added, within a time limit, until two such runs could tell a slowdown of 30 % from none (`rounds_needed`).
+The figure is the ratio of a peer's time to SO8T's within one round; the report has its median over the rounds,
+quartiles and range, and each contender's median time. Every round's ratio is kept, from which `compare` makes
+intervals. Rounds are added, within a time limit, until two such runs could tell a slowdown of 30 % from none
+(`rounds_needed`).
 Source: the paired design of any A/B measurement.
 """
 
@@ -16,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-Run = Callable[[], Any] | tuple[Callable[[], Any], Callable[[Any], Any]]  # or (what is prepared untimed, what is timed)
+Run = Callable[[], Any] | tuple[Callable[[], Any], Callable[[Any], Any]]  # or (untimed preparation, timed work)
 
-# Half width that the 99 % interval of the shift between two runs should have. The gate's floor is sqrt(1.3) = 1.14
-# (`compare`), so a slowdown of 30 % lies ln 1.14 = 0.131 above it; the interval's near end passes the floor in 98 of
-# 100 runs if 0.131 is the half width and 2.05 standard errors: h (1 + 2.05 / 2.576) = 0.131, h = 0.073.
+# Wanted half width h of the 99 % interval of the shift between two runs. The gate's floor is sqrt(1.3) = 1.14
+# (`compare`), so a slowdown of 30 % lies ln 1.14 = 0.131 above it. The interval's near end passes the floor in 98 of
+# 100 runs if 0.131 is the sum of h and 2.05 standard errors: h (1 + 2.05 / 2.576) = 0.131, h = 0.073.
 HALF_WIDTH = 0.073
 _NORMAL_99 = 2.576
 _QUARTILES_OF_A_NORMAL = 1.349  # their distance in standard deviations
@@ -28,7 +29,7 @@ _QUARTILES_OF_A_NORMAL = 1.349  # their distance in standard deviations
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure: peer's time over ours (or ours over the floor's), with where it comes from."""
+    """One figure: the peer's time over SO8T's (or SO8T's over the floor's), with its data."""
 
     name: str
     ours: str
@@ -42,7 +43,7 @@ class Comparison:
     notes: dict[str, Any] = field(default_factory=dict)
     group: str = ""
     ratios: tuple[float, ...] = ()  # of every round, in their order
-    sizes: dict[str, float] = field(default_factory=dict)  # megabytes of each, where a memory was measured
+    sizes: dict[str, float] = field(default_factory=dict)  # megabytes of each contender, where memory was measured
 
     @property
     def met(self) -> bool | None:
@@ -58,12 +59,12 @@ class Comparison:
 def interleave(
     contenders: dict[str, Run], *, rounds: int, warmup: int = 2, more_seconds: float = 0.0, slowed: float = 1.0
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every round; the order turns around from round to round.
+    """Seconds of every contender in every round; each round reverses the order.
 
     Args:
-        rounds: at least so many; more are added for up to `more_seconds` while `rounds_needed` asks for them.
-        slowed: plants a slowdown: the first contender takes so many times its time, really, by waiting inside the
-            timed part. What the gate on these figures is tested with.
+        rounds: the least number; more are added for up to `more_seconds` while `rounds_needed` asks for them.
+        slowed: plants a slowdown, to test the gate: the first contender takes `slowed` times as long, by waiting inside
+            the timed part.
     """
     ours = next(iter(contenders))
     for run in contenders.values():
@@ -91,8 +92,8 @@ def interleave(
 def rounds_needed(ratios: list[float]) -> int:
     """Rounds after which the 99 % interval of the shift between two such runs has a half width of HALF_WIDTH.
 
-    The half width is 2.576 s sqrt(2 / n) with s the spread of a round's log ratio, here from its quartiles, so that a
-    few disturbed rounds count little.
+    The half width is 2.576 s sqrt(2 / n), where s is the spread of a round's log ratio; quartiles give s, so that a few
+    disturbed rounds count little.
     """
     low, _, high = statistics.quantiles([math.log(ratio) for ratio in ratios], n=4)
     spread = (high - low) / _QUARTILES_OF_A_NORMAL
@@ -162,14 +163,14 @@ def comparisons(
 
 
 def measured(name: str, value: float, *, bar: float | None = None, peer: str = "") -> Comparison:
-    """A figure that is no time and has no spread (bytes that a graph keeps); lower is better."""
+    """A figure that is not a time and has no spread (bytes that a graph keeps); lower is better."""
     return Comparison(
         name, "so8t", peer, value, (value, value), {}, rounds=1, bar=bar, lower_is_better=True, ratios=(value,)
     )
 
 
 def of_memory(name: str, megabytes: dict[str, list[float]], *, bar: float | None = None, **notes: Any) -> Comparison:
-    """The first one's peak memory over the second's, MB, a pair of processes each round."""
+    """The first contender's peak memory over the second's, in MB, with a pair of processes in each round."""
     (ours, own), (peer, others) = megabytes.items()
     ratios = tuple(a / b for a, b in zip(own, others, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3

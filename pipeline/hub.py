@@ -1,8 +1,8 @@
-"""Models on the Hugging Face Hub: files fetched into its cache, and a release uploaded as one commit.
+"""The Hugging Face Hub: fetch files of models into its cache, and upload a release as one commit.
 
-A checkpoint is `OWNER/NAME`, a file `OWNER/NAME/FILE.gguf` or `OWNER/NAME:TYPE` (the file whose name ends so, as in
-`llama-cli -hf`); `@REVISION` may stand behind NAME. A path that exists here is never taken for an id. Only data is
-fetched: safetensors, JSON, texts and GGUF files, no code and no pickles.
+A checkpoint is `OWNER/NAME`, a file `OWNER/NAME/FILE.gguf` or `OWNER/NAME:TYPE` (the file whose name ends with the
+type, as in `llama-cli -hf`); `@REVISION` may stand behind NAME. A path that exists on this machine is never taken for
+an id. Only data is fetched: safetensors, JSON, texts and GGUF files, no code and no pickles.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class HubId(NamedTuple):
     repo: str
     revision: str | None
     file: str | None  # its path inside the repository
-    type: str | None  # "Q4_K_M": the file whose name ends so
+    type: str | None  # "Q4_K_M": the file whose name ends with it
 
 
 def hub_id(given: str | Path) -> HubId | None:
-    """The Hub id that a path stands for; None where the path is, or can only be, one of this machine."""
+    """The Hub id in a path; None where the path exists on this machine or cannot be an id."""
     path = Path(given)
     if path.exists() or path.is_absolute() or (len(path.parts) > 1 and Path(path.parts[0]).exists()):
         return None
@@ -43,10 +43,10 @@ def hub_id(given: str | Path) -> HubId | None:
 
 
 def checkpoint(given: Path) -> Path:
-    """A checkpoint's directory: the one given, or the hub's files of an id, fetched.
+    """A checkpoint's directory: the given directory, or for a Hub id the directory of the fetched files.
 
     Raises:
-        InputError: the hub did not give them.
+        InputError: the hub did not give the files.
     """
     found = hub_id(given)
     if found is None or found.file or found.type:
@@ -55,10 +55,10 @@ def checkpoint(given: Path) -> Path:
 
 
 def gguf_file(given: Path) -> Path:
-    """A GGUF file: the one given, or the hub's file of an id, fetched; a set's shards all, the first one's path.
+    """A GGUF file: the given path, or for a Hub id the path of the fetched file (of a set of shards, the first).
 
     Raises:
-        InputError: the hub did not give it, or the id names a repository of several files.
+        InputError: the hub did not give the file, or the id names a repository with several files.
     """
     found = hub_id(given)
     if found is None:
@@ -70,7 +70,7 @@ def gguf_file(given: Path) -> Path:
         if name is None:
             names = HfApi().list_repo_files(found.repo, revision=found.revision)
             name = _one_of([n for n in names if n.endswith(".gguf")], found, str(given))
-        shards = [path.as_posix() for path in shard_paths(Path(name))]  # of a set all, of a file itself
+        shards = [path.as_posix() for path in shard_paths(Path(name))]  # all shards of a set, or the one file
         first, *_ = [Path(hf_hub_download(found.repo, one, revision=found.revision)) for one in shards]
         return first
     except hub_errors() as error:
@@ -96,14 +96,14 @@ def _type_of(name: str) -> str:
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str], *, named: str) -> Path:
-    """Directory of a repository's files, fetched.
+    """Fetch files of a repository; returns their directory.
 
     Args:
-        patterns: which files.
-        named: how the id was given, for the message.
+        patterns: glob patterns of the files.
+        named: the id as the user gave it, for the message.
 
     Raises:
-        InputError: the hub did not give them.
+        InputError: the hub did not give the files.
     """
     from huggingface_hub import snapshot_download
 
@@ -115,10 +115,10 @@ def snapshot(repo: str, revision: str | None, patterns: list[str], *, named: str
 
 
 def check_repository(name: str) -> None:
-    """Refuse what is no repository's name before anything is done for it.
+    """Refuse a wrong repository name before any work is done for it.
 
     Raises:
-        InputError: it is not of the form OWNER/NAME.
+        InputError: the name does not have the form OWNER/NAME.
     """
     found = _ID.fullmatch(name)
     if found is None or found["repo"] != name:
@@ -129,11 +129,11 @@ def upload(folder: Path, repo: str, *, digests: Mapping[str, str], private: bool
     """Upload everything in a folder as one commit; returns the commit's address.
 
     Args:
-        digests: sha256 of the files that must arrive as they are, by their path in the folder.
-        private: of a repository that does not exist yet.
+        digests: sha256 of the files that must arrive unchanged, by their path in the folder.
+        private: make a new repository private.
 
     Raises:
-        InputError: the hub refused, or holds other bytes under one of these names afterwards.
+        InputError: the hub refused, or afterwards holds other bytes under one of these names.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -158,15 +158,15 @@ def upload(folder: Path, repo: str, *, digests: Mapping[str, str], private: bool
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """The errors of the hub's client for an id that it cannot give."""
+    """The errors of the hub's client when it cannot give the files of an id."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    client = HfHubHTTPError.__bases__[0]  # the HTTP client's own error, of the package that this version uses
-    return (HFValidationError, HfHubHTTPError, client, OSError)  # a file that is not there, no way out: both OSErrors
+    client = HfHubHTTPError.__bases__[0]  # the error of the HTTP client that this version uses
+    return (HFValidationError, HfHubHTTPError, client, OSError)  # OSError: a missing file, or no network
 
 
 def not_on_the_hub(what: str, error: Exception, way_out: str) -> InputError:
-    """The refusal of an id; `what` says what it is not and what the hub did not do."""
+    """The refusal of an id; `what` names the id and the fault."""
     said = str(error).strip()
     reason = " ".join((said.splitlines() or [type(error).__name__])[0].split())[:300]
     return InputError(f"{what} ({reason}). {way_out}")

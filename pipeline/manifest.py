@@ -1,7 +1,7 @@
-"""manifest.json: what each step read and wrote, by sha256, so that a finished step is not run again.
+"""manifest.json: the sha256 of every input and output of each step, so that a finished step is not run again.
 
-A step is up to date when its key (its settings and the digests of its inputs) is the stored one and every output still
-has the stored digest. The file is written whole after every step, so a killed run loses at most the step it was in.
+A step is up to date when its settings and the digests of its inputs equal the stored ones and every output still has
+its stored digest. The file is written whole after every step, so a killed run loses at most its current step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Manifest(BaseModel):
     steps: dict[str, StepRecord] = Field(default_factory=dict)
 
     def why_stale(self, name: str, key: dict[str, Any], inputs: dict[str, str], run_dir: Path) -> str | None:
-        """Why a step has to run, in a few words; None when it is up to date."""
+        """The reason why a step has to run, in a few words; None when it is up to date."""
         record = self.steps.get(name)
         if record is None:
             return "not done yet"
@@ -67,10 +67,10 @@ class Manifest(BaseModel):
 
 
 def load_manifest(run_dir: Path) -> Manifest:
-    """The manifest of a run directory; an empty manifest where the directory has no file of it.
+    """The manifest of a run directory; an empty manifest where the directory has no manifest.json.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged.
     """
     path = run_dir / NAME
     if not path.is_file():
@@ -102,7 +102,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run directory for this process.
 
     Raises:
-        InputError: another run holds it, or it cannot be written.
+        InputError: another run holds the directory, or it cannot be written.
     """
     with explain_os_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The progress of long work: a bar with time left on a terminal, a line every few seconds in a log.
 
-One `Reporter` is handed to every step; a step opens a task, advances it and closes it by leaving the block.
+Every step gets the same `Reporter`; a step opens a task, advances it and closes it by leaving the block.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Advance(Protocol):
 
 
 class Reporter:
-    """Progress of one command on standard error; `quiet` shows nothing, and of a launch only the first process does."""
+    """Progress of one command on standard error; none with `quiet`, nor in any process of a launch but the first."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet or not distributed.is_first(), highlight=False)
 
     def note(self, text: str) -> None:
-        """One plain line."""
+        """Write one plain line."""
         self.console.print(text, markup=False)
 
     @contextmanager
@@ -74,7 +74,7 @@ class _LogTask:
 
 
 class StageProgress:
-    """Turns calls of (stage, done, total) into one bar a stage; a context manager."""
+    """Turns calls of (stage, done, total) into one bar for each stage; a context manager."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter

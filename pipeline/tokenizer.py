@@ -1,4 +1,4 @@
-"""Load a checkpoint's tokenizer as it is; it is never saved again (a re-saved tokenizer loses files and flags)."""
+"""Load a checkpoint's tokenizer; it is never saved again, because a saved copy loses files and flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a checkpoint directory.
 
     Raises:
-        InputError: none there, or it has no chat template.
+        InputError: the directory has no tokenizer, or the tokenizer has no chat template.
     """
     tokenizer = load_any(directory)
     if tokenizer.chat_template is None:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Hold `so8t kld` against the real llama-perplexity, digit by digit: same base file, same model, same tokens.
+"""Compare `so8t kld` with the real llama-perplexity, digit by digit: same base file, same model, same tokens.
 
     python scripts/compare_with_llama_perplexity.py --binary .../llama-perplexity --candidate F.gguf --base base.kld
     python scripts/compare_with_llama_perplexity.py --binary .../llama-perplexity --candidate F.gguf --reference HF_DIR
-    ... --chunks 12 --n-ctx 512 --rounds 5      # and which of the two commands is faster, taking turns
+    ... --chunks 12 --n-ctx 512 --rounds 5      # also time both commands, in turns
 
-Exit 0: every printed line is the same; 1: lines differ (they are shown); 2: could not run. The tool is asked for one
-chunk a batch and the same number of threads, so that both take the same kernels: other shapes round differently.
-Its log thread may lose the end of its output although it exits 0 (seen on 2 cores): it is run again when that happens.
+Exit 0: every printed line is the same; 1: lines differ (they are shown); 2: could not run. The tool runs with one chunk
+in each batch and the same number of threads, so that both use the same kernels: other shapes round differently. Its log
+thread may lose the end of its output although it exits 0 (seen on 2 cores): then it is run again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def stock_command(binary: Path, candidate: Path, base: Path, *, n_ctx: int, thre
 
 
 def race(ours: list[str], stock: list[str], rounds: int) -> str:
-    """Wall times of both whole commands, taking turns at going first; one line with the median ratio and its range."""
+    """Time both whole commands, in alternating order; returns one line with the median ratio and its range."""
     commands = {"ours": ours, "stock": stock}
     times = interleave({name: partial(_silent, command) for name, command in commands.items()}, rounds=rounds, warmup=0)
     ratios = [a / b for a, b in zip(times["ours"], times["stock"], strict=True)]

@@ -1,12 +1,12 @@
-"""What only a GPU can say, in one command: every method at the exact Phi-3.5 shape, and the rotation against memcpy.
+"""Measure on a GPU, in one command: every method at the exact Phi-3.5 shape, and the rotation against memcpy.
 
 python scripts/gpu_check.py [--tokens 1024] [--out FILE.json]
 
-Random weights, so nothing is downloaded: tokens/s of a whole training step (forward, backward, AdamW) of base, LoRA,
-QLoRA, PEFT OFT, SO8T and SO8T + LoRA, each beside the frozen base in the same model, rounds interleaved; the device's
-peak memory of each; and one rotation of (tokens, 3072), forward and with its gradient, against copies of the same
-bytes and against PEFT's OFT. Needs about 24 GB for the 16-bit methods; what does not fit is said, not hidden.
-Exit codes: 0 measured, 2 no CUDA device.
+Weights are random, so nothing is downloaded. It measures tokens/s of a whole training step (forward, backward, AdamW)
+of base, LoRA, QLoRA, PEFT OFT, SO8T and SO8T + LoRA, each against the frozen base in the same model, in interleaved
+rounds; the device's peak memory of each; and one rotation of (tokens, 3072), forward and with its gradient, against
+copies of the same bytes and against PEFT's OFT. The 16-bit methods need about 24 GB; a method that does not fit is
+named in the table. Exit codes: 0 measured, 2 no CUDA device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from so8t_core.files import write_text
 def methods_table(
     shape: dict[str, int], tokens: int, device: str, dtype: torch.dtype, *, rounds: int
 ) -> list[dict[str, Any]]:
-    """A row a method: tokens/s, the ratio to the frozen base, peak memory; or why there is none."""
+    """One row for each method: tokens/s, ratio to the frozen base, peak memory; or why it was not measured."""
     rows = []
     for method in METHODS:
         row: dict[str, Any] = {"method": method}
@@ -63,8 +63,8 @@ def methods_table(
 def apply_table(tokens: int, width: int, device: str, dtype: torch.dtype, *, rounds: int) -> list[Comparison]:
     """One rotation of (tokens, width) against PEFT's OFT and against memcpy.
 
-    Any such operator reads x and writes y, one copy of x; its backward reads x and the gradient and writes another,
-    so that two copies are less than its traffic can be.
+    Any such operator reads x and writes y, which is one copy of x. Its backward reads x and the gradient and writes a
+    gradient, which is more than a second copy. So two copies are a lower bound of its traffic.
     """
     with torch.device(device):
         plain = torch.randn(1, tokens, width, dtype=dtype)
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(methods: list[dict[str, Any]], applied: list[Comparison]) -> None:
-    """Two short tables."""
+    """Print two short tables."""
     table = Table("method", "tokens/s", "over the frozen base", "peak memory")
     for row in methods:
         if "failed" in row:

@@ -1,12 +1,12 @@
-"""Phi-3.5-mini's exact size once through the road, with random weights: what every step costs on this machine.
+"""Run all steps once at Phi-3.5-mini's exact size, with random weights, and measure each step on this machine.
 
     python scripts/phi35_full_size.py --work DIR --out RESULT.json      # 3.8 B parameters: 40 GB of disk
     python scripts/phi35_full_size.py --work DIR --out RESULT.json --miniature
 
 Stages: make (weights layer by layer), train (adapter of configs/phi35_mini.yaml on a bfloat16 base, one step), bake,
-convert (F16), quantise (Q8_0, Q4_K_M), lint. Each is a process of its own; its memory and that of its children is
-sampled ten times a second: `own` is memory that is not backed by a file, `all` includes mapped files. A stage whose
-result stands in RESULT.json is not run again. What a later stage no longer needs is deleted.
+convert (F16), quantise (Q8_0, Q4_K_M), lint. Each stage is a separate process; its memory and that of its children is
+sampled ten times a second: `own` is memory that is not backed by a file, `all` includes mapped files. A stage with a
+result in RESULT.json is not run again. Files that no later stage needs are deleted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def make(work: Path, miniature: bool) -> dict[str, Any]:
 
 
 def train(work: Path, miniature: bool) -> dict[str, Any]:
-    """One optimiser step of the shipped configuration's adapter: rotations on all layers, LoRA inside, PET beside."""
+    """One optimiser step of the shipped configuration's adapter: rotations on all layers, LoRA inside, with PET."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -63,7 +63,7 @@ def train(work: Path, miniature: bool) -> dict[str, Any]:
     ids = torch.randint(3, 1000, (1, TOKENS))
     before = {name: gate.theta.detach().clone() for name, gate in gates(model).items()}
     losses, seconds = [], []
-    for step in range(2):  # the second forward shows what the step did
+    for step in range(2):  # the second forward shows the step's effect
         started = time.monotonic()
         output = model(input_ids=ids, labels=ids)
         bends = penalty(states.take(), {"input_ids": ids})
@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def measured(stage: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Run one stage in a process of its own and watch its memory and the disk."""
+    """Run one stage in a separate process and watch its memory and the disk."""
     command = [sys.executable, __file__, "--stage", stage, "--work", str(given.work), "--out", str(given.out)]
     command += ["--miniature"] if given.miniature else []
     started = time.monotonic()
@@ -187,7 +187,7 @@ def memory(pid: int) -> tuple[int, int]:
             info = process.memory_info()
             own, everything = own + info.rss - info.shared, everything + info.rss
     except psutil.Error:
-        pass  # it has just ended
+        pass  # the process has just ended
     return own, everything
 
 
@@ -197,7 +197,7 @@ def used(work: Path) -> int:
         try:
             total += path.stat().st_blocks * 512
         except OSError:
-            continue  # renamed in this moment
+            continue  # just renamed
     return total
 
 

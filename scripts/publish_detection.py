@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Put a self-test's result into docs/detection.md: the table between its markers, and the JSON it comes from.
+"""Put a self-test's result into docs: the table between its markers in docs/detection.md, and its JSON file.
 
     so8t verify --self-test --out self_test
     python scripts/publish_detection.py self_test/self_test.json detection_smollm2
 
 The second argument names the table, `detection`, `detection_smollm2` or `detection_elsewhere`, and its JSON in docs/. A
-test holds the page to the JSON beside it, so nobody edits a number by hand.
+test compares the page with the JSON, so that nobody edits a number by hand.
 """
 
 from __future__ import annotations

@@ -1,30 +1,33 @@
-"""Write the parts of docs/ that follow from the code: the tree of files in design.md, the commands in commands.md.
+"""Write the parts of docs/ that are made from the code: the tree of files in design.md, the commands in commands.md.
 
     python scripts/write_reference.py
 
 Each part stands between two comments, `<!-- NAME -->` and `<!-- end of NAME -->`. A file's line is the first sentence
-of its docstring; a command's text is its help. A test holds the pages to the code (tests/test_docs.py).
+of its docstring; a command's text is its help. A test compares the pages with the code (tests/test_docs.py).
 """
 
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("so8t", "so8t_core", "verification", "pipeline")
-KINDS = {".py", ".yaml", ".txt", ".j2"}  # py.typed is empty
+KINDS = {".py", ".yaml", ".txt", ".j2", ".json"}  # py.typed is empty
 
 
 def first_sentence(path: Path) -> str:
-    """What a file says of itself: the docstring of a module, the first comment of a YAML file."""
+    """A file's line in the table: a docstring's start, a YAML file's first comment, or a JSON file's "about"."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         said = (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0]
     elif path.suffix == ".yaml":
         said = text.partition("\n")[0].removeprefix("#") if text.startswith("#") else ""
+    elif path.suffix == ".json":
+        said = str(json.loads(text).get("about", ""))
     else:
         said = {".j2": f"The template of {path.stem}.", ".txt": "The text that is scored by default."}[path.suffix]
     line = " ".join(said.split()) or "(no words of its own)"
@@ -38,7 +41,7 @@ def folders(package: Path) -> Iterator[Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The folder's own files; an `__init__.py` that only holds a docstring is the folder's line, not a file's."""
+    """The files of a folder, without an `__init__.py` that is only a docstring, which describes the folder."""
     own = sorted(path for path in folder.iterdir() if path.suffix in KINDS)
     return [path for path in own if path.name != "__init__.py" or len(ast.parse(path.read_text("utf-8")).body) > 1]
 
@@ -107,7 +110,7 @@ PARTS = {"design.md": ("tree", tree), "commands.md": ("commands", commands)}
 
 
 def page(name: str) -> str:
-    """The text of docs/NAME with its part written anew."""
+    """The text of docs/NAME with its generated part written again."""
     mark, make = PARTS[name]
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     before, _, rest = text.partition(f"<!-- {mark} -->\n")

@@ -1,7 +1,7 @@
 """SO8T's core: block rotations of SO(8) as an adapter on `o_proj`, and their exact bake into the weights.
 
 Names are loaded when first used, so that a program that only needs `InputError` does not wait for torch and peft.
-`SO8TConfig` and `attach` register the PEFT method "so8t"; where peft is loaded already, this import does.
+`SO8TConfig` and `attach` register the PEFT method "so8t"; where peft is loaded already, this import registers it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from so8t_core.store import attach, detach, load_adapter, save_adapter
 
 _HOME = {
-    # SO8TConfig out of the module that registers the method: a config alone must be enough for get_peft_model
+    # SO8TConfig comes from the module that registers the method, so that a config is enough for get_peft_model
     "adapter": (
         "SO8TConfig",
         "SO8TLinear",

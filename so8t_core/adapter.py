@@ -1,8 +1,8 @@
-"""SO8T as a PEFT method: every target becomes SO8TLinear, y = inner(gate(x)), the inner being a Linear or LoRA.
+"""SO8T as a PEFT method: every target becomes an SO8TLinear, y = inner(gate(x)), where inner is a Linear or a LoRA.
 
 The order is fixed by construction: rotation outside, LoRA inside, so the function is (W + s B A) @ R. Every target is
-wrapped, the chosen layers alone get gates: so adapters with different layers can live side by side. Targets that read
-the same tensor share one gate: the first of them owns it, the others follow it.
+wrapped and only the chosen layers get gates, so that one model can carry adapters with different layers. Targets that
+read the same tensor share one gate: the first target owns it, the others follow it.
 State-dict names: <module>.lora_so8t.theta (n, 28) and the gate's other tensors, on the module that owns the gate, and
 <module>.base_layer.lora_{A,B}.weight for a LoRA inside.
 Source: PEFT's BaseTuner contract (peft 0.21).
@@ -31,7 +31,7 @@ from so8t_core.gate import RotationGate, refresh_apart, refresh_together
 from so8t_core.shared_input import shared_inputs
 
 PREFIX = "lora_"  # see SO8TLinear.adapter_layer_names and transformers.load_adapter
-# Linear layers that choose experts: "all-linear" leaves them out, so that the choice stays the base's own
+# Linear layers that choose experts: "all-linear" leaves them out, so that the model chooses as the base does
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -40,10 +40,10 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
     """gate, then the wrapped layer. forward: x (..., in) -> (..., out)."""
 
     lora_so8t: nn.ModuleDict
-    active_adapters: list[str]  # these two are BaseTunerLayer's
+    active_adapters: list[str]  # BaseTunerLayer has this and get_base_layer
     get_base_layer: Callable[[], nn.Linear]
     merged_adapters: list[str]
-    guard: RemovableHandle | None = None  # of the hook that _refuse_outer_adapter is
+    guard: RemovableHandle | None = None  # of the hook `_refuse_outer_adapter`
 
     adapter_layer_names: tuple[str, ...] = ("lora_so8t",)
     other_param_names: tuple[str, ...] = ("followed",)
@@ -70,7 +70,7 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
         gate.readers += 1
 
     def gate(self, adapter_name: str) -> RotationGate | None:
-        """The gate with which adapter `adapter_name` turns this input: its own, or that of the layer it follows."""
+        """The gate that turns this input for `adapter_name`: this layer's gate, or that of the layer it follows."""
         gate = self.lora_so8t[adapter_name] if adapter_name in self.lora_so8t else self.followed.get(adapter_name)
         assert gate is None or isinstance(gate, RotationGate)
         return gate
@@ -80,7 +80,7 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
         return [gate for name in self.active_adapters if (gate := self.gate(name)) is not None]
 
     def gates_in_use(self) -> list[RotationGate]:
-        """Those of `active_gates` that the next forward applies: none while adapters are disabled or merged."""
+        """The active gates that the next forward applies; an empty list while adapters are disabled or merged."""
         return [] if self.disable_adapters or self.merged else self.active_gates()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -92,7 +92,7 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold into the weight in place: LoRA first, then W @ R; one rounding for each.
+        """Fold into the weight in place: LoRA first, then W @ R, with one rounding for each.
 
         Raises:
             InputError: quantised weights, another adapter merged already, or with `safe_merge` a non-finite rotation.
@@ -134,7 +134,7 @@ class SO8TLinear(nn.Module, BaseTunerLayer):
 
 
 class SO8TModel(BaseTuner):
-    """The tuner; a LoRA inside comes from LoraModel's own layer factory, so quantised bases keep working."""
+    """The tuner. PEFT's LoraModel makes the LoRA inside, so that quantised bases keep working."""
 
     prefix: str = PREFIX
     tuner_layer_cls = BaseTunerLayer
@@ -145,7 +145,7 @@ class SO8TModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: SO8TConfig, model: nn.Module) -> None:
-        """Every check of the choice, before anything is replaced: a refused model stays as it was."""
+        """Check every choice before any layer is replaced: a refused model stays as it was."""
         modules = dict(model.named_modules())
         targets = {name: layer_of(name) for name in target_names(model, peft_config.targets)}
         layers = resolve_layers(peft_config.layers, 1 + max(map(layer_of, modules)))
@@ -173,7 +173,7 @@ class SO8TModel(BaseTuner):
         _keep_unpacked(modules)
         rotated = [name for name, layer in targets.items() if layer in layers]
         if peft_config.shared is None:
-            several = len(rotated) > len({layer_of(name) for name in rotated})  # alone in its layer, it shares nothing
+            several = len(rotated) > len({layer_of(name) for name in rotated})  # one target a layer shares nothing
             peft_config.shared = shared_inputs(model, rotated) if peft_config.share and several else {}
         first_of = {other: first for first, others in peft_config.shared.items() for other in others}
         if unknown := sorted({*first_of, *first_of.values()} - set(rotated)):
@@ -202,7 +202,7 @@ class SO8TModel(BaseTuner):
                 target = wrapper
             if current_key in self.so8t_first_of:
                 first: Any = self.model.get_submodule(self.so8t_first_of[current_key])
-                target.follow(adapter_name, first.gate(adapter_name))  # replaced before: it comes first in the model
+                target.follow(adapter_name, first.gate(adapter_name))  # replaced already: it comes first in the model
             elif current_key in self.so8t_rotated:
                 options = {"scale": config.scale, "shuffle": config.shuffle, "accumulate": config.accumulate}
                 target.add_gate(adapter_name, init_scale=config.init_scale, layer=current_key, **options)
@@ -213,7 +213,7 @@ class SO8TModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
-        # Anew with every adapter: PEFT calls its own hook after an injection for the first one only.
+        # Needed for every adapter: PEFT calls its hook after an injection for the first adapter only.
         refresh_together(model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -229,8 +229,8 @@ class SO8TModel(BaseTuner):
 def _keep_unpacked(modules: dict[str, Any]) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for a CPU's bfloat16 unit.
 
-    bitsandbytes 0.50 does it in the first forward in evaluation mode and never undoes it: from then on the backward
-    through the layer, and its dequantised weight, are garbage. Training after an evaluation would learn nothing.
+    bitsandbytes 0.50 repacks them in the first forward in evaluation mode and never undoes it. From then on the
+    layer's backward and its dequantised weight are garbage: training after an evaluation would learn nothing.
     """
     for name, module in modules.items():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -243,7 +243,7 @@ def _keep_unpacked(modules: dict[str, Any]) -> None:
 
 
 def _refuse_outer_adapter(parent: nn.Module, args: Any) -> None:
-    """An adapter wrapped around a target afterwards would see x unrotated: a silently different function."""
+    """Refuse an adapter that is wrapped around a target afterwards: it would see x unrotated, a different function."""
     for name, child in parent.named_children():
         inner = getattr(child, "base_layer", None)
         if isinstance(inner, SO8TLinear) and not isinstance(child, SO8TLinear):
@@ -257,7 +257,7 @@ def resolve_layers(layers: list[int] | None, count: int) -> set[int]:
     """Chosen decoder layers as non-negative indices; None = all of `count`.
 
     Raises:
-        InputError: (a ValueError) an index out of range, with how many layers there are; or an empty choice.
+        InputError: (a ValueError) an index out of range (the message gives the number of layers), or an empty choice.
     """
     if layers is None:
         return set(range(count))
@@ -272,7 +272,7 @@ def resolve_layers(layers: list[int] | None, count: int) -> set[int]:
 
 
 def layer_of(key: str) -> int:
-    """The decoder layer that a module's or tensor's name lies in; -1 outside of the layers."""
+    """The index of the decoder layer that holds a module or tensor, by its name; -1 outside of the layers."""
     found = _LAYER.search(key)
     return int(found.group(1)) if found else -1
 
@@ -280,7 +280,7 @@ def layer_of(key: str) -> int:
 def target_names(model: nn.Module, targets: list[str] | str) -> list[str]:
     """Names of the modules inside decoder layers whose input is to be rotated, in the model's order.
 
-    "all-linear" means every linear layer but those that choose experts.
+    "all-linear" means every linear layer except those that choose experts.
 
     Raises:
         InputError: one of `targets` matches no module, or the decoder layers have no linear layer.
@@ -306,7 +306,7 @@ def target_names(model: nn.Module, targets: list[str] | str) -> list[str]:
 
 
 def _check_lora_targets(lora: LoraConfig, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Check that every LoRA target matches a layer that the bake can fold; PEFT only checks that one of them does."""
+    """Check that every LoRA target matches a layer that the bake can fold; PEFT checks only that one target matches."""
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     for target in sorted(lora.target_modules):
         matches = [n for n in modules if f".{n}".endswith(f".{target}") and check_target_module_exists(lora, n)]
@@ -344,7 +344,7 @@ def trainable_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def restart(model: nn.Module) -> None:
-    """Move the active adapters' rotations into their products of earlier ones; theta starts anew at zero.
+    """Move each active adapter's rotations into its products of earlier rotations; theta starts anew at zero.
 
     The function stays as it was, within the rounding of theta's dtype. The optimiser's state belongs to the old theta.
 

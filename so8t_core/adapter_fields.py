@@ -1,4 +1,4 @@
-"""The fields of adapter_config.json have the types that PEFT expects, before PEFT sees them: it checks few of them."""
+"""Check the types of the fields of adapter_config.json before PEFT reads them; PEFT checks few of them."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ _NOT_NULL |= {"r", "lora_alpha", "lora_dropout"}
 
 
 def check_fields(path: Path, fields: dict[str, Any]) -> None:
-    """Refuse fields of adapter_config.json of another type; SO8TConfig decides which keys are allowed.
+    """Refuse a field of adapter_config.json with a wrong type; SO8TConfig decides which keys are allowed.
 
     Raises:
-        InputError: naming key, value and the type wanted.
+        InputError: a wrong type; the message names key, value and the expected type.
     """
     _check(path, fields, _ADAPTER, "")
     if isinstance(fields.get("lora"), dict):

@@ -31,7 +31,7 @@ from so8t_core.safetensors_stream import FLOATS, rewrite
 from so8t_core.store import KEY_PREFIX, active_adapter, read_adapter, replace_layers
 from so8t_core.weight_files import INDEX, SINGLE, WeightFiles
 
-# other frameworks' copies of the weights too: left beside the baked ones they would be the model without its rotation
+# Copies for other frameworks too: beside the baked weights they would be the model without its rotation
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot"}
 _WEIGHT_SUFFIXES |= {".tflite"}
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -70,10 +70,11 @@ def _folded(name: str, layer: Any) -> nn.Module:
 
 
 def unbake(model: nn.Module, adapter_dir: str | Path) -> nn.Module:
-    """Undo `bake`, or what `bake_checkpoint` wrote: W = W' @ R^T - s B A on the baked, plain `model`, in place.
+    """Undo `bake` or `bake_checkpoint` on the baked, plain `model`, in place: W = W' @ R^T - s B A.
 
     Each block of eight weights w comes back within |w_j - original| <= u |w + s B A|_2 + u |w_j|, u = eps / 2 of the
-    weight's dtype: the bake's rounding, turned back, and that of the result. The adapter's LoRA may be large beside w.
+    weight's dtype. The first term is the bake's rounding, turned back; the second is the result's rounding. The
+    adapter's LoRA may be large compared with w.
 
     Raises:
         InputError: (before anything is changed) a model that carries an adapter, damaged files, or an adapter for
@@ -96,14 +97,14 @@ def unbake(model: nn.Module, adapter_dir: str | Path) -> nn.Module:
 
 
 def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str, Fold]:
-    """Weight name in the base checkpoint -> what to fold into it.
+    """Weight name in the base checkpoint -> the fold of that weight.
 
     Raises:
-        InputError: a tensor that is neither of a rotation, theta (n, 28) and its companions, nor half of a LoRA pair,
-            or one that is missing.
+        InputError: a tensor that belongs neither to a rotation (theta (n, 28) and its companions) nor to a LoRA pair,
+            or a missing tensor.
     """
     folds: dict[str, Fold] = {}
-    turned: dict[str, dict[str, Tensor]] = {}  # module: the tensors of its gate by name
+    turned: dict[str, dict[str, Tensor]] = {}  # by module, then by name: its gate's tensors
     for key, value in tensors.items():
         name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
         module, separator, part = name.partition(".lora_so8t.")
@@ -128,7 +129,7 @@ def folds_from_files(config: SO8TConfig, tensors: dict[str, Tensor]) -> dict[str
 
 
 def _turning(config: SO8TConfig, module: str, parts: dict[str, Tensor]) -> Fold:
-    """The fold of one gate's tensors, whose names and shapes docs/adapter_format.md lists."""
+    """The fold of one gate's tensors; docs/adapter_format.md lists their names and shapes."""
     blocks = parts["theta"].shape[0] if "theta" in parts and parts["theta"].ndim else 0
     options: dict[str, Any] = {"scale": config.scale, "shuffle": config.shuffle, "accumulate": config.accumulate}
     gate = RotationGate(max(blocks, 1) * BLOCK, layer=module, **options)
@@ -168,7 +169,7 @@ def bake_checkpoint(
     Args:
         base_dir: the original, unquantised checkpoint in safetensors form (one file or sharded).
         out_dir: replaced whole if it exists; absent or as it was if anything fails.
-        dtype: storage dtype of all floating-point tensors; None keeps each tensor's own.
+        dtype: storage dtype of all floating-point tensors; None keeps each tensor's dtype.
         invert: bake R^T instead of R; for negative controls only.
         progress: called with (bytes written, bytes in all).
 
@@ -204,7 +205,7 @@ def bake_checkpoint(
 
 
 def _check_fit(stored: dict[str, tuple[str, tuple[int, ...]]], folds: dict[str, Fold], adapter_dir: str | Path) -> None:
-    """Every folded weight exists and has the adapter's width, before anything is changed."""
+    """Check, before anything is changed, that every folded weight exists and has the adapter's width."""
     other = f"the adapter in {adapter_dir} was made for another model"
     for name, fold in folds.items():
         if name not in stored:
@@ -223,7 +224,7 @@ def _check_fit(stored: dict[str, tuple[str, tuple[int, ...]]], folds: dict[str, 
 
 
 def _copy_other_files(weights: WeightFiles, out_dir: Path, dtype: torch.dtype | None) -> None:
-    """Tokenizer, templates, licence and subdirectories byte for byte; config.json too, unless the dtype changes."""
+    """Copy tokenizer, templates, licence and subdirectories byte for byte; config.json too unless the dtype changes."""
     base_dir, single = weights.directory, weights.names == (SINGLE,)
     for file in sorted(base_dir.rglob("*")):
         name = file.relative_to(base_dir)

@@ -1,9 +1,9 @@
 """y_k = R_k x_k for every block k of 8 channels, and its gradient; `rotation.rotate_blocks` is its public face.
 
 Neighbouring blocks go into one block-diagonal tile, because wider products are faster. bfloat16 x on a processor that
-multiplies bfloat16: y = x + x (R - I)^T, with an error of at most 2^-8 (|y| + 2 |R - I| |x|). All else is computed in
-the finer dtype of x and R, some rows at a time, within the cache. Only x and R are kept for the backward, x in its own
-dtype. docs/core.md, "Turning x", gives the reasons.
+multiplies bfloat16: y = x + x (R - I)^T, with an error of at most 2^-8 (|y| + 2 |R - I| |x|). Every other product is
+computed in the finer dtype of x and R, a few rows at a time so that they stay in the cache. Only R and x, in x's dtype,
+are kept for the backward. docs/core.md, "Turning x", gives the reasons.
 Shapes: x, y, g (..., 8 n), R (n, 8, 8); T rows = all leading dimensions; tiles (8 n / W, W, W).
 """
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from so8t_core.exponential import BLOCK, once
 from so8t_core.torch_private import cpu_multiplies_bfloat16
 
-ELEMENTS = 393216  # of x turned at a time on a CPU: 1.5 MB of float32; 128 rows at 3072 channels
-NARROW_ELEMENTS = 1 << 19  # the same of bfloat16: 1 MB
-_FINE, _NARROW = 2, 4  # blocks a tile: the fastest for float32 and for bfloat16 of 1, 2, 4, 8
-Memo = dict[Any, Tensor]  # tiles made of one R, to be used again as long as its values are the same
+ELEMENTS = 393216  # elements of x turned at a time on a CPU: 1.5 MB of float32; 128 rows at 3072 channels
+NARROW_ELEMENTS = 1 << 19  # the same for bfloat16: 1 MB
+_FINE, _NARROW = 2, 4  # blocks in a tile: the fastest of 1, 2, 4 and 8 for float32 and for bfloat16
+Memo = dict[Any, Tensor]  # tiles made from one R, used again as long as its values are the same
 
 
 class BlockProduct(torch.autograd.Function):
@@ -44,7 +44,7 @@ class BlockProduct(torch.autograd.Function):
 
 
 def _times(x: Tensor, R: Tensor, memo: Memo, *, back: bool = False) -> Tensor:
-    """R_k x_k for every block, `back` R_k^T x_k: x (..., 8 n), R (n, 8, 8) -> (..., 8 n) in x's dtype."""
+    """R_k x_k for every block, with `back` R_k^T x_k: x (..., 8 n), R (n, 8, 8) -> (..., 8 n) in x's dtype."""
     dtype = torch.promote_types(x.dtype, R.dtype)
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)  # no view: the caller may change it in place
@@ -115,23 +115,23 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def _step(x_TD: Tensor) -> int:
-    """How many rows at a time."""
+    """The number of rows to turn at a time."""
     return max(16, ELEMENTS // max(1, x_TD.shape[1])) if x_TD.device.type == "cpu" else max(1, len(x_TD))
 
 
 def _scratch(step: int, x_TD: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Room for `step` rows, twice, used again by every part; on a CPU by every call: the first touch of fresh memory
-    costs more than the arithmetic."""
+    """Two scratch tensors for `step` rows. Every part uses them again, on a CPU every call: the first touch of fresh
+    memory costs more than the arithmetic."""
     elements = min(step, len(x_TD)) * x_TD.shape[1]
-    keeps = x_TD.device.type == "cpu" and type(x_TD) is Tensor  # a fake tensor's scratch would be fake for ever
+    keeps = x_TD.device.type == "cpu" and type(x_TD) is Tensor  # the scratch of a fake tensor is fake too
     known: dict[Any, list[Tensor]] = _KEPT.__dict__ if keeps else {}
     if dtype not in known or known[dtype][0].numel() < elements:
-        with torch.inference_mode(False):  # to be written to in any mode
+        with torch.inference_mode(False):  # any mode can write to it
             known[dtype] = [torch.empty(elements, dtype=dtype, device=x_TD.device) for _ in range(2)]
     return known[dtype]
 
 
-_KEPT = threading.local()  # a pair of scratch tensors a thread and dtype, 3 MB in float32
+_KEPT = threading.local()  # a pair of scratch tensors for each thread and dtype, 3 MB in float32
 
 
 def _widened(x_TD: Tensor, scratch: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""What a checkpoint directory must be before any work starts on it: plain weights, and no foreign code.
+"""Check a checkpoint directory before any work starts: it has plain weights and needs no foreign code.
 
-Refused in one line: code (a family that only the checkpoint's own Python knows, kernels from the hub), quantised
-weights, an adapter beside the weights (transformers would add it), weight files that are not there. A note names files
-that are not the model's, and layers for several-token prediction that config.json promises without tensors, or the
-reverse.
+An error of one line refuses code (a family that only the checkpoint's own Python knows, kernels from the hub),
+quantised weights, an adapter beside the weights (transformers would add it), and missing weight files. A note names
+files that do not belong to the model, and layers for several-token prediction that config.json promises without
+tensors, or the reverse.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _MTP = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
 
 
 def admit_checkpoint(directory: str | Path) -> tuple[WeightFiles, list[str]]:
-    """(the weight files of a checkpoint, notes: a sentence each).
+    """(the weight files of a checkpoint, notes of one sentence each).
 
     Raises:
-        InputError: see the module; also no config.json, or a damaged one.
+        InputError: a fault that the module's text names, or a missing or damaged config.json.
     """
     directory = Path(directory)
     config = admit_config(directory)
@@ -47,11 +47,11 @@ def admit_checkpoint(directory: str | Path) -> tuple[WeightFiles, list[str]]:
 
 
 def admit_config(directory: Path) -> dict[str, Any]:
-    """config.json of a directory whose model and tokenizer run without any code but transformers'.
+    """Read config.json of a directory whose model and tokenizer need no code beside transformers.
 
     Raises:
-        InputError: no config.json, a damaged one, one that needs foreign code or an adapter; or a damaged file of other
-            settings, which is read long after the work has begun.
+        InputError: no config.json, a damaged one, or one that needs foreign code or an adapter; a damaged file of other
+            settings, which transformers would read only long after the work has begun.
     """
     if not directory.is_dir():
         raise InputError(f"checkpoint {directory} is not a directory")
@@ -71,10 +71,10 @@ def admit_config(directory: Path) -> dict[str, Any]:
 
 
 def refuse_code(directory: Path, config: dict[str, Any]) -> None:
-    """Refuse a checkpoint that cannot be loaded without code that is not transformers' own.
+    """Refuse a checkpoint that needs code from outside transformers.
 
     Raises:
-        InputError: naming the file and the class.
+        InputError: it needs such code; the message names the file and the class.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -102,10 +102,10 @@ def refuse_code(directory: Path, config: dict[str, Any]) -> None:
 
 
 def refuse_quantised(directory: Path, config: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are stored quantised: what they stand for depends on another library.
+    """Refuse a checkpoint whose weights are stored quantised: their values depend on another library.
 
     Raises:
-        InputError: naming key, method and what to do.
+        InputError: the weights are quantised; the message names key, method and a way out.
     """
     for key, value in _settings(config):
         if key in _QUANTISED_KEYS and value:
@@ -142,14 +142,14 @@ def _texts(value: Any) -> list[str]:
 
 
 def _first(code: Any) -> str:
-    """One class of an auto_map, for a message."""
+    """The first class of an auto_map, for a message."""
     value = next(iter(code.values()), "") if isinstance(code, dict) else code
     value = next((part for part in value if part), "") if isinstance(value, list) else value
     return repr(str(value)[:60])
 
 
 def _nextn_notes(config: dict[str, Any], found: WeightFiles) -> Iterator[str]:
-    """Layers for several-token prediction: promised by config.json, and there, or not."""
+    """A note where config.json and the tensors disagree about layers for several-token prediction."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
     key, promised = next(
         ((k, v) for k in _NEXTN_KEYS if (v := {**config, **text}.get(k)) and isinstance(v, int)), ("", 0)

@@ -1,4 +1,4 @@
-"""SO8TConfig: one adapter, one config, one file for the rotation and an optional LoRA inside it.
+"""SO8TConfig: the settings of one adapter, a rotation and an optional LoRA inside it, in one file.
 
 The method "so8t" becomes a true member of PEFT's `PeftType` when this module is imported (transformers reads
 `peft_type.value`, so a plain string is not enough). Field names are those of `adapter_config.json`.
@@ -19,8 +19,8 @@ from so8t_core.versions import check_version
 
 METHOD = "SO8T"
 ALL_LINEAR = "all-linear"
-FORMAT_VERSION = 2  # of adapter_config.json; 1 had `target` and neither scale nor shuffle
-# LoRA options under which its function is W + s B A on the original W: all others would make the bake inexact, or
+FORMAT_VERSION = 2  # of adapter_config.json; version 1 had `target` and neither scale nor shuffle
+# LoRA options that keep its function W + s B A on the original W. Other options would make the bake inexact, or
 # (init_lora_weights "pissa", "olora", ...) change W itself when the adapter is attached.
 _EXACT_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
 _EXACT_LORA |= {"init_lora_weights", "layers_to_transform", "layers_pattern", "task_type", "inference_mode"}
@@ -44,13 +44,13 @@ _add_peft_type()
 
 @dataclass
 class SO8TConfig(PeftConfig):
-    """What is rotated, and where.
+    """The rotated layers, the rotation's options and an optional LoRA.
 
     Args:
         layers: decoder layers that get a rotation; None = all; negative indices count from the end.
         init_scale: standard deviation of theta at the start, radians; 0 = exactly the identity.
         targets: names of the linear layers inside a decoder layer whose input is rotated, or "all-linear".
-        target: short for `targets=[target]`; format version 1 wrote it. Always None afterwards.
+        target: short for `targets=[target]`, as format version 1 wrote it; None once the config is made.
         share: one rotation for the targets of a layer that read the same tensor (q, k and v; gate and up).
         scale: a learned positive factor for every channel or block of the input, before the rotation.
         shuffle: a second rotation, of eight channels from distant blocks each.
@@ -58,7 +58,7 @@ class SO8TConfig(PeftConfig):
         lora: `LoraConfig` arguments (r, lora_alpha, target_modules, ...) of a LoRA inside the rotation, or None.
 
     Raises:
-        InputError: a negative or non-finite init_scale, layers that are no integers, targets that are no names, an
+        InputError: a negative or non-finite init_scale, layers that are not integers, targets that are not names, an
             unknown scale, a newer format, or LoRA arguments that are wrong or that the bake cannot fold exactly.
     """
 
@@ -121,7 +121,7 @@ class SO8TConfig(PeftConfig):
 
     @property
     def lora_config(self) -> LoraConfig | None:
-        """PEFT's config of the LoRA inside; not a field, so never saved twice, and frozen or not as the whole is."""
+        """PEFT's config of the LoRA inside, in inference mode if this config is; no field, so that it is saved once."""
         if self._lora_config is not None:
             self._lora_config.inference_mode = self.inference_mode
         return self._lora_config

@@ -10,5 +10,5 @@ class InputError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """What another library says, as one line of at most 200 characters."""
+    """The message of another library's error, as one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,8 +1,8 @@
-"""exp of 8x8 skew matrices, in float64, with a backward of its own; `rotation.exp_so8` is its public face.
+"""exp of 8x8 skew matrices, in float64, with its own backward; `rotation.exp_so8` is its public face.
 
 exp(A) = P(B) + A Q(B) with B = A A, P = sum z^k/(2k)! and Q = sum z^k/(2k+1)! modulo chi, the polynomial of degree 4
-that vanishes at B (Cayley, Hamilton). Angles out of the series' reach are halved first and squared back (Moler, Van
-Loan 2003). docs/core.md derives both, the backward by reverse mode, and the errors.
+that vanishes at B (Cayley, Hamilton). Angles too large for the series are halved first, and the result is squared back
+(Moler, Van Loan 2003). docs/core.md derives both, the backward by reverse mode, and the errors.
 Shapes: theta (n, 28), A, B, R (n, 8, 8), polynomials mod chi (..., 4, n), lowest coefficient first.
 """
 
@@ -22,10 +22,10 @@ from so8t_core.errors import InputError
 BLOCK = 8
 PARAMETERS = BLOCK * (BLOCK - 1) // 2  # 28
 LARGEST = 1e4  # rad; each doubling of the angle doubles the rounding error, here to 1e4 * 1e-16 = 1e-12
-CHUNK = 2048  # blocks at a time on a CPU: a megabyte a tensor, few enough calls
+CHUNK = 2048  # blocks at a time on a CPU: one megabyte for each tensor, and few calls
 
-# By theta's dtype: how far |theta| may reach with how many terms of the series; beyond the last, A is halved. What is
-# left out is far below the rounding (docs/core.md, "How many terms").
+# By theta's dtype: pairs of the largest |theta| and the terms of the series that it needs. Beyond the last pair, A is
+# halved. The remaining terms are far below the rounding (docs/core.md, "How many terms").
 TERMS = {torch.float32: ((2.0, 10), (6.5, 17)), torch.float64: ((2.0, 14),)}
 
 
@@ -46,19 +46,19 @@ def _series(terms: int, device: torch.device) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """How exp is computed for a theta of some length."""
+    """The way to compute exp for a theta of some length."""
 
     squarings: int
     terms: int
 
 
 def plans(thetas: Sequence[Tensor], names: Sequence[str] = ()) -> list[Plan]:
-    """How to compute each exp; waits for the device once for all of them.
+    """Choose how to compute each exp; waits for the device once for all thetas.
 
     |theta|_2 bounds every plane's angle: |A|_F^2 = 2 |theta|^2.
 
     Raises:
-        InputError: (a ValueError) NaN, Inf, or a block beyond LARGEST, after its name (if there are names).
+        InputError: (a ValueError) NaN, Inf, or a block beyond LARGEST; the message starts with the name, if given.
     """
     found = []
     for k, length in enumerate(_lengths(thetas)):
@@ -76,7 +76,7 @@ def plans(thetas: Sequence[Tensor], names: Sequence[str] = ()) -> list[Plan]:
 
 
 def _lengths(thetas: Sequence[Tensor]) -> list[float]:
-    """The longest block of each theta."""
+    """The length of the longest block of each theta."""
     longest = [
         torch.linalg.vector_norm(t, dim=-1, dtype=torch.float64).max() if t.numel() else torch.zeros(()).double()
         for t in (theta.detach() for theta in thetas)
@@ -85,7 +85,7 @@ def _lengths(thetas: Sequence[Tensor]) -> list[float]:
 
 
 class Workings(NamedTuple):
-    """What the backward needs of the forward, for the scaled A: five matrices and 20 numbers a block."""
+    """Values of the forward that the backward needs, for the scaled A: five matrices and 20 numbers for each block."""
 
     A: Tensor
     B: Tensor
@@ -97,30 +97,30 @@ class Workings(NamedTuple):
     quotients: Tensor  # (2, 4, n): (series - remainder) / chi, mod chi: how P and Q change with chi
 
     def of(self, blocks: slice) -> Workings:
-        """The same for some blocks of the batch."""
+        """The workings of some blocks of the batch."""
         matrices, polynomials = self[:5], self[5:]
         return Workings(*(M[blocks] for M in matrices), *(p[..., blocks] for p in polynomials))
 
 
-Batch = tuple[list[tuple[int, int]], int, Workings]  # [(which theta, how many of its next blocks)], squarings, workings
+Batch = tuple[list[tuple[int, int]], int, Workings]  # [(index of a theta, number of its blocks)], squarings, workings
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """exp of several thetas, and what the way back needs."""
+    """exp of several thetas, and the workings that the backward needs."""
 
     R: list[Tensor]  # (n_k, 8, 8) each, in its theta's dtype
     batches: list[Batch]  # empty if the workings were not asked for
 
     def connected(self, thetas: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """R (n, 8, 8) of each, with a graph to those thetas that are given and trained; one node for all of them."""
+        """R (n, 8, 8) of each, with a graph to every theta that is given and trained; one node serves all thetas."""
         out: tuple[Tensor, ...] = Exponential.apply(self, *thetas)  # type: ignore[no-untyped-call]
         return out
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that refuses create_graph. `once_differentiable` lets it pass where only what the forward saved would
-    carry the second derivative, and returns a gradient without that part."""
+    """Make a backward refuse create_graph. `once_differentiable` would not refuse it where only saved values carry the
+    second derivative: the gradient would lack that part."""
 
     @wraps(backward)
     def guarded(ctx: Any, *grads: Tensor | None) -> Any:
@@ -132,17 +132,17 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Exponential(torch.autograd.Function):
-    """The evaluation of some thetas, those thetas (n_k, 28) or None -> every R (n_k, 8, 8), connected to its theta.
+    """(Evaluated, each theta (n_k, 28) or None) -> each R (n_k, 8, 8), connected to its theta.
 
-    The backward is batched as the evaluation was. It saves nothing with autograd, so that it may run once for each of
-    several backward passes, each with the gradients of some of the R.
+    The backward uses the batches of the evaluation. It saves nothing with autograd, so that several backward passes may
+    each run it, with the gradients of some of the R.
     """
 
     @staticmethod
     def forward(ctx: Any, known: Evaluated, *thetas: Tensor | None) -> tuple[Tensor, ...]:
         ctx.known = known
         ctx.set_materialize_grads(False)
-        return tuple(R.detach() for R in known.R)  # other tensors on the same values: autograd marks what is returned
+        return tuple(R.detach() for R in known.R)  # new tensors with the same values: autograd marks what it returns
 
     @staticmethod
     @once
@@ -168,13 +168,13 @@ class Exponential(torch.autograd.Function):
 
 
 def evaluate(thetas: Sequence[Tensor], *, workings: bool, names: Sequence[str] = ()) -> Evaluated:
-    """exp of several thetas (n_k, 28), float32 or float64, a few large batches for all; each result as if alone.
+    """exp of several thetas (n_k, 28), float32 or float64, in a few large batches that do not change any result.
 
     Raises:
         InputError: see `plans`.
     """
     planned = plans(thetas, names)
-    batches: dict[Any, list[list[tuple[int, Tensor]]]] = {}  # of equal plan, (owner, blocks) up to CHUNK blocks in all
+    batches: dict[Any, list[list[tuple[int, Tensor]]]] = {}  # for each plan: batches of (owner, blocks)
     for owner, theta in enumerate(thetas):
         alike = batches.setdefault((planned[owner], theta.dtype, theta.device), [[]])
         most = CHUNK if theta.device.type == "cpu" else max(1, len(theta) * len(thetas))
@@ -196,7 +196,7 @@ def evaluate(thetas: Sequence[Tensor], *, workings: bool, names: Sequence[str] =
 
 
 def _exponential(theta: Tensor, plan: Plan, workings: bool) -> tuple[Tensor, Workings | None]:
-    # All in float64 from here: mixed precision leaves float64 alone.
+    # Everything is float64 from here, and mixed precision leaves float64 alone.
     A = (theta.double() @ generators(theta.device)).mul_(0.5**plan.squarings).view(-1, BLOCK, BLOCK)
     B = A @ A
     B2 = B @ B
@@ -225,12 +225,12 @@ def _characteristic(B: Tensor, B2: Tensor) -> Tensor:
 def _reduced_series(chi: Tensor, series: Tensor, *, quotients: bool) -> Tensor:
     """sum_k series[:, k] z^k mod chi (2, 4, n); with `quotients` mod chi^2 as remainder + chi quotient (2, 8, n).
 
-    Times z moves every coefficient up by one; what leaves the top comes back as that many times z^4 mod chi. What
-    leaves the remainder's top is also what enters the quotient, so one shift over all eight rows does both.
+    A product with z moves every coefficient up by one. The coefficient that leaves the top multiplies z^4 mod chi, and
+    the product is added. The coefficient that leaves the remainder also enters the quotient: one shift does both.
     """
     halves, n = 2 if quotients else 1, chi.shape[1]
     terms = series.shape[1]
-    powers = chi.new_zeros(terms, 1 + 4 * halves, n)  # z^k; row 0 stays zero, it is what a shift brings in
+    powers = chi.new_zeros(terms, 1 + 4 * halves, n)  # z^k; row 0 stays zero, for the shift
     for k in range(4):
         powers[k, 1 + k] = 1.0
     for k in range(4, terms):
@@ -241,7 +241,7 @@ def _reduced_series(chi: Tensor, series: Tensor, *, quotients: bool) -> Tensor:
 
 
 def _polynomial(c: Tensor, B: Tensor, B2: Tensor, B3: Tensor) -> Tensor:
-    """c0 I + c1 B + c2 B^2 + c3 B^3; c (4, n) or more rows, which are not read."""
+    """c0 I + c1 B + c2 B^2 + c3 B^3; c (4, n), or more rows than the four that are read."""
     c0, c1, c2, c3 = c[:4, :, None, None].unbind()
     out = (B * c1).addcmul_(B2, c2).addcmul_(B3, c3)
     out.diagonal(dim1=-2, dim2=-1).add_(c0.squeeze(-1))
@@ -252,7 +252,7 @@ def _finish(root: Tensor, squarings: int, dtype: torch.dtype) -> Tensor:
     R = root
     for _ in range(squarings):
         R = R @ R
-    # One Newton-Schulz step, R (3 I - R^T R) / 2, gives back the orthogonality that rounding took; float32 needs none.
+    # One Newton-Schulz step, R (3 I - R^T R) / 2, restores the orthogonality that rounding lost; float32 needs no step.
     return R if dtype == torch.float32 else torch.baddbmm(R, R, R.mT @ R, beta=1.5, alpha=-0.5)
 
 

@@ -34,12 +34,12 @@ MAX_CONTAINERS = 1 << 21  # objects and lists of a JSON file; a tokenizer of 262
 def sha256_file(path: str | Path) -> str:
     """Hex digest of a file's bytes.
 
-    A file that was hashed before in this process, and by device, inode, size and both times is still the same, is not
-    read again: a run asks for its base checkpoint's digest in five places. A file that changed in the last seconds is
-    always read, because a second change could fall into the same tick of the file system's clock.
+    A run asks for its base checkpoint's digest in five places. A file that this process has hashed is not read again
+    while its device, inode, size and both times stay the same. A file that changed in the last seconds is always read,
+    because a second change could fall into the same tick of the file system's clock.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: a pipe would be waited for, and a device may never end.
+        OSError: the file cannot be read, or is no regular file (a pipe may wait for ever, a device may never end).
     """
     before = _identity(path)
     if before in _known:
@@ -99,15 +99,15 @@ def explain_os_errors(target: Path) -> Iterator[None]:
         }.get(error.errno or 0)
         if reason is None:
             raise
-        culprit = f" ({error.filename})" if error.filename else ""  # may be a file that was read on the way
+        culprit = f" ({error.filename})" if error.filename else ""  # may be a file that was read, not `target`
         raise InputError(
             f"cannot write {target}: {reason}{culprit}. Nothing was left half-written; choose another place."
         ) from error
 
 
 def temporary_prefix(path: Path) -> str:
-    """First part of the temporary names for `path`; with tempfile's eight characters and `.tmp` or `.old` behind it,
-    a name that `sweep` knows."""
+    """First part of the temporary names for `path`. `sweep` knows such a name with tempfile's eight characters and
+    `.tmp` or `.old` behind it."""
     return f".so8t-{path.name[:40]}."
 
 
@@ -136,9 +136,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary directory beside `path`; on success it takes `path`'s place whole.
+    """Yield an empty temporary directory beside `path`; on success it replaces `path` whole.
 
-    An existing directory is replaced, whatever it holds; when anything fails, it stays as it was.
+    An existing directory is replaced with everything it holds; when anything fails, it stays as it was.
 
     Raises:
         InputError: `path` is a file, no space, read-only, permission denied.
@@ -161,9 +161,9 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """`new` takes the name `path`; what was there is called `new` afterwards. At every moment something whole is there.
+    """Rename `new` to `path`, and the directory that was `path` to `new`. A whole `path` exists at every moment.
 
-    Several processes may do so at once: the last one wins.
+    Several processes may swap at once: the last one wins.
     """
     while True:
         try:
@@ -173,13 +173,13 @@ def _swap(new: Path, path: Path) -> None:
         try:
             return os.rename(new, path)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster: exchange with its own
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster: swap with its result
                 raise
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Two names change places in one step, Linux's renameat2(2); in three steps where the system or the file system has
-    no such call.
+    """Exchange two names in one step by Linux's renameat2(2), in three steps where the system or the file system lacks
+    that call.
     """
     here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
@@ -203,7 +203,7 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a killed process left under our temporary names in `directory`; only for its sole user (`locked`)."""
+    """Remove the temporary files that a killed process left in `directory`; its caller must be its sole user."""
     for leftover in directory.iterdir() if directory.is_dir() else ():
         if _TEMPORARY.fullmatch(leftover.name) is None:
             continue
@@ -220,13 +220,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_regular(path: str | Path, *, most: int) -> bytes:
-    """The bytes of a regular file, which a stranger may have put there.
+    """The bytes of a regular file that a stranger may have made.
 
-    A pipe that nobody writes to would be waited for, and a device may never end: both are refused unread.
+    A pipe without a writer may wait for ever, and a device may never end: both are refused unread.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
-        ValueError: it has more than `most` bytes; the text names both.
+        OSError: the file cannot be read, or is no regular file.
+        ValueError: it has more than `most` bytes; the message names both sizes.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -246,8 +246,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        InputError: missing, longer than `MAX_JSON`, more than `MAX_CONTAINERS` objects and lists, nested too deeply,
-            not UTF-8, not JSON, or no object.
+        InputError: the file is missing, longer than `MAX_JSON`, has more than `MAX_CONTAINERS` objects and lists, is
+            nested too deeply, is not UTF-8 or not JSON, or holds no object.
     """
     try:
         raw = read_regular(path, most=MAX_JSON)

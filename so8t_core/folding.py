@@ -1,8 +1,8 @@
-"""Fold: what an adapter does to one weight, W' = (W + s B A) @ R with R = blockdiag(exp(theta)), and its inverse.
+"""Fold an adapter into one weight, W' = (W + s B A) @ R with R = blockdiag(exp(theta)), and undo it.
 
-With every option R stands for P^T R2 P R_acc exp(theta) diag(exp(c)): see docs/core.md, "The fold".
-Everything is computed in float64, a few rows at a time within the processor's cache, and rounded once to the storage
-dtype.
+With all options, R is P^T R2 P R_acc exp(theta) diag(exp(c)): see docs/core.md, "The fold".
+The arithmetic is float64, on a few rows at a time so that they stay in the processor's cache. The result is rounded
+once to the storage dtype.
 Shapes: W (out, in), A (r, in), B (out, r), theta (in/8, 28), R (in/8, 8, 8), c (in,) or (in/8,), P (in,) as an order of
 channels, z = x[P].
 """
@@ -47,7 +47,7 @@ class Turn:
 
 @dataclass
 class Fold:
-    """What has to be folded into one weight: LoRA pairs first, then what happens to the input."""
+    """The changes of one weight: first its LoRA pairs, then the rotations and scale of its input."""
 
     loras: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)  # (A (r, in), B (out, r), scale)
     theta: Tensor | None = None  # (in/8, 28)
@@ -55,7 +55,7 @@ class Fold:
     log_scale: Tensor | None = None  # c
     shuffled: Turn | None = None  # R2, where there is a P
     order: Tensor | None = None  # P
-    transposed: bool = False  # R^T in place of each R: the wrong bake of negative controls
+    transposed: bool = False  # R^T instead of each R: the wrong bake, for negative controls
 
     def apply(self, W_OI: Tensor, dtype: torch.dtype | None = None, *, undo: bool = False) -> Tensor:
         """W (out, in) of any dtype -> W' (out, in) in `dtype` (None: that of W), computed in float64, rounded once.
@@ -69,7 +69,7 @@ class Fold:
         sign = -1.0 if undo else 1.0
         exact = W_OI.device, torch.float64
         pairs = [(sign * scale * A.detach().to(*exact), B.detach().to(*exact)) for A, B, scale in self.loras]
-        with torch.inference_mode(False):  # the workers write into it, and they know nothing of the caller's mode
+        with torch.inference_mode(False):  # the worker threads do not share the caller's mode
             out = torch.empty(W_OI.shape, dtype=dtype or W_OI.dtype, device=W_OI.device)
 
         def matrix(turn: Turn) -> Tensor:
@@ -95,7 +95,7 @@ class Fold:
         return out
 
     def _steps(self, R: list[Tensor], device: torch.device, undo: bool) -> list[Step]:
-        """What happens to rows of W, in order: P^T R2 P, then R1, then the scale; backwards to undo it."""
+        """The products with rows of W, in order: P^T R2 P, then R1, then the scale; in reverse order to undo them."""
         steps: list[Step] = []
         if self.shuffled is not None and self.order is not None:
             order = self.order.to(device)
@@ -113,10 +113,10 @@ class Fold:
 
 @contextmanager
 def mapping(device: torch.device = CPU) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` with as many threads as torch uses, each of which does whole items by itself.
+    """A `map` with as many threads as torch uses; each thread computes whole items alone.
 
-    torch's own threads would meet after every operation of some 50 microseconds, and whenever another process takes one
-    core away, all wait there for its time slice to end (seen on two busy cores: 4.6 s instead of 0.04).
+    torch's own threads wait for each other after every operation of some 50 microseconds. When another process takes a
+    core, they all wait until its time slice ends (measured on two busy cores: 4.6 s instead of 0.04).
     """
     threads = torch.get_num_threads()
     if threads == 1 or device.type != "cpu":
@@ -126,7 +126,7 @@ def mapping(device: torch.device = CPU) -> Iterator[Callable[..., Iterator[Any]]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool.map
     finally:
-        torch.set_num_threads(threads)  # the caller's own number never changed, but that of threads to come did
+        torch.set_num_threads(threads)  # the workers changed the number for later threads, not the caller's
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,10 +143,10 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put the weight's name before what is wrong with it.
+    """Put the weight's name in front of an error's message.
 
     Raises:
-        InputError: what the block raised, with the name in front.
+        InputError: the block's error, with the name in front.
     """
     try:
         yield

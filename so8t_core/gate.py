@@ -1,9 +1,9 @@
 """RotationGate: the rotation of the input of one linear layer, or of several that read the same tensor, y_k = R_k x_k.
 
-It owns theta (n, 28) in float32, whatever dtype the model is cast to. R (n, 8, 8) is computed when theta has changed,
-for all gates of a model in one batch (`refresh_together`), and shared by micro-batches, evaluation and decoding.
+It owns theta (n, 28), which stays at least float32 when the model is cast. R (n, 8, 8) is computed when theta has
+changed, for all gates of a model in one batch (`refresh_together`), and used by micro-batches, evaluation and decoding.
 Options: a scale exp(c) before R, a second rotation R2 after a fixed permutation P, a product R_acc of earlier
-rotations. y = P^T R2 P R_acc exp(A) diag(exp(c)) x; how that folds into a weight is in `folding`.
+rotations. y = P^T R2 P R_acc exp(A) diag(exp(c)) x; `folding` folds this into a weight.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from so8t_core.torch_private import inside_backward, remove_forward_pre_hook, wr
 
 
 class _Known(NamedTuple):
-    """What is known of a gate's rotation."""
+    """The last rotation that was computed for a gate."""
 
-    was: Any  # theta's values, or its stamp, when it was computed
-    exponential: Evaluated  # of all gates that were computed with it
-    place: int  # this gate's among them
-    theta: Tensor  # to which
-    memo: Memo  # what its application made of R
-    connected: Tensor  # R (n, 8, 8) has a graph, one node for all of them: their backward is one batch
+    was: Any  # theta's values, or its stamp, at that time
+    exponential: Evaluated  # of all gates of the same batch
+    place: int  # of this gate in the batch
+    theta: Tensor  # the parameter that `connected` has a graph to
+    memo: Memo  # tiles that were made from R
+    connected: Tensor  # R (n, 8, 8) with a graph, one node for all gates: their backward is one batch
 
 
 class _Applied(NamedTuple):
@@ -90,7 +90,7 @@ class RotationGate(nn.Module):
         self.register_buffer("permutation", distant_channels(self.blocks) if shuffle else None)
         eye = torch.eye(BLOCK, dtype=torch.float64)
         self.register_buffer("accumulated", eye.repeat(self.blocks, 1, 1) if accumulate else None)
-        self.readers = 1  # linear layers that read what this gate turns
+        self.readers = 1  # number of linear layers that share this gate
         self._known: _Known | None = None
         self._applied: _Applied | None = None
 
@@ -99,7 +99,7 @@ class RotationGate(nn.Module):
         return [self] if self.shuffled is None else [self, self.shuffled]
 
     def rotation(self) -> Tensor:
-        """R (n, 8, 8), float32; with a graph when theta is being trained.
+        """R (n, 8, 8), float32 or, like theta, float64; with a graph when theta is being trained.
 
         Raises:
             InputError: theta holds a NaN, an Inf or an absurd angle (the message names the layer).
@@ -115,20 +115,20 @@ class RotationGate(nn.Module):
         known, place = own.exponential, own.place
         if not self._is_trained():
             return known.R[place]
-        # A backward in which layers are run again one by one (checkpointing) reaches each theta by a node of its own.
+        # Where checkpointing runs layers again one by one inside the backward, each theta needs its own node.
         if own.theta is not self.theta or inside_backward():
             return known.connected([self.theta if k == place else None for k in range(len(known.R))])[place]
         return own.connected
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, reader: object = None) -> Tensor:
-        """Turn x, or hand over its image where another reader has had the very same tensor turned.
+        """Turn x, or return its image where another reader has asked for the same tensor.
 
         Args:
-            reader: the linear layer that asks. The first of a group has x turned, the others receive the result: for
-                the same object with the same values, under the same parameters and grad mode, and each reader once.
-                An object held here cannot be confused with a later one; a layer run again by checkpointing reads a
-                new one.
+            reader: the linear layer that asks. For the first reader of a group x is turned. Every other reader gets
+                that image once, if x is the same object with the same values, and parameters and grad mode are the
+                same. The gate holds x meanwhile, so that no later tensor is taken for it; a layer that checkpointing
+                runs again reads a new tensor.
         """
         if self.readers == 1 or reader is None:
             return self._turn(x)
@@ -137,7 +137,7 @@ class RotationGate(nn.Module):
         if known is None or known.x is not x or known.stamp != stamp or id(reader) in known.served:
             known = _Applied(x, self._turn(x), self._applied_stamp(x), set())
         known.served.add(id(reader))
-        self._applied = known if len(known.served) < self.readers else None  # the last reader needs no copy kept
+        self._applied = known if len(known.served) < self.readers else None  # after the last reader it is forgotten
         return known.y
 
     def _applied_stamp(self, x: Tensor) -> tuple[Any, ...]:
@@ -150,10 +150,10 @@ class RotationGate(nn.Module):
     def _turn(self, x: Tensor) -> Tensor:
         """x (..., features) -> P^T R2 P R diag(exp(c)) x, in x's dtype."""
         M, memo = self.rotation(), None
-        if self.log_scale is not None:  # scaled columns of R: no pass over x and no rounding of their own
+        if self.log_scale is not None:  # scale R's columns: no pass over x and no extra rounding
             M = M * self.log_scale.exp().to(M.dtype).view(self.blocks, 1, -1)  # (n, 8, 8) by (n, 1, 8 or 1)
         elif self.accumulated is None and self._known is not None:
-            memo = self._known.memo  # of exp(A) alone
+            memo = self._known.memo  # holds tiles of exp(A) alone
         y = rotate_blocks(x, M, memo=memo)
         if self.shuffled is None or self.permutation is None:
             return y
@@ -162,7 +162,7 @@ class RotationGate(nn.Module):
     def angles(self) -> Tensor:
         """The four plane angles of each block's rotation, R_acc exp(A), largest first: (n, 4), radians, float64.
 
-        Without an R_acc they are theta's own and may exceed pi.
+        Without an R_acc they are the angles of theta itself, which may exceed pi.
         """
         if self.accumulated is None:
             return plane_angles(self.theta)
@@ -171,7 +171,7 @@ class RotationGate(nn.Module):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Move exp(A) into R_acc and set theta to zero: the same function, whose parameters start anew.
+        """Move exp(A) into R_acc and set theta to zero: the function stays the same.
 
         Raises:
             InputError: theta holds a NaN, an Inf or an absurd angle.
@@ -198,7 +198,7 @@ class RotationGate(nn.Module):
         self._known = None
 
     def fold(self) -> Fold:
-        """How this gate folds into a weight that reads its output."""
+        """The fold of this gate into a weight that reads its output."""
         second = self.shuffled
         return Fold(
             theta=self.theta.detach(),
@@ -209,7 +209,7 @@ class RotationGate(nn.Module):
         )
 
     def is_whole(self) -> bool:
-        """theta is an ordinary tensor of its full shape: not sharded over processes, not on the meta device."""
+        """Whether theta is an ordinary tensor of its full shape: not sharded over processes, not on the meta device."""
         theta = self.theta
         return type(theta.data) is Tensor and theta.shape == (self.blocks, PARAMETERS) and not theta.is_meta
 
@@ -217,7 +217,7 @@ class RotationGate(nn.Module):
         return torch.is_grad_enabled() and self.theta.requires_grad
 
     def _is_current(self) -> bool:
-        """On the CPU theta's values decide (even `theta.data` edits count); elsewhere its stamp, to avoid a wait."""
+        """Whether theta is unchanged: by its values on the CPU (`theta.data` edits count), elsewhere by its stamp."""
         if self._known is None or (self._is_trained() and not self._known.exponential.batches):
             return False
         was = self._known.was
@@ -227,14 +227,14 @@ class RotationGate(nn.Module):
         return bool(was == self._stamp())
 
     def _stamp(self) -> tuple[Any, ...]:
-        """Changes with every write that raises theta's version (not: to `theta.data`), and after every step of any
-        optimiser, whose kernels may tell no one."""
+        """A value that changes with every write that raises theta's version (`theta.data` writes do not), and with
+        every step of any optimiser, because an optimiser's kernels may raise no version."""
         theta = self.theta
         return (theta.data_ptr(), writes(theta), theta.device, theta.dtype, _OPTIMISER_STEPS[0])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and files carry theta alone: what is known of it takes 30 times the bytes, and a stamp means nothing
-        in another process."""
+        """Copies and files carry theta without its computed rotation: that takes 30 times the bytes, and a stamp means
+        nothing in another process."""
         return {**self.__dict__, "_known": None, "_applied": None}
 
     def extra_repr(self) -> str:
@@ -247,7 +247,7 @@ class RotationGate(nn.Module):
         self._known = self._applied = None
         for name, value in exact.items():
             own = getattr(self, name)
-            if own.dtype.itemsize < least[name].itemsize:  # .half() and the like: keep it, from exact values
+            if own.dtype.itemsize < least[name].itemsize:  # .half() and the like: keep the exact values
                 own.data = value.to(own.device, least[name])
         return self
 
@@ -255,20 +255,20 @@ class RotationGate(nn.Module):
 def distant_channels(blocks: int) -> Tensor:
     """P as an order of channels (8 n,), int64: z = x[P]. Block k of z holds lane j of block (k + j n/8) mod n of x.
 
-    So each new block takes one lane from each of eight blocks spread over the whole width, that is from other heads.
+    So each new block takes one lane from each of eight blocks spread over the whole width, that is, from several heads.
     """
     k, j = torch.arange(blocks)[:, None], torch.arange(BLOCK)[None, :]
     return (BLOCK * ((k + j * max(1, blocks // BLOCK)) % blocks) + j).reshape(-1)
 
 
 def _flat_names(gate: RotationGate, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """shuffled.theta -> shuffled_theta: PEFT takes an adapter's name out of keys with one part after it alone."""
+    """shuffled.theta -> shuffled_theta: PEFT removes an adapter's name only from keys with one part after it."""
     for key in [key for key in state if key.startswith(f"{prefix}shuffled.")]:
         state[f"{prefix}shuffled_{key.removeprefix(f'{prefix}shuffled.')}"] = state.pop(key)
 
 
 def _nested_names(gate: RotationGate, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The way back of `_flat_names`."""
+    """The inverse of `_flat_names`."""
     for key in [key for key in state if key.startswith(f"{prefix}shuffled_")]:
         state[f"{prefix}shuffled.{key.removeprefix(f'{prefix}shuffled_')}"] = state.pop(key)
 
@@ -285,7 +285,7 @@ register_optimizer_step_post_hook(_count_step)
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def refresh(gates: Iterable[RotationGate]) -> None:
-    """Compute the rotations of all gates whose theta has changed, in one go: once an optimiser step, whoever asks.
+    """Compute, in one batch, the rotations of all gates whose theta has changed: once for each optimiser step.
 
     Raises:
         InputError: a theta holds a NaN, an Inf or an absurd angle (the message names the layer).
@@ -296,7 +296,7 @@ def refresh(gates: Iterable[RotationGate]) -> None:
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve a later backward
         thetas = [gate.theta.detach().clone() for gate in stale]
         trained = any(gate.theta.requires_grad for gate in stale)
-        exact = [theta if theta.dtype in TERMS else theta.float() for theta in thetas]  # a coarser one was loaded
+        exact = [theta if theta.dtype in TERMS else theta.float() for theta in thetas]  # a file had a coarser dtype
         known = evaluate(exact, workings=trained, names=[gate.layer for gate in stale])
         with torch.enable_grad():
             connected = known.connected([gate.theta for gate in stale])
@@ -306,7 +306,7 @@ def refresh(gates: Iterable[RotationGate]) -> None:
 
 
 def refresh_together(model: nn.Module) -> None:
-    """Before every forward of `model`, refresh what `gates_in_use` of its layers give, all in one batch."""
+    """Before every forward of `model`, refresh the `gates_in_use` of all its layers in one batch."""
     refresh_apart(model)
     model.__dict__["_so8t_layers"] = [module for module in model.modules() if hasattr(module, "gates_in_use")]
     model.register_forward_pre_hook(_refresh_shared)

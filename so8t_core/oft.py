@@ -33,8 +33,8 @@ def export_oft(adapter_dir: str | Path, out_dir: str | Path) -> Path:
     A rotation that several modules share is written for each of them, and a product of earlier rotations as one.
 
     Raises:
-        InputError: the adapter has a LoRA inside, a scale or a shuffle (OFT has none: bake instead), or an angle above
-            3.1 rad, as is that of an eigenvalue -1.
+        InputError: the adapter has a LoRA inside, a scale or a shuffle (OFT has no such part: bake instead), or an
+            angle above 3.1 rad (an eigenvalue -1 has the angle pi).
     """
     config, tensors = read_adapter(adapter_dir)
     held = ["a LoRA inside the rotation"] if config.lora is not None else []
@@ -61,8 +61,8 @@ def import_oft(oft_dir: str | Path, out_dir: str | Path) -> Path:
     """Write a stock PEFT OFT adapter as an SO8T adapter with the same function; returns `out_dir`.
 
     Raises:
-        InputError: not an OFT adapter of block size 8, or one whose map is not the exact Cayley map: Cayley-Neumann
-            truncates a series (not orthogonal, and turning the other way), constrained or shared blocks likewise.
+        InputError: not an OFT adapter of block size 8; constrained or shared blocks; or the Cayley-Neumann map, whose
+            truncated series is not orthogonal and turns the other way.
     """
     folder = Path(oft_dir)
     fields, tensors = read_files(folder, "OFT")
@@ -95,7 +95,7 @@ def _to_oft(module: str, fold: Fold) -> Tensor:
     """The rotation of one module -> OFT's weight (n, 28), float32."""
     assert fold.theta is not None  # without a LoRA there is nothing else in the adapter
     R = Turn(fold.theta, fold.accumulated).matrix()
-    # The angles of R itself, at most pi: theta may have gone around more than once.
+    # The angles of R itself, at most pi: theta's angles may exceed a full turn.
     largest = plane_angles(log_so8(R)).max().item() if R.numel() else 0.0
     if largest > LARGEST_ANGLE:
         raise InputError(

@@ -31,7 +31,7 @@ def valid_triples(
 
     Args:
         mask_BT: (B, T), non-zero for real tokens; None = all real.
-        segments_BT: (B, T) integers naming the sequence a token belongs to; None = one a row.
+        segments_BT: (B, T) integers, the sequence that a token belongs to; None = one sequence in each row.
 
     Raises:
         ValueError: a mask or segment shape other than (B, T).

@@ -43,8 +43,8 @@ def upper_triangle(A: Tensor) -> Tensor:
 def exp_so8(theta: Tensor) -> Tensor:
     """theta (..., 28), radians -> R = exp(A) (..., 8, 8), same dtype; differentiable once.
 
-    float32 and float64 are computed in float64: a float32 R is the correctly rounded one but for one unit in the last
-    place, at any angle. Coarser dtypes go through float32.
+    float32 and float64 are computed in float64: at any angle, a float32 R is within one unit in the last place of the
+    correctly rounded R. Coarser dtypes go through float32.
 
     Raises:
         ValueError: the last dimension is not 28; a NaN, an Inf, or a block longer than 1e4 rad.
@@ -70,7 +70,7 @@ def log_so8(R: Tensor) -> Tensor:
         raise ValueError(f"R must have shape (..., {BLOCK}, {BLOCK}), got {tuple(R.shape)}")
     matrices = R.detach().to("cpu", torch.float64)
     error = orthogonality_error(matrices).max().item() if matrices.numel() else 0.0
-    bound = 1e3 * torch.finfo(R.dtype).eps  # a chain of products loses a few hundred roundings, a wrong matrix far more
+    bound = 1e3 * torch.finfo(R.dtype).eps  # a chain of products loses a few hundred eps, a wrong matrix far more
     if not error <= bound:
         raise ValueError(f"R is not orthogonal: max |R^T R - I| = {error:.3g}, bound {bound:.3g}")
     if (torch.linalg.det(matrices) < 0).any():
@@ -87,7 +87,7 @@ def _log_one(R: np.ndarray) -> np.ndarray:
     flipped = []  # positions of eigenvalue -1: an even number, as det is +1; any two span a plane turned by pi
     k = 0
     while k < BLOCK:
-        # A 2x2 block; below 1e-14 rounding alone would make one of angle 0 or pi.
+        # A 2x2 block; an entry below 1e-14 may be the mere rounding of an angle 0 or pi.
         if k + 1 < BLOCK and abs(T[k + 1, k]) > 1e-14:
             angle = np.arctan2(T[k + 1, k] - T[k, k + 1], T[k, k] + T[k + 1, k + 1])
             L[k + 1, k], L[k, k + 1] = angle, -angle
@@ -104,8 +104,8 @@ def _log_one(R: np.ndarray) -> np.ndarray:
 def rotate_blocks(x: Tensor, R: Tensor, *, memo: Memo | None = None) -> Tensor:
     """y_k = R_k x_k for every block k of 8 channels. x (..., D), R (D/8, 8, 8) -> (..., D) in x's dtype.
 
-    The product is taken in R's precision when x is coarser, also under autocast: a small rotation survives bfloat16. A
-    caller that applies the same R many times can pass an empty dict, which then keeps what is computed from R.
+    A small rotation survives a bfloat16 x, also under autocast; `block_product` says in which dtype it is computed. A
+    caller that applies the same R many times can pass an empty dict, which then keeps the tiles made from R.
 
     Raises:
         ValueError: R is not (n, 8, 8), or D is not 8 n.

@@ -1,7 +1,7 @@
 """One rounding from float64 to a storage dtype, to nearest, ties to even.
 
-`double.to(bfloat16)` goes through float32 and so rounds twice. That is wrong only where the first rounding lands on a
-tie of the target, a float32 whose last 12 bits are zero: those few are moved one float32 step back towards x.
+`double.to(bfloat16)` goes through float32 and so rounds twice. The result is wrong only where the first rounding lands
+on a tie of the target, a float32 whose last 12 bits are zero: such a float32 is moved one step back towards x.
 Source: Boldo and Melquiond (2008) on rounding to odd; the proof is in docs/core.md, "One rounding".
 """
 
@@ -30,7 +30,7 @@ def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
         _leave_false_ties(single, x)
         y = single.to(dtype)
     else:
-        y = x.to(dtype)  # float32 lies between any other two
+        y = x.to(dtype)  # rounds once
     if not all_finite(y) and bool((torch.isinf(y) & torch.isfinite(x)).any()):
         largest = x[torch.isfinite(x)].abs().max().item()
         raise ValueError(
@@ -44,10 +44,10 @@ def _leave_false_ties(single: Tensor, x: Tensor) -> None:
     bits = single.view(torch.int32)
     where = ((bits & _TIE_BITS) == 0).nonzero(as_tuple=True) if x.ndim else ...
     magnitude, exact = single[where].double().abs(), x[where].abs()
-    # Sign and magnitude: +1 is one step away from zero for either sign, -1 one step towards it.
+    # The bits are sign and magnitude: +1 is one step away from zero for either sign, -1 one step towards it.
     bits[where] += (exact > magnitude).to(torch.int32) - (exact < magnitude).to(torch.int32)
 
 
 def all_finite(x: Tensor) -> bool:
-    """Neither NaN nor Inf, in one pass over x of any shape."""
+    """Whether x, of any shape, has neither NaN nor Inf; one pass over x."""
     return x.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(x))

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds, of which types, and where; nothing of torch is needed.
+"""Read the header of a safetensors file, without torch: the name, type, shape and place of each tensor.
 
 Format: an 8-byte little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes
 without gaps. Source: the format section of the safetensors README.
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from so8t_core.errors import InputError, one_line
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-# of a header; a model of 10^12 weights in one file would have about 18 MB and 140,000 tensors
+# Bounds of a header; a model of 10^12 weights in one file would have about 18 MB and 140,000 tensors
 MAX_HEADER, MAX_TENSORS, MAX_NAME, MAX_RANK = 1 << 26, 1 << 18, 512, 8
 
 
@@ -28,14 +28,14 @@ class Entry:
     dtype: str  # as safetensors calls it
     shape: tuple[int, ...]
     nbytes: int
-    begin: int = field(default=0, compare=False)  # byte of the file at which it begins
+    begin: int = field(default=0, compare=False)  # its first byte in the file
 
 
 def read_entries(path: Path) -> list[Entry]:
     """The tensors of a file in the order of their bytes.
 
     Raises:
-        InputError: the file is damaged, or its header is larger than any model's.
+        InputError: the file is damaged, or its header is larger than that of any model.
     """
     return read_header(path)[1]
 
@@ -44,7 +44,7 @@ def read_header(path: Path) -> tuple[bytes, list[Entry], dict[str, Any]]:
     """(length and header as stored, entries, metadata).
 
     Raises:
-        InputError: the file is damaged, or its header is larger than any model's.
+        InputError: the file is damaged, or its header is larger than that of any model.
     """
     try:
         with open(path, "rb") as file:
@@ -61,7 +61,7 @@ def read_header(path: Path) -> tuple[bytes, list[Entry], dict[str, Any]]:
         raise InputError(f"{path} is damaged: {one_line(error)}") from None
     try:
         header = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # what upstream's parser takes and Python's does not
+    except (ValueError, RecursionError) as error:  # upstream's parser accepts it, Python's does not
         raise InputError(f"{path} is damaged: {one_line(error)}") from None
     metadata = header.pop("__metadata__", None) or {}
     for name, fields in header.items():

@@ -1,6 +1,6 @@
 """Rewrite a safetensors file with some tensors changed and every other byte copied, a megabyte at a time.
 
-All sizes are known beforehand, so the header is written first; it is the source's own, byte for byte,
+All sizes are known beforehand, so the header is written first; it equals the source's header, byte for byte,
 unless a dtype changes. Nothing is mapped: mapped pages would count as this process's memory.
 Source: the format section of the safetensors README.
 """
@@ -32,9 +32,9 @@ def rewrite(
     """Write `target`, yielding after each piece how many bytes of `source` it took; their sum is the file's size.
 
     Args:
-        changes: by tensor name, (tensor, its dtype in `target`) -> new tensor of that dtype and the same shape; the
-            tensor is read whole. All others go by in pieces.
-        dtype: of all floating-point tensors in `target`; None keeps each one's own.
+        changes: by tensor name, (tensor, its dtype in `target`) -> new tensor of that dtype and the same shape. Such a
+            tensor is read whole, all others in pieces.
+        dtype: of all floating-point tensors in `target`; None keeps each tensor's dtype.
 
     Raises:
         InputError: the file is damaged, or (naming the tensor) a NaN, an Inf or a value that overflows `dtype`.

@@ -1,8 +1,8 @@
-"""Which linear layers read the same tensor: q, k and v of an attention, gate and up of an MLP.
+"""Find the linear layers that read the same tensor: q, k and v of an attention, gate and up of an MLP.
 
-Found by watching one forward over two tokens: two layers share their input where every call of both receives the very
-same tensor object. Every other reader of that tensor (a router, a gate of an expert) is left alone, because the
-rotation acts inside the layers of the group. A layer that the two tokens do not reach is in no group.
+One forward over two tokens finds them: two layers share their input where every call of both receives the very same
+tensor object. The rotation acts inside the layers of the group, so every other reader of that tensor (a router, a gate
+of an expert) gets it unrotated. A layer that the two tokens do not reach is in no group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from so8t_core.errors import InputError, one_line
 
 
 def shared_inputs(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
-    """The groups among the modules `names`: the first of each in the order of `names` -> the others.
+    """The groups among the modules `names`: first module of a group, in the order of `names` -> its other modules.
 
     The model runs once in evaluation mode without gradients, over the tokens 0 and 1; on the meta device nothing is
     computed.
@@ -40,7 +40,7 @@ def shared_inputs(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
     hooks = [modules[name].register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name in names]
     training = {module: module.training for module in modules.values()}
     device = model.get_input_embeddings().weight.device
-    cached = device.type == "meta"  # without a cache transformers asks for values, which tensors there do not have
+    cached = device.type == "meta"  # without a cache transformers reads values, and meta tensors have none
     try:
         model.eval()
         with torch.no_grad():

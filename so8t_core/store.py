@@ -52,7 +52,7 @@ def attach(model: Model, config: SO8TConfig) -> Model:
         raise InputError(
             "the model already carries an adapter; detach it first, or give the LoRA to SO8TConfig(lora={...})"
         )
-    config = copy.deepcopy(config)  # it learns which layers share an input; of another model that is another list
+    config = copy.deepcopy(config)  # `attach` adds which layers share an input, which differs between models
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except BaseException:
@@ -71,7 +71,7 @@ def detach(model: nn.Module) -> nn.Module:
     The base's parameters stay frozen, as `attach` left them.
 
     Raises:
-        InputError: the adapter is merged into the weights, so that the original ones are gone.
+        InputError: the adapter is merged into the weights, so that the original weights are gone.
     """
     return replace_layers(model, lambda name, layer: layer.get_base_layer())
 
@@ -108,7 +108,7 @@ def active_adapter(model: nn.Module) -> str:
     """Name of the one active SO8T adapter.
 
     Raises:
-        InputError: there is none, or several are active.
+        InputError: no adapter or several adapters are active.
     """
     layer = next((module for module in model.modules() if isinstance(module, SO8TLinear)), None)
     if layer is None:
@@ -123,7 +123,7 @@ def config_of(model: nn.Module) -> SO8TConfig:
     """The config of the active SO8T adapter.
 
     Raises:
-        InputError: there is none, or several are active.
+        InputError: no adapter or several adapters are active.
     """
     name = active_adapter(model)
     configs: Any = getattr(model, "peft_config", None) or {}
@@ -171,7 +171,7 @@ def read_files(directory: str | Path, method: str) -> tuple[dict[str, Any], dict
     """Fields of adapter_config.json and tensors, (n, 28) or a LoRA's, of a saved adapter of the method "SO8T" or "OFT".
 
     Raises:
-        InputError: missing or damaged files, or another method's.
+        InputError: missing or damaged files, or an adapter of another method.
     """
     directory = Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -223,8 +223,8 @@ def load_adapter(model: Model, directory: str | Path, *, trainable: bool = False
     """Attach the saved adapter to `model` in place; returns `model`.
 
     Raises:
-        InputError: damaged files, or an adapter for another model (the first missing or misfitting name is given);
-            `model` is then as it was.
+        InputError: damaged files, or an adapter for another model (the message gives the first missing or misfitting
+            name); `model` then stays as it was.
     """
     config, tensors = read_adapter(directory)
     config.inference_mode = not trainable

@@ -1,7 +1,7 @@
-"""Every call of torch that torch does not document, one function each, with the public call that is missing.
+"""Every undocumented call of torch, one function each; its docstring names the public call that is missing.
 
-A torch that renames one fails here and nowhere else. Overrides of `nn.Module._apply` stand with their classes: they are
-called by torch, not by this package.
+A torch that renames such a call breaks this module and no other. Overrides of `nn.Module._apply` stand with their
+classes, because torch calls them and this package does not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """oneDNN multiplies bfloat16 on this CPU; without it torch emulates, and float32 is faster.
+    """Whether oneDNN multiplies bfloat16 on this CPU; otherwise torch emulates the product, and float32 is faster.
 
     Missing: oneDNN's own decision. `torch.cpu.get_capabilities` of newer versions lists the processor's instructions.
     """
@@ -21,9 +21,9 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def inside_backward() -> bool:
-    """The caller runs inside a backward pass, as a layer does that checkpointing runs again.
+    """Whether the caller runs inside a backward pass, as when checkpointing runs a layer again.
 
-    Missing: a public question of that kind; -1 is torch's number for "no backward".
+    Missing: a public function for this question; -1 is torch's number for "no backward".
     """
     return torch._C._current_graph_task_id() != -1
 
@@ -31,7 +31,7 @@ def inside_backward() -> bool:
 def writes(tensor: Tensor) -> int:
     """How often `tensor`, of any shape (..), was written in place, as far as torch counts (not through `.data`).
 
-    Missing: a public counter; autograd uses this one to find a saved tensor that was overwritten.
+    Missing: a public counter; autograd uses this counter to find a saved tensor that was overwritten.
     """
     return tensor._version
 

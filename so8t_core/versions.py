@@ -10,8 +10,8 @@ from so8t_core.errors import InputError
 
 class _Tested(NamedTuple):
     series: tuple[int, int]  # MAJOR, MINOR
-    faults: str  # what is wrong in older ones, as a clause
-    untried: str  # what may go wrong in newer ones, as a sentence that advice can follow
+    faults: str  # of older series, as a clause
+    untried: str  # risk of newer series, as the start of a sentence that ends with advice
 
 
 _TESTED = {

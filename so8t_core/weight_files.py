@@ -1,9 +1,9 @@
-"""Which weight files of a checkpoint directory are the model: those that transformers would load, and no others.
+"""Find the weight files of a checkpoint directory: those that transformers would load, and no others.
 
 The order of transformers 5.23: the file that config.json names as `transformers_weights`; model.safetensors; the files
 that model.safetensors.index.json names. Where two files hold the same tensor, the file that comes later by name counts.
-An index only says which files there are: a tensor that a named file holds and the index leaves out is loaded all the
-same. Pickled weights (pytorch_model.bin) are never opened.
+An index only names files: a tensor in a named file is loaded even if the index leaves it out. Pickled weights
+(pytorch_model.bin) are never opened.
 Source: transformers, modeling_utils.py, `_get_resolved_checkpoint_files`.
 """
 
@@ -21,18 +21,18 @@ from so8t_core.safetensors_header import MAX_TENSORS, Entry, read_entries
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_PER_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers would take these before all
+_PER_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers would prefer these
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files of one model and what stands in them."""
+    """The weight files of one model and their tensors."""
 
     directory: Path
     names: tuple[str, ...]  # in the order in which transformers reads them
-    entries: dict[str, Entry]  # by tensor name, of the file that counts
+    entries: dict[str, Entry]  # by tensor name; where two files hold it, from the file that counts
     file_of: dict[str, Path]  # by tensor name
-    notes: tuple[str, ...]  # files that are not the model's, tensors that stand twice: a sentence each
+    notes: tuple[str, ...]  # a sentence for each file outside the model and each tensor in two files
 
     @property
     def paths(self) -> tuple[Path, ...]:

@@ -21,10 +21,16 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import pytest
 from made import Made
+from remembered_converter import remembering, warm
 from warm_programs import POSSIBLE, Warm, WarmChildren, WarmConverter, program
 
 # A test may use the parts of another room's tests: each folder's modules are found, and no two have one name.
 sys.path += [str(folder) for folder in sorted(Path(__file__).parent.rglob("*")) if any(folder.glob("*.py"))]
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # shared parts are made before the first file's own fixtures
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -85,6 +91,20 @@ def cold_children(monkeypatch: pytest.MonkeyPatch) -> None:
 def cold_converter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Upstream's converter in a process of its own, as users start it."""
     monkeypatch.setattr(sys.modules["verification.engines.convert"], "subprocess", subprocess)
+
+
+@pytest.fixture(scope="session")
+def remembered_converter(made: Made) -> Iterator[Path]:
+    """A directory for $SO8T_CONVERTER: upstream's converter, which makes each file of a run once."""
+    home = made(remembering)
+    with warm(home):
+        yield home
+
+
+@pytest.fixture
+def conversions_remembered(remembered_converter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was converted before in this run is not converted again."""
+    monkeypatch.setenv("SO8T_CONVERTER", str(remembered_converter))
 
 
 @pytest.fixture(scope="session")

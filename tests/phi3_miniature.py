@@ -412,15 +412,33 @@ def miniature_run(
 
 @dataclass(frozen=True)
 class MiniatureRun:
-    """A finished `so8t run`, and what its process and all that it started took."""
+    """A finished `so8t run` in `root`, and what its process and all that it started took."""
 
-    base: Path
-    dir: Path
+    root: Path
     config: RunConfig
     report: Report
-    canary: Path
-    cpu_seconds: float
-    peak_bytes: int  # of its own process
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base"
+
+    @property
+    def dir(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def canary(self) -> Path:
+        return self.root / "canary"
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of a run in a process of its own, with its children."""
+        return float(json.loads((self.root / "took.json").read_text())["cpu_seconds"])
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the run's own process."""
+        return int(json.loads((self.root / "took.json").read_text())["peak_bytes"])
 
     def file(self, kind: str) -> Path:
         return next((self.dir / "gguf").glob(f"*-{kind}.gguf"))
@@ -438,29 +456,31 @@ main()
 """
 
 
-def run_miniature(
+def prepare_miniature(
     root: Path, *, name: str, shipped: str = "phi35_mini.yaml", amounts: Sequence[str] = AMOUNTS
-) -> MiniatureRun:
-    """Make the base under a name and send it through `so8t run` in `root`, where relative data files are looked for."""
-    canary = root / "canary"
-    base = save_miniature(root / "base", canary=canary, name=name)
+) -> RunConfig:
+    """Make the base under a name in `root`, and beside it the configuration of its run, run.yaml."""
+    base = save_miniature(root / "base", canary=root / "canary", name=name)
     config = miniature_run(base, root / "run", shipped=shipped, amounts=amounts)
-    file = root / "run.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-    command = [sys.executable, "-c", RUN, str(root / "peak.txt"), "run", str(file), "--quiet"]
+    (root / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    return config
+
+
+def run_miniature(root: Path, *, name: str) -> None:
+    """Prepare it and send it through the command `so8t run`, in a process of its own."""
+    prepare_miniature(root, name=name)
+    command = [sys.executable, "-c", RUN, str(root / "peak.txt"), "run", str(root / "run.yaml"), "--quiet"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with open(root / "said.txt", "w", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, cwd=root)
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, (root / "said.txt").read_text(encoding="utf-8")[-2000:]
-    report = load_report(root / "run" / "report" / "report.json")
-    return MiniatureRun(
-        base,
-        root / "run",
-        config,
-        report,
-        canary,
-        used.ru_utime + used.ru_stime,
-        1024 * int((root / "peak.txt").read_text().split()[1]),
-    )
+    peak = 1024 * int((root / "peak.txt").read_text().split()[1])
+    took = {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": peak}
+    (root / "took.json").write_text(json.dumps(took), encoding="utf-8")
+
+
+def finished_miniature(root: Path) -> MiniatureRun:
+    """What a finished run left in `root`."""
+    return MiniatureRun(root, load_config(root / "run.yaml"), load_report(root / "run" / "report" / "report.json"))

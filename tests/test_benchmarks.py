@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from forked import forked
 
 from benchmarks.side_by_side import comparisons, interleave, measured
 
@@ -24,9 +25,15 @@ def test_the_command_of_tox_finds_them() -> None:
     tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
     (line,) = [line for line in tox.splitlines() if line.startswith("commands = pytest benchmarks")]
     words = line.removeprefix("commands = ").removesuffix(" {posargs}").split()
-    done = subprocess.run(
-        [sys.executable, "-m", *words, "--collect-only", "-q"], cwd=ROOT, capture_output=True, text=True
-    )
+    assert words[0] == "pytest"
+
+    def collect() -> None:
+        for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+            del os.environ[name]
+        os.chdir(ROOT)
+        sys.exit(int(pytest.main([*words[1:], "--collect-only", "-q", "-p", "no:cacheprovider"])))
+
+    done = forked(collect)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bench_core.py::bench_exponential_forward" in done.stdout
 

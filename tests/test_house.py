@@ -93,14 +93,16 @@ def test_a_circle_and_a_module_outside_the_rooms_are_named(copy: Path) -> None:
     assert with_line(copy, "verification.gguf.new", "import verification.gguf.reader").returncode == 0
 
 
-def loaded(code: str) -> set[str]:
-    """Modules that a fresh Python has loaded after `code`."""
-    command = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+def loaded(*parts: str) -> list[set[str]]:
+    """Modules that a fresh Python has loaded after each of the parts of its code."""
+    code = "".join(f"{part}\nimport sys; print(*sys.modules)\n" for part in parts)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 def test_importing_so8t_waits_for_nothing_heavy() -> None:
-    assert not loaded("import so8t") & {"torch", "transformers", "peft", "numpy", "llama_cpp", "pydantic"}
+    [found] = loaded("import so8t")
+    assert not found & {"torch", "transformers", "peft", "numpy", "llama_cpp", "pydantic"}
 
 
 def test_so8t_has_every_public_name_of_core_and_verification() -> None:
@@ -120,10 +122,10 @@ ROAD = "import pipeline.run.steps, pipeline.run.plan, pipeline.run.plan_table, p
 
 
 def test_the_road_loads_neither_the_server_nor_the_data_policy() -> None:
-    found = loaded(ROAD)
+    more = "import pipeline.serve.http, pipeline.data.build, pipeline.data.collect.collect, uvicorn"
+    found, seen = loaded(ROAD, more)
     assert not found & SERVER_AND_POLICY
     assert not [name for name in found if name.startswith(("pipeline.serve", "pipeline.data.pii"))]
-    seen = loaded(f"{ROAD}\nimport pipeline.serve.http, pipeline.data.build, pipeline.data.collect.collect, uvicorn")
     assert seen >= SERVER_AND_POLICY - {"httpx"}  # the probe sees what is loaded
 
 

@@ -34,23 +34,19 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 
 
-def build(source: Path, out: Path) -> tuple[Path, Path]:
-    """(source distribution, wheel made from it) with the backend that is installed here."""
-    subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    [sdist], [wheel] = out.glob("*.tar.gz"), out.glob("*.whl")
-    return sdist, wheel
+def build(source: Path, out: Path, *options: str) -> None:
+    """A source distribution and a wheel made from it, with the backend that is installed here."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *options, str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("dist")
     shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT, symlinks=True)
-    return build(folder / "source", folder / "out")
+    build(folder / "source", folder / "out")
+    [sdist], [wheel] = (folder / "out").glob("*.tar.gz"), (folder / "out").glob("*.whl")
+    return sdist, wheel
 
 
 def files_of_packages() -> set[str]:
@@ -81,12 +77,14 @@ def test_a_data_file_that_is_not_packaged_would_be_seen(tmp_path: Path) -> None:
     shutil.copytree(ROOT, tmp_path / "source", ignore=LEFT_OUT, symlinks=True)
     settings = tmp_path / "source" / "pyproject.toml"
     text = settings.read_text(encoding="utf-8")
-    line = 'verification = ["py.typed", "gate/*.yaml", "show/templates/*", "logit_parity/corpus/*"]\n'
+    line = 'verification = ["py.typed", "gate/*.yaml", "gguf/*.json", "show/templates/*", "logit_parity/corpus/*"]\n'
     assert line in text
     settings.write_text(
         text.replace(line, "").replace("[tool.setuptools]", "[tool.setuptools]\ninclude-package-data = false")
     )
-    lost = missing(build(tmp_path / "source", tmp_path / "out")[1])
+    build(tmp_path / "source", tmp_path / "out", "--wheel")
+    [wheel] = (tmp_path / "out").glob("*.whl")
+    lost = missing(wheel)
     assert {"verification/gate/default_policy.yaml", "verification/show/templates/report.html.j2"} <= lost
 
 

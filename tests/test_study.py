@@ -44,6 +44,7 @@ def _tiny_configs(folder: Path, base: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("conversions_remembered")
 def test_from_configs_to_tables_and_half_a_study_is_refused(
     tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,7 @@
 
 select, confirm and finalists belong to a study of forms (`--configs configs/study_forms --work runs/study_forms`).
 all (the default): run every arm, measure the costs, write tables and figures. Exit 0 done, 2 bad input. Two processes
-may run two seeds at once (`run --seeds 1` beside `run --seeds 2`): each takes one thread.
+may run two seeds at once (`run --seeds 1` and `run --seeds 2`), because each uses one thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is compared: `study.yaml` holds what all arms share, every other file of the directory is one arm.
+"""Load the arms of a study: `study.yaml` holds the settings that all arms share, every other file is one arm.
 
-An arm is a method and a few `train` keys of the run's own configuration laid over the shared ones, so that everything
-an arm does not name is the same for all. LoRA alone and PEFT's OFT are no SO8T adapters: they are stock PEFT.
+An arm is a method and a few `train` keys of a run's configuration, which replace the shared keys; all other settings
+are the same for all arms. LoRA alone and PEFT's OFT are not SO8T adapters but stock PEFT.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.config import ConfigError, RunConfig, TrainConfig, describe_errors
 
 STUDY_NAME = "study.yaml"
-BASE = "base"  # the arm that trains nothing; every other one is also held against it
+BASE = "base"  # the arm without training; every other arm is also compared with it
 
 
 class _Section(BaseModel):
@@ -23,7 +23,7 @@ class _Section(BaseModel):
 
 
 class Tuning(_Section):
-    """How learning rates are chosen: other rows than the study's, held out by families that only train there."""
+    """The choice of learning rates: on other rows than the study's, validated on some of the training families."""
 
     seed: int = Field(ge=0)
     steps: int = Field(ge=1)
@@ -33,35 +33,35 @@ class Tuning(_Section):
 
 
 class CostPlan(_Section):
-    """How time and memory are measured: interleaved rounds, each arm in a process of its own."""
+    """The measurement of time and memory: interleaved rounds, each arm in a separate process."""
 
     rounds: int = Field(ge=2)
-    steps: int = Field(ge=2)  # timed steps a round, after one that is not
+    steps: int = Field(ge=2)  # timed steps in a round, after an untimed one
 
 
 class Selection(_Section):
-    """Successive halving on seeds of its own: which arm, at which rate, is confirmed.
+    """Successive halving on separate seeds; it chooses the arms and rates for the confirmation.
 
-    `steps` are the rungs. On every rung each arm that is left is trained at rates a factor of two apart, from its own
-    start outwards until the best one has a worse neighbour on both sides; the better half of the arms goes on.
+    `steps` are the rungs. On every rung each remaining arm is trained at rates a factor of two apart, from its own
+    start outwards until the best rate has a worse neighbour on both sides; the better half of the arms goes on.
     """
 
     seeds: list[int] = Field(min_length=1)
     steps: list[int] = Field(min_length=1)
     widest: int = Field(ge=1)  # factors of two, up or down from an arm's start, before the search gives up
-    text_chunks: int = Field(ge=2)  # of general text, behind the forgetting
+    text_chunks: int = Field(ge=2)  # of general text, for the forgetting
     rate_factors: list[float] = Field(min_length=2)  # of the chosen rate: points of a finalist's curve
 
 
 class Study(_Section):
-    """What all arms share."""
+    """The settings that all arms share."""
 
     seeds: list[int] = Field(min_length=2)  # of training rows, initial weights and order of batches
     heldout_seed: int = Field(ge=0)  # the held-out rows are the same for all arms and seeds
     base_dtype: Literal["float32", "bfloat16"]  # of the frozen base during training
     comparisons: list[tuple[str, str]]  # [arm, against]
     tuning: Tuning
-    selection: Selection | None = None  # a study of forms at equal budgets; null = of the arms as they stand
+    selection: Selection | None = None  # a study of forms at equal budgets; null = a study of the given arms
     cost: CostPlan
     run: dict[str, Any]  # keys of a run's configuration
 
@@ -79,8 +79,8 @@ Method = Literal["none", "lora", "so8t", "oft", "peft"]
 class _ArmFile(_Section):
     title: str
     method: Method
-    budget: str | None = None  # arms of one budget are compared: "60k"
-    peft: dict[str, Any] | None = None  # method peft: `peft_type` and that config's own arguments
+    budget: str | None = None  # for example "60k"; arms of one budget are compared
+    peft: dict[str, Any] | None = None  # for the method peft: `peft_type` and the arguments of its config
     train: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -103,7 +103,7 @@ def load_study(directory: Path) -> tuple[Study, dict[str, Arm]]:
     """The study and its arms, base first, then by name.
 
     Raises:
-        ConfigError: a file that is missing or wrong, a comparison of arms that do not exist, no base arm.
+        ConfigError: a missing or wrong file, a comparison of arms that do not exist, or no base arm.
     """
     study = _validated(Study, directory / STUDY_NAME)
     arms = {}

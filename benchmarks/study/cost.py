@@ -1,8 +1,8 @@
 """Seconds a step and peak memory of every arm: interleaved rounds, each arm in a fresh process with one thread.
 
-The figure is the ratio to LoRA within a round, because other work on the machine slows all of a round; seconds are CPU
-seconds of the process, which on a quiet machine are the wall's. Peak memory is the process's largest resident set, the
-base model and the libraries included, so that a small adapter cannot look free.
+The figure is the ratio to LoRA within a round, because other work on the machine slows a whole round. Seconds are CPU
+seconds of the process, on a quiet machine equal to wall seconds. Peak memory is the process's largest resident set,
+with the base model and the libraries, so that a small adapter does not look free.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.tokenizer import load_tokenizer
 from pipeline.train.collate import Collator, EncodedRows
 from so8t_core.files import write_text
 
-UNIT = "lora"  # the arm that ratios are taken to
+UNIT = "lora"  # ratios are relative to this arm
 COST_NAME = "cost.json"
 
 
@@ -44,7 +44,7 @@ class _Clock(TrainerCallback):
 
 
 def one_round(arm: Arm, base: Path, dtype: str, data: Path, steps: int) -> dict[str, float]:
-    """One arm's turn, in a process of its own: a step to warm up, then `steps` that count."""
+    """Run one arm in a separate process: a step to warm up, then `steps` timed steps."""
     from benchmarks.study.fitting import load, make_trainer, with_adapter
 
     torch.set_num_threads(1)

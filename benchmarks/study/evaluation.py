@@ -1,4 +1,4 @@
-"""What one arm's saved checkpoint can do, and what quantisation does to it. Everything is measured on what was saved.
+"""Measure one arm's saved checkpoint, and the damage of its quantisation.
 
 Held-out loss: mean cross-entropy per assistant token, nats. Second difference: the PET penalty of the last decoder
 layer's states at unit RMS over held-out rows, the same quantity that training adds to the loss. Damage: mean KLD of the
@@ -36,14 +36,15 @@ from verification.engines.quantise import quantise
 from verification.logit_parity.compare import measure_file, passages_of, run_reference
 from verification.logit_parity.text import DEFAULT_CORPUS, read_corpus
 
-# Between the adapter's model in base_dtype and the saved checkpoint in fp32 on a few rows, nats. Rounding of a bfloat16
-# forward pass moves a loss by hundredths at most (every record keeps both numbers), a lost merge by tenths.
+# Largest difference of loss, in nats, between the adapter's model in base_dtype and the saved checkpoint in fp32 on a
+# few rows. Rounding of a bfloat16 forward pass changes a loss by hundredths at most (every record keeps both numbers),
+# a lost merge by tenths.
 SAME_MODEL = 0.1
 Units = list[float]  # one value for each held-out row, prompt or chunk; an arm's figure is their mean
 
 
 def save_checkpoint(arm: Arm, base_dir: Path, adapter_dir: Path, out_dir: Path) -> Path:
-    """The arm as an ordinary checkpoint in the base's dtype; the base itself for the arm that trains nothing."""
+    """The arm as an ordinary checkpoint in the base's dtype; for the arm without training, the base itself."""
     if arm.method == "none":
         return base_dir
     if arm.method == "so8t":
@@ -62,7 +63,7 @@ def save_checkpoint(arm: Arm, base_dir: Path, adapter_dir: Path, out_dir: Path) 
 
 @torch.no_grad()
 def loss_and_bends(model: Any, rows: EncodedRows, collator: Collator, batch_size: int) -> tuple[Units, Units]:
-    """Row by row: (loss in nats per assistant token, second difference of the last layer's states at unit RMS)."""
+    """For each row: (loss in nats per assistant token, second difference of the last layer's states at unit RMS)."""
     kept: list[torch.Tensor] = []
     layer = decoder_layers(model)[-1]
     handle = layer.register_forward_hook(lambda m, a, out: kept.append(out[0] if isinstance(out, tuple) else out))
@@ -89,7 +90,7 @@ def evaluate(
     """All measurements of one arm.
 
     Raises:
-        InputError: the saved checkpoint is not the trained model, or the converter's or llama.cpp's own refusal.
+        InputError: the saved checkpoint is not the trained model, or a refusal of the converter or llama.cpp.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
@@ -121,7 +122,7 @@ def evaluate(
 
 
 def check_same_model(name: str, trained: float, saved: float) -> None:
-    """Raises InputError where the saved checkpoint's loss is not the trained model's."""
+    """Raises InputError if the saved checkpoint's loss differs from the trained model's."""
     if not abs(trained - saved) <= SAME_MODEL:
         raise InputError(
             f"arm {name}: the trained model's loss on {PROBE_ROWS} rows is {trained:.4f}, the saved checkpoint's "
@@ -132,7 +133,7 @@ def check_same_model(name: str, trained: float, saved: float) -> None:
 def _damage(
     arm: Arm, files: dict[str, Path], model: Any, tokenizer: Any, heldout_path: Path, place: Path
 ) -> dict[str, Units]:
-    """Chunk by chunk: mean KLD of each quantised file from the saved checkpoint."""
+    """For each chunk: mean KLD of each quantised file from the saved checkpoint."""
     settings = arm.config.verify
     with LlamaModel(files["F16"], vocab_only=True) as head:
         bos = head.bos if head.add_bos else None
@@ -151,7 +152,7 @@ def _damage(
 
 
 def _answers(arm: Arm, gguf: Path, tokenizer: Any, heldout_path: Path) -> dict[str, Units]:
-    """Prompt by prompt: 1 for an answer in /think form, and for an exactly right one."""
+    """For each prompt: 1 for an answer in /think form, and 1 for an exactly right answer."""
     settings = arm.config.answers
     rows = [row for row in read_jsonl(heldout_path) if row.get("answer")][: settings.prompts]
     given = complete(

@@ -1,4 +1,4 @@
-"""The study's three figures as SVG files: every run, the paired differences, the losses while training."""
+"""The study's three figures as SVG files: every run, the paired differences, the losses in training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMOOTHED = 5  # steps in a running mean of the loss
 
 
 def write_figures(results: dict[str, Any], folder: Path) -> None:
-    """arms.svg, differences.svg, losses.svg."""
+    """Write arms.svg, differences.svg and losses.svg."""
     _save(folder / "arms.svg", (10, 6), lambda figure: _panels(figure, results, _arms_panel))
     _save(folder / "differences.svg", (10, 5), lambda figure: _panels(figure, results, _differences_panel))
     _save(folder / "losses.svg", (8, 3.2), lambda figure: _losses(figure, results))

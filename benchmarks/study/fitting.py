@@ -1,7 +1,7 @@
-"""Train one arm with the product's own trainer; stock PEFT adapters go through it as well.
+"""Train one arm with SO8T's trainer; it also trains stock PEFT adapters.
 
-What is kept beside the adapter: the losses, the digest of the batches in their order (all arms of a seed must have the
-same one) and the held-out loss of the first rows, by which the saved checkpoint is known to be the trained model.
+The record beside the adapter holds the losses, the digest of the batches in their order (all arms of a seed must have
+the same digest) and the held-out loss of the first rows, which shows that the saved checkpoint is the trained model.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from so8t_core.files import atomic_dir, write_text
 
 FIT_NAME = "fit.json"
 PROBE_ROWS = 4  # held-out rows scored before and after saving
-TARGET = "o_proj"  # what SO8T turns by default; the stock rotation turns the same
+TARGET = "o_proj"  # SO8T's default target; the stock rotation has the same
 BLOCK = 8
 
 
 def with_adapter(model: Any, arm: Arm) -> PeftModel:
-    """`model` with the arm's adapter, fresh."""
+    """`model` with a new adapter of the arm."""
     train = arm.train
     if arm.method == "so8t":
         return get_peft_model(model, adapter_config(train))
@@ -73,7 +73,7 @@ def load(base_dir: Path, dtype: str) -> Any:
 
 
 def make_trainer(peft: PeftModel, arm: Arm, rows: EncodedRows, collator: Any, seed: int, work_dir: Path) -> SO8TTrainer:
-    """The product's trainer with the arm's settings; nothing is saved on the way."""
+    """SO8T's trainer with the arm's settings; it saves no checkpoints."""
     train: TrainConfig = arm.train
     arguments = training_arguments(train, work_dir, seed)
     trainer = SO8TTrainer(settings=train, model=peft, args=arguments, train_dataset=rows, data_collator=collator)
@@ -84,7 +84,7 @@ def make_trainer(peft: PeftModel, arm: Arm, rows: EncodedRows, collator: Any, se
 
 
 class Digested:
-    """A collator that remembers, as one digest, what it gave out."""
+    """A collator that keeps one digest of all its batches."""
 
     def __init__(self, collator: Collator) -> None:
         self.collator, self._digest = collator, hashlib.sha256()
@@ -123,7 +123,7 @@ def fit(
     report: Reporter,
     title: str,
 ) -> tuple[PeftModel, dict[str, Any]]:
-    """Train; returns the model and what is kept beside its adapter."""
+    """Train; returns the model and the record for its adapter's folder."""
     set_seed(seed)
     peft = with_adapter(load(base_dir, dtype), arm)
     digested = Digested(collator)

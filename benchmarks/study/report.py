@@ -1,6 +1,6 @@
 """Tables, figures and `results.json` of the study; docs/study.md holds them between two marker lines.
 
-Everything printed comes from `results.json`, so that a test can print it again and compare.
+All printed numbers come from `results.json`, so that a test can print them again and compare.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def write_report(
     """Gather the runs of `seeds` and write results.json, the figures and the tables inside study.md.
 
     Args:
-        names: these arms and the base only; the tables then name the others as left out.
+        names: only these arms and the base; the tables then name the others as left out.
 
     Raises:
-        InputError: a run is missing (every missing one is named), or study.md has no place for the tables.
+        InputError: runs are missing (the message names each), or study.md has no place for the tables.
     """
     results = gather(study, arms, work, seeds, names)
     document = docs / DOCUMENT
@@ -79,7 +79,7 @@ def gather(
 
 
 def _rates(arm: Arm) -> list[float]:
-    """Learning rates of an arm: LoRA's or the only one, then the rotation's where there are two."""
+    """Learning rates of an arm: the only one, or LoRA's and then the rotation's."""
     train = arm.train
     found = [train.learning_rate] + ([train.rotation_learning_rate] if train.rotation_learning_rate else [])
     return [] if arm.method == "none" else found
@@ -89,7 +89,7 @@ def with_tables(document: str, made: str) -> str:
     """The document with `made` between its two markers.
 
     Raises:
-        InputError: the markers are not there.
+        InputError: the document lacks the markers.
     """
     if BEGIN not in document or END not in document.partition(BEGIN)[2]:
         raise InputError(f"{DOCUMENT} lacks the lines `{BEGIN}` and `{END}`, between which the tables stand")

@@ -1,6 +1,6 @@
-"""Every (seed, arm) once, whole seeds first: a study that was stopped early is complete for the seeds it finished.
+"""Run every (seed, arm) once, seed by seed, so that a stopped study is complete for its finished seeds.
 
-Below the work directory: base/, heldout/, seedN/data/, seedN/ARM/adapter/ and seedN/ARM.json, whose `key` (settings and
+The work directory holds base/, heldout/, seedN/data/, seedN/ARM/adapter/ and seedN/ARM.json, whose `key` (settings and
 digests of base and rows) decides whether it is up to date.
 """
 
@@ -38,7 +38,7 @@ class Workshop:
 
     def __init__(self, study: Study, arms: dict[str, Arm], work: Path, report: Reporter) -> None:
         self.study, self.arms, self.work, self.report = study, arms, work, report
-        torch.set_num_threads(1)  # two arms side by side would otherwise be timed against each other
+        torch.set_num_threads(1)  # so that two arms at once do not slow each other
         self.base = prepare_base(arms[BASE].config.model.base, work / "base")
         self.digest = sha256_path(self.base)
         self.tokenizer = load_tokenizer(self.base)
@@ -55,7 +55,7 @@ class Workshop:
         return out
 
     def key(self, arm: Arm, seed: int) -> str:
-        """What a result depends on."""
+        """The settings and digests that a result depends on."""
         parts = {
             "config": arm.config.model_dump(mode="json"),
             "method": arm.method,
@@ -69,15 +69,15 @@ class Workshop:
 
 
 def result_path(work: Path, arm: str, seed: int) -> Path:
-    """The base trains nothing, so that it has one result and no seed."""
+    """The file of a result; the base has no training, and so one result without a seed."""
     return work / f"{BASE}.json" if arm == BASE else work / f"seed{seed}" / f"{arm}.json"
 
 
 def run_all(shop: Workshop, seeds: list[int], names: list[str]) -> None:
-    """Do what is not up to date, seed by seed. Two processes may do two seeds at once.
+    """Run the arms that are not up to date, seed by seed. Two processes may run two seeds at once.
 
     Raises:
-        InputError: an unknown arm, another process at work on the same seed, or what an arm cannot do.
+        InputError: an unknown arm, another process at work on the same seed, or the error of an arm.
     """
     if unknown := sorted(set(names) - set(shop.arms)):
         raise InputError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(shop.arms)}")
@@ -156,10 +156,10 @@ def split_rows(shop: Workshop, seed: int) -> tuple[EncodedRows, EncodedRows]:
 
 
 def tune(shop: Workshop) -> dict[str, list[dict[str, float]]]:
-    """Validation loss of each learning rate of the grid; the choice is written into the arms' files by hand.
+    """Validation loss of each learning rate of the grid; a person writes the choice into the arms' files.
 
-    Trained on the tuning seed's rows without each n-th training family, validated on rows of those families: neither
-    the study's rows nor its held-out families have a part in it.
+    Each n-th training family of the tuning seed's rows validates, the others train: the study's rows and its held-out
+    families are not used.
     """
     plan = shop.study.tuning
     parts = dict(zip(("train", "validation"), split_rows(shop, plan.seed), strict=True))

@@ -1,10 +1,10 @@
-"""Which form of the rotation is confirmed: successive halving at equal parameters, then new seeds, then Holm.
+"""Choose a form of the rotation by successive halving at equal parameters, then confirm it on new seeds.
 
-Selection, on seeds of its own: on each rung of steps every arm that is left is trained at learning rates a factor of
-two apart, until its best one has a worse neighbour on both sides; of the arms of a budget the better half goes on, and
-always the best form of SO8T and the best other arm. Confirmation, on the study's seeds: the finalists at their rate and
-at neighbours of it. Held-out loss is compared at each arm's own rate; forgetting, the mean KL of the base from the
-trained model on general text, at equal held-out loss, between points of each arm's curve.
+Selection, on separate seeds: on each rung of steps every remaining arm is trained at learning rates a factor of two
+apart, until its best rate has a worse neighbour on both sides. The better half of a budget's arms goes on, and always
+the best form of SO8T and the best other arm. Confirmation, on the study's seeds: the finalists are trained at their
+rate and at neighbours of it. Held-out loss is compared at each arm's rate. Forgetting, the mean KL(base || trained
+model) on general text, is compared at equal held-out loss, between points of each arm's curve.
 Sources: Jamieson and Talwalkar, Non-stochastic best arm identification (2016); Holm, Scandinavian J. Statistics 6
 (1979); Student's paired t over seeds.
 """
@@ -36,11 +36,12 @@ from verification.logit_parity.text import DEFAULT_CORPUS, read_corpus
 
 POINTS_NAME, FINALISTS_NAME, CONFIRMED_NAME = "points.json", "finalists.json", "confirmed.json"
 TEXT_TOKENS = 256
+KEPT = Path(__file__).parents[1] / "results" / "study_forms"  # trainings of earlier machines, in the repository
 
 
 @dataclass(frozen=True)
 class Finalists:
-    """One budget's choice."""
+    """The finalists of one budget."""
 
     form: str  # the form of SO8T
     others: list[str]
@@ -48,7 +49,7 @@ class Finalists:
 
 
 def best_rate(loss_of: Callable[[float], float], start: float, widest: int) -> float:
-    """The best of `start` times powers of two, with a worse neighbour on both sides.
+    """The best rate among `start` times powers of two, with a worse neighbour on both sides.
 
     Raises:
         InputError: the loss still falls `widest` factors of two away from the start.
@@ -65,7 +66,7 @@ def best_rate(loss_of: Callable[[float], float], start: float, widest: int) -> f
 
 
 def better_half(losses: dict[str, float], is_form: Callable[[str], bool]) -> list[str]:
-    """Names of the better half, best first, and always the best form and the best other arm."""
+    """Names of the better half, best first; always with the best form of SO8T and the best other arm."""
     order = sorted(losses, key=lambda name: (losses[name], name))
     kept = set(order[: math.ceil(len(order) / 2)])
     for kind in (True, False):
@@ -75,7 +76,7 @@ def better_half(losses: dict[str, float], is_form: Callable[[str], bool]) -> lis
 
 def at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float:
     """Forgetting at a held-out loss by linear interpolation between neighbouring points (loss, forgetting); NaN where
-    the curve does not reach that loss. Of several crossings the one that forgets least."""
+    the curve does not reach that loss. Of several crossings, the one with the least forgetting counts."""
     found = []
     for (a, f), (b, g) in pairwise(curve):
         if min(a, b) <= loss <= max(a, b):
@@ -84,7 +85,7 @@ def at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float:
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Two-sided p of Student's t that the mean is zero; NaN for fewer than two, or one that is not finite."""
+    """Two-sided p of Student's t for a mean of zero; NaN for fewer than two values or one that is not finite."""
     if len(differences) < 2 or not all(map(math.isfinite, differences)):
         return math.nan
     spread = statistics.stdev(differences) / math.sqrt(len(differences))
@@ -95,7 +96,7 @@ def p_value(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Adjusted p of a family of tests; one that could not be made (NaN) counts in the family and stays NaN."""
+    """Adjusted p of a family of tests; a test that could not be made (NaN) counts in the family and stays NaN."""
     adjusted, largest = {}, 0.0
     order = sorted(p_values, key=lambda name: (math.isnan(p_values[name]), p_values[name]))
     for rank, name in enumerate(order):
@@ -107,7 +108,7 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def forgetting(peft: Any, chunks: Sequence[Sequence[int]]) -> float:
-    """Mean KL, nats a position, of the trained model from its base on chunks of ids (n,)."""
+    """Mean KL(base || trained model), nats a position, on chunks of ids (n,)."""
     peft.eval()
     total, count = 0.0, 0
     for chunk in chunks:
@@ -121,7 +122,7 @@ def forgetting(peft: Any, chunks: Sequence[Sequence[int]]) -> float:
 
 
 def at_rate(arm: Arm, rate: float, steps: int) -> Arm:
-    """The arm with another learning rate and length; the ratios of its rates stay."""
+    """The arm with another learning rate and number of steps; the ratios between its rates stay."""
     changed: dict[str, Any] = {"learning_rate": rate, "steps": steps}
     for key in ("rotation_learning_rate", "scale_learning_rate"):
         own = getattr(arm.train, key)
@@ -132,11 +133,12 @@ def at_rate(arm: Arm, rate: float, steps: int) -> Arm:
 
 
 class Points:
-    """Every training of the selection or confirmation, done once and kept: (arm, steps, seed, rate) -> measures."""
+    """The stored trainings of the selection or confirmation: (arm, steps, seed, rate) -> measures."""
 
     def __init__(self, shop: Workshop, folder: Path, plan: Selection, name: str) -> None:
         self.shop, self.plan, self.folder, self.path = shop, plan, folder, folder / name
-        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+        paths = [path for path in (KEPT / name, self.path) if path.is_file()]
+        known = [point for path in paths for point in json.loads(path.read_text(encoding="utf-8"))]
         self.known: dict[str, dict[str, Any]] = {point["key"]: point for point in known}
         bos = shop.tokenizer.bos_token_id if getattr(shop.tokenizer, "add_bos_token", False) else None
         text = read_corpus(DEFAULT_CORPUS, shop.tokenizer, n_ctx=TEXT_TOKENS, chunks=plan.text_chunks, bos=bos)
@@ -145,7 +147,7 @@ class Points:
     def at(
         self, arm: Arm, steps: int, seed: int, rate: float, train: EncodedRows, judged: EncodedRows
     ) -> dict[str, Any]:
-        """Train `arm` and measure it, unless that is done."""
+        """Train and measure `arm`, unless the result is stored."""
         tuned = at_rate(arm, rate, steps)
         key = f"{self.shop.key(tuned, seed)} {steps} {rate:g}"
         if key not in self.known:
@@ -170,7 +172,7 @@ def select(shop: Workshop) -> dict[str, Finalists]:
     """Run the selection of every budget and write its finalists.
 
     Raises:
-        InputError: the study has no `selection`, or a best rate lies outside of what may be searched.
+        InputError: the study has no `selection`, or a best rate lies outside of the search.
     """
     plan = shop.study.selection
     if plan is None:
@@ -213,10 +215,10 @@ def _chosen(shop: Workshop) -> tuple[Selection, Path, dict[str, Any]]:
 
 
 def evaluate_finalists(shop: Workshop) -> None:
-    """Everything that `run` measures, for the finalists at their rates: answers, damage, one record a run.
+    """Measure the finalists at their rates as `run` does: answers, damage, one record for each run.
 
     Raises:
-        InputError: no selection was made, or what an arm cannot do.
+        InputError: no selection was made, or the error of an arm.
     """
     plan, _, kept = _chosen(shop)
     for seed in shop.study.seeds:
@@ -226,7 +228,7 @@ def evaluate_finalists(shop: Workshop) -> None:
 
 
 def confirm(shop: Workshop) -> str:
-    """Train the finalists on the study's seeds, at their rate and beside it; returns the table of tests.
+    """Train the finalists on the study's seeds, at their rate and near it; returns the table of tests.
 
     Raises:
         InputError: no selection was made.
@@ -250,7 +252,7 @@ def confirm(shop: Workshop) -> str:
 def verdict(finalists: dict[str, dict[str, Any]], points: dict[str, dict[str, dict[int, list[dict[str, Any]]]]]) -> str:
     """A table of every budget's form against every other finalist, in loss and in forgetting at equal loss.
 
-    The family of Holm's correction is every row.
+    All rows together are the family of Holm's correction.
     """
     differences: dict[str, list[float]] = {}
     for budget, choice in finalists.items():
@@ -262,7 +264,7 @@ def verdict(finalists: dict[str, dict[str, Any]], points: dict[str, dict[str, di
             for seed in ours:
                 a, b = (_own(p[seed], rates[name]) for p, name in ((ours, choice["form"]), (theirs, other)))
                 losses.append(a["loss"] - b["loss"])
-                level = max(min(p["loss"] for p in side[seed]) for side in (ours, theirs))  # reached by both
+                level = max(min(p["loss"] for p in side[seed]) for side in (ours, theirs))  # both reach it
                 mine, its = (
                     at_loss([(p["loss"], p["forgetting"]) for p in side[seed]], level) for side in (ours, theirs)
                 )

@@ -1,9 +1,9 @@
-"""From runs to numbers: means, and paired differences with Student's t intervals.
+"""The study's statistics: means, and paired differences with Student's t intervals.
 
 With several seeds: seed s gives x_s for one arm and y_s for another, trained on the same rows in the same order; the
-95 % interval of the mean of d_s = x_s - y_s is mean(d) +- t(0.975, S - 1) sd(d) / sqrt(S). It speaks of other seeds on
-these held-out rows. The base has no seed: its one value stands for y_s. With one seed the pairs are the held-out rows,
-prompts or chunks instead: the interval then speaks of other such rows after this very training, and of no other seed.
+95 % interval of the mean of d_s = x_s - y_s is mean(d) +- t(0.975, S - 1) sd(d) / sqrt(S). It holds for other seeds on
+these held-out rows. The base has no seed: its one value is every y_s. With one seed the pairs are the held-out rows,
+prompts or chunks: the interval then holds for other such rows after this training, and not for other seeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from so8t_core.errors import InputError
 
 @dataclass(frozen=True)
 class Metric:
-    """One column: its key in a run's record, what a reader sees, and its unit's factor."""
+    """One column: its key in a run's record, its heading, and the factor of its unit."""
 
     key: str
     title: str
@@ -50,7 +50,7 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether zero lies outside the interval."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
@@ -65,7 +65,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def paired_shares(a: Sequence[float], b: Sequence[float], one: float) -> Difference:
-    """a - b for units that are 0 or `one`, with an interval that 32 of 32 does not close to a point.
+    """a - b for units that are 0 or `one`; even for 32 of 32, the interval is not a point.
 
     Half a pair is added to each of the four outcomes, then the normal interval. Source: Agresti and Min, Simple
     improved confidence intervals for comparing matched proportions, Statistics in Medicine 24 (2005).
@@ -80,16 +80,16 @@ def paired_shares(a: Sequence[float], b: Sequence[float], one: float) -> Differe
 
 
 def values(runs: Sequence[dict[str, Any]], arm: str, metric: Metric, seeds: Sequence[int]) -> list[float]:
-    """A metric of one arm, seed by seed; the base's one value for every seed.
+    """A metric of one arm for each seed; for the base, its one value for every seed.
 
     Raises:
-        InputError: a run that is not there.
+        InputError: a run is missing.
     """
     return [statistics.fmean(units(runs, arm, metric, seed)) for seed in seeds]
 
 
 def units(runs: Sequence[dict[str, Any]], arm: str, metric: Metric, seed: int) -> list[float]:
-    """A metric of one run, unit by unit (held-out row, prompt or chunk)."""
+    """A metric of one run for each unit (held-out row, prompt or chunk)."""
     wanted = None if arm == BASE else seed
     for run in runs:
         if run["arm"] == arm and run["seed"] == wanted:
@@ -108,7 +108,7 @@ def difference(
 
 
 def check_batches(runs: Sequence[dict[str, Any]]) -> None:
-    """Raises InputError unless all arms of a seed were trained on the same batches: only then are they pairs."""
+    """Raises InputError unless all arms of a seed were trained on the same batches; otherwise they are no pairs."""
     for seed in {run["seed"] for run in runs if run["arm"] != BASE}:
         seen = {run["batches"]: run["arm"] for run in runs if run["seed"] == seed}
         if len(seen) > 1:

@@ -1,1 +1,1 @@
-"""`so8t choose`: which file type to ship, by measuring a ladder of them on several domains and proving the choice."""
+"""`so8t choose`: find the file type to ship. It measures several types on several domains and proves its choice."""

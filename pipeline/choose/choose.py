@@ -1,12 +1,12 @@
-"""The choice: the smallest file of the ladder that keeps the limits on the ranking text, proven on text of its own.
+"""Choose the smallest file that keeps the limits on the ranking text, and prove the choice on other text.
 
-    1. every type is made from one F16 file and ranked by size and weight error (`ladder`)
-    2. what is not dominated is measured on the ranking half of every domain, one pass of the checkpoint for all
-    3. the smallest file whose upper end of the macro mean KLD is within the limit is chosen; with a size alone, the one
-       of the least KLD
-    4. `verify` proves that very file on the proving half, which ranked nothing; where it fails, the next one is tried
+    1. a file of every type is made from one F16 file; files are ranked by size and weight error (`ladder`)
+    2. the files that are not dominated are measured on the ranking half of every domain; the checkpoint runs once
+    3. the smallest file whose upper end of the macro mean KLD is within the limit is chosen; where only a size is
+       given, the file with the smallest KLD
+    4. `verify` proves the chosen file on the proving half, which ranked nothing; if it fails, the next file is tried
 
-Everything made and measured lies in the output folder under digests, so a run that was stopped goes on.
+The output folder keeps all files and measurements under digests, so that a run that was stopped can go on.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pipeline.choose.ladder import TYPES, Rung, check_types, rung, undominated
 from pipeline.choose.measure import Measured, measure
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path, write_text
-from so8t_core.threads import torch_threads
 from verification import verify
 from verification.engines.huggingface import load_hf
 from verification.engines.llama_model import LlamaModel
 from verification.engines.reconversion import Oracle
+from verification.engines.threads import torch_threads
 from verification.gate.policy import Policy, load_policy, make_policy
 from verification.gate.report import Report
 from verification.gguf.reader import read_gguf
@@ -38,21 +38,21 @@ from verification.logit_parity.text import Corpus, read_corpus
 from verification.reference.checkpoint import Checkpoint
 from verification.reference.tokenizer import load_tokenizer
 
-TRIES = 3  # files that are proven before the answer is that none passes
+TRIES = 3  # files that `verify` tries before the answer is that no file passes
 Tell = Callable[[str, int, int], None]
 Kept = TypeVar("Kept", Rung, Measured)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file must keep."""
+    """The limits that a file must keep."""
 
     max_size: int | None = None  # bytes
     max_kld: float | None = None  # nats, macro mean
     policy: str | Path | None = None
 
     def kld_of(self, kind: str, policy: Policy) -> float | None:
-        """The limit of a type's mean KLD; None where only the size is limited, or the policy knows no such type."""
+        """The limit of a type's mean KLD; None where only the size is limited or the policy has no bound for it."""
         if self.max_kld is not None:
             return self.max_kld
         known = policy.quality.get(kind)
@@ -61,11 +61,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured, and the file that was proven."""
+    """All measurements, and the file that was proven."""
 
     ladder: list[Rung]
     measured: list[Measured]  # from small to large
-    chosen: str | None  # its type
+    chosen: str | None  # type of the proven file
     path: Path | None
     report: Report | None  # of the last file that `verify` tried
     tried: list[str]
@@ -88,8 +88,8 @@ def choose(
 
     Args:
         out: folder for files, measurements and the report of the proof.
-        chunks: chunks a domain that rank; twice as many prove.
-        corpora: the user's own domains in place of the built-in ones.
+        chunks: number of chunks in each domain for the ranking; the proof has twice as many.
+        corpora: the user's domains, which replace the built-in domains.
 
     Raises:
         InputError: no limit, an unknown type, a text that is too short, or a checkpoint that cannot be used.
@@ -150,7 +150,7 @@ def _make(
     measured: Path,
     tell: Tell,
 ) -> list[Rung]:
-    """Every type's file with its weight error; an error that was reckoned before is kept beside the measurements."""
+    """Make each type's file and its weight error; an earlier error is read from the folder of the measurements."""
     origin, found = read_gguf(source), list[Rung]()
     for number, kind in enumerate(kinds):
         tell("quantising", number, len(kinds))
@@ -168,7 +168,7 @@ def _make(
 def _texts(
     domains: Sequence[Domain], folder: Path, tokenizer: Any, *, chunks: int, n_ctx: int, bos: int | None
 ) -> tuple[dict[str, Corpus], list[Path]]:
-    """The ranking chunks of every domain, and the files of the proving halves, which are long enough."""
+    """The ranking chunks of every domain, and the files of the proving halves; each text must be long enough."""
     ranking, proof = {}, []
     for number, domain in enumerate(domains):
         paths = [folder / f"{number}-{use}{domain.suffix}" for use in ("rank", "prove")]
@@ -189,7 +189,7 @@ def _measure(
     threads: int | None,
     tell: Tell,
 ) -> list[Measured]:
-    """Measure what is not kept yet; the checkpoint runs once, and only where something is missing."""
+    """Measure the files without a stored result; the checkpoint runs once, and only if a result is missing."""
     places = {r.kind: out / "measured" / f"{key}-{r.path.stem}.json" for r in rungs}
     kept = {r.kind: _kept(places[r.kind], Measured, r.bytes) for r in rungs}
     missing = [r for r in rungs if kept[r.kind] is None]
@@ -214,7 +214,7 @@ def _measure(
 
 
 def _kept(path: Path, kind: type[Kept], size: int) -> Kept | None:
-    """An earlier result for a file of this very size; one that cannot be read is made again."""
+    """A stored result for a file of exactly this size; None where it is absent or cannot be read."""
     try:
         found = kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError):
@@ -223,7 +223,7 @@ def _kept(path: Path, kind: type[Kept], size: int) -> Kept | None:
 
 
 def _candidates(measured: Sequence[Measured], limits: Limits, policy: Policy) -> list[Measured]:
-    """What keeps the limits, the best first: the smallest, or with a size alone the one of the least KLD."""
+    """The files that keep the limits, best first: by size, or by KLD where only a size is limited."""
     finite = [one for one in measured if one.macro.tokens and not one.macro.non_finite]
     bounds = {one.kind: limits.kld_of(one.kind, policy) for one in finite}
     if limits.max_kld is None and limits.max_size is not None and limits.policy is None:
@@ -234,9 +234,9 @@ def _candidates(measured: Sequence[Measured], limits: Limits, policy: Policy) ->
 
 
 def _policy(kind: str, limits: Limits, policy: Policy) -> Policy:
-    """The policy of the proof: the given one, with the asked limit as the bound of the type's KLD.
+    """The policy of the proof: the given policy, or with `max_kld` the same with that limit as the type's bound.
 
-    A type that the policy does not know, or a limit looser than its bound, asks nothing of the top-1 share.
+    With `max_kld`, or a type that the policy does not know, there is no bound on the top-1 share.
     """
     if limits.max_kld is None and kind in policy.quality:
         return policy

@@ -1,7 +1,7 @@
-"""The texts that a choice is made on: English, Japanese, code, chat and mathematics of our own, or given files.
+"""The texts for a choice: built-in English, Japanese, code, chat and mathematics, or the user's files.
 
-Each domain is cut in two by whole paragraphs: one half ranks files, the other one proves the chosen one. Prose is of
-the built-in text, code is the source of `so8t_core`, chats and mathematics are generated.
+Each domain is cut in two by whole paragraphs: one half ranks the files, the other half proves the chosen file. Prose
+comes from the built-in text, code is the source of `so8t_core`, chats and mathematics are generated.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from so8t_core.errors import InputError
 from verification.logit_parity.text import DEFAULT_CORPUS
 
 _JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
-_PROSE = 60  # characters of a line that is a paragraph of prose
-_ROWS = 160  # generated problems of a domain
+_PROSE = 60  # characters; a shorter line is no paragraph of prose
+_ROWS = 160  # generated problems in a domain
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Domain:
 
 
 def built_in(*, chat: bool) -> list[Domain]:
-    """The five domains; `chat` says whether the model has a template, without which there are four."""
+    """The five domains; without `chat` (a model without a chat template) there are four."""
     lines = DEFAULT_CORPUS.read_text(encoding="utf-8").splitlines()
     prose = [line for line in lines if len(line) >= _PROSE or (_JAPANESE.search(line) and len(line) >= 30)]
     japanese = [line for line in prose if _JAPANESE.search(line)] + [_plain(row) for row in _problems("ja", 1)]
@@ -76,7 +76,7 @@ def given(files: Mapping[str, Path]) -> list[Domain]:
             raise InputError(f"corpus {path} cannot be read as UTF-8 text: {error}") from None
         is_chat = path.suffix.lower() in (".jsonl", ".ndjson")
         parts = text.split("\n" if is_chat else "\n\n")
-        parts = list(dict.fromkeys(part for part in parts if part.strip()))  # none may rank and prove
+        parts = list(dict.fromkeys(part for part in parts if part.strip()))  # no part may rank and prove
         if len(parts) < 2:
             raise InputError(
                 f"corpus {path} has {len(parts)} paragraphs; at least 2, one to rank by and one to prove by"

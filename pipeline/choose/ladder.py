@@ -1,9 +1,9 @@
-"""The file types that compete, and a cheap order among them before any logit is computed.
+"""The file types to compare, ranked by size and weight error before any logit is computed.
 
 The weight error of a file is sqrt(sum ||W' - W||^2 / sum ||W||^2) over its tensors, against the F16 file it was made
-from. A type that is no smaller than another one and has a clearly larger weight error is dominated and left out. KLD
+from. A type is dominated and left out when another type is no larger and has a clearly smaller weight error. KLD
 follows the squared weight error only roughly: on SmolLM2 their ratio differed by up to 1.77 between types of similar
-size, so a weight error decides from sqrt(1.77) = 1.33 times another one on.
+size. So an error is clearly larger from sqrt(1.77) = 1.33 times the other error on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from verification.gguf.reader import GGUFFile, read_gguf
 TYPES = (
     *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0"),
     *("IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
-)  # those that llama.cpp makes without an importance matrix
+)  # llama.cpp makes these types without an importance matrix
 
 CLEARLY = 1.33  # times the weight error of a smaller file: measured, see above
 
@@ -42,7 +42,7 @@ def check_types(types: Sequence[str]) -> list[str]:
     """The names of known types in capitals, each once.
 
     Raises:
-        InputError: an unknown one, or none.
+        InputError: an unknown type, or no type.
     """
     found = list(dict.fromkeys(kind.strip().upper() for kind in types if kind.strip()))
     for kind in found:
@@ -73,7 +73,7 @@ def rung(kind: str, path: Path, source: GGUFFile) -> Rung:
 
 
 def undominated(rungs: Sequence[Rung], *, max_size: int | None = None) -> list[Rung]:
-    """The rungs worth measuring, from small to large: within the size, and not clearly worse than any smaller one.
+    """The rungs to measure, from small to large: at most `max_size`, and not clearly worse than a smaller rung.
 
     Raises:
         InputError: every file is larger than `max_size`.

@@ -1,7 +1,7 @@
 """One file's KLD on every domain, and the macro mean over domains with its interval.
 
-Every domain has as many chunks of as many positions as every other, so the macro mean of the domains' means is the mean
-over all positions, and its interval is one bootstrap over all chunks.
+All domains have the same number of chunks and positions, so the macro mean of the domains' means is the mean over all
+positions, and one bootstrap over all chunks gives its interval.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verification.logit_parity.text import Corpus
 
 
 class Measured(BaseModel):
-    """One file on the ranking text."""
+    """The measurement of one file on the ranking text."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,8 +1,7 @@
-"""What a choice says: a table, `choose.json`, `choose.md`, and size against KLD with the frontier as an SVG."""
+"""The report of a choice: a table, `choose.json`, `choose.md`, and an SVG of size against KLD with the frontier."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ from pipeline.choose.choose import Choice
 from so8t_core.files import write_text
 from verification.show.svg import log_y, svg_figure
 from verification.show.words import number, size
+from verification.show.write import strict_json
 
 
 def frontier(choice: Choice) -> set[str]:
-    """The types than which none measured is both smaller and nearer to the checkpoint."""
+    """The types on the frontier: no other measured type is both smaller and nearer to the checkpoint."""
     found, best = set(), float("inf")
     for one in sorted(choice.measured, key=lambda one: (one.bytes, one.macro.mean_kld)):
         if one.macro.mean_kld < best:
@@ -23,7 +23,7 @@ def frontier(choice: Choice) -> set[str]:
 
 
 def table(choice: Choice) -> list[list[str]]:
-    """A header row, then a row a type from small to large."""
+    """A header row, then one row for each type, from small to large."""
     names = list(choice.measured[0].domains) if choice.measured else []
     rows = [["type", "size", "weight error", "macro mean KLD (95 %)", *names, ""]]
     measured, edge = {one.kind: one for one in choice.measured}, frontier(choice)
@@ -52,7 +52,7 @@ def answer(choice: Choice) -> str:
 
 
 def figure(choice: Choice) -> str | None:
-    """Size against macro mean KLD, the frontier as a line, the chosen file filled."""
+    """An SVG of size against macro mean KLD: the frontier is a line, the chosen file's mark is filled."""
     points = [one for one in choice.measured if one.macro.mean_kld > 0]
     edge = [one for one in sorted(points, key=lambda one: one.bytes) if one.kind in frontier(choice)]
 
@@ -92,7 +92,7 @@ def write_choice(choice: Choice, out: Path) -> None:
         "ladder": [{"type": r.kind, "bytes": r.bytes, "weight_error": r.weight_error} for r in choice.ladder],
         "measured": [one.model_dump(mode="json") for one in choice.measured],
     }
-    write_text(out / "choose.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    write_text(out / "choose.json", strict_json(record))
     header, *rows = table(choice)
     lines = [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
     write_text(out / "choose.md", "\n".join([*lines, "", answer(choice), ""]))

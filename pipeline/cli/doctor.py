@@ -1,6 +1,6 @@
-"""`so8t doctor`: what is installed, what is missing for which verb, and the command that mends it.
+"""`so8t doctor`: list the installed parts, the missing parts with the verbs that need them, and commands to get them.
 
-Nothing heavy is imported: presence and versions come from package metadata.
+It imports nothing heavy: presence and versions come from package metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RUN = "train, bake, convert, verify"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked for, what was found, which verbs need it, and how to mend it (empty: nothing to do)."""
+    """One line: a part, its state, the verbs that need it, and the way to mend it (empty: nothing to do)."""
 
     name: str
     found: str

@@ -1,6 +1,6 @@
-"""Exit codes of every command: 0, 1 and 2 are those of the contract, the others are the shell's for a signal.
+"""Exit codes of every command: 0, 1 and 2 belong to the contract, the others are the shell's codes for a signal.
 
-A verdict has one way to a code, `of_verdict`, so that nothing but a pass ends with 0.
+Only `of_verdict` turns a verdict into a code, so that no verdict but a pass ends with 0.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ READER_GONE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 141
 
 
 def of_verdict(verdict: str) -> int:
-    """The code that a verdict of `verify`, `lint`, `gate` or the self-test ends with."""
+    """The exit code for a verdict of `verify`, `lint`, `gate` or the self-test."""
     return PASSED if verdict == "pass" else NOT_RELEASED
 
 
 def of_signal(number: int) -> int:
-    """The code of a process that ends at a signal's request, as shells count it."""
+    """The exit code of a process that ends because of a signal, as shells count it."""
     return 128 + number

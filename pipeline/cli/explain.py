@@ -1,4 +1,4 @@
-"""`so8t lint --explain`: what notes and findings mean, in words for the person who runs the file."""
+"""`so8t lint --explain`: explain notes and findings to the person who runs the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def explained(report: LintReport) -> RenderableType:
-    """One paragraph for each check that found or noted something, or that could not be made."""
+    """One paragraph for each check that has a finding or a note, or that could not be made."""
     lines: list[RenderableType] = []
     for check in report.checks:
         if check.status == "pass":

@@ -1,4 +1,4 @@
-"""The verb `so8t layers`: where a rotation would learn most.
+"""The verb `so8t layers`: rank the layers in which a rotation would learn most.
 
 Heavy imports happen inside the verb, so that help and a mistyped path answer at once.
 """

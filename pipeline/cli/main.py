@@ -98,7 +98,7 @@ def main() -> None:
             code = _command(requests)
             requests.raises = False
         except (typer.Abort, KeyboardInterrupt, _Interrupted) as error:
-            requests.raises = False  # the line below is written whole
+            requests.raises = False  # so that the line below is written whole
             kept = str(error) if isinstance(error, _Interrupted) else "finished steps are kept"
             number = requests.asked[0] if requests.asked else signal.SIGINT
             how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
@@ -110,17 +110,17 @@ def main() -> None:
 
 
 def _command(requests: StopRequests) -> int | str | None:
-    """Carry out the command line; errors are shown here. Returns the exit code.
+    """Run the command line and show its errors; returns the exit code.
 
     Raises:
-        KeyboardInterrupt, _Interrupted: it was asked to end, whatever became of the exception that said so.
+        KeyboardInterrupt, _Interrupted: a request to end came, even if its exception was lost.
     """
     _calm()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        code: int | str | None = app(standalone_mode=False)  # without it `typer.Exit(1)` comes back as a return value
-        if code == exit_codes.of_signal(signal.SIGINT):  # and so does ctrl-C inside a verb
+        code: int | str | None = app(standalone_mode=False)  # then `typer.Exit(1)` comes back as a return value
+        if code == exit_codes.of_signal(signal.SIGINT):  # ctrl-C inside a verb comes back as one too
             raise Stopped
     except (typer.Abort, _Interrupted):
         raise
@@ -129,7 +129,7 @@ def _command(requests: StopRequests) -> int | str | None:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also a panic of Rust code, which is no Exception
-        if not requests.asked:  # otherwise the error came of the signal, which child processes get too
+        if not requests.asked:  # otherwise the signal, which child processes get too, caused the error
             return _last_words(error)
     if requests.asked:
         raise Stopped
@@ -137,7 +137,7 @@ def _command(requests: StopRequests) -> int | str | None:
 
 
 def _last_words(error: BaseException) -> int:
-    """`_explained`, and where that fails too, the bare error: no file can be opened any more, no memory is left."""
+    """`_explained`; where that fails too (no more open files, no memory), show the bare error."""
     try:
         return _explained(error)
     except Exception:
@@ -165,26 +165,26 @@ def _explained(error: BaseException) -> int:
             return _failed(str(problem))
         what = f"{error.format_message()}{_given(error)}"
         return _failed(f"{what} (so8t --help shows the verbs, so8t VERB --help its options)")
-    traceback.print_exception(error)  # a fault of so8t: shown whole, as "could not run", never as "not to be released"
+    traceback.print_exception(error)  # a fault of so8t: shown whole, and the code means "could not run"
     return exit_codes.BAD_INPUT
 
 
 def _given(error: BaseException) -> str:
-    """The value of the option that an error of the command line is about."""
+    """The value of the option that the command line's error is about."""
     names = getattr(getattr(error, "param", None), "opts", ())
     found = [value for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name in names]
     return f", given was {found[-1][:80]!r}" if found else ""
 
 
 class _Interrupted(Exception):
-    """Ctrl-C inside a verb that can say which part of its work is kept."""
+    """Ctrl-C inside a verb; the message says which part of the work is kept."""
 
 
 def _failed(message: str) -> int:
     """Show an error in a line or two; returns the exit code."""
     try:
         number = distributed.rank()
-    except InputError:  # the launch's variables are what is wrong, and the message says so
+    except InputError:  # the launch's variables are wrong, and the message says so
         number = 0
     who = f"so8t (process {number})" if number else "so8t"  # in a launch of several processes each reports its errors
     from verification.show.words import visible
@@ -195,14 +195,18 @@ def _failed(message: str) -> int:
 
 def _calm() -> None:
     """Keep the messages of other libraries off the screen; their errors are still raised."""
-    for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows escapes, it ends no run
+    for stream in (sys.stdout, sys.stderr):  # a console with another encoding shows escapes and ends no run
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # loaders draw bars of their own; `Reporter` shows the progress here
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # says at import which optional kernels it lacks
-    # peft 0.21.2 reads a name that transformers 5.23 deprecates; TrainingArguments likewise renames its own options.
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of the loaders: `Reporter` shows the progress
+    # Threads of torch and llama.cpp sleep while they wait for one another. GNU's default is to spin: no faster on idle
+    # cores (1.4 s each, two threads, 420 products of 300 x 576 x 1536), and three to four times as slow where other
+    # programs use the cores too (19 to 25 s against 6 to 7), as on most CI machines.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it lists its missing optional kernels at import
+    # peft 0.21.2 reads a name that transformers 5.23 deprecates; TrainingArguments renames some options.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is deprecated and will be removed in v6.*")
 
 
@@ -214,7 +218,7 @@ def _quiet_transformers() -> None:
 
 
 def _leave_torch_out() -> None:
-    """Let transformers find no torch in this process: its tokenizers need none, and the import takes seconds."""
+    """Let transformers find no torch in this process: its tokenizers do not need torch, whose import takes seconds."""
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module is not there
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # "PyTorch was not found"
@@ -265,16 +269,16 @@ def _plan(
 
 
 def _announce(report: Report, folder: Path, *, policy: str, speaks: bool = True) -> None:
-    """Verdict table, the policy that decided, the report's path, and the exit code that follows.
+    """Print the verdict table, the policy that decided and the report's path; exit by the verdict.
 
     Args:
-        policy: where the policy came from, in words.
-        speaks: print; in a launch of several processes the first one does, and all exit by the verdict.
+        policy: the policy's origin, in words.
+        speaks: print; in a launch of several processes only the first process prints, and all exit by the verdict.
 
     Raises:
-        InputError: there is no standard output, so that a pass would be nowhere to be read.
-        OSError: it takes no more.
-        typer.Exit: always; 141 where its reader went away.
+        InputError: there is no standard output, so that nobody could read a pass.
+        OSError: standard output takes no more.
+        typer.Exit: always; 141 where the reader of standard output went away.
     """
     if speaks:
         from verification.show.github import append_step_summary
@@ -289,7 +293,7 @@ def _announce(report: Report, folder: Path, *, policy: str, speaks: bool = True)
 
 
 def _policy_line(report: Report, source: str) -> str:
-    """The policy that decided, by its digest, and the bounds in which it is weaker than the default."""
+    """A line on the policy that decided: its digest, and each bound that is weaker than the default's."""
     from verification.gate.policy import load_policy, make_policy, weaker
     from verification.gate.statement import policy_digest
     from verification.show.words import visible
@@ -633,7 +637,8 @@ def verify(
 
 
 def _self_test(reference: Path | None, out: Path | None, *, quick: bool, quiet: bool) -> None:
-    """The fault catalogue; 1 when the gate missed a fault at its real-world strength or raised a false alarm."""
+    """Run the fault catalogue; exit code 1 when the gate missed a fault at its real-world strength or raised a false
+    alarm."""
     _must_exist(reference)
     _quiet_transformers()
     from pipeline.base_model import self_test_model
@@ -742,10 +747,10 @@ def gate(
 
 
 def _stored(path: Path, *, statement: bool) -> Report:
-    """A report to decide again, of the files that were measured as far as they are here.
+    """A stored report to decide again; those of its measured files that are on this machine must be unchanged.
 
     Raises:
-        InputError: it cannot be read, names no candidate, is not what was stated, or a file of it changed.
+        InputError: the report cannot be read, names no candidate or differs from its statement, or a file changed.
     """
     from verification.commands.provenance import changed_artefacts
     from verification.gate.statement import check_statement
@@ -767,7 +772,7 @@ def _stored(path: Path, *, statement: bool) -> Report:
 
 
 def _few(paths: list[str]) -> str:
-    """The first paths of a list, each in one line and of a length that can be read."""
+    """The first paths of a list for a message, each shortened and in one line."""
     more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
     return ", ".join(" ".join(path.split())[:200] for path in paths[:8]) + more
 
@@ -828,7 +833,7 @@ def report(
     from verification.show.write import write_report
 
     folder = run_dir / "report" if (run_dir / "report").is_dir() else run_dir
-    # an edited report must not get a statement, which writing makes; and its values count, not what it says of itself
+    # Writing makes a statement, which an edited report must not get; its values decide, not its stored verdict.
     stored = decide(_stored(folder / "report.json", statement=statement))
     write_report(stored, folder)
     _announce(stored, folder, policy="the report's own")

@@ -1,8 +1,8 @@
-"""What a command says: its result on standard output has to arrive, its errors and progress on standard error need not.
+"""Write a command's output: a result must reach standard output; lines for standard error may be lost.
 
-An exit code of 0 stands for a result that somebody can read. So a result that standard output does not take ends the
-command (closed or full: 2, reader gone: 141), while a line that standard error does not take is lost and changes
-nothing: no verification is thrown away and no exit code changes for it.
+An exit code of 0 means that somebody can read the result. So the command ends when standard output does not take the
+result (closed or full: 2, reader gone: 141). A line that standard error does not take is lost and changes nothing: no
+verification is thrown away and no exit code changes.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ _NARROW, _WIDE = 20, 1000  # columns
 def occupy_standard_streams() -> None:
     """Put the null device where the caller closed a standard stream.
 
-    Otherwise the next file that is opened, a report perhaps, would get its number, and what a C library prints.
+    Otherwise the next file that is opened, perhaps a report, would get the stream's number and the output of C
+    libraries.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the smallest free number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the smallest free number, this stream's
 
 
 def say(text: str) -> None:
-    """Write a result to standard output and make sure that it went there.
+    """Write a result to standard output and make sure that it arrived.
 
     Raises:
         InputError: there is no standard output.
-        OSError: it takes no more.
-        typer.Exit: its reader went away; 141.
+        OSError: standard output takes no more.
+        typer.Exit: the reader of standard output went away; 141.
     """
     if sys.stdout is None:
         raise InputError("standard output is closed, so the result cannot be shown; open it, e.g. with `> result.txt`")
@@ -50,13 +51,13 @@ def say(text: str) -> None:
     except OSError as error:
         _to_nowhere(sys.stdout)
         if isinstance(error, BrokenPipeError):
-            raise typer.Exit(exit_codes.READER_GONE) from None  # typer makes a 1 of it
+            raise typer.Exit(exit_codes.READER_GONE) from None  # typer would exit with 1
         raise
 
 
 @contextlib.contextmanager
 def page() -> Iterator[Console]:
-    """A console whose text is said as one piece when the block has ended; raises what `say` does."""
+    """A console whose text is written as one piece when the block has ended; raises the errors of `say`."""
     console = Console(highlight=False)
     console.width = min(max(console.width, _NARROW), _WIDE)  # COLUMNS=0 would show nothing at all
     with console.capture() as shown:
@@ -65,13 +66,13 @@ def page() -> Iterator[Console]:
 
 
 class _Spare:
-    """A stream whose place may be full or gone: what it cannot take is lost."""
+    """A stream that may be full or closed: text that it cannot take is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write as far as the stream takes it; the number of characters given."""
+        """Write as much as the stream takes; returns the number of characters given."""
         try:
             self._stream.write(text)
         except OSError:
@@ -91,7 +92,7 @@ class _Spare:
 
 @contextlib.contextmanager
 def spare_standard_error() -> Iterator[None]:
-    """Standard error that raises nothing, for every library that writes to it."""
+    """Let standard error raise nothing, for any library that writes to it."""
     before = sys.stderr
     if before is not None:
         sys.stderr = cast(TextIO, _Spare(before))
@@ -102,6 +103,6 @@ def spare_standard_error() -> Iterator[None]:
 
 
 def _to_nowhere(stream: TextIO) -> None:
-    """Let the null device take what a stream still holds, or the interpreter would try again at its end."""
+    """Send the rest of a stream's buffer to the null device; otherwise the interpreter would try it again at exit."""
     with contextlib.suppress(OSError, ValueError):  # no file behind it
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

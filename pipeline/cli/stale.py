@@ -1,6 +1,6 @@
-"""Results of an earlier run in the folder behind --out: taken away before this one can stop, so that none is mistaken.
+"""Remove an earlier run's results from the folder of --out before this run can stop.
 
-What lies in the folder afterwards is of this run, or is not there.
+So every result in the folder belongs to this run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESULTS = {  # verb: files that it writes into its --out
 
 
 def take_away(verb: str, out: Path | None) -> None:
-    """Remove a verb's earlier results; the first process of a launch does it.
+    """Remove a verb's earlier results; in a launch, only the first process does it.
 
     Raises:
         InputError: the launch's variables contradict one another, or the folder cannot be written.
@@ -38,9 +38,9 @@ def take_away(verb: str, out: Path | None) -> None:
 
 
 def take_away_named(arguments: Sequence[str]) -> None:
-    """The same for a command line that was refused before its verb could begin.
+    """Do the same for a command line that was refused before its verb could begin.
 
-    Only files are removed: a folder that does not exist is not made.
+    It removes files only and makes no folder.
     """
     verb, given = next(iter(arguments), ""), list(arguments)
     behind = [value for name, value in pairwise(given) if name == "--out"]

@@ -1,8 +1,8 @@
 """Requests to end (ctrl-C, SIGTERM, SIGHUP) of one command: work stops, and the exit code is 128 + the signal's number.
 
 While `raises` is True, a handler raises `Stopped` at every request; otherwise requests are only counted. A signal
-that the caller ignores (`nohup`) stays ignored. Handlers can be set in the main thread only; elsewhere nothing is done.
-Python forgets an exception that is raised in a destructor or in a function that C code calls: the request is then made
+that the caller ignores (`nohup`) stays ignored. Handlers can be set in the main thread only; other threads set none.
+Python drops an exception that is raised in a destructor or in a function that C code calls: the handler then raises
 again a moment later.
 """
 
@@ -18,14 +18,14 @@ from typing import Any
 
 from verification.commands.interruption import stop_signals
 
-_AGAIN = 0.1  # seconds until a request whose exception was forgotten is made again
+_AGAIN = 0.1  # seconds until a dropped exception is raised again
 
 
 class Stopped(KeyboardInterrupt):
     """A request to end.
 
-    A class of its own, because CPython marks the process as one that ends by SIGINT when a plain KeyboardInterrupt
-    leaves `exec(text)`, where dataclasses compile their methods: `python -m` then ignores every exit code.
+    It is a separate class because of `exec(text)`, where dataclasses compile their methods: when a plain
+    KeyboardInterrupt leaves it, CPython ends the process as if by SIGINT, and `python -m` ignores every exit code.
     """
 
 
@@ -33,7 +33,7 @@ class StopRequests:
     """Context manager that receives the requests to end."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []  # signals so far; the exception of one may have been forgotten
+        self.asked: list[int] = []  # signals so far; Python may have dropped an exception
         self.raises = False
         self._before: dict[int, Any] = {}
         self._hook: Callable[[sys.UnraisableHookArgs], object] | None = None
@@ -56,13 +56,13 @@ class StopRequests:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Raise `Stopped` from now on, and at once where a request has come already."""
+        """Raise `Stopped` from now on, and at once if a request has come already."""
         self.raises = True
         if self.asked:
             raise Stopped
 
     def ignore(self) -> None:
-        """Ignore further requests until the process has ended: its exit code is decided, and it is cleaning up."""
+        """Ignore further requests until the process ends: its exit code is decided and it cleans up."""
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
         self._before.clear()

@@ -1,11 +1,11 @@
-"""The data step: files (`source_rows`) and the built-in generator to a checked dataset of thinking and answers.
+"""The data step: turn files (`source_rows`) and generated rows into a checked dataset of thinking and answers.
 
-Two streaming passes: every row is converted, checked by the policy (source, licence, label, personal data), checked
-against the model's own chat template and spooled; then the held-out prompts are known and the spool is dealt into
-train.jsonl and heldout.jsonl. In memory stay 16-byte digests (32 MB a million rows, see `digests`) and counts.
-Held out are: heldout_sources, the generator's held-out families, or the `heldout_share` of prompts of `sources` with
-the smallest sha256(seed, prompt), which depends on content and not on order. No held-out prompt is trained on.
-The same input gives the same bytes.
+It makes two streaming passes. The first converts every row, checks it against the policy (source, licence, label,
+personal data) and the model's own chat template, and spools it. The second knows all held-out prompts and deals the
+spool into train.jsonl and heldout.jsonl. Memory holds counts and 16-byte digests (32 MB for a million rows, see
+`digest_set`). Held-out rows come from heldout_sources, the generator's held-out families, or the `heldout_share` of
+prompts of `sources` with the smallest sha256(seed, prompt), which depends on content and not on order. No held-out
+prompt is trained on. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def build_dataset(
         progress: called with the number of rows handled since the last call.
     Raises:
         InputError: a missing file, a broken line (by file and line), a manifest or label file that cannot be used,
-            nothing left (with counts by reason), more generated rows than exist, a tokenizer without chat template.
+            no row left (with counts by reason), more generated rows than exist, a tokenizer without chat template.
     """
     load_formats(config.formats)
     sources, heldout_sources = data_sources(config)
@@ -76,7 +76,7 @@ def build_dataset(
     checker.labels.require_match()
     checker.forget_seen()
     report = _deal(spool, out_dir, checker, config, seed)
-    spool.unlink()  # after a failure the caller drops the whole directory
+    spool.unlink()  # after an error the caller removes the whole directory
     _require_rows(report, config)
     text = json.dumps(report.to_json(), ensure_ascii=False, indent=2) + "\n"
     (out_dir / "report.json").write_text(text, encoding="utf-8")
@@ -85,7 +85,7 @@ def build_dataset(
 
 
 class _Checker:
-    """Turns rows into spool lines and counts what happens to each."""
+    """Turns rows into spool lines, and counts kept and rejected rows."""
 
     def __init__(self, tokenizer: Any, config: DataConfig, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -101,15 +101,15 @@ class _Checker:
         self._seen = DigestSet()
 
     def forget_seen(self) -> None:
-        """Free what only the first pass needs."""
+        """Free the data that only the first pass needs."""
         self._seen = DigestSet()
 
     def file_rows(self, source: Source, split: Split, progress: Progress | None) -> Iterator[str]:
-        """Spool lines of one source; an excluded one is read as well, so that its rows are counted."""
+        """Spool lines of one source; an excluded source is read too, so that its rows are counted."""
         name = self._source_name(source)
         count = self.counts[name]
         if not source.path.exists():
-            return  # never collected; `data_sources` let only such through
+            return  # never collected: no other missing file passes `data_sources`
         for number, item in read_rows(source.path):
             count.read += 1
             if progress:
@@ -138,7 +138,7 @@ class _Checker:
                 count.reject(error.reason, f"{name}:{number}", row_or_none, error.shown)
 
     def generated_rows(self, rows: list[GeneratedRow], split: Split, progress: Progress | None) -> Iterator[str]:
-        """Spool lines of generated rows; they pass the same checks as all other rows."""
+        """Spool lines of generated rows, checked like all other rows."""
         count = self.counts.setdefault(GENERATED, SourceCount(facts=GENERATOR_FACTS))
         for row in rows:
             count.read += 1
@@ -176,11 +176,11 @@ class _Checker:
         yield f"{json.dumps([*head, *unsafe])}\t{json.dumps(record, ensure_ascii=False)}\n"
 
     def _rank(self, row: ThinkRow) -> str:
-        """Place of the row's prompt in the seed's order of all prompts: 16 bytes, the same for the same prompt."""
+        """Rank of the row's prompt in the seed's order of all prompts: 16 bytes, equal for equal prompts."""
         return hashlib.sha256(f"{self._seed}/{_prompt_key(row)}".encode()).hexdigest()[:32]
 
     def _source_name(self, source: Source) -> str:
-        """The source's name, made unique when two directories hold the same one; never a machine's path."""
+        """The source's name, made unique where two directories hold files of one name; never a machine's path."""
         name, number = source.name, 2
         while name in self.counts or name == GENERATED:
             name, number = f"{source.name}#{number}", number + 1
@@ -189,7 +189,7 @@ class _Checker:
 
 
 def _prompt_key(row: ThinkRow) -> str:
-    """Digest of what is asked, the same for spellings that differ in width, case or spacing; the system is left out."""
+    """Digest of the question without the system text; equal for spellings that differ in width, case or spacing."""
     text = "\n".join(message["content"] for message in row.messages[:-1] if message["role"] != "system")
     return hashlib.sha256(" ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()).hexdigest()
 
@@ -207,7 +207,7 @@ def _read_spool(spool: Path) -> Iterator[tuple[Head, bytes, str]]:
 
 
 def _choose_heldout(spool: Path, share: float) -> tuple[DigestSet, DigestSet]:
-    """(prompts that arrived as held out, prompts chosen by rank: at least one of the shared ones, and never all)."""
+    """(prompts that came as held out, prompts chosen by rank: at least one of those that may be chosen, never all)."""
     import numpy as np
 
     arrived, shared, chosen = DigestSet(), DigestSet(), DigestSet()
@@ -223,7 +223,7 @@ def _choose_heldout(spool: Path, share: float) -> tuple[DigestSet, DigestSet]:
 
 
 def _deal(spool: Path, out_dir: Path, checker: _Checker, config: DataConfig, seed: int) -> DataReport:
-    """Second pass: spool to the two output files."""
+    """The second pass: deal the spool into the two output files."""
     arrived, chosen = _choose_heldout(spool, config.heldout_share)
     splits = {"train": SplitCount(), "heldout": SplitCount()}
     with (

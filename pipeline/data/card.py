@@ -1,4 +1,4 @@
-"""The data card: what a dataset consists of, written from report.json's content alone.
+"""The data card: a description of a dataset, written from the content of report.json alone.
 
 No dates and no machine paths: the same data gives the same card, byte for byte.
 """

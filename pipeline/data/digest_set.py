@@ -38,7 +38,7 @@ class DigestSet:
             return False
         self._slots[at], self._slots[at + 1] = high, low
         self._count += 1
-        if 3 * self._count > len(self._slots):  # two thirds of the pairs
+        if 3 * self._count > len(self._slots):  # more than two thirds of the pairs are taken
             self._grow()
         return True
 

@@ -1,8 +1,8 @@
 """The built-in Japanese and English reasoning set: correct by construction, seeded, held out by problem family.
 
-Every row is one (family, language, case, phrasing); the pools of all families of a split are shuffled by the seed and
-dealt out in turn, so any prefix of the result is balanced over families and languages. Training and held-out rows come
-from disjoint families. Rows are distinct by prompt.
+Every row is one (family, language, case, phrasing). The pools of all families of a split are shuffled by the seed and
+dealt out in turn, so that any prefix of the result is balanced over families and languages. Training and held-out rows
+come from disjoint families. No two rows have the same prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 class GeneratedRow(TypedDict):
-    """One generated problem; `answer` is canonical, an exact string comparison decides."""
+    """One generated problem; `answer` is canonical, so that an exact comparison of strings decides."""
 
     id: str
     family: str
@@ -72,7 +72,7 @@ def generate(
 
 
 def _deal(chosen: list[Family], languages: Sequence[str], rng: random.Random) -> Iterator[GeneratedRow]:
-    """One row of every (family, language) pool per round, in an order drawn anew each round, until all are empty."""
+    """In each round one row of every (family, language) pool, in a new random order, until all pools are empty."""
     pools = []
     for family in chosen:
         for language in languages:

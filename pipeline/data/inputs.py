@@ -1,4 +1,4 @@
-"""The inputs of the data step: its sources with their manifest entries, and all files that decide its result."""
+"""The inputs of the data step: sources with their manifest entries, and all files that decide the result."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipeline.data.source_rows import count_rows, read_rows
 
 
 def data_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
-    """(training, held-out) sources with what the manifest says of them; each file exists or has an objection.
+    """(training, held-out) sources with their facts from the manifest; only an excluded URL may lack its file.
 
     Raises:
-        InputError: see `resolve`; a file that is missing although nothing excludes it.
+        InputError: see `resolve`; a missing file.
     """
     manifest = Path(config.manifest) if config.manifest else None
     allow = config.unlisted_sources == "allow"
@@ -27,14 +27,14 @@ def data_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
             if source.objection is None and source.facts.get("purpose") == foreign == "evaluation":
                 source = replace(source, objection="purpose is evaluation")
             if source.facts.get("url") is None or source.objection is None:
-                next(read_rows(source.path), None)  # a missing file is found before any work is done
+                next(read_rows(source.path), None)  # finds a missing file before any work is done
             group.append(source)
         groups.append(group)
     return groups[0], groups[1]
 
 
 def data_inputs(config: DataConfig) -> dict[str, Path]:
-    """Every file that decides the result: sources, manifest, labels, formats, records; of a URL what was collected.
+    """Every file that decides the result: sources, manifest, labels, formats, records, and collected rows of URLs.
 
     Raises:
         InputError: see `resolve`.
@@ -53,7 +53,7 @@ def data_inputs(config: DataConfig) -> dict[str, Path]:
 
 
 def expected_rows(config: DataConfig) -> int:
-    """Rows that the progress bar counts towards: those of the sources, and the generator's."""
+    """The total of the progress bar: the rows of the sources and of the generator."""
     total = config.generator.rows + config.generator.heldout_rows if config.generator else 0
     for source in (source for group in data_sources(config) for source in group):
         if source.path.exists():

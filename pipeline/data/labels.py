@@ -1,8 +1,8 @@
-"""Labels of unsafe rows (NSFW, harmful) and the one use such rows have: to teach refusal.
+"""Labels of unsafe rows (NSFW, harmful); such rows have one use: to teach refusal.
 
 A label stands in the row (`safety_label`), in a label file, or in the manifest (purpose: refusal); the strictest
-counts. A row with an unsafe label must have a refusal as its answer, otherwise it is excluded, and so is a row whose
-label is on neither list. Lines of a label file name a row by its `id`, or by `source` (as in the report) and `line`:
+label counts. A row with an unsafe label is excluded unless its answer is a refusal. A row whose label is on neither
+list is excluded too. Lines of a label file name a row by its `id`, or by `source` (as in the report) and `line`:
 
     {"source": "rows.jsonl", "line": 12, "label": "harmful", "by": "reviewer 2"}
 No classifier runs here: a row that nobody labelled is taken as safe.
@@ -29,17 +29,17 @@ _KEYS = {"id", "source", "line", "label", "by"}
 
 @dataclass(frozen=True)
 class UnsafeLabel:
-    """The reason why a row counts as unsafe: the label, and which field holds it."""
+    """The reason why a row counts as unsafe: the label and the field that holds it."""
 
     kind: str
     source: str
 
 
 class SafetyLabels:
-    """All labels of one data step; of a label file only the labels are kept, under 16-byte keys.
+    """All labels of one data step; memory holds only the labels of a label file, under 16-byte keys.
 
     Raises:
-        InputError: a label file that is missing, or a line of it that is broken (by file and line).
+        InputError: a missing label file, or a broken line in it (by file and line).
     """
 
     def __init__(self, file: Path | None, unsafe: list[str], safe: list[str]) -> None:
@@ -68,7 +68,7 @@ class SafetyLabels:
                 raise InputError(f"{where}: label {label!r} is in neither data.unsafe_labels nor data.safe_labels")
             by = item.get("by")
             source = path.name if by is None else f"{path.name}: {by}"
-            if key not in self._by_key or label.casefold() in self._unsafe:  # the strictest of several counts
+            if key not in self._by_key or label.casefold() in self._unsafe:  # the strictest label counts
                 self._by_key[key] = (label.casefold(), source)
 
     def look_up(self, row: dict[str, Any], source: str, line: int, *, refusal_only: bool) -> UnsafeLabel | None:
@@ -103,7 +103,7 @@ class SafetyLabels:
             raise RowError(NOT_REFUSED, f"labelled {label.kind} by {label.source}")
 
     def require_match(self) -> None:
-        """Raise `InputError` if a label file's labels all miss: it is then the file of other rows."""
+        """Raise `InputError` if no label of the label file matches a row: the file then belongs to other rows."""
         if self._by_key and not self._used:
             raise InputError(
                 f"{self._file}: none of its {len(self._by_key)} labels names a row; check id, source, line"
@@ -111,7 +111,7 @@ class SafetyLabels:
 
     @property
     def unmatched(self) -> int:
-        """Labels of the file that no row has claimed."""
+        """The number of labels in the file that match no row."""
         return len(self._by_key) - len(self._used)
 
 

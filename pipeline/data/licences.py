@@ -1,8 +1,8 @@
 """The licences that allow training: SPDX identifiers against an allow-list and a forbidden list.
 
-A licence on neither list is unknown and excludes its rows like a forbidden one. `A OR B` needs one allowed part,
-`A AND B` all of them; OR beside AND needs parentheses. `A WITH B` is a licence of its own. `*` at the end of a list
-entry stands for any rest. Case does not matter in names (SPDX, annex D). license-expression reads the expressions.
+A licence on neither list is unknown, and its rows are excluded like those of a forbidden licence. `A OR B` needs one
+allowed part, `A AND B` needs all parts; OR beside AND needs parentheses. `A WITH B` is one licence. `*` at the end of a
+list entry stands for any rest. Case does not matter in names (SPDX, annex D). license-expression reads the expressions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.config import DataConfig
 
-OWN = "LicenseRef-Own"  # data of one's own, or made for one: stated by the user, not by SPDX
+OWN = "LicenseRef-Own"  # the user's own data, or data made for the user; no licence of SPDX
 
 ALLOWED = (
     "CC0-1.0",
@@ -43,7 +43,7 @@ FORBIDDEN = ("CC-BY-NC*", "CC-BY-ND*", "NONE", "LicenseRef-Proprietary", "Licens
 _FORBIDDEN, _UNKNOWN = "licence forbidden", "licence unknown"
 _OPERATOR = re.compile(r"((?<![^\s()])(?:AND|OR)(?![^\s()])|[()])")
 _GAP = re.compile(r"(?:^|\(|AND|OR) *(?:$|\)|AND|OR)")  # a missing name, which the library lets pass: `MIT OR ISC OR`
-_NESTING = 50  # parentheses within each other: no licence needs them, and no row may exhaust the stack
+_NESTING = 50  # depth of parentheses: no licence needs more, and no row may exhaust the stack
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LicencePolicy:
 
     @classmethod
     def of(cls, config: DataConfig) -> LicencePolicy:
-        """The lists of a configuration; a list that it leaves out is the one of this module."""
+        """The lists of a configuration; this module's list replaces a missing one."""
         allowed, forbidden = config.allowed_licences, config.forbidden_licences
         return cls(ALLOWED if allowed is None else allowed, FORBIDDEN if forbidden is None else forbidden)
 
@@ -67,7 +67,7 @@ class LicencePolicy:
             whole = self._one(" ".join(licence.split()))
             if whole != _UNKNOWN or not operators:
                 return whole  # parentheses may belong to a name on a list
-        from license_expression import ExpressionError, Licensing  # most licences are one name and do not need it
+        from license_expression import ExpressionError, Licensing  # most licences are one name and never get here
 
         # Each name becomes a symbol: the lists may hold names that SPDX forbids, and a small `or` is no operator.
         symbols = [f"name-{k}" if name else "" for k, name in enumerate(names)]
@@ -97,7 +97,7 @@ class LicencePolicy:
 
 
 def _is_clear(operators: Sequence[str]) -> bool:
-    """Parentheses pair, none holds both AND and OR (a reader may not know which binds first), and few lie in others."""
+    """Whether parentheses pair and are not too deep, and none holds both AND and OR, whose order is not obvious."""
     levels: list[set[str]] = [set()]
     for operator in operators:
         if operator == "(":

@@ -1,14 +1,14 @@
-"""From messages to token ids with a loss mask: a row is what a server's engine reads, then what the model must say.
+"""Turn messages into token ids with a loss mask: the served prompt is masked, the model's reply is trained.
 
-    prompt = template(messages[:-1], add_generation_prompt)      what is served; masked
+    prompt = template(messages[:-1], add_generation_prompt)      the served text; masked
     target = the last turn behind it, up to and including its end-of-turn token; trained
-    labels = -100 over prompt | ids of the target | -100 over what the template writes behind
+    labels = -100 over prompt | ids of the target | -100 over the template's text behind the target
 
-The target is taken from template(messages). Where a template that knows thinking writes scaffold of its own there (an
-empty <think></think>, which no generation prompt has) or cuts it (a <think> that the generation prompt opened), the
-turn is put behind the prompt as it is served: the scaffold is prompt or nothing, never trained. In the base's own form
-(`reasoning_content`) the target is the base's thinking, closed, and the answer. Any other difference is refused.
-The end-of-turn token is the first special token that the template writes behind the answer, be it `pad` as well.
+The target is taken from template(messages). Some templates add an empty <think></think> that no generation prompt has,
+or cut a <think> that the generation prompt opened. Then the turn is put behind the served prompt, so that these tags
+belong to the prompt or to nothing and are never trained. In the base's own form (`reasoning_content`) the target is the
+base's thinking, closed, and the answer. Any other difference is refused. The end-of-turn token is the first special
+token that the template writes behind the answer, even if it is also `pad`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Rendering:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Text and id of every special token of the tokenizer (those a chat template may write as control tokens)."""
+    """Text and id of every special token of the tokenizer; a chat template may write these as control tokens."""
     found = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     found.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return found
@@ -63,12 +63,12 @@ def render_row(
     """Render a conversation that ends with the assistant's turn and check the round trip; see the module's text.
 
     Args:
-        specials: `special_tokens(tokenizer)`, when the caller already has it.
-        tools: what the row's tool calls may call.
+        specials: `special_tokens(tokenizer)`, if the caller has it already.
+        tools: the tools that the row may call.
     Raises:
         RowError: the template refuses or alters a message, a message spells a special token, the prompt is not a
             prefix, or no end-of-turn token follows the answer.
-        InputError: the tokenizer has no chat template, or no thinking form of its own where that is asked for.
+        InputError: the tokenizer has no chat template, or lacks a thinking form where the base's form is asked for.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("the tokenizer has no chat template; use a chat model or add chat_template.jinja beside it")
@@ -99,7 +99,7 @@ def render_row(
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] = ()) -> str:
-    """What is served before the last message of a row: the text that training masks.
+    """The served text before the last message of a row, which training masks.
 
     Raises:
         RowError, InputError: see `render_row`.
@@ -125,16 +125,16 @@ def encode_row(
 
 
 def check_length(row: Rendering, max_tokens: int | None) -> None:
-    """Raise `RowError` if the row is longer than `max_tokens`; rows are never cut, a cut row has no end."""
+    """Raise `RowError` if the row is longer than `max_tokens`; rows are never cut, because a cut row has no end."""
     if max_tokens is not None and len(row.input_ids) > max_tokens:
         raise RowError("too long", f"{len(row.input_ids)} tokens, allowed are {max_tokens}; raise data.max_tokens")
 
 
 def thinking_tags(tokenizer: Any) -> tuple[str, str]:
-    """The tags between which the template's model thinks.
+    """The opening and the closing thinking tag in the model's template.
 
     Raises:
-        InputError: the template names none that are known.
+        InputError: the template has no known thinking tags.
     """
     template = str(tokenizer.chat_template)
     for opened, closed in TAGS:
@@ -150,7 +150,7 @@ def opens_thinking(prompt: str) -> bool:
 
 @dataclass(frozen=True)
 class _Turn:
-    """The pieces of a row's text: what is served, what the model says, what the template writes behind."""
+    """The pieces of a row's text: the served prompt, the model's reply, and the template's text behind it."""
 
     prompt: str
     target: str
@@ -166,7 +166,7 @@ def _place(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any]) ->
     """The row's pieces: with content as text, then as parts, then with the system text folded in.
 
     Raises:
-        RowError: of the first way, where no way works.
+        RowError: no way works; the error is that of the first way.
     """
     ways = [(list(messages), False, ()), (list(messages), True, (PARTS,))]
     if messages[0]["role"] == "system":
@@ -174,7 +174,7 @@ def _place(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any]) ->
     first: RowError | None = None
     for chat, parts, notes in ways:
         if FOLDED in notes and first is not None and first.reason != "chat template refuses the row":
-            break  # the role was taken, so folding would only hide another fault
+            break  # the template takes the system role: folding would hide another fault
         try:
             turn = _turn_of(tokenizer, chat, tools, parts=parts)
         except RowError as error:
@@ -197,7 +197,7 @@ def _turn_of(tokenizer: Any, chat: Sequence[Message], tools: Sequence[Any], *, p
     full = render(tokenizer, shown, prompt=False, tools=tools)
     head, tail = _around(full, target["content"], prompt)
     lead = head[len(prompt) :]
-    # Some templates write a space before the answer, some a channel's name between control tokens: the model says both.
+    # Some templates write a space before the answer, some a channel's name between control tokens; so does the model.
     if head.startswith(prompt) and (not lead.strip() or _only_control(lead, tokenizer)):
         return _Turn(prompt, lead + target["content"], tail, (OPENED,) if opens_thinking(prompt) else ())
     _require_scaffold_only(prompt, head)
@@ -207,10 +207,10 @@ def _turn_of(tokenizer: Any, chat: Sequence[Message], tools: Sequence[Any], *, p
 def _base_turn(
     tokenizer: Any, shown: list[Message], prompt: str, target: Message, tools: Sequence[Any], *, parts: bool
 ) -> _Turn:
-    """The base's own thinking form: as its template writes it, or where it cuts thinking, as its model says it."""
+    """The base's own thinking form: as the template writes it, or if it cuts thinking, as the model writes it."""
     steps, answer = target["reasoning_content"], target["content"]
     full = render(tokenizer, shown, prompt=False, tools=tools)
-    # A short answer ("42") may stand in the steps and in the template's own words: its place is that of a probe.
+    # A short answer ("42") may also stand in the steps and in the template's text, so a probe finds its place.
     probe = {**shown[-1], "content": as_parts([{"content": _PROBE}])[0]["content"] if parts else _PROBE}
     head, tail = _around(render(tokenizer, [*shown[:-1], probe], prompt=False, tools=tools), _PROBE, prompt)
     if full != head + answer + tail:
@@ -232,10 +232,10 @@ def _only_control(text: str, tokenizer: Any) -> bool:
 
 
 def _around(full: str, answer: str, prompt: str) -> tuple[str, str]:
-    """What stands before and behind the answer in the whole chat's text.
+    """The text before and behind the answer in the whole chat.
 
     Raises:
-        RowError: the answer is not in it.
+        RowError: the answer is not in the chat's text.
     """
     at = full.find(answer, len(prompt)) if full.startswith(prompt) else full.rfind(answer)
     if at < 0:
@@ -244,7 +244,7 @@ def _around(full: str, answer: str, prompt: str) -> tuple[str, str]:
 
 
 def _require_scaffold_only(prompt: str, head: str) -> None:
-    """Raise `RowError` unless the two differ only by thinking tags and spaces at their ends."""
+    """Raise `RowError` unless `prompt` and `head` differ only by thinking tags and spaces at their ends."""
     bare = [_BLOCK.sub("", text) for text in (prompt, head)]
     if bare[0] == bare[1]:
         return
@@ -254,7 +254,7 @@ def _require_scaffold_only(prompt: str, head: str) -> None:
 
 
 def _require_messages(text: str, chat: Sequence[Message]) -> None:
-    """Raise `RowError` unless every message, and every tool that is called, stands in the text in order."""
+    """Raise `RowError` unless the text has every message and every called tool, in order."""
     position = 0
     for message in chat:
         for call in message.get("tool_calls", ()):

@@ -1,6 +1,6 @@
-"""`so8t data --preview N`: the first rows as they will be trained on, by mask, and the counts; nothing is kept.
+"""`so8t data --preview N`: show the first training rows with their loss mask, and the counts; keep nothing.
 
-Every line says in front whether it is masked or trained, so the picture holds without colour.
+Every line starts with "masked" or "trained", so that no colour is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MASKED, TRAINED = ("masked", "dim"), ("trained", "bold green")
 def preview(
     config: RunConfig, tokenizer: Any, rows: int, advance: Callable[[int], None] | None = None
 ) -> tuple[list[Text], DataReport]:
-    """(the first `rows` training rows, the counts of the whole data step), from a directory that is gone afterwards.
+    """(the first `rows` training rows, the counts of the whole data step); its directory is removed afterwards.
 
     Raises:
         InputError: see `build_dataset`.
@@ -52,7 +52,7 @@ def row_text(tokenizer: Any, row: dict[str, Any]) -> Text:
 
 
 def counts_table(report: DataReport) -> Table:
-    """The fate of the rows of every source."""
+    """The counts of kept and rejected rows of every source."""
     table = Table("source", "read", "kept", "left out", "because", box=None, pad_edge=False)
     for name, count in report.sources.items():
         reasons = dict(sorted(count.rejected.items(), key=lambda item: (-item[1], item[0])))

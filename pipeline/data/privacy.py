@@ -1,7 +1,7 @@
-"""The data step's rules for personal data and for licences that rows carry themselves.
+"""The data step's rules for personal data, and for licences that a row itself states.
 
 `PrivacyFilter.clean` looks at every text of a row that would be written out: messages, family, language and labels.
-With `exclude` the row goes; with `mask` each finding becomes its kind in brackets and the row stays.
+`exclude` drops the row; `mask` puts the kind in brackets in place of each finding and keeps the row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GENERATOR_FACTS: dict[str, str | None] = {
 
 
 class PrivacyFilter:
-    """Finds personal and confidential content in rows, and counts rows by what was found."""
+    """Finds personal and confidential content in rows, and counts rows by kind of content."""
 
     def __init__(self, action: Literal["exclude", "mask"], kinds: Sequence[str]) -> None:
         self._action, self._kinds = action, frozenset(kinds)
@@ -37,7 +37,7 @@ class PrivacyFilter:
         """The row, masked where the policy says so.
 
         Raises:
-            RowError: `pii: KIND` of the first finding, where the policy excludes; a mask that breaks the /think form.
+            RowError: `pii: KIND` of the first finding, if the policy excludes it; or a mask breaks the /think form.
         """
         kinds: list[str] = []
         cleaned = replace(
@@ -62,7 +62,7 @@ class PrivacyFilter:
         return replace(cleaned, answer=read_assistant(cleaned.messages[-1]).answer)
 
     def _every_text(self, value: Any, kinds: list[str]) -> Any:
-        """A message, or what is inside a tool call: each string and number on its own; keys stay."""
+        """Clean a message or the content of a tool call: each string and number alone; keys stay."""
         if isinstance(value, dict):
             return {key: part if key == "role" else self._every_text(part, kinds) for key, part in value.items()}
         if isinstance(value, list):
@@ -85,7 +85,7 @@ class PrivacyFilter:
 
 
 def row_licence(row: dict[str, Any], policy: LicencePolicy) -> str | None:
-    """The objection to a licence that the row states itself (`licence` or `license`); None where it has none."""
+    """The objection to a licence that the row states (`licence` or `license`); None without licence or objection."""
     for key in ("licence", "license"):
         if (own := row.get(key)) is not None:
             said = policy.objection(own) if isinstance(own, str) else "licence unknown"

@@ -1,8 +1,8 @@
-"""Chats through a model's own template, as transformers renders it, with a clock that stands still.
+"""Render chats through a model's own template, as transformers does, with a fixed clock.
 
 A template may refuse a chat (`raise_exception`), write today's date (`strftime_now`), want content as parts, know no
-system role, or know tools. What a server's user gets is rendered by the same rules: content as text first, as parts
-where the text is lost, and the system text in front of the first question where the template refuses the role.
+system role, or know tools. The server renders by the same rules: content as text first; as parts where the template
+loses the text; the system text in front of the first question where the template refuses the role.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.data.think_form import Message, RowError
 
-CLOCK = datetime(2026, 1, 1, 12, 0, 0)  # what `strftime_now` reads: the same rows give the same bytes on any day
+CLOCK = datetime(2026, 1, 1, 12, 0, 0)  # `strftime_now` reads it, so that the same rows give the same bytes on any day
 DATED = "rendered at a fixed date (the chat template writes the date)"
 
 
@@ -22,7 +22,7 @@ DATED = "rendered at a fixed date (the chat template writes the date)"
 def frozen_clock() -> Iterator[None]:
     """Let templates that transformers renders read `CLOCK`.
 
-    Arguments of a template cannot be functions (transformers replaces them), so its module's clock is replaced.
+    It replaces the clock in transformers' module, because transformers replaces functions among a template's arguments.
     """
     from transformers.utils import chat_template_utils
 
@@ -44,7 +44,7 @@ def render(tokenizer: Any, chat: Sequence[Message], *, prompt: bool, tools: Sequ
     """A chat as text.
 
     Args:
-        prompt: with the generation prompt, for the model to go on.
+        prompt: add the generation prompt, from which the model goes on.
     Raises:
         RowError: the template refuses the chat.
     """

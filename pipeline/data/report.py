@@ -1,7 +1,7 @@
-"""Counts of the data step: per source what became of its rows, per output file what it holds.
+"""Counts of the data step: kept and rejected rows of each source, and the content of each output file.
 
-Of each reason the first rows are shown by place and shape (see `pii.find.sample`), without a letter or digit of theirs.
-`DataReport.to_json()` is report.json and the only source of data_card.md.
+For each reason the first rejected rows are shown by place and shape (see `pii.find.sample`): no letter or digit of a
+row is shown. `DataReport.to_json()` is report.json and the only source of data_card.md.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from typing import Any
 from pipeline.data.pii.find import find, sample
 
 SAMPLES = 3  # rows shown for each reason
-MAX_NAMES = 1000  # families, languages or labels counted by name; a file may hold one for every row
+MAX_NAMES = 1000  # families, languages or labels counted by name; every row may have another
 OTHER_NAMES = "(other)"
 _SEARCHED = 20_000  # characters of a row that a sample looks at
 QUANTILES = {"min": 0.0, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
 def tally(counter: Counter[str], name: str) -> None:
-    """Count `name`; from the thousandth name on, new ones are counted together."""
+    """Count `name`; once `MAX_NAMES` names are counted, all new names are counted together."""
     counter[name if name in counter or len(counter) < MAX_NAMES else OTHER_NAMES] += 1
 
 
 @dataclass
 class SourceCount:
-    """The fate of one source's rows: read = kept + duplicates + sum(rejected)."""
+    """The counts of one source's rows: read = kept + duplicates + sum(rejected)."""
 
-    facts: dict[str, str | None] = field(default_factory=dict)  # of the manifest: licence, robots, collected, purpose
+    facts: dict[str, str | None] = field(default_factory=dict)  # from the manifest: licence, robots, collected, purpose
     objection: str | None = None  # why the whole source is excluded
     read: int = 0
     kept: int = 0
     duplicates: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)  # what was done to kept rows, or found in them
+    notes: Counter[str] = field(default_factory=Counter)  # changes to kept rows, and findings in them
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
     def reject(self, reason: str, where: str, row: dict[str, Any] | None, shown: str = "") -> None:
-        """Count a row that is left out; the first ones of each reason are kept as samples.
+        """Count a rejected row; the first rows of each reason are kept as samples.
 
         Args:
-            shown: particulars that hold nothing of the row, such as the special token that it spells.
+            shown: particulars without any text of the row, such as the special token that it spells.
         """
         self.rejected[reason] += 1
         self._show(reason, where, row, shown)
@@ -97,10 +97,10 @@ class SplitCount:
     families: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
-    refusals: Counter[str] = field(default_factory=Counter)  # unsafe rows in it, by "label (label's source)"
+    refusals: Counter[str] = field(default_factory=Counter)  # unsafe rows, by "label (label's source)"
 
     def quantile(self, share: float) -> int:
-        """Smallest length that at least `share` of the rows do not exceed; 0 without rows."""
+        """The smallest length that a `share` of the rows at least does not exceed; 0 without rows."""
         seen = 0
         for length in sorted(self.tokens):
             seen += self.tokens[length]
@@ -118,7 +118,7 @@ class DataReport:
     heldout: SplitCount
     seed: int
     config: dict[str, Any]
-    policy: dict[str, Any]  # what was found and masked, labels without a row
+    policy: dict[str, Any]  # found and masked personal data, labels without a row
 
     @property
     def train_rows(self) -> int:
@@ -148,7 +148,7 @@ class DataReport:
 
     @property
     def samples(self) -> dict[str, list[dict[str, str]]]:
-        """The first rows left out for each reason, all sources together, by place and shape."""
+        """The first rejected rows of each reason, over all sources, by place and shape."""
         found: dict[str, list[dict[str, str]]] = {}
         for source in self.sources.values():
             for reason, rows in source.samples.items():

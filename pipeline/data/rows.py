@@ -1,7 +1,7 @@
-"""One row of a source to one conversation in the form that is trained: read by its format, split, checked.
+"""Turn one row of a source into one conversation in the trained form: read it by its format, split it, check it.
 
-A row that cannot be split with certainty is a `RowError` under a short reason; a line that is no row at all, or one
-of a format that nobody knows, is a `BrokenLine`. Reasoning is never invented.
+A row that cannot be split with certainty raises `RowError` with a short reason; a line that is no row, or a row of an
+unknown format, raises `BrokenLine`. Reasoning is never invented.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _JAPANESE_LETTER = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
 @dataclass(frozen=True)
 class RowOptions:
-    """The settings that bring rows into form: the keys of `data` with the same names."""
+    """The settings for the trained form: the keys of `data` with the same names."""
 
     think_form: Literal["so8t", "base"] = "so8t"
     tools: Literal["exclude", "keep"] = "exclude"
@@ -60,7 +60,7 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class ThinkRow:
-    """One conversation whose last message is the assistant's, in the form that is trained."""
+    """One conversation in the trained form; its last message is the assistant's."""
 
     messages: list[Message]
     answer: str
@@ -68,7 +68,7 @@ class ThinkRow:
     language: str
     labels: dict[str, Any] = field(default_factory=dict)
     tools: list[Any] = field(default_factory=list)
-    notes: tuple[str, ...] = ()  # what was done to the row or found in it, for the counts
+    notes: tuple[str, ...] = ()  # changes to the row and findings in it, for the counts
 
     @property
     def thought(self) -> Thought:
@@ -77,11 +77,11 @@ class ThinkRow:
 
 
 def to_think_row(row: dict[str, Any], *, family: str, options: RowOptions | None = None) -> ThinkRow:
-    """Bring one row into form; `family` names rows that carry none of their own.
+    """Bring one row into the trained form; `family` is the family of a row that names none.
 
     Raises:
         BrokenLine: unknown format or wrong types.
-        RowError: an empty message, roles out of order, no reasoning, what cannot be split with certainty, two answers.
+        RowError: an empty message, roles out of order, no reasoning, no certain split, two answers.
     """
     options = options or RowOptions()
     found = read_row(row)
@@ -109,7 +109,7 @@ def to_think_row(row: dict[str, Any], *, family: str, options: RowOptions | None
 
 
 def _system(own: str | None, options: RowOptions, notes: list[str]) -> str:
-    """The system text: the shared one and the row's own; one that asks for other thinking tags would contradict it."""
+    """The shared system text and the row's; a row's text that asks for other thinking tags would contradict it."""
     if options.think_form == "base":
         return strip_message(own or "")
     if own and any(tag.kind == "think" for tag in tags(own)):
@@ -119,10 +119,10 @@ def _system(own: str | None, options: RowOptions, notes: list[str]) -> str:
 
 
 def _target(found: Conversation) -> tuple[Thought, str]:
-    """The thought of the first candidate that holds, and its text where it was in /think form already.
+    """The thought of the first usable candidate, and its text if that was in /think form already.
 
     Raises:
-        RowError: of the first candidate, where none holds.
+        RowError: no candidate is usable; the error is that of the first candidate.
     """
     first: RowError | None = None
     kept: list[tuple[Thought, Target]] = []
@@ -130,7 +130,7 @@ def _target(found: Conversation) -> tuple[Thought, str]:
         try:
             thought = target_thought(target)
             require_clean(thought)
-            format_assistant(thought.steps, thought.answer)  # whatever the form, markers inside are refused
+            format_assistant(thought.steps, thought.answer)  # refuses markers inside, in any form
         except BrokenLine:
             raise
         except RowError as error:
@@ -138,7 +138,7 @@ def _target(found: Conversation) -> tuple[Thought, str]:
         else:
             kept.append((thought, target))
             if target.stated is not None:
-                break  # what the row states has decided
+                break  # the stated answer has decided
     if not kept:
         assert first is not None
         raise first
@@ -158,14 +158,14 @@ def target_thought(target: Target) -> Thought:
     """Steps and answer of a target.
 
     Raises:
-        RowError: no reasoning, nothing certain, or an answer other than the stated one.
+        RowError: no reasoning, no certain split, or an answer other than the stated answer.
     """
     text, reasoning = strip_message(target.text), strip_message(target.reasoning or "")
     if reasoning:
         if has_marker(reasoning) or has_tag(reasoning):
             reasoning = _bare_reasoning(reasoning)
         if has_tag(text) and (tagged := take_thinking(text)) is not None and tagged.steps == reasoning:
-            text = tagged.rest  # the same reasoning in its field and in the text
+            text = tagged.rest  # field and text hold the same reasoning
         if has_marker(text) or has_tag(text):
             raise RowError("two thinking forms", "reasoning in a field of its own and thinking marks in the reply")
         thought = checked(thought_of(strip_message(without_calculator_marks(reasoning)), text))
@@ -185,7 +185,7 @@ def target_thought(target: Target) -> Thought:
 
 
 def _bare_reasoning(text: str) -> str:
-    """A reasoning field that still holds its tags: they must enclose all of it."""
+    """A reasoning field without its tags, which must enclose all of it."""
     found = re.fullmatch(r"\s*<think>(.*)</think>\s*", text, re.DOTALL)
     if found is None or has_tag(found[1]) or has_marker(found[1]):
         raise RowError("two thinking forms", "thinking marks inside the field of the reasoning")
@@ -193,7 +193,7 @@ def _bare_reasoning(text: str) -> str:
 
 
 def _require_stated(thought: Thought, stated: str) -> None:
-    """Raise `RowError` unless the answer that was split off is the one that the row states."""
+    """Raise `RowError` unless the answer that was split off is the row's stated answer."""
     named = _named(thought)
     if same_answer(named, stated) or same_answer(thought.answer, stated):
         return
@@ -207,10 +207,10 @@ def _require_stated(thought: Thought, stated: str) -> None:
 
 
 def _checked_turns(found: Conversation, options: RowOptions, notes: list[str]) -> list[Message]:
-    """The turns before the target: stripped, in order, earlier replies as they will be served.
+    """The turns before the target: stripped, in order, with earlier replies in the served form.
 
     Raises:
-        RowError: an empty message, roles out of order, tool calls where they are left out.
+        RowError: an empty message, roles out of order, or tool calls where `tools` excludes them.
     """
     turns: list[Message] = []
     if not found.turns or found.turns[0]["role"] != "user":
@@ -240,7 +240,7 @@ def _checked_turns(found: Conversation, options: RowOptions, notes: list[str]) -
 
 
 def _answered(turns: list[Message]) -> bool:
-    """Every tool message follows a call or another tool message, and every call is followed by a tool's."""
+    """Whether every tool message follows a call or a tool message, and a tool message follows every call."""
     for number, turn in enumerate(turns):
         before = turns[number - 1] if number else {"role": ""}
         called = bool(before.get("tool_calls"))
@@ -252,14 +252,14 @@ def _answered(turns: list[Message]) -> bool:
 
 
 def _earlier(turn: Message, options: RowOptions, notes: list[str]) -> Message:
-    """An earlier reply: its answer alone where it holds reasoning, as a server sends it back; else as it is."""
+    """An earlier reply: if it holds reasoning, its answer alone, as a server sends it back; otherwise unchanged."""
     text, reasoning = turn["content"], turn.pop("reasoning_content", None)
     if turn.get("tool_calls"):
         return turn
     if reasoning:
         thought = target_thought(Target(text, reasoning))
     elif not has_marker(text) and has_tag(text) and (tagged := take_thinking(text)) is not None and not tagged.steps:
-        return {**turn, "content": tagged.rest}  # an empty block: it answered without thinking
+        return {**turn, "content": tagged.rest}  # an empty block: the reply has no thinking
     elif has_marker(text) or has_tag(text):
         thought = split_text(text)
     else:
@@ -276,7 +276,7 @@ def _earlier(turn: Message, options: RowOptions, notes: list[str]) -> Message:
 
 
 def detect_language(text: str) -> str:
-    """`ko` for Hangul, `ja` for kana or han characters, else `en`; a label for counting, nothing more."""
+    """`ko` for Hangul, `ja` for kana or han characters, else `en`; the label is only for counts."""
     if _KOREAN_LETTER.search(text):
         return "ko"
     return "ja" if _JAPANESE_LETTER.search(text) else "en"

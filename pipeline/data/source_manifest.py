@@ -1,4 +1,4 @@
-"""The source manifest: where data comes from, under which licence, and whether its rows may be used.
+"""The source manifest: origin, licence and permitted use of each source.
 
     version: 1
     contact: https://example.org/data-bot            # stands in the user agent of `so8t data --collect`
@@ -9,8 +9,7 @@
         collected: 2026-05-01
         purpose: training                            # training | evaluation | refusal
       - {url: "https://example.org/rows.jsonl", licence: CC0-1.0, purpose: training}   # --collect adds the rest
-An unknown key is an error by file and line; a missing field, an unknown licence or a forbidding robots.txt excludes
-the rows.
+An unknown key is an error by file and line. A missing field, unknown licence or refusing robots.txt excludes the rows.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ROWS, RECORD = "rows.jsonl", "record.json"
 
 
 class SourceEntry(BaseModel):
-    """One source as the manifest states it; what is missing excludes its rows, what is unknown is an error."""
+    """One source as the manifest states it; a missing field excludes its rows, an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -93,7 +92,7 @@ class CollectionRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Source:
-    """One input of the data step: a file, what is known of it, and why its rows are excluded (None: they are not)."""
+    """One input of the data step: a file, its facts, and the reason why its rows are excluded (None: they are used)."""
 
     path: Path
     name: str  # for reports: never a machine's path
@@ -102,7 +101,7 @@ class Source:
 
     @property
     def refusal_only(self) -> bool:
-        """The manifest gives the whole source for refusal."""
+        """Whether the manifest allows the source for refusal only."""
         return self.facts.get("purpose") == "refusal"
 
 
@@ -110,7 +109,7 @@ def load_manifest_file(path: Path) -> Manifest:
     """Read and validate a manifest.
 
     Raises:
-        InputError: missing, not UTF-8, not YAML, an unknown key, a wrong type; with the line in the file.
+        InputError: missing, not UTF-8, not YAML, an unknown key, a wrong type; the message gives the line.
     """
     try:
         text = read_regular(path, most=_MAX_BYTES).decode("utf-8-sig")
@@ -129,7 +128,7 @@ def load_manifest_file(path: Path) -> Manifest:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    except (ValueError, RecursionError) as error:  # a date such as 2026-13-45, or nesting beyond what can be read
+    except (ValueError, RecursionError) as error:  # a date such as 2026-13-45, or too deep nesting
         raise InputError(f"{path} is not YAML that can be read: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}, line 1: a manifest must be a mapping with `version` and `sources`")
@@ -154,7 +153,7 @@ def load_manifest_file(path: Path) -> Manifest:
 
 
 def _place(entry: SourceEntry, manifest_path: Path) -> str:
-    """The identity of an entry: one file has one entry, however its path is written."""
+    """The identity of an entry: one file has one entry, in whatever way its path is written."""
     return str((manifest_path.parent / entry.path).resolve()) if entry.path is not None else str(entry.url)
 
 
@@ -178,8 +177,8 @@ def _line_of(node: Any, location: Sequence[int | str]) -> int:
 
 
 def _repeated_key(node: Any, seen: set[int]) -> tuple[str, int] | None:
-    """A key that stands twice in one mapping: YAML would silently keep the second licence."""
-    if id(node) in seen:  # an alias: looked at where its anchor stands, not once more for each use
+    """A key that stands twice in one mapping; YAML would silently keep the second value."""
+    if id(node) in seen:  # an alias: checked once, at its anchor
         return None
     seen.add(id(node))
     children: list[Any] = []
@@ -196,7 +195,7 @@ def _repeated_key(node: Any, seen: set[int]) -> tuple[str, int] | None:
 
 
 def url_folder(manifest_path: Path, url: str) -> Path:
-    """The folder of a URL's rows and record: `collected/<host>-<first 12 digits of sha256(url)>` beside it."""
+    """The folder of a URL's rows and record: `collected/<host>-<first 12 digits of sha256(url)>` by the manifest."""
     host = re.sub("[^A-Za-z0-9.-]", "-", urlsplit(url).netloc)
     return manifest_path.parent / COLLECTED / f"{host}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
@@ -250,12 +249,12 @@ def _objection(entry: SourceEntry, facts: dict[str, str | None], policy: Licence
     if facts["robots"] == "disallowed":
         return "robots.txt forbids the page"
     if facts["robots"] == "not-applicable" and entry.url is not None:
-        return "manifest lacks robots"  # a page was fetched: somebody must have looked
+        return "manifest lacks robots"  # a page was fetched, so robots.txt must have been read
     return None
 
 
 def _collected(url: str, entry: SourceEntry, folder: Path, policy: LicencePolicy) -> Source:
-    """A source that `--collect` fetched, judged by its record; without one its rows are not there."""
+    """A source that `--collect` fetched, judged by its record; without a record there are no rows."""
     rows, name = folder / ROWS, f"{folder.name}.jsonl"
     record = read_record(folder)
     facts = _facts(entry)

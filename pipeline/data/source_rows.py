@@ -1,7 +1,7 @@
 """The rows of a source, streaming: JSON Lines, Parquet, or a directory that `datasets` wrote (`save_to_disk`).
 
-Parquet is read batch by batch with pyarrow and a directory is memory-mapped by datasets, both of the extra `data`;
-neither copies anything into a cache. A row's number is its line in JSON Lines and its place from 1 on elsewhere.
+pyarrow reads Parquet batch by batch and datasets maps a directory into memory (both are in the extra `data`); neither
+copies anything into a cache. A row's number is its line in JSON Lines, and elsewhere its place, counted from 1.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Numbered = Iterator[tuple[int, dict[str, Any] | BrokenLine]]
 
 
 def read_rows(path: Path) -> Numbered:
-    """(number, row or what is broken about it) of a source.
+    """(number, row or an error that says why it is broken) of a source.
 
     Raises:
-        InputError: missing, not to be opened, a directory that is no data set or holds several splits, or a package
-            that is not installed.
+        InputError: the source is missing or cannot be opened, a directory is no data set or holds several splits, or a
+            package is not installed.
     """
     if path.is_dir():
         return _plain_rows(iter(_directory(path)))
@@ -35,7 +35,7 @@ def read_rows(path: Path) -> Numbered:
 
 
 def count_rows(path: Path) -> int:
-    """Rows of a source, for the progress bar: line ends, or what the file says of itself.
+    """Rows of a source, for the progress bar: the number of line ends, or the count that the file states.
 
     Raises:
         InputError: see `read_rows`.
@@ -50,7 +50,7 @@ def count_rows(path: Path) -> int:
 
 
 def _require_file(path: Path, what: str = "data source") -> None:
-    """Refuse a pipe, which would be waited for, or a device; a path where nothing is passes."""
+    """Refuse a pipe (reading it may wait for ever) or a device; a path that does not exist passes."""
     if path.exists() and not path.is_file():
         raise InputError(f"{what} {path} is not a regular file; write the rows into one")
 
@@ -79,7 +79,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _directory(path: Path) -> Any:
-    """The data set in a directory; one split of it."""
+    """The data set in a directory, which must hold one split."""
     if (path / "dataset_dict.json").is_file():
         try:
             names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -96,7 +96,7 @@ def _directory(path: Path) -> Any:
 
     try:
         return load_from_disk(str(path))
-    except Exception as error:  # datasets raises what its readers raise: arrow's, json's and its own errors
+    except Exception as error:  # datasets raises errors of arrow, of json, and its own
         raise InputError(f"data source {path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
@@ -114,21 +114,21 @@ def _plain_rows(rows: Iterator[Any]) -> Numbered:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; a struct's fields that are null are those that this row does not have."""
+    """A value in JSON's types; a struct's null fields are dropped, because this row does not have them."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items() if part is not None}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    return None if isinstance(value, bytes) else value  # pictures and sounds: no text of this row
+    return None if isinstance(value, bytes) else value  # pictures and sounds are no text
 
 
 def read_lines(path: Path, *, what: str = "data source") -> Numbered:
-    """(1-based line number, row or what is broken about it) of a JSONL file, streaming; blank lines are passed over.
+    """(1-based line number, row or an error that says why it is broken) of a JSONL file, streaming; skips blank lines.
 
     Args:
-        what: how an error names the file.
+        what: the file's name in an error.
     Raises:
         InputError: the file is missing or cannot be opened.
     """
@@ -150,7 +150,7 @@ def read_lines(path: Path, *, what: str = "data source") -> Numbered:
                 yield number, BrokenLine("line too long", f"more than {MAX_LINE} bytes")
                 continue
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the BOM some editors write
+                line = line.removeprefix(b"\xef\xbb\xbf")  # some editors write a BOM
             if line.strip():
                 yield number, _parse_line(line)
 

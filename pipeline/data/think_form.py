@@ -1,9 +1,9 @@
-"""The /think form: markers, system message, writing and parsing. The only place that spells them out.
+"""The /think form: its markers, system message, writer and parser. Only this module spells out the markers.
 
 An assistant turn is `THINK_MARKER \n steps \n\n ANSWER_MARKER \n answer`; each marker stands exactly once, alone on its
 line, in this order, and both parts are non-empty. Data, Modelfile and server share `SYSTEM_MESSAGE`.
-Leading Unicode whitespace tokenises differently in HF and llama.cpp (C `isspace` only), so messages are stripped here.
-In the base's own form the steps stand in `reasoning_content` beside the answer, and the chat template writes both.
+Messages are stripped here, because leading Unicode whitespace tokenises differently in HF and in llama.cpp (C `isspace`
+only). In the base's own form `reasoning_content` holds the steps beside the answer, and the chat template writes both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from so8t_core.errors import InputError
 
 THINK_MARKER = "# 思考ステップ"
 ANSWER_MARKER = "# 最終回答"
-FORM_KEY = "so8t.think_form"  # of a GGUF file: `so8t`, or `base` for the form that the base's chat template writes
+FORM_KEY = "so8t.think_form"  # key of a GGUF file: `so8t`, or `base` for the form of the base's chat template
 SYSTEM_MESSAGE = f'Write short steps under "{THINK_MARKER}", then only the answer under "{ANSWER_MARKER}".'
 
 # Invisible at the ends of a message: zero width space, word joiner, Mongolian vowel separator, byte order mark.
@@ -27,9 +27,9 @@ Message = dict[str, Any]  # role and content; reasoning_content in the base's fo
 
 
 class RowError(InputError):
-    """One row cannot be used; `reason` is the short name it is counted under, `detail` the particulars.
+    """One row cannot be used; `reason` is the short name that it is counted by, `detail` the particulars.
 
-    `shown` is what a report may show of the particulars: it holds nothing of the row.
+    `shown` are the particulars that a report may show: they hold no text of the row.
     """
 
     def __init__(self, reason: str, detail: str = "", *, shown: str = "") -> None:
@@ -116,7 +116,7 @@ def read_assistant(message: Message) -> Thought:
     """Steps and answer of an assistant's message in either form.
 
     Raises:
-        RowError: it is in neither.
+        RowError: the message is in neither form.
     """
     if "reasoning_content" not in message:
         return require(message["content"])
@@ -140,7 +140,7 @@ def has_marker(text: str) -> bool:
 
 
 def system_text(system: str | None = None) -> str:
-    """The shared system message, followed by the caller's own; never doubled when the own one starts with it."""
+    """The shared system message, followed by the caller's; not doubled if the caller's starts with it."""
     own = strip_message(system or "")
     if own.startswith(SYSTEM_MESSAGE):
         return own

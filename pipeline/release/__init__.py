@@ -1,1 +1,1 @@
-"""From baked weights to the files that are published."""
+"""Make the files for publication from the baked weights."""

@@ -1,7 +1,8 @@
-"""Held-out prompts answered by the shipped file, before and after training, and how many come out right.
+"""Answer held-out prompts with the shipped file, before and after training, and count right answers.
 
-In form: both /think markers once and in order (or the base's own thinking, where that was trained), non-empty parts,
-and the model ended its turn itself. Right: the answer says what the expected one says: "12", "12.0", "十二", "12 個".
+An answer is in form if it has both /think markers once and in order (or the base's own thinking, where that was
+trained), no part is empty, and the model ended its turn itself. It is right if it means the same as the expected
+answer: "12", "12.0", "十二", "12 個".
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ SAMPLES = 6
 
 
 def render_prompt(tokenizer: Any, row: dict[str, Any]) -> str:
-    """The row's conversation up to the last reply, as it was trained and as it is served."""
+    """The row's conversation before the last reply, as it was trained and as it is served."""
     return prompt_text(tokenizer, row["messages"], tools=row.get("tools", ()))
 
 
 def parse_reply(text: str, *, base_form: bool) -> Thought | None:
-    """Steps and answer of a generated reply; None where it is not in form.
+    """Steps and answer of a generated reply; None where the reply is not in form.
 
     Args:
-        base_form: the base's own thinking form (tags, the opening one maybe in the prompt) instead of /think markers.
+        base_form: the base's thinking tags instead of /think markers; the opening tag may stand in the prompt.
     """
     if not base_form:
         return parse(text)
@@ -42,7 +43,7 @@ def parse_reply(text: str, *, base_form: bool) -> Thought | None:
 
 
 def judge(completion: Completion, expected: str | None, *, base_form: bool = False) -> tuple[bool, bool]:
-    """(in thinking form, right): right is the same answer, however it is written (`truth.equality`)."""
+    """(in thinking form, right): a right answer means the same as `expected` (`truth.equality`)."""
     thought = parse_reply(completion.text, base_form=base_form) if completion.finished else None
     if thought is None:
         return False, False

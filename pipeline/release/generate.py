@@ -1,7 +1,7 @@
 """Greedy answers from a GGUF file through llama.cpp, several prompts decoded together.
 
 Continuous batching: each of `parallel` slots owns one sequence of the KV cache; a finished slot takes the next prompt
-at once. Weights are read once per step for all slots, which is what a CPU spends its time on.
+at once. A CPU spends most of its time reading weights, and each step reads them once for all slots.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 from so8t_core.errors import InputError
 from verification.engines.llama_model import LlamaModel, last_words, usable_cores
 
-PIECE_BYTES = 256  # of one token's text, to begin with
+PIECE_BYTES = 256  # first size of the buffer for one token's text
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer: its text, and whether the model ended it itself (False: cut at the limit)."""
+    """One answer: its text, and whether the model ended it (False: it was cut at the limit)."""
 
     text: str
     finished: bool
@@ -65,7 +65,7 @@ def complete(
 
 
 def with_bos(model: LlamaModel, ids: list[int]) -> list[int]:
-    """BOS in front where the file asks for one and the template has not written it already: twice changes the model."""
+    """Put BOS in front if the file asks for it and the template has not written it: two BOS change the answer."""
     return [model.bos, *ids] if model.add_bos and ids[:1] != [model.bos] else ids
 
 
@@ -112,7 +112,8 @@ class _Engine:
         return [results[i] for i in range(len(prompts))]
 
     def _step(self, slots: list[_Slot | None]) -> list[tuple[int, int]]:
-        """Feed the slots' pending tokens (prompts in pieces that fit); returns (slot, next token) where one is due."""
+        """Feed the slots' pending tokens (long prompts in pieces); returns (slot, next token) of each slot with none
+        pending."""
         count = 0
         due: list[tuple[int, int]] = []  # (slot, row of the batch)
         for index, slot in enumerate(slots):
@@ -146,7 +147,7 @@ class _Engine:
         buffer = llama_cpp.ctypes.create_string_buffer(PIECE_BYTES)
         for token in tokens:
             length = llama_cpp.llama_token_to_piece(self.model.vocab, token, buffer, len(buffer), 0, True)
-            if length < 0:  # a longer piece: llama.cpp says how long, and wrote nothing
+            if length < 0:  # too long: llama.cpp gives the length and writes nothing
                 buffer = llama_cpp.ctypes.create_string_buffer(-length)
                 length = llama_cpp.llama_token_to_piece(self.model.vocab, token, buffer, len(buffer), 0, True)
             pieces.append(buffer.raw[: max(length, 0)])

@@ -1,7 +1,7 @@
-"""`so8t convert`: the baked checkpoint as GGUF files of every wanted type, with Modelfile, types and model card beside.
+"""`so8t convert`: write the baked checkpoint as GGUF files of every wanted type, with Modelfiles, types and model card.
 
-Float types come from upstream's converter, the others from llama.cpp's own quantiser, always out of the F16 file, so
-that the verifier's oracle can repeat them byte for byte.
+Upstream's converter makes the float types; llama.cpp's quantiser makes all others from the F16 file, so that the
+verifier's oracle can repeat them byte for byte.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from verification.reference.rope import limit_of_config
 
 
 def released_name(base: str, base_dir: Path) -> str:
-    """Name of the released model: the base's, which keeps llama.cpp's family switches, and what we did to it."""
+    """Name of the released model: the base's name, on which llama.cpp's family switches depend, and "-so8t"."""
     return (DEMO_NAME if base == DEMO_MODEL else default_name(base_dir)) + "-so8t"
 
 
 def released_n_ctx(config: RunConfig, base_dir: Path) -> int:
-    """The context the files are shipped for: `convert.n_ctx`, but never beyond the original length of a LongRoPE."""
+    """The context length of the release: `convert.n_ctx`, but never beyond the original length of a LongRoPE."""
     limit = limit_of_config(read_config(base_dir))
     return config.convert.n_ctx if limit is None else min(config.convert.n_ctx, limit)
 
@@ -43,11 +43,11 @@ def convert_model(config: RunConfig, base_dir: Path, baked_dir: Path, out_dir: P
     """Write all GGUF files and their companions into `out_dir`, whole or not at all; returns the GGUF files.
 
     Raises:
-        InputError: an unknown type, or the converter's or quantiser's own refusal.
+        InputError: an unknown type, or a refusal of the converter or the quantiser.
     """
     kinds = list(dict.fromkeys(kind.upper() for kind in config.convert.types))
     for kind in kinds:
-        type_number(kind)  # an unknown type is found before any work is done
+        type_number(kind)  # finds an unknown type before any work is done
     name = released_name(config.model.base, base_dir)
     tokenizer = load_tokenizer(baked_dir)
     n_ctx = released_n_ctx(config, base_dir)
@@ -89,7 +89,7 @@ def convert_model(config: RunConfig, base_dir: Path, baked_dir: Path, out_dir: P
 
 
 def _types(path: Path) -> dict[str, object]:
-    """Nominal versus actual: how many tensors of each type, and every fallback by name."""
+    """The actual types of a file: the number of tensors of each type, and every fallback by name."""
     rows = nominal_types(read_gguf(path))
     if not rows:
         raise InputError(f"{path} holds no tensors")

@@ -1,4 +1,4 @@
-"""The model card beside the GGUF files: what it was made from and how, how to run it, and where the report on it is."""
+"""Write the model card beside the GGUF files: the model's origin, how to run it, and where its report is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 from pipeline.base_model import DEMO_LICENCE
 from pipeline.config import DEMO_MODEL, RunConfig
 
-UNKNOWN_LICENCE = "unknown"  # the hub's own word for it
+UNKNOWN_LICENCE = "unknown"  # the hub's word
 _UNKNOWN = (
     "**The licence is unknown**: the base names none in its model card. Set `convert.licence` to that of the base, "
     "if you know it, before you publish these files."
@@ -55,7 +55,7 @@ def model_card(config: RunConfig, name: str, base_dir: Path, files: list[str], n
 
 
 def licence_of(config: RunConfig, base_dir: Path) -> str:
-    """The licence for the card: `convert.licence`, or what the base's own card says, or "unknown"; never a guess."""
+    """The licence for the card: `convert.licence`, or the licence in the base's card, or "unknown"; never a guess."""
     if config.convert.licence is not None:
         return config.convert.licence
     if config.model.base == DEMO_MODEL:

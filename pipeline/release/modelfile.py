@@ -1,8 +1,8 @@
 """An Ollama Modelfile: template, stop set, context length and the shared system message.
 
 The Go template is derived from the model's own chat template by rendering probes: with the system text S, prompts U,
-V and answer A, rendering S U A V gives  a S b U c A d V c ; where b == d one line serves every turn. Elsewhere no
-template is guessed: the file says so and Ollama reads the one inside the GGUF.
+V and answer A, rendering S U A V gives  a S b U c A d V c ; where b == d one line serves every turn. Otherwise no
+template is guessed: a comment in the file says this, and Ollama reads the template inside the GGUF.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def go_template(tokenizer: Any) -> str | None:
     if bos and a.startswith(bos) and not a.startswith(b):
         ids = tokenizer("x").input_ids
         if ids and ids[0] == tokenizer.bos_token_id:
-            a = a.removeprefix(bos)  # llama.cpp adds it by itself; twice would change the function
+            a = a.removeprefix(bos)  # llama.cpp adds BOS itself; two would change the function
     return f"{{{{ if .System }}}}{a}{{{{ .System }}}}{{{{ end }}}}{b}{{{{ .Prompt }}}}{c}{{{{ .Response }}}}"
 
 
@@ -55,7 +55,7 @@ def stop_tokens(directory: Path, tokenizer: Any) -> list[str]:
 
 
 def modelfile(gguf_name: str, directory: Path, tokenizer: Any, n_ctx: int, system: str | None = SYSTEM_MESSAGE) -> str:
-    """Text of the Modelfile for one GGUF file that lies beside it; `system` None for a model without one of its own."""
+    """Text of the Modelfile for the GGUF file beside it; `system` None for a model without a system message."""
     lines = [
         f"# Made by so8t. Use: ollama create NAME -f {gguf_name.removesuffix('.gguf')}.Modelfile",
         f"FROM ./{gguf_name}",

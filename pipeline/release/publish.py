@@ -1,7 +1,7 @@
-"""`so8t release`: the files of a run that passed, with their verification beside them, as one folder for the Hub.
+"""`so8t release`: put the files that passed and their verification into one folder for the Hub.
 
-The folder holds the verified GGUF files and their companions, `report/`, and what a model card links: VERIFICATION.md
-and the badge verification.svg. Nothing else of the run is in it.
+The folder holds the verified GGUF files and their companions, `report/`, and two files that a model card links:
+VERIFICATION.md and the badge verification.svg. It holds nothing else of the run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _COMPANIONS = ("Modelfile", "*.Modelfile", "types.json", "SHA256SUMS")
 
 
 def make_release(report: Report, report_dir: Path, target: Path) -> dict[str, str]:
-    """Put everything that is published into `target`, whole or not at all; returns sha256 by GGUF file name.
+    """Put all files of the release into `target`, whole or not at all; returns sha256 by GGUF file name.
 
     Args:
         report: the decided report; its verdict is a pass.
-        report_dir: where its files lie.
+        report_dir: the folder of the report's files.
 
     Raises:
-        InputError: a verified file is not here, was changed, or two share a name; the folder cannot be written.
+        InputError: a verified file is missing or was changed, two files share a name, or the folder cannot be written.
     """
     digests: dict[str, str] = {}
     with atomic_dir(target) as folder:
@@ -53,7 +53,7 @@ def make_release(report: Report, report_dir: Path, target: Path) -> dict[str, st
 
 
 def _place(source: Path, target: Path) -> None:
-    """The same bytes under another name: a hard link where the file system has them, a copy elsewhere."""
+    """Give the file a second name: by a hard link where the file system has them, otherwise by a copy."""
     source = source.resolve()  # the hub's cache holds links
     try:
         os.link(source, target)
@@ -84,7 +84,7 @@ def with_badge(card: str) -> str:
 
 
 def local_paths(report: Report) -> list[str]:
-    """A note where the report that is published names folders of this computer."""
+    """A note if the report for publication names folders of this computer."""
     named = [artefact.path for artefact in report.artefacts if Path(artefact.path).is_absolute()]
     how = "verify with relative paths to keep them out"
     return [f"Note: report.json names folders of this computer, {named[0]} for one; {how}."] if named else []

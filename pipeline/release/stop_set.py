@@ -1,9 +1,9 @@
-"""Every token that ends a turn, from all places that name one, written where every consumer looks.
+"""Collect every token that ends a turn, and write all of them into generation_config.json.
 
-Ends are named by generation_config.json and config.json (a number or a list; config.json's counts for transformers
-where there is no generation_config.json), by the tokenizer's eos, and by the chat template: the token that it writes
-behind a reply, which is the one that training teaches. `complete_stop_set` puts the union into the released
-checkpoint's generation_config.json, out of which the GGUF's keys, the Modelfile and the server's stops follow.
+These places name such tokens: generation_config.json and config.json (a number or a list; transformers uses config.json
+where there is no generation_config.json), the tokenizer's eos, and the chat template, which writes a token behind a
+reply, the one that training teaches. `complete_stop_set` writes the union into the released checkpoint's
+generation_config.json; the GGUF's keys, the Modelfile and the server's stops are made from that file.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pipeline.data.masking import render_row
 from pipeline.data.think_form import RowError, chat, format_assistant
 from so8t_core.errors import InputError
 from so8t_core.files import read_json, write_text
-from verification.engines.stop_tokens import eos_ids, listed_stops
+from verification.engines.stop_keys import eos_ids, listed_stops
 
 
 def stop_ids(directory: Path, tokenizer: Any) -> list[int]:
     """Ids of every token that ends a turn, in order.
 
     Raises:
-        InputError: there is none, or a file that names them is damaged.
+        InputError: there is no such token, or a file that names one is damaged.
     """
     ids = listed_stops(directory) | set(eos_ids(directory / "config.json")) | _of_template(tokenizer)
     if tokenizer.eos_token_id is not None:
@@ -34,9 +34,9 @@ def stop_ids(directory: Path, tokenizer: Any) -> list[int]:
 
 
 def complete_stop_set(directory: Path, tokenizer: Any) -> list[int]:
-    """Add to generation_config.json what only other places name; returns the ids that were added.
+    """Add the ids that only other places name to generation_config.json; returns the added ids.
 
-    A file that is complete stays as it is, byte for byte. The first id stays first: the converter takes it as the eos.
+    A complete file stays as it is, byte for byte. The first id stays first: the converter takes it as the eos.
     """
     path = directory / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
@@ -50,7 +50,7 @@ def complete_stop_set(directory: Path, tokenizer: Any) -> list[int]:
 
 
 def _of_template(tokenizer: Any) -> set[int]:
-    """The end of turn that the chat template writes behind a reply; none where it writes none or refuses a question."""
+    """The end-of-turn token that the chat template writes behind a reply; empty if it writes none or refuses a chat."""
     if not getattr(tokenizer, "chat_template", None):
         return set()
     reply = {"role": "assistant", "content": format_assistant("one", "two")}

@@ -1,17 +1,15 @@
-"""Estimates from the configuration, before a run starts, of the time, memory and disk that each step will take.
+"""Estimate time, memory and disk of each step from the configuration, before a run starts.
 
-Counted exactly: parameters and trainable parameters (the model is built without memory), rows' mean length (a sample
-through the model's own template), bytes of every file type. Estimated from them:
+Known: parameters (the model is built without memory), mean length of sampled rows, bytes of every file type. Estimated:
 
     a forward pass              2 P floating-point operations a token
     the backward through a frozen base   2 P, and 2 P more where activations are computed again
     state of training           16 bytes a trainable parameter: weight, gradient, two moments, all float32
     activations                 12 H + 4 I numbers a token and layer; with checkpointing H, and one layer's at a time
-    logits                      (a + 12) bytes a token and vocabulary entry: themselves and three float32 copies
-
-P parameters, H hidden size, I intermediate size, a bytes of an activation. The speed is a matrix product timed here for
-a fraction of a second; what a process takes before any model, and the speed of disks and quantisers, are constants
-below. tests/pipeline/run/test_plan.py holds all of it against measured runs.
+    logits                      (a + 12) bytes a token and vocabulary entry: the logits and three float32 copies
+P parameters, H hidden size, I intermediate size, a bytes of an activation. A short matrix product gives the speed;
+constants below give a process's own memory and the speed of disks and quantisers. tests/pipeline/run/test_plan.py
+compares the estimates with measured runs.
 """
 
 from __future__ import annotations
@@ -26,16 +24,16 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pipeline.config import RunConfig, TrainConfig
-from so8t_core.threads import torch_threads
+from verification.engines.threads import torch_threads
 from verification.logit_parity.text import BASE_CHUNKS
 
 RUNTIME = 0.7e9  # bytes of a process that has imported torch, transformers and peft; measured 0.5 to 0.8
-STARTED = 3.0  # seconds until such a process works: upstream's converter is one
+STARTED = 3.0  # seconds until such a process works, for example upstream's converter
 DISK = 0.4e9  # bytes a second read, changed, written and hashed
 QUANTISED = {"Q8_0": 3e8}  # weights a second and thread; the others:
 SLOWLY = 1.5e7  # K-quants and below search for their scales
-EFFICIENCY = 0.5  # of a matrix product's speed that a whole model reaches; measured 0.4 to 0.65
-DECODING = 5.0  # a token decoded alone costs so many of a long prompt's
+EFFICIENCY = 0.5  # speed of a whole model as a part of a matrix product's; measured 0.4 to 0.65
+DECODING = 5.0  # cost of a token decoded alone, in tokens of a long prompt
 CELLS = 1500  # tokens of the cells' passages, for each file
 BAKE_PASSES = 10  # passes over a chunk in the legs bake and controls
 MIXED = {
@@ -50,25 +48,25 @@ MIXED = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What the estimates need to know of a model and its adapter."""
+    """The sizes of a model and its adapter that the estimates need."""
 
     parameters: int
-    linear: int  # in linear layers but the head: what a quantised base holds in fewer bits
+    linear: int  # parameters of linear layers except the head, which a quantised base holds in fewer bits
     trainable: int
     largest: int  # parameters of the largest tensor
-    folded: int  # of the largest linear layer
+    folded: int  # parameters of the largest linear layer
     layers: int
     hidden: int
     intermediate: int
     vocabulary: int
-    kv_bytes: int  # of llama.cpp's float16 cache, a token
-    stored: float  # bytes a parameter in the checkpoint
+    kv_bytes: int  # bytes of a token in llama.cpp's float16 cache
+    stored: float  # bytes of a parameter in the checkpoint
     name: str
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One step's estimate; `disk` is what it leaves behind, `gpu` 0 without one."""
+    """One step's estimate in seconds and bytes; `disk` counts the files that stay, `gpu` is 0 without a GPU."""
 
     seconds: float = 0.0
     host: float = 0.0  # bytes at the peak
@@ -131,7 +129,7 @@ def shape_of(directory: Path, settings: TrainConfig, *, gguf: str | None = None)
 def this_machine(threads: int | None) -> Machine:
     """Time a matrix product on the CPU (with the run's threads) and on the GPU, where there is one."""
     with torch_threads(threads) as count:
-        cpu = _speed(torch.device("cpu"), torch.float32, 384)  # about a millisecond: between two interruptions
+        cpu = _speed(torch.device("cpu"), torch.float32, 384)  # about a millisecond, to fit between two interruptions
     cuda = torch.cuda.is_available()
     device = _speed(torch.device("cuda"), torch.bfloat16, 4096) if cuda else cpu
     return Machine(device, cpu, cuda, count)
@@ -149,7 +147,7 @@ def _speed(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 
 def bytes_a_weight(kind: str) -> float:
-    """Bytes a weight of a GGUF file type; the mixed K-quants' share of larger types is taken from a 3.8 B model."""
+    """Bytes of a weight in a GGUF file type; for mixed K-quants, the share of larger types is that of a 3.8 B model."""
     if kind in MIXED:
         return MIXED[kind]
     stem = kind.rsplit("_", 1)[0] if kind.endswith(("_S", "_M", "_L")) else kind
@@ -163,8 +161,8 @@ def costs(config: RunConfig, shape: Shape, machine: Machine, *, rows: int, token
     """Every step's estimate.
 
     Args:
-        rows: of the data, training and held-out.
-        tokens: of a row, on average.
+        rows: number of training and held-out rows.
+        tokens: mean number of tokens in a row.
     """
     kinds = [kind.upper() for kind in config.convert.types]
     baked_bytes = shape.parameters * (
@@ -185,7 +183,7 @@ def costs(config: RunConfig, shape: Shape, machine: Machine, *, rows: int, token
 def training(
     settings: TrainConfig, shape: Shape, machine: Machine, *, longest: int, tokens: float, width: int | None = None
 ) -> Cost:
-    """Memory is that of a batch of the longest rows, time that of rows of average length.
+    """The estimate of the training: memory for a batch of the longest rows, time for rows of mean length.
 
     Args:
         width: bytes of a weight and of an activation; None = bfloat16 on a GPU, else float32.
@@ -211,7 +209,7 @@ def training(
     loads = shape.parameters * shape.stored / DISK * (2 if settings.so8t_only_steps else 1)
     return Cost(
         seconds=STARTED + loads + work / (machine.device * EFFICIENCY),
-        host=RUNTIME + (3e9 if machine.cuda else device),  # with a GPU: its runtime, and one shard on its way there
+        host=RUNTIME + (3e9 if machine.cuda else device),  # with a GPU: its runtime, and one shard on its way to it
         gpu=device if machine.cuda else 0.0,
         disk=4.0 * shape.trainable + 2 * 12.0 * shape.trainable,  # the adapter, and two checkpoints while it trains
     )
@@ -221,7 +219,7 @@ def _baking(settings: TrainConfig, shape: Shape, machine: Machine, written: floa
     rank = settings.lora.r if settings.lora else 0
     fold = 2.0 * shape.linear * (rank + 8)  # B A and the product with R, in float64: half the speed
     seconds = 2 * shape.parameters * shape.stored / DISK + fold / (machine.cpu / 2 * EFFICIENCY)
-    return Cost(seconds, RUNTIME + 2 * shape.stored * shape.folded, 0, written)  # a weight as it was and as it becomes
+    return Cost(seconds, RUNTIME + 2 * shape.stored * shape.folded, 0, written)  # a weight before and after
 
 
 def _converting(kinds: list[str], files: dict[str, float], shape: Shape, machine: Machine, read: float) -> Cost:
@@ -235,7 +233,7 @@ def _converting(kinds: list[str], files: dict[str, float], shape: Shape, machine
 
 
 def quantising(kind: str, shape: Shape, machine: Machine) -> float:
-    """Seconds of llama.cpp's quantiser."""
+    """Seconds that llama.cpp's quantiser takes."""
     return shape.parameters * (1 / (QUANTISED.get(kind, SLOWLY) * machine.threads) + 2 / DISK)
 
 
@@ -244,7 +242,7 @@ def _answering(config: RunConfig, shape: Shape, machine: Machine, tokens: float)
     if not settings.prompts:
         return Cost()
     kind = settings.type.upper()
-    alone = DECODING / min(settings.parallel, 4)  # tokens decoded together share the weights' way to the cores
+    alone = DECODING / min(settings.parallel, 4)  # tokens decoded together read the weights once
     work = 2 * settings.prompts * (tokens / 2 + alone * settings.max_new_tokens) * 2.0 * shape.parameters
     oracle = shape.parameters * (2 + bytes_a_weight(kind))
     cache = settings.parallel * (tokens + settings.max_new_tokens) * shape.kv_bytes
@@ -256,12 +254,12 @@ def _verifying(config: RunConfig, kinds: list[str], files: dict[str, float], sha
     settings = config.verify
     scored = settings.chunks * settings.n_ctx
     loads = 6 * shape.parameters * 4 / DISK
-    forward = 2 * scored + CELLS + BAKE_PASSES * settings.n_ctx  # the reference, what was baked, the bake's legs
+    forward = 2 * scored + CELLS + BAKE_PASSES * settings.n_ctx  # the reference, the baked model, the bake's legs
     forward += scored + CELLS  # the reference file's own pass
     forward += len(kinds) * (scored + 2 * CELLS)
-    own = {"F16": shape.parameters * 2.0, **files}  # the oracle's files of the checkpoint, and those of its base
+    own = {"F16": shape.parameters * 2.0, **files}  # the oracle's files of the checkpoint
     again = own if settings.base_damage else {}
-    if config.answers.prompts:  # which made two of the base's already
+    if config.answers.prompts:  # the step answers has made two files of the base
         again = {kind: size for kind, size in again.items() if kind not in ("F16", config.answers.type.upper())}
     disk = sum(own.values()) + sum(again.values())
     made = 2 * STARTED + 2 * disk / DISK
@@ -280,7 +278,7 @@ def _verifying(config: RunConfig, kinds: list[str], files: dict[str, float], sha
 
 
 def mean_length(config: RunConfig, tokenizer: Any | None) -> float:
-    """Tokens of a row: the first ones of every source and of the generator, rendered; half of the longest without."""
+    """Mean tokens of a row, from the first rows of every source and of the generator; else half of `max_tokens`."""
     from pipeline.data.generator import generate
     from pipeline.data.masking import render_row
     from pipeline.data.rows import to_think_row
@@ -295,13 +293,13 @@ def mean_length(config: RunConfig, tokenizer: Any | None) -> float:
             lengths.append(len(render_row(tokenizer, [*chat(row["prompt"]), answer]).input_ids))
     for name in config.data.sources:
         if tokenizer is None or not Path(name).exists():
-            continue  # a URL: its length is not known here
+            continue  # a URL: its rows are not here
         for _, found in islice(read_rows(Path(name)), 24):
             try:
                 if isinstance(found, dict):
                     messages = to_think_row(found, family="sample").messages
                     lengths.append(len(render_row(tokenizer, messages).input_ids))
             except RowError:
-                continue  # the data step counts these
+                continue  # the data step counts such rows
     mean = sum(lengths) / len(lengths) if lengths else config.data.max_tokens / 2
     return min(mean, float(config.data.max_tokens))

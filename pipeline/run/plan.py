@@ -1,8 +1,8 @@
-"""`so8t run --dry-run`: every step resolved, what it would take, and what would stop it, before any long work.
+"""`so8t run --dry-run`: show each step, its estimated cost, and every problem that would stop it.
 
-Nothing is written and no weight is read beyond the digests of steps that were done. A step is up to date, would run
-(with the reason), or waits for an earlier one. A problem is what would end the run with an error; a note is what the
-gate or the reader should know. The estimates are `estimate`'s.
+It writes nothing and reads no weights except to check the digests of finished steps. A step is up to date, would run
+(with the reason), or waits for an earlier step. A problem would end the run with an error; a note is information for
+the reader. `estimate` makes the estimates.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: whether it runs and why, and its estimate (of nothing where it does not run)."""
+    """One step: whether it runs and why, and its estimate (zero where it does not run)."""
 
     name: str
     state: str
@@ -92,8 +92,8 @@ def make_plan(run: Run, *, first: str | None = None, until: str | None = None, f
 
 @dataclass(frozen=True)
 class _Base:
-    directory: Path  # where the run has it
-    small: Path | None  # where config.json and the tokenizer are now
+    directory: Path  # the base's directory in the run
+    small: Path | None  # the directory that has config.json and the tokenizer now
     state: str
     complete: bool
     fetched: bool = False
@@ -101,7 +101,7 @@ class _Base:
 
 
 def _base(run: Run, plan: Plan) -> _Base:
-    """The base as far as it is here."""
+    """The base, as far as this machine has it."""
     named = run.config.model.base
     if named == DEMO_MODEL:
         from pipeline.base_model import demo_file
@@ -125,7 +125,7 @@ def _base(run: Run, plan: Plan) -> _Base:
 
 
 def _on_the_hub(named: str, plan: Plan) -> _Base:
-    """A hub id: what the cache holds of it; of the rest only the small files are fetched."""
+    """The base of a hub id, from the cache; if files are missing, only the small ones are fetched."""
     from huggingface_hub import constants
 
     here = hub.snapshot(named, None, list(SMALL_FILES), named=f"model.base = {named!r}")
@@ -149,7 +149,7 @@ def _tokenizer(directory: Path, gguf: str | None) -> Any:
 
 
 def _states(run: Run, names: tuple[str, ...], again: set[str], base_complete: bool) -> dict[str, str]:
-    """Why each step would run; digests are only computed of steps that were done before."""
+    """The state of each step, with the reason why it would run; digests are computed for finished steps only."""
     from pipeline.manifest import load_manifest
     from pipeline.run.steps import WORK
 
@@ -180,7 +180,7 @@ def _states(run: Run, names: tuple[str, ...], again: set[str], base_complete: bo
 
 
 def _look_at_model(run: Run, shape: Shape, directory: Path, plan: Plan) -> None:
-    """Notes on what the gate will find in this model's shape."""
+    """Add notes on properties of this model's shape that the gate will report."""
     from pipeline.release.gguf_files import released_n_ctx
 
     kinds = [kind.upper() for kind in run.config.convert.types]
@@ -202,7 +202,7 @@ def _look_at_model(run: Run, shape: Shape, directory: Path, plan: Plan) -> None:
 
 
 def _look_at_room(run: Run, plan: Plan) -> None:
-    """Free disk and memory against the estimates."""
+    """Compare free disk and memory with the estimates."""
     place = run.dir
     while not place.exists():
         place = place.parent
@@ -233,7 +233,7 @@ def _gpu_memory() -> int:
 
 
 def _try(plan: Plan, check: Any) -> Any:
-    """The check's result; its refusal becomes a problem."""
+    """The check's result; an `InputError` becomes a problem of the plan."""
     try:
         return check()
     except InputError as error:

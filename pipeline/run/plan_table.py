@@ -26,14 +26,14 @@ def plan_table(plan: Plan) -> Any:
 
 
 def size(count: float) -> str:
-    """Bytes in GB or MB; empty for none."""
+    """Bytes in GB or MB; empty for zero."""
     if not count:
         return ""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Two figures at most: an estimate."""
+    """A duration in words, with two figures at most, because it is an estimate."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What would end a run in its late steps, found before the first one starts: weights, packages, the converter."""
+"""Refuse a run, before its first step, that would fail in a late step: weights, packages, the converter."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PACKAGES = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "peft": "peft", "a
 
 
 def refuse_early(config: RunConfig, base_dir: Path, *, trains: bool, converts: bool) -> None:
-    """Refuse a run whose steps cannot end.
+    """Refuse a run with a step that must fail.
 
     Args:
-        trains, converts: which steps the run reaches.
+        trains, converts: whether the run reaches these steps.
 
     Raises:
-        InputError: weights that are missing or cut, a layer, target or package that does not exist, a converter that
-            is not there or does not know the architecture.
+        InputError: weights are missing or cut; a layer, target or package does not exist; the converter is missing or
+            does not know the architecture.
     """
     problems = missing_weights(base_dir)
     if trains and not problems:
@@ -32,7 +32,7 @@ def refuse_early(config: RunConfig, base_dir: Path, *, trains: bool, converts: b
 
 
 def missing_weights(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint's weights: gone, damaged (cut files show in their headers), or quantised."""
+    """The faults of a checkpoint's weights: missing, damaged (the header shows a cut file), or quantised."""
     try:
         admit_checkpoint(directory)
     except InputError as error:
@@ -41,7 +41,7 @@ def missing_weights(directory: Path) -> list[str]:
 
 
 def missing_tools(config: RunConfig, shape: Shape | None, *, converts: bool) -> tuple[list[str], list[str]]:
-    """Packages and the converter, and whether it knows the architecture: (problems, notes)."""
+    """(problems, notes) about packages, the converter, and whether the converter knows the architecture."""
     from verification.engines.convert import cache_directory, find_converter
     from verification.engines.program_digests import SCRIPT
 

@@ -1,7 +1,7 @@
 """`so8t run`: base, data, train, bake, convert, answers, verify as one resumable run.
 
-Each step declares the settings it depends on, its inputs and its outputs; it runs when one of them changed and is
-skipped otherwise (see `manifest`). A step writes under temporary names and renames at its end.
+Each step declares its settings, its inputs and its outputs; it runs when one of them has changed and is skipped
+otherwise (see `manifest`). A step writes under temporary names and renames its files at the end.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from pipeline.progress import Reporter, StageProgress
 from pipeline.run.refuse import refuse_early
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, sweep, write_text
-from so8t_core.threads import torch_threads
 from verification.engines import distributed
 from verification.engines.quantise import type_number
+from verification.engines.threads import torch_threads
 from verification.gate.policy import Policy, load_policy, make_policy
 from verification.gate.report import AnswerRecord, Report, TrainingRecord
 
 STEPS = ("base", "data", "train", "bake", "convert", "answers", "verify")
-TOGETHER = ("train", "verify")  # what every process of a launch works on; the first one does the rest alone
+TOGETHER = ("train", "verify")  # all processes of a launch work on these steps; the first process does the others alone
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what it depends on, what it reads and writes, and how it is done."""
+    """One step: its settings, inputs and outputs, and the function that does its work."""
 
     settings: Callable[[RunConfig], dict[str, Any]]
     inputs: Callable[[Run], dict[str, Path]]  # label: path
@@ -45,7 +45,7 @@ class Step:
 
 
 class Run:
-    """A run directory with its configuration; paths of everything in it."""
+    """A run directory with its configuration and its paths."""
 
     def __init__(self, config: RunConfig, reporter: Reporter) -> None:
         self.config, self.reporter = config, reporter
@@ -57,18 +57,18 @@ class Run:
     def execute(
         self, *, first: str | None = None, until: str | None = None, force: tuple[str, ...] = ()
     ) -> Report | None:
-        """Run what is not up to date, from `first` to `until`; returns the report when verify was reached.
+        """Run the steps that are not up to date, from `first` to `until`; returns the report when verify was reached.
 
-        In a launch of several processes the first one decides and writes, and calls the others to what is done
-        together; all return the same.
+        In a launch of several processes the first process decides and writes, and calls the others to the steps of
+        `TOGETHER`; all return the same.
 
         Args:
-            first: run this step and all after it again, up to date or not.
+            first: run this step and all later steps again, even if they are up to date.
             until: stop after this step.
             force: run these steps again.
 
         Raises:
-            InputError: an unknown step, a missing input, or whatever a step cannot do.
+            InputError: an unknown step, a missing input, or the error of a step.
         """
         check_steps(first, until, force)
         last = STEPS.index(until) if until else len(STEPS) - 1
@@ -97,7 +97,7 @@ class Run:
         return distributed.from_first(lambda: report)
 
     def _refuse_foreign(self) -> None:
-        """Refuse to begin a run where a directory of somebody else would be replaced: `run_dir: .` beside own data."""
+        """Refuse a new run that would replace a directory of no run, as with `run_dir: .` beside a user's data."""
         if (self.dir / "config.resolved.yaml").exists():
             return
         for path in (self.data, self.adapter, self.baked, self.gguf):
@@ -105,7 +105,7 @@ class Run:
                 raise InputError(f"{path} is of no run in {self.dir}, and would be replaced; choose another run_dir")
 
     def _follow(self) -> Report | None:
-        """What every process but the first does: its share of the steps that it is called to."""
+        """In every process but the first: do this process's share of the steps that the first process calls."""
         while (call := distributed.from_first(lambda: None)) is not None:
             name, self.base_dir = call
             WORK[name].work(self)
@@ -145,7 +145,7 @@ class Run:
         from verification.gate.decide import decide
         from verification.show.write import load_report
 
-        return decide(load_report(self.report / "report.json"))  # its values count, not what it says of itself
+        return decide(load_report(self.report / "report.json"))  # its values count, not its stored verdict
 
 
 def _data(run: Run) -> None:
@@ -257,7 +257,7 @@ def _verify(run: Run) -> None:
 
 
 def _write_reference(run: Run, progress: StageProgress) -> None:
-    """The release's reference file, on the built-in text: no row of the data is published with it."""
+    """Write the release's reference file on the built-in text, so that it publishes no row of the data."""
     from pipeline.release.gguf_files import released_n_ctx
     from verification.commands.provenance import versions as versions_of_parts
     from verification.reference_file.make import write_reference
@@ -281,7 +281,7 @@ def check_steps(first: str | None, until: str | None, force: tuple[str, ...]) ->
     """Refuse a step that does not exist.
 
     Raises:
-        InputError: lists those that do.
+        InputError: an unknown step; the message lists all steps.
     """
     for name in (first, until, *force):
         if name is not None and name not in STEPS:
@@ -289,10 +289,10 @@ def check_steps(first: str | None, until: str | None, force: tuple[str, ...]) ->
 
 
 def check_early(config: RunConfig, last: int) -> None:
-    """What only the late steps read, found before the long ones start.
+    """Check the settings of the late steps before the long steps start.
 
     Raises:
-        InputError: an unknown file type, answers from a type that is not made, a policy or corpus that cannot be read.
+        InputError: an unknown file type, answers from a type that is not made, an unreadable policy or corpus.
     """
     if last >= STEPS.index("convert"):
         kinds = [kind.upper() for kind in config.convert.types]

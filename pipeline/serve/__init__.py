@@ -2,6 +2,6 @@
 
     client -> app (limits, keys, allow-list) -> engine (llama.cpp or upstream) -> guard -> audit log -> client
 
-Nothing of a generation reaches the client before the guard has judged the whole of it and the audit log holds the
-verdict on disk. docs/server.md states the nine guarantees and what is out of their reach.
+No text of a generation reaches the client before the guard has judged the whole generation and the audit log has the
+verdict on disk. docs/server.md states the nine guarantees and their limits.
 """

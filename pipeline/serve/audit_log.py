@@ -1,12 +1,12 @@
-"""The audit log: append-only JSON Lines, one record a decision, hash-chained, on disk before an answer leaves.
+"""The audit log: append-only JSON Lines, one record for each decision, hash-chained, on disk before an answer leaves.
 
 Line = canonical JSON (sorted keys, no spaces, ASCII) of {..., "seq": n, "prev": hash of line n-1, "hash": h}, where h
 is the SHA-256 of the same object without "hash"; seq starts at 0 and prev with 64 zeros. So an edit, a reordering, a
-removal or a cut at any byte breaks the chain, save one: whole lines taken off the end. That needs an anchor outside:
-`FILE.head` holds `seq:hash` of the last line, overwritten after each append, and `--expect-head` takes one that was
-kept elsewhere. The log may run ahead of its head file (killed in between, power cut), never the other way round.
-A line without its newline was cut by a crash before its answer left: on restart it is removed and a record "recovered"
-with its length and SHA-256 takes its place.
+removal or a cut at any byte breaks the chain, except the removal of whole lines at the end. A head file shows that:
+`FILE.head` holds `seq:hash` of the last line and is overwritten after each append; `--expect-head` takes a head that
+was kept elsewhere. After a crash the log may be ahead of its head file, but the head file is never ahead of the log.
+A crash cut a line without its newline before its answer left: a restart removes the line and writes a record
+"recovered" with its length and SHA-256.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ GENESIS = "0" * 64
 
 
 class Tampered(Exception):
-    """The log is not what was written; the message names the line and what is wrong with it."""
+    """The log was changed after it was written; the message names the line and the fault."""
 
 
 class Unavailable(Exception):
-    """The log cannot be written now: nothing may be answered."""
+    """The log cannot be written now, so no request may be answered."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Head:
         """Read `seq:hash`.
 
         Raises:
-            InputError: the file is no audit log.
+            InputError: the text is no head.
         """
         seq, _, digest = text.strip().partition(":")
         if not seq.isdecimal() or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
@@ -61,12 +61,12 @@ class Head:
 
 
 def bucket(count: int | None) -> str | None:
-    """A token count at rest: the power of two that bounds it, 16 at least."""
+    """A token count as the log stores it: the next power of two, at least 16."""
     return None if count is None else f"<={max(16, 1 << max(count - 1, 0).bit_length())}"
 
 
 def thinking_hmac(key: bytes, thinking: bytes) -> str:
-    """HMAC-SHA256: a bare hash of a short thinking could be guessed."""
+    """HMAC-SHA256 of a thinking; without a key, a short thinking could be guessed from its hash."""
     return hmac.new(key, thinking, hashlib.sha256).hexdigest()
 
 
@@ -76,7 +76,7 @@ def head_path(log: Path) -> Path:
 
 
 def _write(handle: int, data: bytes) -> None:
-    """All of the bytes: a single write may take only some, as on a disk that is nearly full."""
+    """Write all bytes: a single system call may write only some, as on a disk that is nearly full."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(handle, rest) :]
@@ -96,7 +96,7 @@ def _check(line: bytes, after: Head) -> Head:
     """The head after a complete line.
 
     Raises:
-        Tampered: it does not follow `after`.
+        Tampered: the line does not follow `after`.
     """
     number = after.seq + 2
     try:
@@ -115,7 +115,7 @@ def _check(line: bytes, after: Head) -> Head:
 
 
 def _heads(path: Path) -> Iterator[tuple[Head, bytes]]:
-    """(head after it, b"") for each complete line, then (last head, rest) where bytes follow the last newline."""
+    """(head after the line, b"") for each complete line, then (last head, rest) if bytes follow the last newline."""
     head = Head()
     with open(path, "rb") as lines:
         for line in lines:
@@ -127,10 +127,10 @@ def _heads(path: Path) -> Iterator[tuple[Head, bytes]]:
 
 
 def verify(path: Path, *, expect: Head | None = None) -> Head:
-    """Check the whole log against itself, its head file and, if given, a head that was kept elsewhere.
+    """Check the log's chain, its head file and, if given, a head that was kept elsewhere.
 
     Raises:
-        Tampered: any byte is not as it was written, or lines are missing at the end.
+        Tampered: a byte was changed, or lines are missing at the end.
         InputError: there is no such file.
     """
     if not path.is_file():
@@ -157,7 +157,7 @@ class AuditLog:
     """The log, open for appending by this process alone.
 
     Raises:
-        InputError: another process writes it, it cannot be written, or it is not what was written before.
+        InputError: another process writes the log, it cannot be written, or it was changed.
     """
 
     def __init__(self, path: Path, *, opened: Mapping[str, Any] | None = None) -> None:
@@ -178,8 +178,8 @@ class AuditLog:
             torn = self._resume()
             self._head_file = os.open(head_path(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self.append(([{"event": "recovered", **torn}] if torn else []) + [{"event": "opened", **(opened or {})}])
-            os.fsync(self._head_file)  # once: from here on it is only overwritten
-            fsync(path.parent)  # both names
+            os.fsync(self._head_file)  # once, because it keeps its size
+            fsync(path.parent)  # the names of both files
         except Tampered as error:
             os.close(self._file)
             way_out = "keep it for inspection and start with another --audit-log"
@@ -189,12 +189,12 @@ class AuditLog:
             raise InputError(f"cannot write the audit log {path}: {error}") from None
 
     def _resume(self) -> dict[str, Any]:
-        """Find the end of the chain; what a crash left behind it goes. Returns its description, if any."""
+        """Find the end of the chain and cut the bytes that a crash left behind it; returns their description or {}."""
         head, rest = Head(), b""
         beside = head_path(self.path)
         known = beside.read_text(encoding="ascii", errors="replace").strip() if beside.is_file() else ""
         try:
-            mark = Head.parse(known) if known else None  # none, or empty: killed before the first head was written
+            mark = Head.parse(known) if known else None  # missing or empty: killed before the first head
         except InputError:
             raise Tampered("its head file is damaged") from None
         seen = mark is None
@@ -211,7 +211,7 @@ class AuditLog:
         """Write records, all or none, and return when they are on disk.
 
         Raises:
-            Unavailable: full disk, lost device; the log is as it was before, and the next call tries again.
+            Unavailable: full disk, lost device; the log stays as it was, and the next call tries again.
         """
         head, lines = self.head, []
         for record in [{"event": "resumed"}, *records] if self.failed else records:
@@ -222,7 +222,7 @@ class AuditLog:
             if self.failed:
                 os.ftruncate(self._file, self._size)  # the failed write may have left a part behind
             _write(self._file, data)
-            os.fdatasync(self._file)  # the bytes and the size, not the times
+            os.fdatasync(self._file)  # syncs bytes and size, not times
             self._write_head(head)
         except OSError as error:
             self.failed = True
@@ -231,12 +231,12 @@ class AuditLog:
         self.head, self._size, self.failed = head, self._size + len(data), False
 
     def _undo(self) -> None:
-        with suppress(OSError):  # `append` and the next start both cut again before anything is added
+        with suppress(OSError):  # `append` and the next start cut again before they write
             os.ftruncate(self._file, self._size)
 
     def _write_head(self, head: Head) -> None:
-        """In place, one write within one sector, not synced: after a power cut it may lag, which is harmless."""
-        line = f"{head.seq:020d}:{head.hash}\n".encode()  # of fixed width
+        """Overwrite the head by one unsynced write in one sector; an old head after a power cut is harmless."""
+        line = f"{head.seq:020d}:{head.hash}\n".encode()  # fixed width
         if os.pwrite(self._head_file, line, 0) != len(line):
             raise OSError(errno.ENOSPC, "no space for the head file")
 

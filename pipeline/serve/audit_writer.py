@@ -1,4 +1,4 @@
-"""The audit log in an event loop: records that arrive while the disk is busy go to it together, in one write.
+"""Write the audit log from an event loop: records that arrive while the disk is busy go into one write.
 
 `record` returns once its record is on disk; only then may an answer leave.
 """
@@ -25,10 +25,10 @@ class Recorder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit")
 
     async def record(self, record: Record) -> None:
-        """Put one record on disk; it gets there even if the caller is cancelled meanwhile.
+        """Put one record on disk, even if the caller is cancelled meanwhile.
 
         Raises:
-            Unavailable: it is not there.
+            Unavailable: the record is not on disk.
         """
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((record, done))
@@ -37,16 +37,16 @@ class Recorder:
         await asyncio.shield(done)
 
     async def ready(self) -> None:
-        """After a failed write: see whether the disk takes a record again, before work is begun for nothing.
+        """After a failed write, test whether the disk takes a record again, before new work starts.
 
         Raises:
-            Unavailable: it does not.
+            Unavailable: the disk takes no record.
         """
         if self.log.failed:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._probe)
 
     def _probe(self) -> None:
-        if self.log.failed:  # another request may have got there first
+        if self.log.failed:  # another request may have tested it first
             self.log.append([])
 
     async def _write(self) -> None:
@@ -61,12 +61,12 @@ class Recorder:
             for _, done in batch:
                 if failure and not done.cancelled():
                     done.set_exception(failure)
-                    done.exception()  # seen: a caller that has gone must not make the loop complain
+                    done.exception()  # reads it, so that asyncio does not warn about a caller that has gone
                 elif not done.cancelled():
                     done.set_result(None)
 
     async def close(self) -> None:
-        """Write what waits, then release the file."""
+        """Write the waiting records, then release the file."""
         if self._writer is not None:
             await asyncio.wait([self._writer])
         self._thread.shutdown()

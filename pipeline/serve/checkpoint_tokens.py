@@ -12,10 +12,10 @@ from verification.reference.tokenizer import load_tokenizer
 
 
 class CheckpointTokens(Counter):
-    """The tokenizer and the chat template of a Hugging Face directory; no weights are read, no code of it runs.
+    """The tokenizer and the chat template of a Hugging Face directory; reads no weights and runs none of its code.
 
     Raises:
-        InputError: transformers has no fast tokenizer for it.
+        InputError: transformers has no fast tokenizer for the directory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -25,7 +25,7 @@ class CheckpointTokens(Counter):
         if not loaded.is_fast:
             raise InputError(f"{directory}: its tokenizer cannot say where a token ends; give a GGUF of the model")
         rules = json.loads(loaded.backend_tokenizer.to_str())
-        rules["post_processor"] = None  # it adds BOS and trims the spaces from the places of tokens
+        rules["post_processor"] = None  # it adds BOS, and trims spaces from the offsets of tokens
         self._whole, self._plain = (Tokenizer.from_str(json.dumps(rules)) for _ in range(2))
         self._plain.encode_special_tokens = True
         special = {token for token, added in loaded.added_tokens_decoder.items() if added.special}
@@ -53,5 +53,5 @@ class CheckpointTokens(Counter):
 
 
 def _template(found: Any) -> str:
-    """The chat template; of several, all of them: a form that any of them shows is the model's."""
+    """The chat template, or all of several in one text: a form in any of them is the model's form."""
     return "\n".join(found.values()) if isinstance(found, dict) else found or ""

@@ -1,8 +1,7 @@
-"""Questions about text that a tokenizer answers for the server, wherever the tokenizer comes from.
+"""The tokenizer's interface for the server: token ids, counts, cuts, and the refusal of control tokens.
 
-A client that could write `<|im_end|>` into its message could close its own turn and begin the model's: a prefill by
-the back door. Texts that tokenise to a control token are therefore refused; ordinary text keeps the very ids that
-training gave it.
+A client that could write `<|im_end|>` into its message could end its own turn and begin the model's, a hidden prefill.
+So a text that tokenises to a control token is refused; ordinary text keeps the ids that it had in training.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ class Counter(ABC):
 
     @abstractmethod
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text, control tokens that it spells out included."""
+        """Token ids of a text, with those of control tokens that it spells out."""
 
     @abstractmethod
     def steers(self, token: int) -> bool:
-        """Whether a token is no text: beginning and end of turns and the like."""
+        """Whether a token is a control token, such as the beginning or the end of a turn."""
 
     @abstractmethod
     def count(self, text: str) -> int:
-        """Tokens of a text in which nothing steers."""
+        """The number of tokens of a text without control tokens."""
 
     @abstractmethod
     def cut(self, text: str, limit: int) -> str:

@@ -1,10 +1,10 @@
 """The embedded engine: one GGUF through llama.cpp, one generation at a time, first come first served.
 
-Prompt: the file's own chat template, tokenised as in training, BOS where the file asks for it. Context: as shipped
-(`num_ctx` of the Modelfile beside the file, else the pipeline's default), never beyond what the model was trained for,
-nor beyond a LongRoPE's original length, where llama.cpp would compute another function than the one that was verified.
-The turn ends at any token of the file's end-of-generation set, at the token by which its template ends an answer, and
-at every `stop` of the Modelfile. Another control token, save the markers of the form of thinking, is an error.
+Prompt: the file's own chat template, tokenised as in training, with BOS where the file asks for it. Context: as shipped
+(`num_ctx` of the Modelfile beside the file, else the pipeline's default), but at most the context of the training, and
+at most a LongRoPE's original length, beyond which llama.cpp computes another function than the verified one.
+The turn ends at any token of the file's end-of-generation set, at the token that its template writes behind an answer,
+and at every `stop` of the Modelfile. Any other control token is an error, except the markers of the form of thinking.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from verification.gguf.kind import require_logits
 from verification.gguf.reader import read_gguf
 from verification.reference.rope import limit_of_file
 
-PIECE = 128  # prompt tokens between two looks at the cancel flag
+PIECE = 128  # prompt tokens between two checks of the cancel flag
 
 
 def shipped_n_ctx(gguf: Path) -> int:
@@ -51,10 +51,10 @@ def shipped_stops(gguf: Path) -> list[str]:
 
 
 class ChatTemplate:
-    """A model's own chat template, rendered as `so8t verify` renders it, in a child process, with today's date.
+    """A model's own chat template, rendered as in `so8t verify`, in a child process, with today's date.
 
     Raises:
-        InputError: it is no Jinja template.
+        InputError: the source is no Jinja template.
     """
 
     def __init__(self, source: str, *, bos: str, eos: str) -> None:
@@ -63,10 +63,10 @@ class ChatTemplate:
             raise InputError("the GGUF's chat template is not valid Jinja; `so8t convert` writes the base's own")
 
     def render(self, messages: list[Message], *, prompt: bool = True) -> str:
-        """The conversation, with `prompt` up to the model's turn.
+        """The conversation as text, with `prompt` up to the model's turn.
 
-        As in training: contents as texts, else as parts where the template loses a text, else with the system text in
-        front of the first question where it refuses the role.
+        As in training: contents are texts; if the template loses a text, they are parts; if it refuses the system role,
+        the system text stands in front of the first question.
 
         Raises:
             Refusal: the template refuses these roles, or cannot render them.
@@ -89,7 +89,7 @@ class ChatTemplate:
         return outcome.text if outcome.kind == "text" else None
 
     def close(self) -> None:
-        """End the child."""
+        """End the child process."""
         self._template.close()
 
 
@@ -98,11 +98,11 @@ class LlamaEngine:
 
     Args:
         n_ctx: tokens of prompt and generation together; None = as shipped.
-        max_new_tokens: a generation is stopped there, and then nothing of it is shown.
-        form: how the model writes its thinking; None = as the file says.
+        max_new_tokens: a longer generation is stopped, and none of it is shown.
+        form: the model's form of thinking; None = the form that the file names.
 
     Raises:
-        InputError: the file cannot be loaded, has no chat template, or the limits do not fit each other.
+        InputError: the file cannot be loaded, has no chat template, or the limits contradict each other.
     """
 
     quick = False
@@ -120,7 +120,7 @@ class LlamaEngine:
             raise InputError(f"{gguf} does not exist; `so8t convert` makes GGUF files")
         file = read_gguf(gguf)
         require_logits(file)
-        gguf = file.path  # of a set of shards the first
+        gguf = file.path  # for a set of shards, the first
         self.model_id, self.digest = file.stem, f"sha256:{file.digest}"
         self.max_new_tokens = max_new_tokens
         require_loadable(gguf)  # a damaged file can end the process that opens it
@@ -155,7 +155,8 @@ class LlamaEngine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llama")
 
     def _ends(self, gguf: Path) -> set[int]:
-        """Control tokens that end a turn: the Modelfile's stops, and what the template puts behind an answer first."""
+        """Control tokens that end a turn: the Modelfile's stops, and the first one that the template writes behind an
+        answer."""
         found = [self.model.tokenize(stop) for stop in shipped_stops(gguf)]
         ends = {ids[0] for ids in found if len(ids) == 1}
         answer = "answer seven"
@@ -193,7 +194,7 @@ class LlamaEngine:
         return self.tokens.cut(text, limit)
 
     async def generate(self, job: Job, feed: Feed) -> str | None:
-        """Wait for the turn, then decode in a thread of its own; ends within one piece of work when cancelled."""
+        """Wait for this job's turn, then decode in a thread; ends within one piece of work when cancelled."""
         async with self._turn:
             cancelled = threading.Event()
             work = asyncio.get_running_loop().run_in_executor(self._thread, self._decode, job, feed, cancelled)
@@ -201,8 +202,8 @@ class LlamaEngine:
                 return await asyncio.shield(work)
             except asyncio.CancelledError:
                 cancelled.set()
-                await asyncio.wait([work])  # the context is one: the next turn must find it idle
-                work.exception()  # seen, so that nobody logs it
+                await asyncio.wait([work])  # there is one context, which must be idle for the next turn
+                work.exception()  # reads it, so that asyncio does not log it
                 raise
 
     def _decode(self, job: Job, feed: Feed, cancelled: threading.Event) -> str | None:
@@ -228,10 +229,10 @@ class LlamaEngine:
             return "length"
         finally:
             llama_cpp.llama_sampler_free(sampler)
-            llama_cpp.llama_memory_clear(memory, True)  # nobody's thinking stays in memory
+            llama_cpp.llama_memory_clear(memory, True)  # no thinking stays in memory
 
     def _step(self, ids: list[int]) -> None:
-        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # the batch only points to it
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # the batch holds only a pointer to it
         if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(tokens, len(ids))) != 0:
             raise EngineError("llama.cpp failed")
 
@@ -245,12 +246,12 @@ class LlamaEngine:
 
 
 def _sampler(job: Job) -> Any:
-    """llama.cpp's sampler: the likeliest token at temperature 0, else top-p and temperature from a seed."""
+    """llama.cpp's sampler: the likeliest token at temperature 0, else top-p and temperature with a seed."""
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
     if job.temperature == 0:
         llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_greedy())
         return chain
-    seed = llama_cpp.LLAMA_DEFAULT_SEED if job.seed is None else job.seed  # the default means: a new one each time
+    seed = llama_cpp.LLAMA_DEFAULT_SEED if job.seed is None else job.seed  # the default means a new seed each time
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(job.top_p, 1))
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(job.temperature))
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed))

@@ -1,8 +1,8 @@
-"""The upstream engine: a chat completion streamed from llama-server, vLLM or Ollama, read as if it were hostile.
+"""The upstream engine: a chat completion streamed from llama-server, vLLM or Ollama, whose reply is not trusted.
 
-Its request is built here, field by field; of its reply only content, reasoning and finish reason of choice 0 are read.
-A generation counts as ended by the model only if the finish reason is "stop", comes once, nothing follows it, and the
-stream ends with [DONE]. Anything else (status, redirect, compression, JSON of another shape, too many bytes) fails.
+This module builds the request field by field; of the reply it reads only content, reasoning and finish reason of choice
+0. The model ended a generation only if the finish reason is "stop", comes once, nothing follows it, and the stream ends
+with [DONE]. Anything else (status, redirect, compression, JSON of another shape, too many bytes) fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.serve.guard import MAX_BYTES, SEPARATES
 from pipeline.serve.request_error import invalid
 from so8t_core.errors import InputError
 
-MAX_STREAM = 256 * MAX_BYTES  # of the raw reply; a token's JSON wrapping is some 200 bytes around a few of text
+MAX_STREAM = 256 * MAX_BYTES  # bytes of the raw reply; each token has some 200 bytes of JSON around a few bytes of text
 MAX_LINE = 4 * MAX_BYTES
 CONTROL_LIKE = ("<|", "|>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "[THINK]")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # llama-server and vLLM, vLLM and Ollama, others
@@ -47,7 +47,7 @@ def check_url(url: str, *, allow_remote: bool) -> str:
     """The URL without a slash at its end.
 
     Raises:
-        InputError: not http or https, with user, query or fragment, or remote without being allowed to.
+        InputError: not http or https, with user, query or fragment, or remote without permission.
     """
     try:
         parts = urlsplit(url)
@@ -70,12 +70,12 @@ class UpstreamEngine:
     """Another server behind the guard; see `pipeline.serve.engine.Engine`.
 
     Args:
-        tokens: the model's tokenizer, where known: usage and `max_tokens` need it.
-        n_ctx: bounds the prompt, together with `max_new_tokens`.
-        form: how the model writes its thinking, or `separated`.
+        tokens: the model's tokenizer, if known; usage and `max_tokens` need it.
+        n_ctx: tokens of prompt and `max_new_tokens` together.
+        form: the model's form of thinking, or `separated`.
 
     Raises:
-        InputError: they leave no room for a prompt.
+        InputError: the limits leave no room for a prompt.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class UpstreamEngine:
             headers=headers,
             follow_redirects=False,
             trust_env=False,  # no proxy may see a generation
-            timeout=httpx.Timeout(None, connect=5.0, pool=5.0),  # the server's own deadline bounds the whole
+            timeout=httpx.Timeout(None, connect=5.0, pool=5.0),  # the server's deadline bounds the whole request
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
         )
 
     def check(self, messages: list[Message]) -> int | None:
-        """Tokens of the texts where a tokenizer is known (the template's are the upstream's secret)."""
+        """Tokens of the texts, if a tokenizer is known; the template's tokens are not known here."""
         if self.tokens is not None:
             found = self.tokens.refuse_control(messages)
         else:
@@ -140,7 +140,7 @@ class UpstreamEngine:
         return self.tokens.cut(text, limit)
 
     def body(self, job: Job) -> dict[str, Any]:
-        """The request: nothing but what is named here."""
+        """The request's body, with only these fields."""
         fields: dict[str, Any] = {
             "model": self.model_id,
             "messages": job.messages,
@@ -152,10 +152,10 @@ class UpstreamEngine:
         return fields if job.seed is None else {**fields, "seed": job.seed}
 
     async def generate(self, job: Job, feed: Feed) -> str | None:
-        """Stream one completion into `feed`; cancelling closes the connection, which ends it upstream as well.
+        """Stream one completion into `feed`; cancelling closes the connection, which ends the upstream's work too.
 
         Raises:
-            EngineError: no connection, another status than 200, a compressed or broken reply; never with its words.
+            EngineError: no connection, another status than 200, a compressed or broken reply; never with its text.
         """
         reader = _Reader(feed)
         try:
@@ -181,20 +181,20 @@ class UpstreamEngine:
         return reader.finish if reader.done else None
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self._client.aclose()
 
 
 def _events(response: httpx.Response) -> AsyncGenerator[ServerSentEvent, None]:
-    """The events of a reply, through httpx-sse; what it reads is `_Bounded`."""
+    """The events of a reply, by httpx-sse, which reads the response through `_Bounded`."""
     return EventSource(cast(httpx.Response, _Bounded(response))).aiter_sse()
 
 
 class _Bounded:
-    """A response as httpx-sse reads it, within bounds and in strict UTF-8 whatever charset its header names.
+    """A response for httpx-sse with bounds, in strict UTF-8 for any charset in its header.
 
-    httpx-sse keeps an unfinished line for as long as it grows, and httpx would decode by the header and replace what
-    it cannot decode.
+    httpx-sse keeps an unfinished line of any length, and httpx would decode by the header's charset and replace bytes
+    that it cannot decode.
     """
 
     def __init__(self, response: httpx.Response) -> None:
@@ -204,7 +204,7 @@ class _Bounded:
         """The body's text, piece by piece.
 
         Raises:
-            EngineError: too long, a line too long, or not UTF-8.
+            EngineError: the body or a line is too long, or it is not UTF-8.
         """
         decoder = codecs.getincrementaldecoder("utf-8")()
         total = line = 0
@@ -230,10 +230,10 @@ class _Reader:
         self.done = self.reasoned = False
 
     def take(self, data: str) -> None:
-        """One event's data; an event without any says nothing.
+        """Take one event's data; an event without data is ignored.
 
         Raises:
-            EngineError: it is no chunk of a chat completion, or one behind the end.
+            EngineError: the data is no chunk of a chat completion, or comes after the end.
         """
         if data == "[DONE]":
             self.done = True
@@ -255,7 +255,7 @@ class _Reader:
 
 def _delta(chunk: Any) -> tuple[bytes, bytes, str | None]:
     """Reasoning, content and finish reason of a chunk; TypeError where the chunk holds no text of choice 0."""
-    if chunk["choices"] == []:  # usage, sent at the end by some
+    if chunk["choices"] == []:  # some servers send usage at the end
         return b"", b"", None
     [choice] = chunk["choices"]
     delta, finish = choice.get("delta") or {}, choice.get("finish_reason")

@@ -1,10 +1,10 @@
-"""Decides what may be shown of a generation, as a pure function of its whole text and of the reason why it ended.
+"""Decide which part of a generation may be shown, as a pure function of its whole text and its finish reason.
 
-An answer is released only from text that is UTF-8, was ended by the model itself and keeps the canonical spelling of
-one form (`pipeline.serve.forms`). A marker in any other spelling or place withholds it; so do tags of another form and
-an answer that copies a long run of its thinking. There is no third outcome.
+An answer is released only if the text is UTF-8, the model itself ended it, and it keeps the canonical spelling of one
+form (`pipeline.serve.forms`). It is withheld if a marker has any other spelling or place, if tags of another form
+occur, or if the answer copies a long run of the thinking. There is no third outcome.
 Finish reason, second markers and copies are known only at the end, so nothing can be shown earlier: `Guard`, the
-streaming form, gathers pieces and gives `judge` of their concatenation, whatever the pieces were.
+streaming form, collects pieces of any size and calls `judge` on the whole.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pipeline.serve.forms.registry import SO8T
 from pipeline.serve.text_folding import fold, plain
 
 MAX_BYTES = 1 << 18  # of one generation: some 64,000 tokens
-COPY_RUN = 32  # characters in a row that an answer may not share with its thinking, unless a server allows more
-COPY_WHOLE = 12  # a thinking shorter than COPY_RUN may not stand whole in the answer from this length on
+COPY_RUN = 32  # an answer may not share so many characters in a row with its thinking; a server may allow more
+COPY_WHOLE = 12  # a thinking of this length up to COPY_RUN may not stand whole in the answer
 SEPARATES = "upstream separates the thinking itself: start with --think-form separated"
 
 
@@ -33,14 +33,14 @@ class Verdict:
 
     answer: str | None = field(repr=False)
     reason: str
-    thinking: bytes = field(repr=False)  # what to account for: the steps, or everything where the answer is withheld
+    thinking: bytes = field(repr=False)  # for the log: the steps, or all text if the answer is withheld
 
 
 def copies(steps: str, answer: str, *, run: int = COPY_RUN) -> bool:
-    """True if the answer shares `run` characters in a row, or a whole shorter thinking, with the steps.
+    """Whether the answer shares `run` characters in a row with the steps, or holds a whole shorter thinking.
 
-    Compared twice: folded (dashes between the letters do not hide a copy) and with spaces dropped only (arithmetic is
-    mostly signs).
+    The texts are compared twice: folded (so that dashes between letters do not hide a copy), and without spaces only
+    (because arithmetic is mostly signs).
     """
     return _shares(fold(steps), fold(answer), run) or _shares(_squeeze(steps), _squeeze(answer), run)
 
@@ -73,7 +73,7 @@ def judge(
     Args:
         data: the content.
         finish: "stop" only where the model ended its turn itself.
-        reasoning: what an upstream delivered apart from the content.
+        reasoning: text that an upstream sent apart from the content.
         mixed: some of the reasoning came after the content had begun.
         run: characters in a row that the answer may not share with the thinking.
     """
@@ -86,7 +86,7 @@ def judge(
         content, apart = (strip_message(part.decode("utf-8")) for part in (data, reasoning))
     except UnicodeDecodeError:
         return Verdict(None, "not UTF-8", everything)
-    if "\ufffd" in content + apart:  # somebody upstream has replaced what was not UTF-8
+    if "\ufffd" in content + apart:  # an upstream has replaced bytes that were not UTF-8
         return Verdict(None, "not UTF-8", everything)
     try:
         parts = form.split(content, apart, mixed=mixed)
@@ -100,7 +100,7 @@ def judge(
 
 
 class Guard:
-    """The streaming form: `feed` pieces of any size, `close` gives `judge` of the whole. Nothing leaves before."""
+    """The streaming form: `feed` takes pieces of any size, `close` returns `judge` of the whole."""
 
     def __init__(self, form: Form = SO8T, *, run: int = COPY_RUN) -> None:
         self.form, self.run = form, run
@@ -110,10 +110,10 @@ class Guard:
         return len(self._data) + len(self._reasoning)
 
     def feed(self, piece: bytes, *, reasoning: bool = False) -> None:
-        """Take the next bytes, of the content or of what the upstream separates from it.
+        """Take the next bytes of the content or of the separate reasoning.
 
         Raises:
-            TooLong: together they exceed MAX_BYTES; generating on would be wasted.
+            TooLong: content and reasoning together exceed MAX_BYTES, so that more tokens would be useless.
         """
         if reasoning:
             if piece and self._data.strip():

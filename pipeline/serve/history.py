@@ -1,8 +1,8 @@
-"""The messages of a request: what clients send back is read generously, and what would be lost is refused by its index.
+"""Read the messages of a request; harmless extra fields are dropped, and any other field is refused by its index.
 
-A reply that a client stored, here or from another provider, comes back with fields that say nothing to a model: those
-of an assistant's message are dropped and never forwarded. An assistant's message without a text, as a failed request
-leaves it, is dropped as well, and two messages of one role in a row become one.
+A reply that a client stored, from this server or another provider, comes back with fields that a model does not use:
+those of an assistant's message are dropped and never forwarded. An assistant's message without a text, as a failed
+request leaves it, is dropped too, and two messages of one role in a row become one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.serve.request_error import invalid
 MAX_MESSAGES = 256
 ROLES = ("system", "developer", "user", "assistant")
 _TEXTS = ("text", "input_text", "output_text")
-_INERT = frozenset({"name", "id", "cache_control", "timestamp", "created_at", "metadata"})  # in every message
+_INERT = frozenset({"name", "id", "cache_control", "timestamp", "created_at", "metadata"})  # dropped from every message
 _INERT_IN_REPLIES = _INERT | {
     "additional_kwargs",
     "annotations",
@@ -43,13 +43,13 @@ _INERT_IN_REPLIES = _INERT | {
     "usage",
     "usage_metadata",
 }
-_OFF = ("prefix", "partial")  # a reply to be gone on with, which these say of it where they are true
+_OFF = ("prefix", "partial")  # if true, the model would have to continue this reply
 _INERT_PARTS = ("refusal", "reasoning", "thinking", "redacted_thinking")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of the client's: its place in the request, its role and its text, stripped."""
+    """One message of the client: its index in the request, its role and its stripped text."""
 
     index: int
     role: str
@@ -60,7 +60,7 @@ def read_turns(raw: Any) -> list[Turn]:
     """The client's messages.
 
     Raises:
-        Refusal: 422 with the name and the index of what cannot be taken.
+        Refusal: 422 with name and index of the field that cannot be used.
     """
     if not isinstance(raw, list) or not 1 <= len(raw) <= MAX_MESSAGES:
         raise invalid(f"`messages` must be a list of 1 to {MAX_MESSAGES} messages", param="messages")
@@ -103,7 +103,7 @@ def _text(content: Any, where: str, role: str) -> str:
 
 
 def conversation(turns: list[Turn], *, instructs: bool) -> list[Message]:
-    """Messages for the engine; where the form asks for it, the shared system message first, the client's after it.
+    """Messages for the engine; with `instructs`, the shared system message stands before the client's.
 
     Raises:
         Refusal: a system message behind another message, an empty text, or a last message that is not the user's.

@@ -1,8 +1,8 @@
 """HTTP: chat completions, models, health, metrics, the chat page, and OpenAI's error form for everything else.
 
-A stream opens at once with the role and carries signs of life while the model thinks; the answer follows whole, after
-its verdict is on disk. A client that goes away cancels its generation. No exception leaves this module: its message
-could quote a text. Why an answer was withheld is told to operators only (`/v1/decisions`), never the thinking.
+A stream opens at once with the role and sends keep-alive signs while the model thinks; the whole answer follows once
+its verdict is on disk. A client that goes away cancels its generation. No exception leaves this module, because its
+message could quote a text. Only operators see why an answer was withheld (`/v1/decisions`), but never the thinking.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cach
 # FastAPI 0.165 exports exception messages and stack traces where the environment names a collector.
 _NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 _JSON = {"cache-control": "no-store", "content-type": "application/json"}
-DRAINED = 16  # so many times the limit is read and dropped, so that the client sees its 413
-# Addresses of OpenAI's that clients try, and why they are none here.
+DRAINED = 16  # up to so many times the limit is read and dropped, so that the client sees its 413
+# OpenAI's addresses that clients try, and why this server does not have them.
 _ELSEWHERE = {
     "/v1/completions": "a text completion would be begun by the client, and no thinking could be told from an answer",
     "/v1/responses": "the Responses API is not spoken here",
@@ -43,7 +43,7 @@ _FAULT = Refusal(500, "server_error", "internal_error", "internal fault; the ser
 
 
 def refusal_response(refusal: Refusal) -> Response:
-    """OpenAI's error form; a withheld answer tells clients that the same request need not be sent again."""
+    """OpenAI's error form; for a withheld answer it tells clients not to send the same request again."""
     headers = dict(_JSON)
     if refusal.retry_after is not None:
         headers["retry-after"] = str(refusal.retry_after)
@@ -59,7 +59,7 @@ def _json(value: dict[str, Any], status: int = 200) -> Response:
 
 
 class _Decision(Response):
-    """A response that is decided while the client may still go away."""
+    """A response whose decision is awaited while the client may go away."""
 
     def __init__(self, decider: Decider, chat: ChatRequest, client: str | None) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class _Decision(Response):
         except Refusal as refusal:
             await refusal_response(refusal)(scope, receive, send)
         except OSError:
-            pass  # the client went away while it was written to
+            pass  # the client went away during the response
 
     async def _decide(self, job: Job, prompt_tokens: int | None, scope: Scope, receive: Receive, send: Send) -> None:
         ticket = self._decider.ticket()
@@ -87,9 +87,9 @@ class _Decision(Response):
         finally:
             gone.cancel()
             decision.cancel()
-            await asyncio.wait([decision])  # it records that it was cancelled
+            await asyncio.wait([decision])  # the task records its cancellation
             if not decision.cancelled():
-                decision.exception()  # seen
+                decision.exception()  # reads it, so that asyncio does not warn
 
     async def _decided(
         self, decision: asyncio.Task[Reply], gone: asyncio.Task[None], seconds: float | None
@@ -127,7 +127,7 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
     """The body, read no further than its limits.
 
     Raises:
-        Refusal: 413 too large, 408 too slow, 400 broken off (no client reads it; the log must not count it as a fault).
+        Refusal: 413 too large, 408 too slow, 400 broken off (no client reads it, but the log must not show a fault).
     """
     too_large = invalid(f"the body is larger than {limit} bytes", code="body_too_large", status=413)
     declared = request.headers.get("content-length", "0")
@@ -142,7 +142,7 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
                     raise too_large
                 if total <= limit:
                     data += piece
-        if total > limit:  # read to its end first: a client that is still sending would not see the answer
+        if total > limit:  # read to the end first: a client that is still sending would not see the answer
             raise too_large
     except TimeoutError:
         raise invalid(f"the body took longer than {seconds:g} seconds", code="body_too_slow", status=408) from None
@@ -161,9 +161,9 @@ def make_app(
     """The ASGI application.
 
     Args:
-        keys: {name: SHA-256}; None = no key is asked for (loopback only).
+        keys: {name: SHA-256}; None = no key is needed (loopback only).
         operators: names of keys whose owners may see metrics and the reasons of decisions.
-        hosts: names that the Host header may carry; a web page that rebinds its own name to loopback is refused.
+        hosts: allowed names in the Host header; this refuses a web page that rebinds its own name to loopback.
     """
     app = FastAPI(
         docs_url=None,
@@ -245,7 +245,7 @@ def make_app(
         message = words.get(error.status_code, "the request cannot be served")
         return refusal_response(Refusal(error.status_code, "invalid_request_error", code, message))
 
-    @app.exception_handler(Exception)  # answered here, then raised again by Starlette: `Sealed` says the rest
+    @app.exception_handler(Exception)  # answered here; Starlette raises it again, and `Sealed` stops it
     async def fault(_: Request, error: Exception) -> Response:
         return refusal_response(_FAULT)
 
@@ -262,7 +262,7 @@ def _host_name(host: str) -> str:
 
 
 class Sealed:
-    """The outermost layer: no exception reaches the server's log, where its message would be printed."""
+    """The outermost layer: it keeps exceptions, whose messages could quote a text, out of the server's log."""
 
     def __init__(self, app: FastAPI, responded: Callable[[int], None] = lambda status: None) -> None:
         self.app, self.responded = app, responded

@@ -1,8 +1,8 @@
-"""Secrets: API keys (only their SHA-256 is stored) and the deployment key under which the audit log authenticates.
+"""Secrets: API keys (only their SHA-256 is stored) and the deployment key for the audit log's HMACs.
 
-An API key is 256 random bits, so a plain hash suffices at rest: there is nothing to guess, and no salt to keep.
+An API key is 256 random bits, which nobody can guess, so a plain hash without salt is enough for storage.
 The key file is JSON: {"keys": [{"name": ..., "sha256": ..., "operator": true}, ...]}; `operator` may be missing. An
-operator may see metrics and why answers were withheld, never a thinking.
+operator may see metrics and why answers were withheld, but never a thinking.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIN_AUDIT_KEY = 32  # bytes
 
 
 def new_api_key(path: Path, name: str, *, operator: bool = False) -> str:
-    """Make a key, add its hash to the file and return the key itself: the only time it can be seen.
+    """Make a key, add its hash to the file and return the key, which cannot be read again later.
 
     Raises:
         InputError: the name is empty or taken, or the file is no key file of so8t.
@@ -44,7 +44,7 @@ def load_api_keys(path: Path) -> dict[str, str]:
     """{name: hex SHA-256 of the key}.
 
     Raises:
-        InputError: missing, not of this form, or writable by others (who could let themselves in).
+        InputError: the file is missing, has another form, or others may write to it (and could add their keys).
     """
     if not path.is_file():
         raise InputError(f"the API key file {path} does not exist; make one: so8t serve --new-key NAME --keys {path}")
@@ -60,13 +60,13 @@ def load_api_keys(path: Path) -> dict[str, str]:
 
 
 def load_operators(path: Path) -> frozenset[str]:
-    """Names of the keys that are operators'; the file must have passed `load_api_keys`."""
+    """Names of the operators' keys; the file must have passed `load_api_keys`."""
     entries = json.loads(path.read_text(encoding="utf-8"))["keys"]
     return frozenset(entry["name"] for entry in entries if entry.get("operator") is True)
 
 
 def who(keys: dict[str, str], presented: str) -> str | None:
-    """The name of the key that was presented, or None; every entry is compared, each in constant time."""
+    """The name of the presented key, or None; every entry is compared, each in constant time."""
     digest = hashlib.sha256(presented.encode("utf-8", "surrogatepass")).hexdigest()
     found = None
     for name, known in keys.items():
@@ -79,7 +79,7 @@ def load_audit_key(path: Path | None) -> bytes:
     """The deployment key, from the file or else from $SO8T_AUDIT_KEY.
 
     Raises:
-        InputError: none given, too short, or the file may be read by others.
+        InputError: no key is given, it is too short, or others may read the file.
     """
     way_out = f"make one: (umask 077; openssl rand -hex 32 > audit.key), then --audit-key-file or ${AUDIT_KEY_VARIABLE}"
     if path is None:

@@ -1,6 +1,6 @@
 """Counters for Prometheus: requests, decisions, durations, and the state of queue and audit log.
 
-Nothing here depends on a thinking beyond the verdict, which the client is told anyway: no reasons, no sizes.
+Only the verdict depends on a thinking, and the client gets the verdict anyway: there are no reasons and no sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """One server's counters, in a registry of their own."""
+    """The counters of one server, in a separate registry."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -28,17 +28,17 @@ class Metrics:
             self._decisions.labels(verdict)
 
     def responded(self, status: int) -> None:
-        """A response began."""
+        """Count a response that began."""
         self._responses.labels(str(status)).inc()
 
     def decided(self, verdict: str) -> None:
-        """A decision is on disk."""
+        """Count a decision that is on disk."""
         self._decisions.labels(verdict).inc()
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge that is read whenever somebody asks."""
+        """Add a gauge that is read at each request for the metrics."""
         Gauge(name, text, registry=self._registry).set_function(value)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text form."""
+        """All counters in Prometheus' text form."""
         return generate_latest(self._registry)

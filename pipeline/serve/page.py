@@ -1,6 +1,6 @@
-"""The chat page at `/`: one static file without any other source, under a policy that forbids every other source.
+"""The chat page at `/`: one static file that loads nothing else, with a policy that forbids every other source.
 
-It shows answers, never a thinking (it gets none), and to the owner of an operator's key why answers were withheld.
+It shows answers, and to the owner of an operator's key why answers were withheld. It never gets a thinking.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FILE = Path(__file__).parent / "static" / "chat.html"
 
 @cache
 def _content() -> tuple[bytes, dict[str, str]]:
-    """The file and its headers; script and style are allowed by their hashes."""
+    """The file and its headers, which allow script and style by their hashes."""
     data = FILE.read_bytes()
     hashes = {}
     for tag in (b"script", b"style"):

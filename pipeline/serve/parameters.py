@@ -1,7 +1,7 @@
-"""Parameters that clients always send although they ask for nothing: accepted at their neutral value only.
+"""Parameters that clients send even if they ask for nothing: only their neutral value is accepted.
 
-Any other value of these is refused by its name, and so is every parameter that is on no list: logprobs, n > 1, echo,
-grammar, logit_bias and the like would be oracles on the thinking.
+Any other value is refused by the parameter's name, and so is every parameter that is on no list: logprobs, n > 1, echo,
+grammar, logit_bias and similar parameters would reveal parts of the thinking.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Neutral = Callable[[Any], bool]
 
 
 def _one_of(*values: Any) -> Neutral:
-    """Equal to one of these; 0 and 0.0 are one number, and False is no number."""
+    """A test whether a value equals one of `values`; 0 and 0.0 are equal, and False is no number."""
 
     def neutral(value: Any) -> bool:
         return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
@@ -35,12 +35,12 @@ def _labels(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-# A hint on how long to think; how long it is stays the model's, and nothing of it is shown.
+# A hint on how long to think; the model decides the length, and none of the thinking is shown.
 _EFFORTS = _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max", "default")
 
 
 def _reasoning(value: Any) -> bool:
-    """`{"effort": ...}`: the hint of `reasoning_effort` in another dress."""
+    """Whether a value is `{"effort": ...}`, another form of `reasoning_effort`."""
     rest = {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else {"": value}
     return set(rest) <= {"effort"} and all(map(_EFFORTS, rest.values()))
 
@@ -98,7 +98,7 @@ def without_neutral(raw: dict[str, Any]) -> dict[str, Any]:
     """A request's parameters without those that ask for nothing: nulls, neutral values, tools that may not be called.
 
     Raises:
-        Refusal: 422, a parameter of the list with another value.
+        Refusal: 422, a listed parameter has another value.
     """
     kept = {}
     for name, value in raw.items():

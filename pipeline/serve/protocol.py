@@ -1,7 +1,7 @@
-"""The OpenAI forms at the edge: requests by allow-list, responses built from nothing but what is named here.
+"""OpenAI's forms: parse requests by an allow-list, and build responses from named fields only.
 
-A request field that is not listed is refused by its name, never ignored (see `parameters`), and so is an assistant
-message at the end (prefill). A null counts as absent. `stop` and `max_tokens` cut the released answer and never reach
+A request field that is not listed is refused by its name, never ignored (see `parameters`). An assistant message at the
+end (prefill) is refused too. A null counts as absent. `stop` and `max_tokens` cut the released answer and never reach
 an engine.
 """
 
@@ -35,7 +35,7 @@ class ChatRequest(BaseModel):
     messages: list[Turn]
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
-    temperature: float = Field(0.0, ge=0, le=2)  # 0 = the likeliest token, always
+    temperature: float = Field(0.0, ge=0, le=2)  # 0 = always the likeliest token
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**32 - 1)
     stop: str | list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=256)
@@ -48,7 +48,7 @@ class ChatRequest(BaseModel):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer; both names of the limit are known, the smaller one holds."""
+        """Largest number of tokens of the answer; of the limit's two names, the smaller value counts."""
         limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
         return min(limits) if limits else None
 
@@ -61,7 +61,7 @@ def parse_request(body: bytes) -> ChatRequest:
     """
     try:
         raw = json.loads(body.decode("utf-8"))
-        json.dumps(raw, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+        json.dumps(raw, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
     except (ValueError, RecursionError):
         raise invalid("the body is not JSON in UTF-8", code="invalid_json", status=400) from None
     if not isinstance(raw, dict):
@@ -96,20 +96,20 @@ def _first_problem(error: ValidationError) -> Refusal:
 
 
 def cut_at_stops(answer: str, stops: list[str]) -> str:
-    """The answer up to the first place where any stop text begins."""
+    """The answer up to the first place at which a stop text begins."""
     return answer[: min((at for stop in stops if (at := answer.find(stop)) >= 0), default=len(answer))]
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """The fields that every part of one response begins with; none of them depends on the generation."""
+    """The first fields of every part of one response; none of them depends on the generation."""
 
     id: str
     created: int  # the request's arrival, seconds
     model: str
 
     def chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
-        """One chunk of a stream; without delta and finish reason it says only that the stream is alive."""
+        """One chunk of a stream; with an empty delta and no finish reason it only keeps the stream alive."""
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         return {**self.head("chat.completion.chunk"), "choices": [choice]}
 
@@ -123,13 +123,13 @@ ROLE = {"role": "assistant", "content": ""}
 
 @dataclass(frozen=True)
 class Reply:
-    """All that a response is built from; nothing in it depends on the thinking."""
+    """The content of a response; no field depends on the thinking."""
 
     ticket: Ticket
     answer: str
     finish: Literal["stop", "length"]
     prompt_tokens: int | None
-    answer_tokens: int | None  # None where no tokenizer is known: then no usage is stated
+    answer_tokens: int | None  # None if no tokenizer is known; then the response has no usage
 
     def usage(self) -> dict[str, int] | None:
         """Tokens of prompt and shown answer."""
@@ -148,7 +148,7 @@ def completion(reply: Reply) -> dict[str, Any]:
 
 
 def chunks(reply: Reply, *, include_usage: bool) -> list[dict[str, Any]]:
-    """The parts behind the role in a stream: the answer whole, the finish reason, the usage where asked for."""
+    """The chunks behind the role in a stream: the whole answer, the finish reason, the usage if asked for."""
     found = [reply.ticket.chunk({"content": reply.answer}), reply.ticket.chunk({}, reply.finish)]
     usage = reply.usage()
     if include_usage and usage:

@@ -1,7 +1,7 @@
-"""One request from admission to a decision that is on disk: engine, guard, audit, then the answer's own limits.
+"""One request from admission to a decision on disk: engine, guard, audit log, then the limits of the answer.
 
-The order is the guarantee: the verdict on the whole generation is recorded before anything is returned, and `stop` and
-`max_tokens` cut what was released, so they cannot ask questions about the thinking.
+The verdict on the whole generation is recorded before anything is returned. `stop` and `max_tokens` cut only the
+released answer, so that they reveal nothing about the thinking.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.serve.protocol import ChatRequest, Reply, Ticket, cut_at_stops
 from pipeline.serve.request_error import Refusal
 
 RETRY_AFTER = 5  # seconds
-REMEMBERED = 50  # decisions that an operator may look at
+REMEMBERED = 50  # last decisions that an operator can see
 LONG = (
     16 * 1024
 )  # bytes; a longer generation is judged outside the event loop (0.2 s at the full 256 KiB, 4 s at worst)
@@ -39,16 +39,16 @@ class Limits:
 
     body_bytes: int = 256 * 1024
     body_seconds: float = 10.0  # to send a request's body
-    in_flight: int = 9  # requests that are generating or waiting for their turn
+    in_flight: int = 9  # requests that generate or wait for their turn
     per_key: int = 4  # the same for each API key
-    seconds: float = 300.0  # for one request, its waiting included
-    keep_alive: float = 10.0  # seconds between two signs of life on a stream
-    copy_run: int = COPY_RUN  # characters in a row that an answer may not share with its thinking
-    empty_chunks: bool = False  # these are chunks without a text; otherwise comments
+    seconds: float = 300.0  # for one request, with its time in the queue
+    keep_alive: float = 10.0  # seconds between two keep-alive signs on a stream
+    copy_run: int = COPY_RUN  # an answer may not share so many characters in a row with its thinking
+    empty_chunks: bool = False  # keep-alive signs are chunks without a text; otherwise comments
 
 
 def withheld() -> Refusal:
-    """One error for every reason: which one it was is known to the audit log only."""
+    """The refusal for a withheld answer, the same for every reason; only the audit log has the reason."""
     return Refusal(502, "answer_withheld", "answer_withheld", "the model's reply was not in a form that may be shown")
 
 
@@ -65,7 +65,7 @@ def unaudited() -> Refusal:
 
 @dataclass
 class Decider:
-    """Everything a request needs; `clock` and `new_id` are replaced in tests."""
+    """The parts that serve a request; tests replace `clock` and `new_id`."""
 
     engine: Engine
     recorder: Recorder
@@ -80,10 +80,10 @@ class Decider:
 
     @contextmanager
     def admitted(self, client: str | None) -> Iterator[None]:
-        """A place in the queue; full queues refuse at once instead of growing.
+        """Hold a place in the queue; a full queue refuses at once.
 
         Raises:
-            Refusal: 429 this key has too many requests running, 503 the server has.
+            Refusal: 429 the key has too many running requests, 503 the server has too many.
         """
         if client is not None and self.running[client] >= self.limits.per_key:
             message = f"this key has {self.limits.per_key} requests running; wait for one of them"
@@ -99,10 +99,10 @@ class Decider:
                 del self.running[client]
 
     async def prepare(self, chat: ChatRequest) -> tuple[Job, int | None]:
-        """The engine's job and the prompt's tokens; everything a request can be refused for, before any work.
+        """The engine's job and the prompt's tokens, after every check that needs no generation.
 
         Raises:
-            Refusal: 404 another model, 422 what the messages or limits lack, 503 the audit log cannot be written.
+            Refusal: 404 another model, 422 wrong messages or limits, 503 the audit log cannot be written.
         """
         if chat.model not in (None, self.engine.model_id):
             message = f"there is no such model here; this server has `{self.engine.model_id}`"
@@ -110,7 +110,7 @@ class Decider:
         messages = conversation(chat.messages, instructs=self.engine.form.instructs)
         if chat.limit is not None:
             try:
-                self.engine.cut("", chat.limit)  # refuses where there is nothing to count tokens with
+                self.engine.cut("", chat.limit)  # refuses if no tokenizer can count tokens
             except Refusal as refused:
                 refused.param = "max_tokens" if chat.max_tokens is not None else "max_completion_tokens"
                 raise
@@ -129,7 +129,7 @@ class Decider:
     async def decide(
         self, chat: ChatRequest, job: Job, prompt_tokens: int | None, client: str | None, ticket: Ticket
     ) -> Reply:
-        """Generate, judge, record; the reply holds nothing but the released answer.
+        """Generate, judge, record; the reply holds only the released answer.
 
         Raises:
             Refusal: 502 withheld or the engine failed, 503 not audited or the engine is busy, 504 too late.
@@ -151,7 +151,7 @@ class Decider:
             failure = Refusal(504, "server_error", "timeout", f"no answer within {self.limits.seconds:g} seconds")
         except asyncio.CancelledError as error:
             verdict, gone = self._failed(guard, "cancelled"), error
-        except Exception as error:  # whatever its message says may quote the generation
+        except Exception as error:  # its message may quote the generation
             verdict, failure = self._failed(guard, f"fault: {type(error).__name__}"), engine_failed(busy=False)
         record: dict[str, Any] = {
             "event": "request",
@@ -196,13 +196,13 @@ class Decider:
         cut = shown if chat.limit is None else self.engine.cut(shown, chat.limit)
         tokens = self.engine.count(cut)
         if tokens is not None and chat.limit is not None:
-            tokens = min(tokens, chat.limit)  # a text cut within a character may tokenise anew, into one more
+            tokens = min(tokens, chat.limit)  # a cut text may tokenise into one more token
         finish: Literal["stop", "length"] = "stop" if cut == shown else "length"
         return Reply(ticket, cut, finish, prompt_tokens, tokens)
 
 
 def engine_failed(*, busy: bool) -> Refusal:
-    """The engine's own failure, without its words."""
+    """The refusal after a failure of the engine, without the engine's message."""
     if busy:
         return Refusal(503, "server_error", "engine_busy", "the engine is not available", retry_after=RETRY_AFTER)
     return Refusal(502, "server_error", "engine_failed", "the engine failed")

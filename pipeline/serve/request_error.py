@@ -1,4 +1,4 @@
-"""A request that is not answered, in OpenAI's error form."""
+"""The refusal of a request, in OpenAI's error form."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class Refusal(Exception):
 
 
 def invalid(message: str, *, param: str | None = None, code: str = "invalid_value", status: int = 422) -> Refusal:
-    """A request that its sender must change."""
+    """The refusal of a request that its sender must change."""
     return Refusal(status, "invalid_request_error", code, message, param=param)

@@ -1,7 +1,7 @@
-"""Start-up: every refusal that can be known before the first request, then uvicorn on one socket until it is stopped.
+"""Start the server: make every check that needs no request, then run uvicorn on one socket until it is stopped.
 
-Loopback needs no API keys, any other address does. Without a deployment key, or with an audit log that is not what was
-written, the server does not start.
+Loopback needs no API keys; any other address does. The server does not start without a deployment key, or if its audit
+log was changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.serve.request import Decider, Limits
 from so8t_core.errors import InputError
 
 UPSTREAM_KEY_VARIABLE = "SO8T_UPSTREAM_KEY"
-HEADER_SECONDS = 10.0  # for a connection to send a request's whole header
+HEADER_SECONDS = 10.0  # in which a connection must send a request's whole header
 BACKLOG = 1024
 HEADER_BYTES = 16 * 1024
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -46,10 +46,10 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: Path | None = None
     upstream: str | None = None
-    name: str | None = None  # the model's name for clients (and for the upstream); default: the file's name
+    name: str | None = None  # the model's name for clients and upstream; default: the file's name, or so8t
     tokenizer: Path | None = None  # with upstream: a GGUF file or a directory; counts tokens, names the form
     allow_remote_upstream: bool = False
-    think_form: str | None = None  # default: the template's, see `pipeline.serve.forms.registry`
+    think_form: str | None = None  # default: the model's, see `pipeline.serve.forms.of_model`
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535)
     keys: Path | None = None
@@ -67,9 +67,9 @@ class ServeConfig(BaseModel):
 
 
 class TimedHeaders(H11Protocol):
-    """uvicorn's own protocol, which waits forever for the rest of a header; here such a connection is closed.
+    """uvicorn's own protocol, but a connection that does not send its whole header in time is closed.
 
-    Bytes that trickle in do not put the end off: it counts from the connection, then from the last response.
+    The time runs from the connection or the last response, and single bytes do not extend it.
     """
 
     _patience: asyncio.TimerHandle | None = None
@@ -100,10 +100,10 @@ class TimedHeaders(H11Protocol):
 
 
 def make_engine(config: ServeConfig) -> Engine:
-    """The engine that was asked for.
+    """The engine of the configuration.
 
     Raises:
-        InputError: neither or both of --model and --upstream, or what they name cannot be used.
+        InputError: neither or both of --model and --upstream, or the named file or server cannot be used.
     """
     forced = None if config.think_form is None else form_named(config.think_form)
     if (config.model is None) == (config.upstream is None):
@@ -135,10 +135,10 @@ def make_engine(config: ServeConfig) -> Engine:
 
 
 def read_tokenizer(path: Path) -> tuple[Counter, Form]:
-    """A model's tokenizer and its form of thinking, from a GGUF file or a checkpoint directory; no weights are loaded.
+    """A model's tokenizer and form of thinking, from a GGUF file or a checkpoint directory; no weights are loaded.
 
     Raises:
-        InputError: it cannot be used, or the file's key names no form.
+        InputError: the path cannot be used, or the file's key names no form.
     """
     if path.is_dir():
         from pipeline.serve.checkpoint_tokens import CheckpointTokens
@@ -156,10 +156,10 @@ def read_tokenizer(path: Path) -> tuple[Counter, Form]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """A socket bound to the address.
 
     Raises:
-        InputError: the address is not this machine's, or taken.
+        InputError: the address does not belong to this machine, or is taken.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -195,7 +195,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     """Run until SIGINT or SIGTERM.
 
     Raises:
-        InputError: it cannot start; the message says why.
+        InputError: the server cannot start; the message says why.
     """
     loopback = is_loopback(config.host)
     if not loopback and config.keys is None:
@@ -211,7 +211,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(
         logging.ERROR
-    )  # a line for each malformed request: anyone could flood it
+    )  # it writes a line for each malformed request: anyone could flood it
     listener = bind(config.host, config.port)
     engine = make_engine(config)
     log = AuditLog(config.audit_log, opened={"model": engine.digest})
@@ -228,12 +228,12 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     async def run() -> None:
         recorder = Recorder(log)
         app = make_app(Decider(engine, recorder, audit_key, limits), keys=keys, operators=operators, hosts=hosts)
-        listener.listen(BACKLOG)  # before it is announced: who reads the line may connect
+        listener.listen(BACKLOG)  # before the announcement, whose reader may connect at once
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         server = uvicorn.Server(uvicorn_config(app))
 
-        def stop(*_: object) -> None:  # before uvicorn has handlers of its own, and when it raises a signal once more
+        def stop(*_: object) -> None:  # until uvicorn sets its handlers, and when it raises the signal again
             server.should_exit = True
 
         for number in (signal.SIGINT, signal.SIGTERM):

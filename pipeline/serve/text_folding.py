@@ -1,8 +1,8 @@
-"""Text reduced to what a reader sees, so that a marker is recognised whatever it is written with.
+"""Reduce text to the characters that a reader sees, so that a marker is recognised in any spelling.
 
-`fold` keeps letters and digits alone; `skeleton` keeps brackets and bars as well, each kind in one spelling, so that a
-tag in any dress has one form: `＜ THINK ＞`, `</t-h-i-n-k>` and `&lt;think&gt;` all become `<think>`.
-`has_tags` knows what the model families use to begin or end a thinking.
+`fold` keeps letters and digits only; `skeleton` also keeps brackets and bars, each kind in one spelling, so that every
+spelling of a tag becomes one: `＜ THINK ＞`, `</t-h-i-n-k>` and `&lt;think&gt;` all become `<think>`.
+`has_tags` knows the tags with which model families begin or end a thinking.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import html
 import re
 import unicodedata
 
-_FILLERS = {0x115F: None, 0x1160: None}  # Hangul fillers: letters by category, invisible on the screen
+_FILLERS = {0x115F: None, 0x1160: None}  # Hangul fillers: letters by category, but invisible
 _BRACKETS = str.maketrans("‹⟨◁›⟩▷【〔〖{】〕〗}", "<<<>>>[[[[]]]]")
 _WORDS = re.compile(r"[^\W_]+")
 _SKELETON = re.compile(r"[^\W_]+|[<>|\[\]]")
@@ -22,8 +22,8 @@ _TAGS = re.compile(TAGS)
 
 
 def plain(text: str) -> str:
-    """NFKD and case folded."""
-    # Stretch by stretch: a run of combining marks is put in order in the square of its length.
+    """The text after NFKD and case folding."""
+    # In short pieces, because ordering a run of combining marks takes quadratic time.
     decomposed = "".join(unicodedata.normalize("NFKD", stretch) for stretch in _STRETCH.findall(text))
     return decomposed.casefold().translate(_FILLERS)
 
@@ -39,5 +39,5 @@ def skeleton(text: str) -> str:
 
 
 def has_tags(text: str) -> bool:
-    """Whether a tag of thinking stands in a text, opening or closing, of any family and in any dress."""
+    """Whether a text holds an opening or closing thinking tag of any family in any spelling."""
     return _TAGS.search(skeleton(text)) is not None

@@ -22,10 +22,10 @@ class Tokens(Counter):
 
     @classmethod
     def load(cls, gguf: Path) -> Tokens:
-        """The vocabulary alone, without weights.
+        """Load the vocabulary alone, without weights.
 
         Raises:
-            InputError: llama.cpp cannot load it; a child process tries first, because a damaged file can end it.
+            InputError: llama.cpp cannot load it; a child process tries first, because a damaged file can crash it.
         """
         path = read_gguf(gguf).path
         with Vocabulary(path) as vocabulary:
@@ -52,7 +52,7 @@ class Tokens(Counter):
         if len(ids) <= limit:
             return text
         pieces = [self.piece(token) for token in ids]
-        lead = sum(map(len, pieces)) - len(data)  # a space that SentencePiece puts in front
+        lead = sum(map(len, pieces)) - len(data)  # SentencePiece puts a space in front
         return data[: max(sum(map(len, pieces[:limit])) - lead, 0)].decode("utf-8", errors="ignore")
 
     def piece(self, token: int) -> bytes:
@@ -65,5 +65,5 @@ class Tokens(Counter):
         return buffer.raw[: max(length, 0)]
 
     def is_control(self, token: int) -> bool:
-        """A token that steers and is no text: beginning and end of turns and the like."""
+        """Whether a token is a control token, such as the beginning or the end of a turn."""
         return bool(llama_cpp.llama_vocab_is_control(self.model.vocab, token))

@@ -1,1 +1,1 @@
-"""Training the adapter."""
+"""Train the adapter."""

@@ -24,7 +24,7 @@ class EncodedRows(Dataset[Row]):
     """Rows of the data step's JSONL file as token ids and labels, encoded once.
 
     Raises:
-        InputError: the file has no rows, or one that cannot be encoded.
+        InputError: the file has no rows, or a row cannot be encoded.
     """
 
     def __init__(self, path: Path, tokenizer: Any, *, limit: int | None = None) -> None:
@@ -42,7 +42,7 @@ class EncodedRows(Dataset[Row]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Pad a list of rows to the longest."""
+    """Pads a list of rows to the longest row."""
 
     pad_id: int
 
@@ -55,21 +55,21 @@ class Collator:
             length = len(row["input_ids"])
             ids[i, :length] = torch.tensor(row["input_ids"])
             labels[i, :length] = torch.tensor(row["labels"])
-            mask[i, :length] = 1  # by length, not by id: where pad == eos the real eos must stay inside
+            mask[i, :length] = 1  # by length, not by id: where pad == eos, the real eos must not be masked
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 def keeps_logits(model: nn.Module) -> bool:
-    """Whether a model, PEFT's wrapper around it taken away, computes logits at chosen positions alone."""
-    inner = getattr(model, "get_base_model", lambda: model)()  # PEFT's own forward takes anything
+    """Whether a model, without PEFT's wrapper, can compute logits at chosen positions alone."""
+    inner = getattr(model, "get_base_model", lambda: model)()  # PEFT's own forward takes any argument
     return "logits_to_keep" in signature(inner.forward).parameters
 
 
 def labelled_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch, with what makes a transformers model compute logits only where some row has a label.
+    """The batch with two more inputs, by which a transformers model computes logits only where some row has a label.
 
     `logits_to_keep` (K,) holds those positions, `shift_labels` (B, K) the labels of the tokens behind them. Loss and
-    gradients are the same sums; three quarters of a /think row have no label, and the head is a fifth of a small model.
+    gradients stay the same. Three quarters of a /think row have no label, and the head is a fifth of a small model.
     """
     behind = batch["labels"][:, 1:]  # (B, T-1)
     kept = (behind != IGNORED).any(0).nonzero().squeeze(1)  # (K,)

@@ -1,7 +1,7 @@
 """Train the adapter: SO8T alone or with LoRA, on a full-precision or quantised base, resumable.
 
-The loss counts the assistant's turn only, its end-of-turn token included. The result is an adapter directory and
-`training.json` (curves, angles, held-out loss before and after, and what the rotation does by itself).
+The loss counts the assistant's turn only, with its end-of-turn token. The result is an adapter directory and
+`training.json` (curves, angles, held-out loss before and after, and the effect of the rotation alone).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from so8t_core import SO8TConfig, gates, save_adapter, trainable_counts
 from so8t_core.adapter import layer_of
 from so8t_core.errors import InputError
 from so8t_core.files import atomic_dir, sha256_path, write_text
-from so8t_core.quantised import load_quantised
 from verification.engines import distributed
+from verification.engines.bitsandbytes_base import load_quantised
 from verification.gate.report import Curve, TrainingRecord
 
 RECORD_NAME = "training.json"
@@ -50,13 +50,13 @@ UNITS = {"max_angle": "rad", "mean_angle": "rad", "loss": "nats", "heldout_loss"
 def train(
     config: RunConfig, base_dir: Path, data_dir: Path, out_dir: Path, work_dir: Path, report: Reporter
 ) -> TrainingRecord:
-    """Train and write the adapter to `out_dir`; checkpoints live in `work_dir` and are used to resume the same run.
+    """Train and write the adapter to `out_dir`; checkpoints in `work_dir` serve to resume the same run.
 
-    Called by every process of a launch: they learn together, the first one writes.
+    Every process of a launch calls it: they train together, and the first process writes.
 
     Raises:
-        InputError: nothing to train on, a target or layer that does not exist, a loss that is not finite, rows that do
-            not divide over the processes.
+        InputError: no rows, a target or layer that does not exist, a loss that is not finite, or rows of a step that do
+            not divide evenly over the processes.
     """
     settings = config.train
     tokenizer = load_tokenizer(base_dir)
@@ -74,7 +74,7 @@ def train(
     def fit(settings: TrainConfig, name: str, title: str, before: float | None = None) -> _Fitted:
         return _fit(config, settings, base_dir, rows, heldout, collator, work_dir / name, report, title, split, before)
 
-    trained = work_dir / "adapter"  # kept until all is done: what interrupts the second fit does not cost the first
+    trained = work_dir / "adapter"  # kept until the end, so that a stopped second fit does not cost the first
     if not distributed.from_first(lambda: (trained / RECORD_NAME).is_file()):
         model = fit(settings, "main", "training")
         with rotation_off(model.peft):
@@ -88,7 +88,7 @@ def train(
     record = TrainingRecord.model_validate_json(text)
     if settings.so8t_only_steps:
         alone = settings.model_copy(update={"lora": None, "steps": settings.so8t_only_steps})
-        same_start = settings.init_scale == 0  # LoRA and rotation are then the identity: the base, evaluated before
+        same_start = settings.init_scale == 0  # both adapters then start as the base, which was evaluated
         only = fit(alone, "so8t_only", "rotation alone", record.heldout_loss_before if same_start else None)
         record.so8t_only = {
             "steps": alone.steps,
@@ -106,7 +106,7 @@ def train(
 
 
 def _forget_other_runs(work_dir: Path, config: RunConfig, base_dir: Path, data_dir: Path) -> None:
-    """Remove checkpoints of other settings, another base or other data: going on from them would mix two runs."""
+    """Remove checkpoints of other settings, another base or other data: to resume them would mix two runs."""
     key = {
         "train": config.train.model_dump(mode="json"),
         "seed": config.seed,
@@ -123,7 +123,7 @@ def _forget_other_runs(work_dir: Path, config: RunConfig, base_dir: Path, data_d
 def _chosen_layers(
     config: RunConfig, base_dir: Path, rows: EncodedRows, collator: Collator, work_dir: Path, report: Reporter
 ) -> str:
-    """The layers that `train.layers: auto:N` means, as JSON; decided once and kept beside the checkpoints."""
+    """The layers that `train.layers: auto:N` chooses, as JSON; chosen once and stored beside the checkpoints."""
     kept = work_dir / "layers.json"
     if not kept.is_file():
         settings = config.train
@@ -136,7 +136,7 @@ def _chosen_layers(
 
 
 def training_arguments(settings: TrainConfig, output_dir: Path, seed: int, **more: Any) -> TrainingArguments:
-    """transformers' arguments for a run of `settings`; nothing is saved on the way unless `more` says so."""
+    """transformers' arguments for a run of `settings`; no checkpoint is saved unless `more` asks for it."""
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
         "max_steps": settings.steps,
@@ -211,7 +211,7 @@ def _fit(
     )
     trainer = SO8TTrainer(settings=settings, model=peft, args=arguments, train_dataset=rows, data_collator=collator)
     checkpoint = distributed.from_first(lambda: last_complete_checkpoint(work_dir))
-    torch.manual_seed(config.seed + distributed.rank())  # dropout draws its own in each process
+    torch.manual_seed(config.seed + distributed.rank())  # each process draws its own dropout
     with report.task(title, settings.steps) as advance:
         watch = Watch(
             trainer,
@@ -223,7 +223,7 @@ def _fit(
             done = restore_curves(watch, checkpoint)
             report.note(f"  {title}: going on from step {done} of {settings.steps}")
             advance(done, info="resumed")
-        trainer.remove_callback(PrinterCallback)  # the curves and the bar say it all
+        trainer.remove_callback(PrinterCallback)  # curves and bar show the same
         trainer.add_callback(watch)
         if settings.restart_every is not None:
             trainer.add_callback(Restart(settings.restart_every))
@@ -249,7 +249,7 @@ def adapter_config(settings: TrainConfig) -> SO8TConfig:
             "lora_dropout": settings.lora.dropout,
             "target_modules": list(settings.lora.targets),
         }
-    # `auto:N` is decided by a gradient (`placement`); until then the first N stand for them: as many parameters
+    # A gradient decides `auto:N` (`placement`); before, the first N layers stand for them, with as many parameters
     layers = list(range(placement.wanted(settings.layers))) if isinstance(settings.layers, str) else settings.layers
     return SO8TConfig(
         layers=layers,
@@ -270,10 +270,10 @@ def load_base(
     """The base model for training: float32 on a CPU, bfloat16 on a GPU, or 8-bit / 4-bit through bitsandbytes.
 
     Args:
-        device: where it is put; None = this process' GPU where there is one.
+        device: the model's device; None = this process's GPU if there is one.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: the model cannot be loaded.
     """
     where = distributed.local_rank() if device is None else device
     try:
@@ -285,7 +285,7 @@ def load_base(
         return AutoModelForCausalLM.from_pretrained(
             base_dir, dtype=dtype, trust_remote_code=False, use_safetensors=True, **options
         )
-    except InputError:  # is a ValueError; says it all
+    except InputError:  # a ValueError too; its message is complete
         raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
@@ -318,7 +318,7 @@ def heldout_loss(model: nn.Module, rows: EncodedRows, collator: Collator, batch_
 
 @contextmanager
 def rotation_off(model: nn.Module) -> Iterator[None]:
-    """Every rotation replaced by the identity, its scale included, while the block runs."""
+    """Replace every rotation and its scale by the identity while the block runs."""
     found = gates(model).values()
     saved = [(gate, {name: value.clone() for name, value in gate.state_dict().items()}) for gate in found]
     try:
@@ -327,7 +327,7 @@ def rotation_off(model: nn.Module) -> Iterator[None]:
                 for parameter in gate.parameters():
                     parameter.zero_()
                 if gate.accumulated is not None:
-                    gate.restart()  # forgets what was computed from the former values
+                    gate.restart()  # drops the rotation of the former values
                     for part in gate.parts():
                         part.accumulated.copy_(torch.eye(8))  # type: ignore[union-attr]
         yield
@@ -338,7 +338,7 @@ def rotation_off(model: nn.Module) -> Iterator[None]:
 
 def _record(model: nn.Module, settings: TrainConfig, before: float, after: float, watch: Watch) -> TrainingRecord:
     trainable, rotation = trainable_counts(model)
-    of_layer: dict[int, list[torch.Tensor]] = {}  # (n, 4) of each rotation there, largest first
+    of_layer: dict[int, list[torch.Tensor]] = {}  # (n, 4) of each rotation of a layer, largest first
     for name, gate in gates(model).items():
         of_layer.setdefault(layer_of(name), []).extend(part.angles() for part in gate.parts())
     by_layer, by_block = [], []

@@ -1,6 +1,7 @@
-"""`so8t layers`: where a rotation would learn most in this model, from the first step's gradient over given rows.
+"""`so8t layers`: rank the layers of a model in which a rotation would learn most, by the first step's gradient.
 
-The ranking is `placement`'s; this file gets model and rows for it and draws it: one column a layer, one row a target.
+`placement` computes the ranking. This file loads model and rows, and draws one column for each layer and one row for
+each target.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def ranked_places(
 
     Args:
         rows: a JSONL or Parquet file in any format of `so8t data`.
-        targets: names of linear layers; none means all of them.
+        targets: names of linear layers; empty means all.
 
     Raises:
-        InputError: no model, no rows that may be trained on, a target that does not exist.
+        InputError: no model, no row that may be trained on, or a target that does not exist.
     """
     admit_checkpoint(directory)
     if not rows.exists():
@@ -58,14 +59,14 @@ def ranked_places(
 
 
 def write_plot(places: Sequence[Place], path: Path) -> None:
-    """An SVG file: layers from left to right, targets from top to bottom, the darker the more gradient.
+    """Write an SVG file: layers from left to right, targets from top to bottom; darker means a larger gradient.
 
     Raises:
         InputError: the file cannot be written.
     """
     layers = sorted({place.layer for place in places})
     targets = list(dict.fromkeys(place.target for place in sorted(places, key=lambda p: p.layer)))
-    scores = np.full((len(targets), len(layers)), np.nan)  # (targets, layers); a hybrid's layers lack some targets
+    scores = np.full((len(targets), len(layers)), np.nan)  # (targets, layers); layers of hybrids lack some targets
     for place in places:
         cell = targets.index(place.target), layers.index(place.layer)
         # two modules of one name in a layer, such as experts

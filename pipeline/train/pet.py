@@ -1,13 +1,12 @@
-"""PET's term of the loss: which hidden states and tokens enter it, and what is kept for the backward.
+"""PET's term of the loss: the choice of hidden states and tokens, and the memory for the backward.
 
-It looks at the outputs of chosen decoder layers, through forward hooks, so that no other hidden state is kept. The
-default is the last layer alone: the head reads its output, every rotation lies before it and gets its gradient, and
-each further layer costs the same again. Each token's state is first scaled to unit RMS, as the final norm does: raw
-states differ by orders of magnitude between models and layers (SmolLM2's last layer gives a penalty of 3.5e3, which
-swamps the task loss), and lambda could not mean the same twice. Left out are padding (attention_mask) and triples
-across two sequences of a packed row: a new one begins wherever position_ids do not go on by one, as those of
-`DataCollatorWithFlattening` do. Only the states themselves are kept for the backward; two float32 copies of them, 8
-bytes a token and channel, are computed again.
+Forward hooks catch the outputs of chosen decoder layers, so that no other hidden state is kept. The default is the last
+layer: the head reads its output, every rotation lies before it and gets its gradient, and each further layer costs the
+same again. Each token's state is first scaled to unit RMS, as the final norm does, because raw states differ by orders
+of magnitude between models and layers (SmolLM2's last layer gives a penalty of 3.5e3, far above the task loss), and
+lambda needs one meaning. Padding (attention_mask) and triples across two sequences of a packed row are left out: a new
+sequence begins where position_ids do not rise by one, as in `DataCollatorWithFlattening`. Only the states are kept for
+the backward; their two float32 copies, 8 bytes a token and channel, are computed again.
 Shapes: hidden states (B, T, C); attention_mask and position_ids (B, T), the latter also (1, T).
 """
 
@@ -25,7 +24,7 @@ from so8t_core.errors import InputError
 
 
 class HiddenStates:
-    """Outputs of chosen decoder layers during one forward pass; `take` hands them over and forgets them.
+    """Outputs of chosen decoder layers during one forward pass; `take` returns them and forgets them.
 
     Raises:
         InputError: no decoder layers, or an index out of range.
@@ -55,7 +54,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The longest ModuleList named `layers`: the decoder's blocks.
 
     Raises:
-        InputError: there is none.
+        InputError: the model has no such list.
     """
     found = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "layers" and isinstance(m, nn.ModuleList)]
     if not found:
@@ -70,7 +69,7 @@ def unit_rms(h_BTC: Tensor) -> Tensor:
 
 
 def triples(inputs: dict[str, Any]) -> Tensor:
-    """How many runs of three tokens PET looks at in a batch of the model's inputs: a scalar."""
+    """The number of valid triples of tokens in a batch of the model's inputs: a scalar."""
     return valid_triples(tuple(inputs["input_ids"].shape), **_where(inputs)).sum()
 
 
@@ -79,7 +78,7 @@ def penalty(states: list[Tensor], inputs: dict[str, Any], *, huber_delta: float 
 
     Args:
         states: (B, T, C) of each layer, in any float dtype.
-        inputs: the model's inputs, of which attention_mask and position_ids are looked at.
+        inputs: the model's inputs; only attention_mask and position_ids are used.
     """
 
     def of_layer(h: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ def penalty(states: list[Tensor], inputs: dict[str, Any], *, huber_delta: float 
 
 
 def _where(inputs: dict[str, Any]) -> dict[str, Tensor | None]:
-    """`valid_triples`'s arguments."""
+    """The keyword arguments of `valid_triples`."""
     positions = inputs.get("position_ids")
     segments = None if positions is None else segments_of(positions).expand(inputs["input_ids"].shape)
     return {"mask_BT": inputs.get("attention_mask"), "segments_BT": segments}

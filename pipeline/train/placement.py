@@ -1,8 +1,8 @@
-"""Where a rotation would learn most: the gradient of the first step, per decoder layer and target.
+"""Rank decoder layers and targets by the gradient that a rotation gets there in the first step.
 
 Every target of every layer gets a rotation at the identity; one backward over the rows of the first optimiser step
-gives d loss / d theta, (n, 28) a target. The score is its Frobenius norm: by how much the loss falls, to first order,
-for a turn of that place by one radian in the best direction.
+gives d loss / d theta, (n, 28) for each target. The score is its Frobenius norm: the fall of the loss, to first order,
+when that rotation turns by one radian in the best direction.
 Source: choosing where to rotate by first-step gradients, as in LOFT (arXiv 2605.11872).
 """
 
@@ -22,16 +22,16 @@ from so8t_core.adapter import layer_of
 
 @dataclass(frozen=True)
 class Place:
-    """One rotation that could be learned."""
+    """One possible rotation and its score."""
 
     layer: int
-    target: str  # "o_proj"; of a shared rotation the first of its targets
+    target: str  # "o_proj"; for a shared rotation the first of its targets
     score: float  # norm of d loss / d theta, nats per radian
     parameters: int
 
 
 def rank(model: nn.Module, settings: TrainConfig, rows: Sequence[Any], collator: Collator) -> list[Place]:
-    """Every place by its score, largest first; `model` is left as it was, its parameters frozen.
+    """Every place by its score, largest first; `model` stays as it was, but its parameters are frozen.
 
     Raises:
         InputError: a target that does not exist, a width that is no multiple of 8, or a loss that is not finite.
@@ -48,7 +48,7 @@ def rank(model: nn.Module, settings: TrainConfig, rows: Sequence[Any], collator:
         if not bool(loss.isfinite()):
             detach(model)
             raise InputError(f"the loss over the first rows is {loss.item()}; the gradient tells nothing about layers")
-        (loss * count).backward()  # a mean over all labels of the step, however its rows fall into batches
+        (loss * count).backward()  # a mean over all labels of the step, for any split into batches
         counts.append(count)
     places = []
     for name, gate in gates(model).items():
@@ -63,7 +63,7 @@ def best_layers(places: Sequence[Place], count: int, *, ranked: bool = False) ->
     """The `count` layers with the largest gradient over all their places, by number, or `ranked` by gradient.
 
     Raises:
-        InputError: the model has fewer layers with a target.
+        InputError: fewer than `count` layers have a target.
     """
     of_layer: dict[int, float] = {}
     for place in places:

@@ -1,9 +1,9 @@
 """Split the frozen base over the processes of a training, layer by layer (FSDP2); the adapter stays whole in each.
 
-`accelerate launch --use_fsdp` asks for it. Nearly all memory is the base's; the adapter is under a percent of it, so
-that it, its optimiser and its checkpoints stay what they are in one process: theta keeps its shape (n, 28), its
-gradients are averaged as in plain data-parallel training, and a checkpoint goes on under any number of processes.
-A layer's weights are gathered for its forward and its backward and dropped again.
+`accelerate launch --use_fsdp` asks for it. The base takes nearly all memory, the adapter less than a percent. So the
+adapter, its optimiser and its checkpoints stay as in one process: theta keeps its shape (n, 28), its gradients are
+averaged as in plain data-parallel training, and any number of processes can resume a checkpoint. A layer's weights are
+gathered for its forward and its backward and then dropped.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from verification.engines import distributed
 
 
 def take_request() -> bool:
-    """Whether the launcher asked for FSDP. Its request is taken out of the environment: the Trainer would see it and
-    split the adapter as well.
+    """Whether the launcher asked for FSDP. The request is removed from the environment, because the Trainer would
+    split the adapter too.
     """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
     os.environ["ACCELERATE_USE_FSDP"] = "false"
@@ -49,8 +49,8 @@ def shard_base(peft: nn.Module, quantization: str) -> None:
     base = peft.get_base_model()  # type: ignore[operator]
     for layer in decoder_layers(base):
         fully_shard(layer, **options)
-    # What is left: embeddings, last norm, head. Dropped after the forward like the layers: saving in the first process
-    # would drop them there alone, and from then on the processes would gather different things.
+    # The rest: embeddings, last norm, head. They are dropped after the forward like the layers. Otherwise saving would
+    # drop them in the first process alone, and from then on the processes would gather different weights.
     fully_shard(base, reshard_after_forward=True, **options)
     for parameter in options["ignored_params"]:
         parameter.data = parameter.data.to(torch.device(device))

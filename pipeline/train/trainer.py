@@ -1,6 +1,6 @@
 """The `Trainer` with SO8T's two extra terms: loss = task + lambda(step) * PET + w * orthogonality.
 
-`pet` computes PET's term. theta may have a learning rate of its own.
+`pet` computes PET's term. theta may have its own learning rate.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ CURVES_NAME = "so8t_curves.json"
 class Order(Sampler[int]):
     """Row numbers of a whole run: one shuffle of all rows after another, a function of seed and lengths alone.
 
-    A batch is padded to its longest row, so rows of like length learn together: of every WINDOW steps' rows, sorted by
-    length, each step takes its share, and the steps are shuffled. Nothing is left out and nothing comes twice as often.
-    The Trainer's own sampler ends every epoch with a short batch, whose rows fall differently over several processes.
+    A batch is padded to its longest row, so rows of similar length are put together: the rows of WINDOW steps are
+    sorted by length and dealt to these steps, and the steps are shuffled. No row is left out or comes more often. The
+    Trainer's own sampler ends every epoch with a short batch, whose rows several processes would divide differently.
 
     Args:
-        lengths: of each row, tokens.
-        wanted: row numbers in all, a multiple of `step`.
+        lengths: tokens of each row.
+        wanted: total of row numbers, a multiple of `step`.
         step: rows of one optimiser step.
     """
 
@@ -86,12 +86,12 @@ def first_rows(settings: TrainConfig, rows: Sequence[Row] | EncodedRows, seed: i
 
 
 def split_step(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
-    """(rows a micro-batch, micro-batches a step) of each process; all together take batch_size * accumulation rows.
+    """(rows a micro-batch, micro-batches a step) of each process; all processes take batch_size * accumulation rows.
 
-    So the rows of a step, and with them what is learned, do not depend on the number of processes.
+    So the rows of a step, and the result, do not depend on the number of processes.
 
     Raises:
-        InputError: the rows of a step cannot be dealt out evenly.
+        InputError: the rows of a step do not divide evenly over the processes.
     """
     rows, left = divmod(batch_size * accumulation, processes)
     if left:
@@ -115,15 +115,15 @@ class SO8TTrainer(Trainer):
         pet = settings.pet
         self._states = HiddenStates(self.model, pet.layers) if pet else None
         self._schedule = PETSchedule(pet.warmup, pet.main, pet.anneal) if pet else None
-        self._triples = 0.0  # of the step's micro-batches in all processes
+        self._triples = 0.0  # number in the step's micro-batches of all processes
         self._keeps_logits = keeps_logits(self.model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return order(self.settings, self.train_dataset, self.args.seed)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """Several processes: the trained parameters get the mean gradient of all; the frozen ones are left alone, so
-        that they may be split (`sharding`).
+        """With several processes, the trained parameters get the mean gradient of all processes; the frozen parameters
+        are ignored, so that they may be split (`sharding`).
         """
         if self.args.world_size == 1 or isinstance(model, DistributedDataParallel):
             return model
@@ -146,11 +146,11 @@ class SO8TTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task is a mean over all labels of the step's rows, PET a mean over all of their triples, however the rows
-        fall into micro-batches and processes.
+        """The task is a mean over all labels of the step's rows, PET a mean over all their triples, for any split of
+        the rows into micro-batches and processes.
 
-        Where the model divides by `num_items_in_batch` itself, the Trainer adds micro-batches up undivided. Gradients
-        are averaged over processes, so that what is to be summed is multiplied by their number.
+        Where the model divides by `num_items_in_batch` itself, the Trainer adds micro-batches without dividing.
+        Gradients are averaged over processes, so a term that has to be summed is multiplied by their number.
 
         Raises:
             InputError: the loss is NaN or Inf.
@@ -193,7 +193,7 @@ class SO8TTrainer(Trainer):
         self.extra[name] = self.extra.get(name, 0.0) + value
 
     def take_terms(self) -> dict[str, float]:
-        """The step's terms of the loss over all processes, which are then forgotten."""
+        """Return the step's terms of the loss, as means over all processes, and forget them."""
         names = sorted(self.extra)
         values = torch.tensor([self.extra[name] for name in names], dtype=torch.float64, device=self.args.device)
         means = self.accelerator.reduce(values, "mean").tolist()
@@ -209,7 +209,7 @@ class SO8TTrainer(Trainer):
             own, settings = self.settings.learning_rate, self.settings
             turning, scaling = settings.rotation_learning_rate or own, settings.scale_learning_rate or own
             groups = [
-                # A pull of theta towards 0 is a pull towards the identity: weight decay is meant for LoRA alone.
+                # Weight decay is for LoRA alone: on theta it would pull the rotation towards the identity.
                 {"params": [p for p in named if id(p) in rotation], "lr": turning, "weight_decay": 0.0},
                 {"params": [p for p in named if id(p) in scale], "lr": scaling, "weight_decay": 0.0},
                 {"params": [p for p in named if id(p) not in rotation | scale], "lr": own},
@@ -229,17 +229,17 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: SO8TTrainer, advance: Any, heldout: Callable[[], float], every: int) -> None:
         self.trainer, self.advance, self.heldout, self.every = trainer, advance, heldout, every
         self.curves: dict[str, list[tuple[int, float]]] = {}
-        self._rate = 0.0  # of the step's first group: the rotation
+        self._rate = 0.0  # learning rate of the step's first group, the rotation
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Keeps the step's own learning rate: at the step's end the optimizer already holds the next one's."""
+        """Keep the step's learning rate: at the step's end the optimizer already holds the next step's."""
         self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])
         return control
 
     def add(self, name: str, step: int, value: float) -> None:
-        """One point of a curve."""
+        """Add one point to a curve."""
         self.curves.setdefault(name, []).append((step, value))
 
     def on_step_end(
@@ -269,9 +269,9 @@ class Watch(TrainerCallback):
 
 
 class Restart(TrainerCallback):
-    """Every few steps theta moves into the product of earlier rotations; what the optimiser knew of it is forgotten.
+    """Every few steps theta moves into the product of earlier rotations, and the optimiser's state of theta is dropped.
 
-    Adam's means belong to the coordinates of the old theta; those of a LoRA and of a scale stay, as they do.
+    Adam's means belong to the coordinates of the old theta. LoRA and scale do not change, and their means stay.
     """
 
     def __init__(self, every: int) -> None:
@@ -290,7 +290,7 @@ class Restart(TrainerCallback):
 
 
 class SaveCurves(TrainerCallback):
-    """Put the curves beside each checkpoint, last of all: a checkpoint without them was not written to its end."""
+    """Write the curves as the last file of each checkpoint: a checkpoint without them is not complete."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -306,13 +306,13 @@ class SaveCurves(TrainerCallback):
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint below `folder` that was written to its end, or None."""
+    """The newest complete checkpoint below `folder`, or None."""
     found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / CURVES_NAME).is_file()]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def restore_curves(watch: Watch, checkpoint: Path) -> int:
-    """Give `watch` the curves of an interrupted run; returns the step they end at."""
+    """Give `watch` the curves of an interrupted run; returns their last step."""
     curves = json.loads((checkpoint / CURVES_NAME).read_text(encoding="utf-8"))
     watch.curves = {name: [(int(s), float(v)) for s, v in points] for name, points in curves.items()}
     return int(checkpoint.name.rpartition("-")[2])

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from warm_python import WarmPython
 
 settings.register_profile(
     "core", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.differing_executors]
@@ -18,3 +19,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Runs code in interpreters that have imported torch and transformers, but neither peft nor so8t_core."""
+    running = WarmPython()
+    yield running
+    running.close()

@@ -447,7 +447,7 @@ def test_an_adapter_learns_in_every_form(form: SO8TConfig) -> None:
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_every_option_trains_and_reloads_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    from so8t_core.quantised import load_quantised
+    from verification.engines.bitsandbytes_base import load_quantised
 
     tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     model = attach(load_quantised(tmp_path / "base", kind), copy.deepcopy(WHOLE))  # type: ignore[arg-type]

@@ -7,8 +7,7 @@ import errno
 import hashlib
 import os
 import resource
-import subprocess
-import sys
+import signal
 import tempfile
 import threading
 import time
@@ -19,6 +18,7 @@ from time import sleep as wait
 import pytest
 import torch
 from core_models import tiny_llama
+from forked import forked
 
 import so8t_core.files as files_module
 from so8t_core import InputError, SO8TConfig, attach, save_adapter
@@ -240,15 +240,14 @@ def test_a_process_killed_inside_a_write_leaves_only_names_that_sweep_knows(tmp_
     """Twenty kills, of files and of directories; a user's own hidden files survive the sweep."""
     for name in (".notes.tmp", ".x.old"):
         (tmp_path / name).write_text("mine")
-    code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom so8t_core.files import atomic_dir, atomic_file\n"
-        "place, moment = Path(sys.argv[1]), int(sys.argv[2])\n"
-        "with (atomic_dir if moment % 2 else atomic_file)(place / f'result-{moment}') as temporary:\n"
-        "    (temporary / 'half' if moment % 2 else temporary).write_text('half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
     for moment in range(20):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path), str(moment)], check=False)
+
+        def write(moment: int = moment) -> None:
+            with (atomic_dir if moment % 2 else atomic_file)(tmp_path / f"result-{moment}") as temporary:
+                (temporary / "half" if moment % 2 else temporary).write_text("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert forked(write).returncode == -signal.SIGKILL
     assert len(leftovers(tmp_path)) == 22
     sweep(tmp_path)
     assert leftovers(tmp_path) == [".notes.tmp", ".x.old"]

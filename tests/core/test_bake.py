@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -185,7 +183,7 @@ def test_invert_is_the_negative_control(tmp_path, base, adapter):
     assert gap(logits(good), logits(bad)) > 0.1
 
 
-def test_the_result_loads_where_so8t_is_not_installed(tmp_path, base, adapter):
+def test_the_result_loads_where_so8t_is_not_installed(tmp_path, base, adapter, warm_python):
     want = logits(load_adapter(load(base), adapter))
     out = bake_checkpoint(base, adapter, tmp_path / "out")
     code = (
@@ -200,7 +198,8 @@ def test_the_result_loads_where_so8t_is_not_installed(tmp_path, base, adapter):
         "torch.save(model(input_ids=ids).logits.detach(), sys.argv[2])\n"
         "assert 'so8t_core' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code, out, tmp_path / "logits.pt"], check=True, cwd=tmp_path)
+    done = warm_python.run(code, out, tmp_path / "logits.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert gap(torch.load(tmp_path / "logits.pt"), want) < tolerance(want)
 
 

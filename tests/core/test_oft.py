@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from core_models import IDS, LORA, gap, logits, randomise, tiny_llama
 from peft import OFTConfig, PeftModel, get_peft_model
+from warm_python import WarmPython
 
 from so8t_core import InputError, SO8TConfig, attach, exp_so8, export_oft, gates, import_oft, load_adapter, save_adapter
 from so8t_core.rotation import plane_angles
@@ -38,18 +37,19 @@ def test_stock_oft_gives_the_same_logits(angle: float, layers: list[int] | None,
         assert gap(logits(tiny_llama()), want) > 1e-2  # so that equality means something
 
 
-def test_stock_oft_needs_no_so8t(tmp_path: Path) -> None:
+def test_stock_oft_needs_no_so8t(tmp_path: Path, warm_python: WarmPython) -> None:
     want = _saved(tmp_path / "so8t", angle=1.0)
     export_oft(tmp_path / "so8t", tmp_path / "oft")
     tiny_llama().save_pretrained(tmp_path / "base")
     code = (
-        "import sys; sys.modules['so8t_core'] = None\n"
+        "import sys; assert 'so8t_core' not in sys.modules; sys.modules['so8t_core'] = None\n"
         "import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
         f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'base')!r})\n"
         f"m = PeftModel.from_pretrained(m, {str(tmp_path / 'oft')!r}).eval()\n"
         f"torch.save(m(input_ids=torch.tensor({IDS.tolist()})).logits.detach(), {str(tmp_path / 'out.pt')!r})"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd="/")
+    done = warm_python.run(code)
+    assert done.returncode == 0, done.stderr
     assert gap(torch.load(tmp_path / "out.pt"), want) <= 2e-6 * max(1.0, want.abs().max().item())
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phi3_miniature import MiniatureRun, run_miniature
+from made import Made
+from phi3_miniature import MiniatureRun, finished_miniature, run_miniature
+from remembered_converter import in_use
+
+from verification.gate.report import Report
+from verification.show.write import load_report
 
 # Phi-3.5 closes every turn with <|end|> and, without a generation prompt, the whole text with <|endoftext|>.
 PHI_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _warm(warm_converter: None) -> None:
-    """Every conversion of these rooms."""
 
 
 @pytest.fixture(scope="session")
@@ -60,23 +60,38 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
+@pytest.fixture(autouse=True)
+def _remembered(request: pytest.FixtureRequest) -> None:
+    """The long tests convert as users do."""
+    if request.node.get_closest_marker("soak") is None:
+        request.getfixturevalue("conversions_remembered")
+
+
 @pytest.fixture(scope="session")
-def finished(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def finished(made: Made, tiny_dir: Path, remembered_converter: Path) -> tuple[Path, Report]:
     """A run directory that went through every step, and its report."""
+    run_dir = made(_finished_run, tiny_dir, remembered_converter) / "demo"
+    return run_dir, load_report(run_dir / "report" / "report.json")
+
+
+def _finished_run(folder: Path, base: Path, converter: Path) -> None:
     from test_run import _execute
 
-    run_dir = tmp_path_factory.mktemp("run") / "demo"
-    report = _execute(tiny_dir, run_dir)
-    assert report is not None
-    return run_dir, report
+    with in_use(converter):
+        assert _execute(base, folder / "demo") is not None
 
 
 @pytest.fixture
-def copy(finished: tuple[Path, Any], tmp_path: Path) -> Path:
+def copy(finished: tuple[Path, Report], tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")
-def phi35_run(tmp_path_factory: pytest.TempPathFactory) -> MiniatureRun:
+def phi35_run(made: Made, remembered_converter: Path) -> MiniatureRun:
     """Phi-3.5 in miniature, finished; the base's name says nothing of Phi, as a user's own may not."""
-    return run_miniature(tmp_path_factory.mktemp("phi35"), name="me/my-assistant")
+    return finished_miniature(made(_phi35_run, remembered_converter))
+
+
+def _phi35_run(folder: Path, converter: Path) -> None:
+    with in_use(converter):
+        run_miniature(folder, name="me/my-assistant")

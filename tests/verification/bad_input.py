@@ -215,7 +215,7 @@ KINDS: dict[str, Kind] = {
     "out": Kind("a file where the report's directory belongs", a_file_as_out, "taken", "directory"),
     "out right": Kind("a place that takes no files", on(verify(), "--out", "/sys/so8t"), "/sys/so8t", "write"),
     # the launch
-    "world": Kind("a launch of a number that is none", verify(), "two", "from 1 on", {"WORLD_SIZE": "two"}),
+    "world": Kind("a number of processes that is a word", verify(), "two", "from 1 on", {"WORLD_SIZE": "two"}),
     "rank": Kind("a process beyond the launch", verify(), "RANK=2", "WORLD_SIZE=2", {**LAUNCH, "RANK": "2"}),
     "minus": Kind("a process below zero", verify(), "-1", "from 0 on", {**LAUNCH, "RANK": "-1"}),
     # the configuration of a run
@@ -227,7 +227,7 @@ KINDS: dict[str, Kind] = {
     "config key": Kind("a configuration with an unknown key", config("trian: {}"), "trian", "unknown"),
     "config type": Kind("a configuration with a text as a number", config("train: {steps: many}"), "many", "integer"),
     "config range": Kind("a number out of its range", config("train: {steps: -1}"), "-1", "greater than"),
-    "override": Kind("an override that is none", config("{}", "train.steps"), "train.steps", "key.path=value"),
+    "override": Kind("an override without a value", config("{}", "train.steps"), "train.steps", "key.path=value"),
     "step": Kind(
         "a step that does not exist", config("data: {generator: {rows: 4}}", "--from", "deploy"), "deploy", "verify"
     ),

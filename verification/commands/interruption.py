@@ -1,6 +1,6 @@
-"""Requests to end while a verification finishes: the report of what was measured is written before they take effect.
+"""Ctrl-C and signals while a verification finishes: they wait until the report is written.
 
-Signal handlers of Python are wrapped, whoever set them; a signal that is ignored, or that ends the process, stays so.
+Every Python signal handler is wrapped. A signal that the process ignores, or that has no Python handler, is unchanged.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 
 
 def stop_signals() -> list[signal.Signals]:
-    """The signals that ask a program to end; SIGHUP is not on every system."""
+    """The signals that ask a program to end. Some systems have no SIGHUP."""
     return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interruption:
     """Context manager: while `held` is False signals reach their handlers, later they wait until the block has ended.
 
-    `held = True` is an assignment, and CPython runs handlers only at calls and at jumps back. So no signal can come
-    between a `try` that ends with it, or an `except` that begins with it, and the assignment.
+    CPython runs signal handlers only at calls and at backward jumps. So no handler runs between the last call of a
+    `try` block and a `held = True` at the end of that block, or between the start of an `except` block and a
+    `held = True` on its first line.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in the main thread only
             for number in stop_signals():
                 handler = signal.getsignal(number)
                 if callable(handler) and not isinstance(handler, signal.Handlers):

@@ -8,6 +8,7 @@ not be made, otherwise pass; notes (fallback types, limits of the engine) decide
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from verification.commands.lint_result import (
     Status,
     Verdict,
     hypothesis_rows,
+    runs_on_row,
     tensor_row,
 )
 from verification.contract import chat, file_structure, metadata, other_kinds, tokens
@@ -35,7 +37,7 @@ from verification.contract.checks import TITLES, aborts, vocabulary_findings
 from verification.contract.effects import written_otherwise
 from verification.contract.finding import Finding, writable
 from verification.engines.child import ChildDied
-from verification.engines.convert import convert_metadata
+from verification.engines.convert import convert, convert_metadata
 from verification.engines.sandbox import Vocabulary
 from verification.gguf.cache import Memory
 from verification.gguf.imatrix import is_legacy_imatrix, read_imatrix
@@ -43,10 +45,11 @@ from verification.gguf.kind import MATRIX_UNJUDGED, kind_of
 from verification.gguf.reader import GGUFFile, read_gguf
 from verification.reference.checkpoint import Checkpoint
 from verification.weight_parity.compare import Examination, Sources, rotations
-from verification.weight_parity.expected import inventory, is_known
+from verification.weight_parity.expected import inventory, inventory_by_conversion, is_known, left_out
 from verification.weight_parity.recipe import recipe_differences
 from verification.weight_parity.result import TensorResult
 
+_ROOM = 2.2  # sizes of the reference: 8-bit floats become 16-bit ones
 _FLUSHED = 1e-3  # share of a tensor's weights that is worth a note: single ones become zero in every F16 file
 _TITLES = TITLES | {
     "kind": "What the file is, and what of it is not judged",
@@ -56,11 +59,13 @@ _TITLES = TITLES | {
     "template_powers": "What the chat template can do beside laying out a chat",
     "local_paths": "Paths of a computer that the file publishes",
     "written_otherwise": "Tokenizer keys that are written otherwise and mean the same",
+    "unread_keys": "Keys that differ and that llama.cpp does not read",
     "finite_weights": "Weights that are NaN or Inf",
     "saturated_weights": "Weights at F16's end",
     "fallback_types": "Tensors in a fallback type",
     "recipe": "Tensors of another type than the file type's own recipe gives",
     "inventory": "Tensors missing or unexplained",
+    "left_out": "Parts of the reference that the file leaves out",
     "weights": "Tensors against the reference's values",
     "hypotheses": "Attention tensors nearest to something else",
     "sliding_window": "Sliding window that llama.cpp does not apply",
@@ -115,9 +120,10 @@ def lint(
         # llama.cpp's loader and the converter are other processes: they work while this one reads tensors
         loaded = pool.submit(_loaded, opened.path)
         if sources is not None:
-            target = Path(scratch) / "metadata.gguf"
-            converted = pool.submit(_oracle, oracle, sources.reference.directory, target, converter)
-            run.timed("weights", lambda: run.against_weights(sources))
+            target = Path(scratch) / "converted.gguf"
+            whole = not is_known(opened)  # then the conversion says what every tensor should be
+            converted = pool.submit(_oracle, oracle, sources.reference, target, converter, whole=whole)
+            run.timed("weights", lambda: run.against_weights(sources, converted if whole else None))
         with loaded.result() as model:
             run.timed("file", lambda: run.itself(model, alone=sources is None))
             if sources is not None:
@@ -140,6 +146,7 @@ def _report(run: _Run, reference: str | Path | None, start: float) -> LintReport
         architecture=opened.architecture,
         file_type=opened.file_type,
         tensors_total=len(opened.tensors),
+        runs_on=runs_on_row(opened) if run.kind.loads else None,
         reference=None if reference is None else writable(str(reference)),
         checks=run.checks,
         tensors=run.tensors,
@@ -223,8 +230,26 @@ def _loaded(path: Path) -> _Loaded:
     return _Loaded(refused, vocabulary)
 
 
-def _oracle(given: str | Path | None, reference: Path, target: Path, converter: str | Path | None) -> Path:
-    return Path(given) if given is not None else convert_metadata(reference, target, converter=converter)
+def _oracle(
+    given: str | Path | None, reference: Checkpoint, target: Path, converter: str | Path | None, *, whole: bool
+) -> Path:
+    """A conversion of the reference: one made before, its metadata alone, or, `whole`, with every tensor.
+
+    Raises:
+        InputError: the converter refuses the reference, or the disk has no room for a whole conversion.
+    """
+    if given is not None:
+        return Path(given)
+    if not whole:
+        return convert_metadata(reference.directory, target, converter=converter)
+    free = shutil.disk_usage(target.parent).free
+    if free < _ROOM * reference.size:
+        raise InputError(
+            f"this family is judged by a conversion of the reference, which needs {_ROOM * reference.size / 2**30:.1f} "
+            f"GiB in {target.parent}, and {free / 2**30:.1f} are free; set TMPDIR to a larger disk"
+        )
+    kind = reference.saved_in(None).lower()  # nothing is rounded
+    return convert(reference.directory, target, outtype=kind, converter=converter)
 
 
 def _verdict(checks: Sequence[LintCheck]) -> Verdict:
@@ -310,14 +335,27 @@ class _Run:
         except ChildDied as error:
             self.add("end_of_turn", [aborts(str(error))])
 
-    def against_weights(self, sources: Sources) -> None:
-        """Compare the inventory and every tensor's values with the reference's."""
-        file, found = self.file, inventory(sources.reference, self.file)
-        if not is_known(file):
-            why = f"{file.architecture or 'this family'} is not mapped by principle; `so8t verify` has an oracle for it"
-            for name in ("inventory", "weights", "hypotheses"):
-                self.skip(name, why)
-            return
+    def against_weights(self, sources: Sources, converted: Future[Path] | None) -> None:
+        """Compare the inventory and every tensor's values with the reference's.
+
+        Args:
+            converted: the reference's conversion, for a family that is not mapped by principle.
+        """
+        file, conversion = self.file, None
+        if converted is None:
+            found = inventory(sources.reference, file)
+        else:
+            try:
+                conversion = read_gguf(converted.result())
+                why = "" if conversion.tensors else "the conversion that was given holds metadata alone"
+            except InputError as error:
+                why = str(error)
+            if conversion is None or why:
+                why = f"{file.architecture or 'this family'} is not mapped by principle, and {why}"
+                for name in ("inventory", "weights", "hypotheses"):
+                    self.skip(name, why)
+                return
+            found = inventory_by_conversion(sources.reference, file, conversion)
         again = "convert the reference again"
         odd = [Finding(name, "a tensor of the reference", "missing in the file", again) for name in found.missing]
         odd += [
@@ -326,7 +364,16 @@ class _Run:
         ]
         odd += [Finding(name, "a place in the file", "no GGUF name", again) for name in found.unmapped]
         self.add("inventory", odd)
-        results = Examination(file, sources, found, memory=self.memory).run()
+        if absent := left_out(sources.reference, file):
+            action = "nothing, if the file is to hold the text model alone"
+            groups = [
+                Finding(
+                    f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0], part, "not in the file", action
+                )
+                for part, names in absent.items()
+            ]
+            self.add("left_out", groups, note=True)
+        results = Examination(file, sources, found, conversion=conversion, memory=self.memory).run()
         self.known_good = {result.name for result in results if result.equal}
         hypothetical = {match.name for result in results for match in result.nearest if match.is_fault}
         findings = [finding for result in results for finding in result.findings]
@@ -364,6 +411,8 @@ class _Run:
         self.add("oracle_metadata", differ)
         if harmless:
             self.add("written_otherwise", harmless, note=True)
+        if unread := metadata.unread_differences(file, wanted):
+            self.add("unread_keys", unread, note=True)
 
     def against_tokens(self, reference: Checkpoint, model: _Loaded) -> None:
         """Compare token ids, special ids, chats and the stop set."""

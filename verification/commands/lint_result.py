@@ -1,4 +1,4 @@
-"""What `lint` answers: checks with their findings, a row a tensor, a row an attention tensor's hypothesis."""
+"""The result of `lint`: checks with their findings, one row for each tensor, one for each hypothesis."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from verification.contract.finding import Code
+from verification.contract.finding import Code, writable
+from verification.gguf.reader import GGUFFile
+from verification.gguf.runs_on import Need, runs_on
 from verification.weight_parity.result import Drawer, TensorResult
 
-SCHEMA_VERSION = "1.3"  # 1.1: `drawer`, `why` of a tensor; 1.2: `open`; 1.3: `kind`
+SCHEMA_VERSION = "1.4"  # 1.1: `drawer`, `why` of a tensor; 1.2: `open`; 1.3: `kind`; 1.4: `runs_on`
 Status = Literal["pass", "fail", "note", "not evaluated"]
 Verdict = Literal["pass", "fail", "incomplete"]
 
@@ -20,7 +22,7 @@ class _Model(BaseModel):
 
 
 class LintFinding(_Model):
-    """One line of the answer: what, expected, found, what to do."""
+    """One finding: its place, the expected value, the found value, the action to take."""
 
     where: str
     expected: str
@@ -31,7 +33,7 @@ class LintFinding(_Model):
 
 
 class LintCheck(_Model):
-    """One check and what it found."""
+    """One check and its findings."""
 
     name: str  # stable id: "oracle_metadata", "weights"
     title: str
@@ -47,8 +49,8 @@ class LintTensor(_Model):
     type: str
     how: Literal["bytes of the type's own rounding or quantiser", "within the type's bound", "refused", "not compared"]
     drawer: Drawer = "not compared"
-    why: str = ""  # how it was proven, or why other bytes are healthy
-    open: str = ""  # why only the error of its layer's output can decide; "" where it need not
+    why: str = ""  # how the tensor was proven equal, or why its different bytes are healthy
+    open: str = ""  # why only the error of the layer's output can decide; "" where the tensor alone decides
     rel_error: float | None = None
     own_error: float | None = None
     roundings: float | None = None
@@ -59,21 +61,39 @@ class LintTensor(_Model):
 
 
 class LintHypothesis(_Model):
-    """What an attention tensor is nearest to."""
+    """The hypothesis that an attention tensor is nearest to."""
 
     name: str
     best: str
     distance: float
     second: str
     second_distance: float
-    z: float | None  # None where no noise is left to compare with
+    z: float | None  # None where there is no noise to compare with
     residual_rms: float | None = None  # rad, o_proj only
     residual_largest: float | None = None
     standard_error: float | None = None
 
 
+class LintNeed(_Model):
+    """A build of llama.cpp, and the part of the file that no earlier one knows."""
+
+    build: int  # 5092 for b5092
+    what: str
+    source: str  # the pull request
+
+
+class LintRunsOn(_Model):
+    """The oldest builds of llama.cpp for the file; see `runs_on`."""
+
+    sentence: str
+    loads: LintNeed | None  # None where a name is unknown
+    keys: LintNeed | None  # None where every build that loads the file knows its keys
+    unknown: list[str]
+    newest: int
+
+
 class LintReport(_Model):
-    """The whole answer; `so8t lint --out` writes it as lint.json."""
+    """The whole result; `so8t lint --out` writes it as lint.json."""
 
     schema_version: str = SCHEMA_VERSION
     verdict: Verdict
@@ -84,6 +104,7 @@ class LintReport(_Model):
     architecture: str
     file_type: str
     tensors_total: int
+    runs_on: LintRunsOn | None = None  # None of a file that llama.cpp does not load as a model
     reference: str | None
     checks: list[LintCheck]
     tensors: list[LintTensor] = Field(default_factory=list)
@@ -91,8 +112,24 @@ class LintReport(_Model):
     seconds: dict[str, float] = Field(default_factory=dict)
 
 
+def runs_on_row(file: GGUFFile) -> LintRunsOn:
+    """The oldest builds of llama.cpp for a model."""
+    found = runs_on(file)
+
+    def row(need: Need | None) -> LintNeed | None:
+        return None if need is None else LintNeed(build=need.build, what=writable(need.what), source=need.source)
+
+    return LintRunsOn(
+        sentence=writable(found.sentence),
+        loads=row(found.loads),
+        keys=row(found.keys),
+        unknown=[writable(name) for name in found.unknown],
+        newest=found.newest,
+    )
+
+
 def tensor_row(result: TensorResult) -> LintTensor:
-    """A tensor's row of the answer."""
+    """A tensor's row of the result."""
     row = {key: value for key, value in asdict(result).items() if key in LintTensor.model_fields}
     if not result.compared:
         how = "not compared"
@@ -106,7 +143,7 @@ def tensor_row(result: TensorResult) -> LintTensor:
 
 
 def hypothesis_rows(result: TensorResult) -> list[LintHypothesis]:
-    """The rows of what an attention tensor, or each part of a fused one, is nearest to."""
+    """The nearest hypothesis of an attention tensor, one row for each part of a fused tensor."""
     rows = []
     left = result.residual
     for match in result.nearest:

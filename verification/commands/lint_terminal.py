@@ -1,7 +1,7 @@
-"""The answer of `lint` for the terminal: the verdict first, then one line a finding: what, expected, found, what to do.
+"""The result of `lint` for the terminal: the verdict, then one line a finding (place, expected, found, action).
 
-Says everything in words, so that it reads the same without colours; texts from files are never read as markup, and
-control characters in them are shown escaped.
+The text says everything in words, so that it reads the same without colours. Text from files is never read as markup,
+and control characters in it are shown escaped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from verification.show.words import visible
 
 _WORDS = {"pass": "PASS", "fail": "FAIL", "incomplete": "INCOMPLETE"}
 _STYLES = {"pass": "bold green", "fail": "bold red", "incomplete": "bold yellow"}
-_ROWS = 8  # findings of one check that are shown; lint.json has all
+_ROWS = 8  # most findings shown for one check; lint.json has all
 
 
 def lint_table(report: LintReport) -> RenderableType:
@@ -32,6 +32,8 @@ def lint_table(report: LintReport) -> RenderableType:
         if check.status == "not evaluated":
             lines.append(Text(f"Not evaluated: {check.title}: {visible(check.detail)}", style="yellow"))
     held = sum(check.status == "pass" for check in report.checks)
+    if report.runs_on is not None:
+        lines.append(Text(f"llama.cpp: {visible(report.runs_on.sentence)}."))
     lines.append(Text(f"{held} of {len(report.checks)} checks held in {report.seconds.get('total', 0):.1f} s."))
     if report.hypotheses:
         lines.append(Text(_hypotheses(report)))

@@ -1,9 +1,10 @@
-"""The outcome of a file with judged tensors: its KLD against that of llama.cpp's own quantisation, chunk by chunk.
+"""The KLD of a file with judged tensors, divided by the KLD of llama.cpp's own quantisation of those tensors.
 
-The own quantisation is the candidate with every judged tensor quantised here, from the reference at the same type (with
-the importance matrix where one is given), so both differ in these tensors only. Ratio r = sum c / sum o over chunks, c
-and o the chunks' sums of KLDs; its interval is that of the paired differences c - o, over the mean of o: what the text
-does to both cancels. "Not worse" is the upper end within the policy's bound.
+llama.cpp's own quantisation is a copy of the candidate. In the copy llama.cpp quantises every judged tensor again, from
+the reference, to the same type and with the importance matrix where one is given. So the two files differ in these
+tensors only. Ratio r = sum c / sum o over chunks; c and o are the sums of KLDs in a chunk of the candidate and of the
+copy. The interval of r is the interval of the paired differences c - o, divided by the mean of o: the effect of the
+text on both files cancels. The candidate is "not worse" if the upper end is within the policy's bound.
 """
 
 from __future__ import annotations
@@ -61,16 +62,17 @@ def _paired(label: str, run: Run) -> None:
 
 
 def own_quantisation(candidate: Candidate, judged: list[str], run: Run, target: Path) -> list[str]:
-    """Write the candidate, its judged tensors quantised here, into a folder; names those that this build cannot make.
+    """Write a copy of the candidate with its judged tensors quantised by llama.cpp.
 
-    A type that is never made without a matrix is made with an even one.
+    Returns the names of the tensors that this build of llama.cpp cannot quantise. A type that needs an importance
+    matrix gets a matrix of equal importances where none was given.
     """
     target.mkdir()
     return [name for shard in candidate.file.shards for name in _write_own(shard, judged, run, target)]
 
 
 def _write_own(file: GGUFFile, judged: list[str], run: Run, folder: Path) -> list[str]:
-    """One file, or one shard, with those of its tensors."""
+    """Write one file or one shard, with those judged tensors that it holds."""
     left = []
     shutil.copyfile(file.path, folder / file.path.name)
     with (folder / file.path.name).open("r+b") as stream:
@@ -91,10 +93,10 @@ def _write_own(file: GGUFFile, judged: list[str], run: Run, folder: Path) -> lis
 
 
 def ratio_check(label: str, mine: Floats, own: Floats, judged: int, left: list[str], seed: str) -> Check:
-    """The ratio with its interval; not evaluated where the own quantisation has no KLD, or cannot be made.
+    """The ratio with its interval; not evaluated where llama.cpp's own quantisation has no KLD, or cannot be made.
 
     Args:
-        mine, own: (chunks, 2), sums of KLDs and numbers of positions.
+        mine, own: (chunks, 2), sums of KLDs and numbers of positions, of the candidate and of llama.cpp's quantisation.
     """
     title = "Mean KLD, in that of llama.cpp's own quantisation at the same types"
     detail = f"{judged} judged tensors quantised here, {len(mine)} chunks, paired"

@@ -1,4 +1,4 @@
-"""What a report is bound to: digests of every input, versions of every part, the machine's CPU."""
+"""The provenance in a report: digests of every input, versions of every part, the machine's CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from verification.gguf.split_set import set_digest, set_size, shard_paths
 from verification.logit_parity.text import DEFAULT_CORPUS
 
 Role = Literal["reference", "reference_file", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
-_MOST_FILES = 100_000  # of a checkpoint's directory
+_MOST_FILES = 100_000  # in a checkpoint's directory
 _PARTS = ("so8t", "torch", "transformers", "peft", "gguf", "llama-cpp-python", "numpy")
 
 
@@ -43,7 +43,7 @@ def artefacts(
         InputError: an input that does not exist.
     """
     texts = [corpus] if isinstance(corpus, str | Path) else list(corpus or [DEFAULT_CORPUS])
-    by_file = reference.is_file()  # it carries the tokens of its own text
+    by_file = reference.is_file()  # a reference file holds the tokens of its own text
     found = [_artefact("reference_file" if by_file else "reference", reference)]
     found += [_candidate(c) for c in files]
     found += [_artefact("base", base)] if base is not None else []
@@ -67,7 +67,7 @@ def _artefact(role: Role, path: str | Path, label: str = "", kind: str = "") -> 
 
 
 def _candidate(candidate: Candidate) -> Artefact:
-    """A file, or a set of shards by the path of its first and the digest of all."""
+    """A file; a set of shards has the path of its first shard and the digest of all shards."""
     file = candidate.file
     return Artefact(
         role="candidate",
@@ -80,10 +80,10 @@ def _candidate(candidate: Candidate) -> Artefact:
 
 
 def changed_artefacts(artefacts: Sequence[Artefact]) -> tuple[list[str], list[str]]:
-    """Paths of a report's inputs that are here but no longer what was measured, and of those that are not here.
+    """(paths of a report's inputs that changed since the measurement, paths of inputs that are not on this machine).
 
-    The policy is not checked, because its bounds are in the report, nor is the built-in text, which may differ between
-    versions of so8t.
+    The policy is not checked, because the report holds its bounds. The built-in text is not checked, because it may
+    differ between versions of so8t.
     """
     changed: list[str] = []
     absent: list[str] = []
@@ -97,7 +97,7 @@ def changed_artefacts(artefacts: Sequence[Artefact]) -> tuple[list[str], list[st
 
 
 def _changed(artefact: Artefact) -> bool:
-    """Whether other bytes are there; a candidate of another size than its file's may be a set of shards."""
+    """Whether the input's bytes changed; if a candidate's file has another size, its set of shards is tried."""
     path = Path(artefact.path)
     if _has_size(path, artefact.bytes):
         return sha256_path(path) != artefact.sha256
@@ -110,15 +110,15 @@ def _changed(artefact: Artefact) -> bool:
 def _is_here(path: str) -> bool:
     try:
         return Path(path).exists()
-    except (OSError, ValueError):  # too long, no right to look, or no file system could have such a name
+    except (OSError, ValueError):  # the path is too long, not readable, or not a valid name
         return False
 
 
 def _has_size(path: Path, count: int) -> bool:
-    """Whether the files under a path have so many bytes together, before any is read.
+    """Whether the files under a path have `count` bytes together; no file is read.
 
-    The path comes out of a report: devices and pipes, which never end, are no files, and a directory of another size,
-    say the whole disk, is left at the first byte too many.
+    The path comes from a report, so it may name anything. Devices and pipes never end and do not count as files. The
+    walk through a directory, say of the whole disk, ends as soon as the sum exceeds `count`.
     """
     if not path.is_dir():
         return path.is_file() and path.stat().st_size == count
@@ -132,7 +132,7 @@ def _has_size(path: Path, count: int) -> bool:
 
 
 def versions(converter: str | Path | None = None) -> dict[str, str]:
-    """Versions of the parts whose arithmetic the numbers depend on; of converter and llama.cpp also their digests.
+    """Versions of the parts whose arithmetic the numbers depend on, with digests of the converter and llama.cpp.
 
     Args:
         converter: the converter that was used, as `find_converter` takes it.
@@ -154,7 +154,7 @@ def versions(converter: str | Path | None = None) -> dict[str, str]:
 
 @functools.cache
 def _features() -> str:
-    """What torch and llama.cpp compute with: the instruction sets their kernels were picked for."""
+    """The instruction sets for which torch and llama.cpp chose their kernels."""
     quiet()
     llama = llama_cpp.llama_print_system_info().decode("utf-8", errors="replace")
     return f"torch {torch.backends.cpu.get_cpu_capability()}; llama.cpp {' '.join(llama.replace('|', ' ').split())}"

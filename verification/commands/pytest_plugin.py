@@ -1,10 +1,10 @@
 """`pytest --so8t-reference DIR --so8t-candidate F.gguf`: one test for each leg and check of a verification.
 
 The verification is measured once, when tests are collected; each check becomes a test `so8t::<leg>::<check>[<file>]`,
-and `so8t::verdict` fails unless the verdict is "pass". A failed or inconclusive check fails, one that was not evaluated
-or was waived is skipped with its reason. Tests carry the marker `so8t`. A session in which the verdict did not pass or
-its test did not run (`-k`, `--deselect`, `--collect-only`, a call of `pytest.exit`) never ends with 0. Without the
-options nothing happens and nothing heavy is imported: pytest loads this module at every start.
+and `so8t::verdict` fails unless the verdict is "pass". The test of a failed or inconclusive check fails. The test of a
+check that was waived or not evaluated is skipped with a reason. Tests have the marker `so8t`. A session never ends with
+exit code 0 where the verdict did not pass or its test did not run (`-k`, `--deselect`, `--collect-only`, a call of
+`pytest.exit`). Without the options this module does nothing and imports nothing heavy: pytest loads it at every start.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from verification.gate.report import Check, Report
 
 
-_PASSED = pytest.StashKey[bool]()  # the test of the verdict ran, and it was "pass"
+_PASSED = pytest.StashKey[bool]()  # the test of the verdict ran, and the verdict was "pass"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options; the names and defaults are those of `so8t verify`."""
+    """Add the options; they have the names and defaults of `so8t verify`."""
     group = parser.getgroup("so8t", "GGUF files against their Hugging Face checkpoint")
     add = group.addoption
     add("--so8t-reference", metavar="DIR", help="checkpoint the files were made from")
@@ -42,10 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker; refuse a reference without a candidate, and the reverse.
+    """Register the marker; refuse a reference without a candidate, and a candidate without a reference.
 
     Raises:
-        pytest.UsageError: one of reference and candidate without the other, or workers that would each measure.
+        pytest.UsageError: only one of reference and candidate is given, or several pytest workers would each measure.
     """
     config.addinivalue_line("markers", "so8t: one check of a GGUF verification (so8t)")
     if bool(config.getoption("so8t_reference")) != bool(config.getoption("so8t_candidate")):
@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Take an earlier report away before anything can stop this run, an import error in a test for one.
+    """Delete an earlier report before anything, for example an import error in a test, can stop this run.
 
     Raises:
         pytest.UsageError: the directory of --so8t-out cannot be written.
@@ -74,20 +74,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m pick among the tests
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Measure, and add the checks to whatever else was collected."""
+    """Measure, and add the checks to the other collected tests."""
     if _asked(config):
         items.extend(_items(session, _measure(config)))
 
 
-@pytest.hookimpl(trylast=True)  # after whatever else has a say in the exit code
+@pytest.hookimpl(trylast=True)  # after all other hooks that set the exit code
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Exit with 0 only where the verdict passed in its own test."""
+    """Exit with 0 only where the test of the verdict ran and passed."""
     if _asked(session.config) and session.exitstatus == 0 and not session.config.stash.get(_PASSED, False):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say why such a session is not green."""
+    """Print why a session without a passed verdict does not end with 0."""
     if _asked(config) and not config.stash.get(_PASSED, False):
         terminalreporter.write_line("so8t: no passed verdict in this session, so it does not end with 0", red=True)
 
@@ -127,7 +127,7 @@ def _measure(config: pytest.Config) -> Report:
     def summary() -> None:
         append_step_summary(report)
 
-    config.add_cleanup(summary)  # when pytest has printed the verdict
+    config.add_cleanup(summary)  # runs after pytest has printed the verdict
     return report
 
 
@@ -149,7 +149,7 @@ class _Suite(pytest.Collector):
 
 
 class NotReleased(Exception):
-    """A check that does not hold; the message is all there is to say."""
+    """A failed check; pytest shows its message without a traceback."""
 
 
 class CheckItem(pytest.Item):

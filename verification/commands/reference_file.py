@@ -1,7 +1,7 @@
-"""`so8t verify --reference FILE.so8t`: the stages of a verification whose reference is a file, not the weights.
+"""`so8t verify --reference FILE.so8t`: the stages of a verification against a reference file, without the weights.
 
-The report, its checks, the policy and the exit codes are those of every verification. What needs the weights is named
-in a note and is not called for.
+The report, its checks, the policy and the exit codes are the same as in every verification. The checks that need the
+weights are not required; a note in the report lists them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def is_reference_file(request: VerifyRequest) -> bool:
 
 
 def file_stages(run: Run) -> list[Stage]:
-    """What a run against a reference file carries out.
+    """The stages of a run against a reference file.
 
     Raises:
-        InputError: the file is refused, or something was given that is of use with the weights only.
+        InputError: the reference file is refused, or an option was given that is of use with the weights only.
     """
     _refuse_what_needs_weights(run.request)
     reference = read(run.request.reference)
@@ -127,7 +127,7 @@ def _logits(reference: ReferenceFile, candidate: Candidate, run: Run) -> None:
 
 
 def _repeat(reference: ReferenceFile, run: Run) -> None:
-    """A float file another way gives the noise floor; of a quantised file alone only the repetition counts."""
+    """Repeat one file: a float file gives the noise floor and the repetition, a quantised file the repetition only."""
     file = next((f for f in run.files if f.file.is_float and f.file.file_type != "BF16"), None)
     file = file or next((f for f in run.files if f.file.is_float), run.files[0])
     places = reference.header.groups.get("plain") or reference.header.groups[CORPUS]

@@ -1,9 +1,9 @@
-"""A folder of GGUF files as the candidates of one verification: which files it holds, and a run that goes on.
+"""A folder of GGUF files as the candidates of one verification, and the continuation of a run that was stopped.
 
-Every file of a language model is a candidate, a set of shards one. Projectors, LoRAs and other kinds are known by their
-keys and tensors, never by their name, and are said in a line each. What a stage measured of one file is kept under
-`measured/` until the report is whole: a run that was stopped measures only what is missing, and runs the reference only
-where something is.
+Every file of a language model is a candidate; a set of shards is one candidate. Projectors, LoRAs and other kinds are
+recognised by their keys and tensors, never by their names; the report has one line for each. The results of each stage
+of one file are kept under `measured/` until the report is complete. A run that continues measures only the missing
+results, and runs the reference only if one of them needs it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ KEPT = "measured"
 
 @dataclass(frozen=True)
 class Found:
-    """What the given candidates are."""
+    """The files among the given candidates."""
 
     files: list[GGUFFile] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # a line for each file that is no model
+    notes: list[str] = field(default_factory=list)  # one line for each file that is not a language model
 
 
 def is_repository(request: VerifyRequest) -> bool:
@@ -42,10 +42,10 @@ def is_repository(request: VerifyRequest) -> bool:
 
 
 def candidates_of(paths: Sequence[str | Path]) -> Found:
-    """The files of a list of GGUF files and folders, folders with everything below them.
+    """The files in a list of GGUF files and folders; folders are searched with all their subfolders.
 
     Raises:
-        InputError: a file that is no readable GGUF or no language model, or a folder without one.
+        InputError: a file that is not a readable GGUF or not a language model, or a folder without a language model.
     """
     found = Found()
     for path in map(Path, paths):
@@ -76,11 +76,11 @@ def _sort(file: GGUFFile, shown: Path, found: Found) -> None:
 
 
 def resumable(stages: Sequence[Stage], run: Run, folder: Path) -> list[Stage]:
-    """The same stages, those of one file each kept in `folder`, and taken from there where they are."""
+    """The same stages; the results of a stage of one file are stored in `folder`, or read from there if they exist."""
     kept = [_kept(stage, run, folder) if stage.subject else stage for stage in stages]
     wanted: set[str] = set()
     needed = []
-    for stage in reversed(kept):  # who makes only what nobody asks for any more is left out: the reference's pass
+    for stage in reversed(kept):  # drop a stage whose products no stage needs any more (the reference)
         if not stage.yields or wanted.intersection(stage.yields) or stage.checks:
             needed.append(stage)
             wanted.update(stage.needs)
@@ -109,7 +109,7 @@ def _measure(stage: Stage, path: Path, run: Run) -> None:
     lists = ("divergences", "cells", "tensors", "notes")
     before = {name: len(getattr(run, name)) for name in lists}
     stage.work(run)
-    if stage.subject in run.open:  # its layers' outputs are still to be measured, with tensors that no report holds
+    if stage.subject in run.open:  # the stage of layer outputs needs tensors that no report holds
         return
     checks = {name: found[counts.get(name, 0) :] for name, found in run.checks.items()}
     report = Report(
@@ -142,5 +142,5 @@ def _restore(path: Path, run: Run) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Delete what was kept, once the report is whole."""
+    """Delete the kept results; called when the report is complete."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a verification is asked for: one list of parameters for Python, the command line, pytest and `so8t run`.
+"""The parameters of a verification: one list for Python, the command line, pytest and `so8t run`.
 
 `verify(...)` takes exactly these fields as its arguments. Importing this module loads nothing heavy.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from so8t_core.errors import InputError
 
 if TYPE_CHECKING:
-    from so8t_core.quantised import Quantization
+    from verification.engines.bitsandbytes_base import Quantization
     from verification.gate.policy import Policy
     from verification.gate.report import AnswerRecord, TrainingRecord
     from verification.logit_parity.run_modes import Level
@@ -38,24 +38,24 @@ class VerifyRequest:
         chunks: number of chunks to score, at least 2.
         n_ctx: tokens in a chunk, at least 64; the second half of each chunk is scored.
         threads: CPU threads; None takes all cores.
-        base_damage: also measure what the same quantisation does to the base model, on the first chunks (information,
-            never decided on; `so8t run` asks for it).
+        base_damage: also measure how the same quantisation changes the base model, on the first chunks. The result is
+            information and never changes the verdict; `so8t run` asks for it.
         stream: read the reference (and base, adapter and bake) layer by layer, so that it need not fit into memory;
-            None does so where its float32 weights would not fit.
-        cells: ways of running each file: "quick", or "full" with the long texts.
+            None does so where the reference's float32 weights would not fit.
+        cells: ways of running each file: "quick", or "full", which adds the long texts.
         ship_n_ctx: context in tokens that the files are shipped for, at least 64; None takes at most 4096 and never
             more than the original length of a stretched RoPE.
-        long_context: tokens of one long passage whose end is scored, more than 1024; None measures one of 8192 with
-            cells = "full" alone. Never more than the model's context.
+        long_context: tokens of one long passage whose end is scored, more than 1024; None measures a passage of 8192
+            with cells = "full" only. Never more than the model's context.
         converter: directory of a llama.cpp checkout whose converter is used; None installs upstream's with pip.
         imatrix: importance matrix that the quantised candidates were made with, GGUF or legacy form.
         progress: called with (stage, done, total) while measuring.
         work_dir: directory that keeps the verifier's own conversions between runs; None takes a temporary one.
-        training: what training did, for the report's curves.
+        training: the record of the training, for the report's curves.
         answers: held-out prompts answered by the shipped file, for the report.
-        notes: sentences that the report has to carry.
-        quantization: how the base was quantised while the adapter was trained; adds, as information, how far the
-            trained function lies from the shipped one.
+        notes: sentences to put into the report.
+        quantization: how the base was quantised while the adapter was trained; adds, as information, the divergence
+            between the model as trained and the shipped checkpoint.
     """
 
     reference: str | Path
@@ -84,7 +84,7 @@ class VerifyRequest:
     quantization: Quantization | None = None
 
     def check(self) -> None:
-        """Refuse a request that no verification can be made of.
+        """Refuse a request that cannot be verified.
 
         Raises:
             InputError: no candidate, too little text, an adapter without its base, an unknown level.
@@ -101,7 +101,7 @@ class VerifyRequest:
             raise InputError(f"cells = {self.cells!r} is unknown; quick or full")
         if self.ship_n_ctx is not None and self.ship_n_ctx < 64:
             raise InputError(f"ship_n_ctx = {self.ship_n_ctx} is too short for the cells; at least 64")
-        from verification.logit_parity.run_modes import LONG  # here: it loads numpy
+        from verification.logit_parity.run_modes import LONG  # imported here, because it loads numpy
 
         if self.long_context is not None and self.long_context <= LONG:
             raise InputError(f"long_context = {self.long_context} is no longer than the usual passages; above {LONG}")

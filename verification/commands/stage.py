@@ -1,9 +1,9 @@
-"""A stage of a verification, and how a list of stages is carried out.
+"""One stage of a verification, and the execution of a list of stages.
 
-A stage names what it needs and what it yields (attributes of `Run`), and the checks that make it complete. A deciding
-stage that fails ends the verification. A stage that only informs may fail in any way: the report then says what was
-not evaluated and why. A product is released after the last stage that needs it, so that one model is in memory at a
-time.
+A stage names the products it needs and the products it yields (attributes of `Run`), and the checks without which it is
+incomplete. A deciding stage that fails ends the verification. A stage that only informs may fail in any way: the report
+then says what was not evaluated and why. A product is released after the last stage that needs it, so that one model
+is in memory at a time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from verification.weight_parity.layer_output_error import OpenTensor
 
 @dataclass
 class Run:
-    """One verification: what was asked for, what stages hand to each other, and what has been measured."""
+    """One verification: the request, the products that stages pass to each other, and the measurements."""
 
     request: VerifyRequest
     policy: Policy
@@ -54,13 +54,13 @@ class Run:
     work: Path
     threads: int | None
     tell: Progress
-    base: Path | None = None  # None also where the base's logits cannot be compared with the reference's
+    base: Path | None = None  # also None if its logits cannot be compared with the reference's
 
     # products: made by the stage that yields them, released after the last stage that needs them
     checkpoint: Checkpoint = field(init=False)
     tokenizer: Any = field(init=False)
     conversions: FloatFiles = field(init=False)  # the verifier's own float files of the reference
-    files: list[Candidate] = field(init=False)  # candidates, and the oracle's file where none of them is a float file
+    files: list[Candidate] = field(init=False)  # candidates, and the oracle's file if no candidate is a float file
     bos: int | None = field(init=False)
     text: Corpus = field(init=False)
     plan: Plan = field(init=False)
@@ -69,7 +69,7 @@ class Run:
     gated: Array = field(init=False)  # (T, V) logits of base + adapter on the first chunk
     baked_logits: list[Array] = field(init=False)  # (T, V) logits of the baked model on the first chunks
 
-    # what the report is made of
+    # parts of the report
     checks: dict[LegName, list[Check]] = field(default_factory=dict)
     divergences: list[Divergence] = field(default_factory=list)
     base_divergences: list[Divergence] = field(default_factory=list)
@@ -80,9 +80,9 @@ class Run:
     notes: list[str] = field(default_factory=list)
     trained: TrainedFunction | None = None
     tokens_sha256: str = ""
-    open: dict[str, dict[str, OpenTensor]] = field(default_factory=dict)  # by candidate: its layers' outputs decide
+    open: dict[str, dict[str, OpenTensor]] = field(default_factory=dict)  # by candidate: decided by layer outputs
     chunk_klds: dict[str, Floats] = field(default_factory=dict)  # by candidate: (chunks, 2), sums of KLDs and positions
-    corpus: dict[str, CorpusResult] = field(default_factory=dict)  # by candidate: measured before its own stage
+    corpus: dict[str, CorpusResult] = field(default_factory=dict)  # by candidate: measured before that file's stage
     left: list[Stage] = field(default_factory=list)  # stages that are not finished
 
     @property
@@ -101,7 +101,7 @@ class Run:
         return f"{self.digest} {file} {corpus} {self.text.sha256}"
 
     def add(self, leg: LegName, checks: Sequence[Check]) -> None:
-        """Keep what a stage measured for a leg."""
+        """Keep the checks that a stage measured for a leg."""
         self.checks.setdefault(leg, []).extend(checks)
 
     @contextlib.contextmanager
@@ -129,13 +129,13 @@ class Run:
 class Stage:
     """One stage of a verification."""
 
-    name: str  # "reference", "logits Q8_0"; its seconds stand in the report under this name
+    name: str  # "reference", "logits Q8_0"; the report lists its seconds under this name
     work: Callable[[Run], None]
     needs: tuple[str, ...] = ()  # products of earlier stages
     yields: tuple[str, ...] = ()  # products of this stage
-    checks: tuple[str, ...] = ()  # names of the checks without which the stage is not complete
-    subject: str = ""  # the candidate that the checks are about
-    informs: bool = False  # whether the report can be had without it
+    checks: tuple[str, ...] = ()  # checks without which the stage is incomplete
+    subject: str = ""  # the candidate that is checked
+    informs: bool = False  # whether a report without this stage is complete
 
     @property
     def legs(self) -> list[LegName]:
@@ -145,12 +145,12 @@ class Stage:
 
 
 def carry_out(stages: Sequence[Stage], run: Run) -> None:
-    """Carry stages out in their order and keep in `run.left` those that are not finished.
+    """Run the stages in their order; `run.left` lists the stages that are not finished.
 
     Raises:
         InputError: a deciding stage cannot use an input.
-        Exception: whatever else ends a deciding stage.
-        KeyboardInterrupt: between or inside stages; `run` holds what was finished.
+        Exception: any other error in a deciding stage.
+        KeyboardInterrupt: between or inside stages; `run` holds the results of the finished stages.
     """
     check_order(stages)
     run.left = list(stages)
@@ -161,13 +161,13 @@ def carry_out(stages: Sequence[Stage], run: Run) -> None:
             wanted = {name for later in run.left for name in later.needs}
             made = [name for earlier in stages[: number + 1] for name in earlier.yields]
             run.release([name for name in made if name not in wanted])
-            gc.collect()  # a model's modules refer to each other: without this it would stay beside the next one
+            gc.collect()  # a model's modules refer to each other: without this two models would be in memory
     finally:
         run.release([name for stage in stages for name in stage.yields])
 
 
 def check_order(stages: Sequence[Stage]) -> None:
-    """Every product is made before it is needed, and no decision waits for a stage that only informs."""
+    """Check that each product is made before it is needed, and that no deciding stage needs one that only informs."""
     made: dict[str, Stage] = {}
     for stage in stages:
         for name in stage.needs:
@@ -179,12 +179,12 @@ def check_order(stages: Sequence[Stage]) -> None:
 def _carry_out(stage: Stage, run: Run) -> None:
     with run.timed(stage.name):
         try:
-            if missing := [name for name in stage.needs if not run.has(name)]:  # of a stage that informs, and failed
+            if missing := [name for name in stage.needs if not run.has(name)]:  # an informing stage failed
                 raise InputError(f"{missing[0]} was not made")
             stage.work(run)
         except Exception as error:
-            # In a launch of several processes the others would wait for this one's share of the stage for ever, unless
-            # all of them meet the same refusal: there, only an InputError is known to be one.
+            # With several processes, the others would wait for ever for this process's part of the stage, unless every
+            # process meets the same error. Only an InputError is known to come in every process.
             if not stage.informs or (distributed.count() > 1 and not isinstance(error, InputError)):
                 raise
             why = not_evaluated(stage.name, error)

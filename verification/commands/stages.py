@@ -1,6 +1,6 @@
-"""The stages of a verification in their order: what needs no inference first, then one model or one file at a time.
+"""The stages of a verification in their order: checks without inference first, then one model or file at a time.
 
-`stages` lists them for one run. Nothing is decided here: a stage measures, the gate decides (`gate.decide`).
+`stages` lists them for one run. A stage measures; the gate decides (`gate.decide`).
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from verification.weight_parity.layer_output_error import output_errors
 
 T = TypeVar("T")
 ORACLE_LABEL = "F16 (oracle)"  # the verifier's own conversion, where no float file was given
-TOGETHER = 4  # files that are open at once where logits are made anew for every reading
-OPEN = ("quantise.output_error",)  # of tensors whose weights alone do not decide, where there are any
+TOGETHER = 4  # files that are open at once where each reading computes the logits again
+OPEN = ("quantise.output_error",)  # the check of tensors that their weights alone do not decide
 
 
 def stages(run: Run) -> list[Stage]:
-    """What this run carries out."""
+    """The stages of this run."""
     labels = {candidate.label: candidate.file.is_float for candidate in run.candidates}
     if not any(labels.values()):
         labels = {ORACLE_LABEL: True, **labels}
@@ -109,7 +109,7 @@ def _logit_stage(label: str, *, is_float: bool) -> Stage:
 
 
 def _bake_stages(run: Run) -> list[Stage]:
-    """From the trained adapter to the saved checkpoint, as far as base and adapter were given."""
+    """The stages from the trained adapter to the saved checkpoint, if a base and an adapter were given."""
     if run.base is None:
         return []
     if run.adapter is None:
@@ -159,7 +159,7 @@ def _oracle(run: Run) -> None:
 
 
 def _file(label: str, run: Run) -> None:
-    """What needs no inference: tokenizer, template, metadata, and every tensor's values and bytes."""
+    """The checks without inference: tokenizer, template, metadata, and every tensor's values and bytes."""
     if not distributed.is_first():
         return
     number, candidate = _numbered(label, run)
@@ -197,7 +197,7 @@ def _text(run: Run) -> None:
 
 
 def _layer_outputs(run: Run) -> None:
-    """The outputs of layers whose weights alone cannot be judged, on one passage; first process only, as `_file`."""
+    """Compare layer outputs on one passage, for tensors that their weights do not decide; first process only."""
     if run.open:
         run.tell("layer outputs", 0, 1)
         model = open_reference(run.request.reference, stream=run.request.stream)
@@ -221,14 +221,14 @@ def _reference(run: Run) -> None:
 
 def _base_control(run: Run) -> None:
     run.tell("bake", 0, 1)
-    if run.base is not None and distributed.is_first():  # who has the first passage
+    if run.base is not None and distributed.is_first():  # the first process has the first passage
         first = passages_of(run.text.chunks)[0]
         own = run.reference.read(first, 0, first.rows)
         run.add("controls", [base_control(run.base, own, first.tokens, stream=run.request.stream)])
 
 
 def _given(what: T | None) -> T:
-    """What is there because the stage that asks for it is in the list."""
+    """A value that is never None, because the stage that uses it is listed only where the value was given."""
     if what is None:
         raise RuntimeError("a stage was started without what puts it into the list")
     return what
@@ -294,7 +294,7 @@ def _trained_function(run: Run) -> None:
 
 
 def _logits(label: str, run: Run) -> None:
-    """One file's turn: the corpus, then every cell. The stand-in, which nobody ships, runs the corpus alone."""
+    """Measure one file on the corpus, then in every cell; the oracle's file, which nobody ships, on the corpus only."""
     _, candidate = _numbered(label, run)
     if run.reference.spool.recomputes and label not in run.corpus:
         _together(label, run)
@@ -318,7 +318,7 @@ def _logits(label: str, run: Run) -> None:
 
 
 def _together(label: str, run: Run) -> None:
-    """This file and the next ones on the corpus: a chunk's logits are made from hidden states once for all of them."""
+    """Measure this file and the next ones on the corpus together: each chunk's logits are computed once for all."""
     waiting = [s.subject for s in run.left if s.name == f"logits {s.subject}" and "reference" in s.needs]
     files = [next(file for file in run.files if file.label == name) for name in waiting[:TOGETHER]]
     subjects = [Subject(file.label, file.file.path, run.seed(file.label)) for file in files]
@@ -366,18 +366,18 @@ def _numbered(label: str, run: Run) -> tuple[int, Candidate]:
 
 
 def _floor_file(files: Sequence[Candidate]) -> Candidate:
-    """The float file by which text and engine are judged.
+    """The float file that measures the noise floor and the evidence of the text.
 
-    bfloat16 kernels round the activations too, so a file of another float type is taken where there is one.
+    bfloat16 kernels round the activations too, so a file of another float type is preferred.
     """
     return min((file for file in files if file.file.is_float), key=lambda file: file.file.file_type == "BF16")
 
 
 def comparable_base(run: Run) -> None:
-    """Drop a base of another vocabulary, whose logits cannot be set beside the reference's.
+    """Drop a base with another vocabulary: its logits cannot be compared with the reference's.
 
     Raises:
-        InputError: with an adapter, which never changes the vocabulary.
+        InputError: an adapter was given too: an adapter never changes the vocabulary.
     """
     if run.base is None:
         return
@@ -393,10 +393,10 @@ def comparable_base(run: Run) -> None:
 
 
 def same_vocabulary(checkpoint: Checkpoint, files: Sequence[Candidate]) -> None:
-    """Stop before any measuring where sizes of vocabularies differ.
+    """Stop before any measurement if sizes of vocabularies differ.
 
     Raises:
-        InputError: a file is no conversion of this reference.
+        InputError: a file is not a conversion of this reference.
     """
     wanted = checkpoint.config.get("vocab_size")
     for candidate in files:

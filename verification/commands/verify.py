@@ -1,9 +1,8 @@
 """`verify`: every comparison from the trained adapter to the shipped files, measured once and decided by the policy.
 
-Cheap stages come first. Then the reference computes its logits once, onto disk, and is released; after it the bake,
-after that every file in its turn: one model or one file is in memory at any time. What is measured (`stages`) and what
-is decided (`gate.decide` sets every status) stay apart. Ctrl-C leaves a report of what was done, with verdict
-incomplete, at whatever moment it comes.
+Cheap stages come first. Then the reference computes its logits once, stores them on disk, and is released. Then the
+bake runs, then each file: one model or one file is in memory at any time. `stages` only measures; `gate.decide` sets
+every status. Ctrl-C at any moment leaves a report of the finished measurements, with the verdict incomplete.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import ParamSpec
 
 from so8t_core.errors import InputError
 from so8t_core.files import write_text
-from so8t_core.threads import torch_threads
 from verification.commands.interruption import Interruption
 from verification.commands.provenance import artefacts, changed_artefacts, imatrix_artefact, versions
 from verification.commands.reference_file import file_stages, is_reference_file
@@ -30,6 +28,7 @@ from verification.commands.stages import comparable_base, stages
 from verification.engines import distributed
 from verification.engines.llama_model import usable_cores
 from verification.engines.reconversion import Oracle
+from verification.engines.threads import torch_threads
 from verification.gate.decide import LEG_TITLES, decide
 from verification.gate.policy import Policy, load_policy
 from verification.gate.report import Artefact, Check, Leg, LegName, Report
@@ -53,11 +52,12 @@ _COMPARED: dict[LegName, str] = {
 def verify_request(request: VerifyRequest) -> Report:
     """Verify GGUF files against the Hugging Face checkpoint they were made from.
 
-    Every process of a launch calls this: the passages are divided among them, the first one writes, all get the report.
+    Every process of a launch calls this function. The processes share the passages, the first one writes the report,
+    and all of them return it.
 
     Raises:
         InputError: an input that cannot be used; nothing is decided then.
-        KeyboardInterrupt: after the report of what was done has been written.
+        KeyboardInterrupt: after the report of the finished measurements has been written.
     """
     out = None if request.out is None else Path(request.out)
     if out is not None and distributed.is_first():
@@ -110,7 +110,7 @@ def verify_request(request: VerifyRequest) -> Report:
 
 
 def _finished(run: Run, interruption: Interruption, out: Path | None) -> Report:
-    """The decided report, written into `out`; of a run that was asked to end, even while it was written, no pass."""
+    """The decided report, written into `out`; never a pass if the run was asked to end, even during the writing."""
     interrupted = False
     while True:
         if interruption.asked and not interrupted:
@@ -129,7 +129,7 @@ def _finished(run: Run, interruption: Interruption, out: Path | None) -> Report:
 
 
 def _interrupt(run: Run) -> None:
-    """Say in the report that it is of no whole run, also where only its last checks or its writing were cut off."""
+    """Mark the report as interrupted, even if only the last checks or the writing were interrupted."""
     part = "only the legs shown were measured" if run.left else "everything was measured, but not all of it checked"
     run.notes.append(f"Interrupted: {part}.")
     cut: list[LegName] = ["evidence"]
@@ -141,7 +141,7 @@ P = ParamSpec("P")
 
 
 def _with_parameters_of(request: Callable[P, VerifyRequest]) -> Callable[P, Report]:
-    """`verify_request` with a request's fields as its arguments, so that they are written down once."""
+    """`verify_request` with the fields of `VerifyRequest` as its arguments, so that they are listed in one place."""
 
     def verify(*arguments: P.args, **options: P.kwargs) -> Report:
         return verify_request(request(*arguments, **options))
@@ -171,7 +171,7 @@ def _inputs(request: VerifyRequest, candidates: Sequence[Candidate]) -> list[Art
 
 
 def _report(run: Run) -> Report:
-    """What was measured, before anything is decided."""
+    """The measurements as a report, before anything is decided."""
     legs = [
         Leg(name=name, title=LEG_TITLES[name], compared=_COMPARED[name], status="not evaluated", checks=found)
         for name in LEG_TITLES
@@ -200,10 +200,10 @@ def _report(run: Run) -> Report:
 
 
 def _unchanged(run: Run) -> None:
-    """Check that no input changed between its reading by tensor and its reading by llama.cpp, minutes later.
+    """Check that no input changed between the tensor comparison and llama.cpp's reading, minutes later.
 
     Raises:
-        InputError: an input was replaced, changed or taken away meanwhile.
+        InputError: an input was replaced, changed or deleted meanwhile.
     """
     changed, absent = distributed.from_first(lambda: changed_artefacts(run.inputs))
     if changed or absent:
@@ -218,7 +218,7 @@ def _interrupted(leg: LegName) -> Check:
 
 
 def _label(files: list[GGUFFile]) -> list[Candidate]:
-    """Short unique names: the file type, with the file's name behind it where two share one."""
+    """Short unique labels: the file type, followed by the file's name where two files have the same type."""
     types = [file.file_type for file in files]
     labels = [t if types.count(t) == 1 else f"{t} ({file.path.name})" for t, file in zip(types, files, strict=True)]
     if len({file.path.resolve() for file in files}) < len(files):

@@ -1,1 +1,1 @@
-"""What must be equal in effect without inference: tokens, chats, stop set, metadata, file structure."""
+"""Properties that must be equal in effect, checked without inference: tokens, chats, stop set, metadata, structure."""

@@ -1,11 +1,11 @@
-"""Chats rendered on both sides: the reference's template as transformers does it, the GGUF's as llama-cpp-python.
+"""Chats rendered by both templates: the reference's as transformers does it, the GGUF's as llama-cpp-python does it.
 
-Both are rendered by `ChatTemplate`, in a child process and with one frozen clock: neither template is trusted. What
-differs between the two is the variables that they get. llama.cpp's C function `llama_chat_apply_template` knows a fixed
-list of templates only and is not compared, and neither is llama-server's own Jinja engine, which is no part of the
-library. A template that refuses a chat (no system role) must be refused by both. Ids of the rendered text are compared
-too, and the token by which each kind of reply ends. Chats with tools, tool results and `enable_thinking` both ways are
-among them; a template that knows none of these renders them as plain ones.
+`ChatTemplate` renders both, in a child process and with one frozen clock: neither template is trusted. Only the
+variables that the templates get differ. Two renderers are not compared: llama.cpp's C function
+`llama_chat_apply_template`, which knows a fixed list of templates only, and llama-server's Jinja engine, which is not
+part of the library. If one template refuses a chat (no system role), the other must refuse it too. Ids of the rendered
+text are compared too, and the token that ends each kind of reply. Some chats have tools, tool results, and
+`enable_thinking` on or off; a template that does not know these renders plain chats.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _WEATHER: dict[str, Any] = {
 }
 _ASK = {"role": "user", "content": "How is the weather there?"}
 _RESULT = {"role": "tool", "name": "weather", "content": '{"sky": "曇り", "celsius": 23}'}
-_SAID, _CITY = "answer seven", "Osaka"  # by these words the end of a reply, of a call, is found in a rendering
+_SAID, _CITY = "answer seven", "Osaka"  # these words mark the end of a reply and of a call in a rendering
 _REPLY = {"role": "assistant", "content": _SAID}
 _THOUGHT = {**_REPLY, "reasoning_content": "3 + 4 = 7"}
 
@@ -69,16 +69,16 @@ class Asked:
     enable_thinking: bool | None = None
 
     def variables(self) -> dict[str, Any]:
-        """What a template gets beside the special tokens' texts; the switch only where the chat sets it."""
+        """The template's variables, without the special tokens' texts; `enable_thinking` only if the chat sets it."""
         switch = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         return {"messages": self.messages, "add_generation_prompt": self.prompt, "tools": self.tools, **switch}
 
 
 class Template(Protocol):
-    """One side's template."""
+    """The template of the reference or of the file."""
 
     def render(self, *chats: Asked) -> list[str]:
-        """Each chat as text; a refusal or a failure as a text in brackets."""
+        """Each chat as text; for a refusal or a failure, words in brackets."""
 
 
 def asked_chats() -> list[Asked]:
@@ -107,7 +107,7 @@ def asked_chats() -> list[Asked]:
 
 
 def endings() -> list[Asked]:
-    """Chats that end in a reply, without generation prompt: as an answer, after a tool, or as a call of one."""
+    """Chats without generation prompt that end in a reply: an answer, an answer after a tool, or a call of a tool."""
     return [
         Asked("an answer at the end", [_HELLO, _REPLY], False),
         Asked("an answer after a tool at the end", [_ASK, _call(_CITY), _RESULT, _REPLY], False, [_WEATHER]),
@@ -138,7 +138,7 @@ class ReferenceTemplate:
     """The template of a Hugging Face tokenizer, rendered with the variables that `apply_chat_template` passes.
 
     Raises:
-        InputError: it has several templates and no default one.
+        InputError: the tokenizer has several templates and no default one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -167,7 +167,7 @@ class FileTemplate:
         self._template = ChatTemplate(template)
 
     def error(self) -> str:
-        """Why Jinja cannot compile the template, with the line; empty where it can."""
+        """Why Jinja cannot compile the template, with the line; empty if it can."""
         return self._template.error()
 
     def render(self, *chats: Asked) -> list[str]:
@@ -182,7 +182,7 @@ class FileTemplate:
         self.close()
 
     def powers(self) -> list[Finding]:
-        """What the template's text can do beside laying out a chat: facts for a person, no faults."""
+        """Abilities of the template beyond laying out a chat: facts for a person, not faults."""
         action = "read the template there; with --reference HF_DIR it is held against the base's own"
         wanted = "a layout of roles and texts"
         return [
@@ -196,7 +196,7 @@ class FileTemplate:
 
 
 def _text(outcome: Outcome) -> str:
-    """A rendering's text, or the words that a comparison shows in its place."""
+    """A rendering's text; for a refusal or a failure, the words that a comparison shows instead."""
     return {"text": outcome.text, "refused": REFUSED}.get(outcome.kind, f"{_FAILED}{outcome.text})")
 
 
@@ -235,10 +235,10 @@ def fixtures(tokenizer: Any) -> list[str]:
 
 
 def render_both(tokenizer: Any, model: Tokens, template: FileTemplate | None = None) -> list[Rendered]:
-    """Every chat of `asked_chats`, rendered by both sides' templates; empty where a side has none.
+    """Every chat of `asked_chats`, rendered by both templates; empty if the reference or the file has no template.
 
     Args:
-        template: the file's, where it was opened already.
+        template: the file's template, if it is open already.
     """
     stored = model.chat_template()
     if not tokenizer.chat_template or stored is None:
@@ -269,7 +269,7 @@ def rendered_text(chats: list[Rendered]) -> list[Finding]:
 
 
 def rendered_ids(tokenizer: Any, model: Tokens, chats: list[Rendered]) -> list[Finding]:
-    """Chats whose token ids differ, each side with its own text and its own tokenizer."""
+    """Chats whose token ids differ; reference and file each use their own text and tokenizer."""
     found = []
     for chat in chats:
         if not (is_text(chat.reference) and is_text(chat.file)):
@@ -282,18 +282,18 @@ def rendered_ids(tokenizer: Any, model: Tokens, chats: list[Rendered]) -> list[F
 
 
 def strips_unicode_space(tokenizer: Any) -> bool:
-    """Whether the reference drops spaces behind special tokens: Unicode ones too, llama.cpp only ASCII."""
+    """Whether the reference drops Unicode spaces after special tokens; llama.cpp drops ASCII spaces only."""
     return any(token.rstrip for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
 
 
 def end_of_turn(model: Tokens, template: FileTemplate | None = None) -> list[Finding]:
-    """The token by which the file's own template ends a reply must be one at which llama.cpp stops.
+    """Check that llama.cpp stops at the token with which the file's template ends a reply.
 
-    Behind an answer the first control token counts. Behind a call of a tool any counts, because some families close the
-    call before they close the turn.
+    After an answer, the first control token must stop llama.cpp. After a tool call, any control token may, because some
+    families close the call before they close the turn.
 
     Args:
-        template: the file's, where it was opened already.
+        template: the file's template, if it is open already.
     """
     stored = model.chat_template()
     if stored is None:

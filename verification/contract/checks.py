@@ -45,6 +45,10 @@ def contract_checks(
         keys = ", ".join(finding.where for finding in harmless[:3])
         note = f"{len(harmless)} keys are written otherwise, and llama.cpp does the same with both: {keys}"
         checks = [_noted(check, note) if check.name == "contract.oracle_metadata" else check for check in checks]
+    if unread := metadata.unread_differences(file, oracle):
+        keys = ", ".join(finding.where for finding in unread[:3])
+        note = f"{len(unread)} keys differ that llama.cpp does not read: {keys}"
+        checks = [_noted(check, note) if check.name == "contract.oracle_metadata" else check for check in checks]
     return [*checks, _fallbacks(candidate)]
 
 

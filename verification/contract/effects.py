@@ -1,10 +1,10 @@
-"""Keys of a tokenizer that differ in writing only: llama.cpp itself shows that both files behave alike.
+"""Tokenizer keys that are written differently but have the same effect in llama.cpp.
 
-Older converters, and those of other makers, name special ids that are the default, leave flags out, or store the lists
-of another tokenizer class. Such a difference is harmless when llama.cpp, with either file, has the same pieces and
-flags of every token, the same special ids, adds the same tokens, and gives the same ids for the adversarial texts and
-for texts out of every piece. Lists of the *same* class that differ (a merge, a score, a token) stay faults: no finite
-text shows what every merge does.
+Older converters and other makers' converters write special ids that are the default, omit flags, or store the lists
+of another tokenizer class. Such a difference is harmless if llama.cpp, with either file, has the same pieces and flags
+for every token, has the same special ids, adds the same tokens, and gives the same ids for the adversarial texts and
+for texts made of every piece. Lists of the *same* class that differ (a merge, a score, a token) stay faults: no finite
+text shows the effect of every merge.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TEMPLATES = ("tokenizer.chat_template", "tokenizer.ggml.chat_template")  # comp
 def written_otherwise(
     findings: Sequence[Finding], file: GGUFFile, oracle: GGUFFile
 ) -> tuple[list[Finding], list[Finding]]:
-    """(faults, notes): the findings of `metadata.against_oracle`, those of harmless writing apart.
+    """Split the findings of `metadata.against_oracle` into (faults, notes on harmless differences of writing).
 
     Args:
         oracle: the conversion of the reference, or its metadata alone.
@@ -42,7 +42,7 @@ def written_otherwise(
 
 
 def _by_effect(where: str, *, other_class: bool) -> bool:
-    """Whether what llama.cpp does shows all that a key can change."""
+    """Whether llama.cpp's behaviour shows every effect of a key."""
     if not where.startswith("tokenizer.") or where.startswith(_TEMPLATES):
         return False
     return other_class or not where.startswith(_LISTS)

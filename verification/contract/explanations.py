@@ -70,6 +70,10 @@ CHECKS = {
         "A tensor of the reference is missing in the file, or the file has a tensor that nothing explains. The "
         "model in the file is not the trained model."
     ),
+    "left_out": (
+        "The reference also has parts for pictures, for sound or for the prediction of several tokens at once, and "
+        "this file holds the text model without them. That is how such files are usually published."
+    ),
     "weights": (
         "Weights differ from the reference by more than the rounding of their type. The file is damaged or comes "
         "from another model. Its answers differ, even if you do not see it at once."
@@ -97,6 +101,10 @@ CHECKS = {
     "written_otherwise": (
         "Some keys of the tokenizer are written in another way than upstream's converter writes them today. llama.cpp "
         "does exactly the same with both, which was tried. Nothing has to be done."
+    ),
+    "unread_keys": (
+        "The file has keys that upstream's converter does not write, or lacks some that it writes, and no code of "
+        "llama.cpp reads them. Nothing changes when llama.cpp runs the file; another program may look at them."
     ),
     "oracle_metadata": (
         "The current converter of llama.cpp writes another value for this key. Convert again with a current "

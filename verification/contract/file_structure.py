@@ -1,9 +1,9 @@
-"""Checks of a GGUF file by itself: the faults that show without knowing what it was made from.
+"""Checks of a GGUF file alone, without the checkpoint that it was made from.
 
-Layout (tensors aligned, in order, without overlap, zeros between them, nothing behind them), counts that metadata and
+Layout (tensors aligned, in order, without overlap, zeros between them, no bytes after them), counts that metadata and
 tensors both state, token lists of one length, special ids inside the vocabulary, weights that are NaN, Inf or saturated
-at F16's end, the types that the file type promises, and whether llama.cpp accepts the file (it checks every tensor's
-name and shape against the architecture, and says which it misses). Sources: GGUF specification; llama.cpp,
+at F16's end, the types that the file type promises, and whether llama.cpp accepts the file (llama.cpp checks every
+tensor's name and shape against the architecture, and names a missing tensor). Sources: GGUF specification; llama.cpp,
 src/llama-model-loader.cpp.
 """
 
@@ -25,14 +25,14 @@ from verification.gguf.reader import FLOAT_TYPES, GGUFFile
 F16_MAX = 65504.0
 _MARKERS = ("bos_token_id", "eos_token_id", "eot_token_id")
 _LAST_TYPE = 6  # token types: 0 undefined, 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
-_SHOWN = 20  # tokens that stand twice; one is enough to refuse the file
+_SHOWN = 20  # duplicate tokens that are listed; one is enough to refuse the file
 _NEVER_TEXT = (2, 3, 4)  # token types unknown, control, user-defined
 _AGAIN = "convert or copy the file again"
-_BY_BLOCK = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # lists hold an item a block
+_BY_BLOCK = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # a list has one item a block
 
 
 def layout(file: GGUFFile) -> list[Finding]:
-    """Tensor data that is not where it should be, in each shard."""
+    """Tensor data in wrong places, in each shard."""
     return [finding for shard in file.shards for finding in _layout(shard)]
 
 
@@ -60,7 +60,7 @@ def _layout(file: GGUFFile) -> list[Finding]:
 
 
 def accepted(file: GGUFFile, refused: str) -> list[Finding]:
-    """llama.cpp's own refusal to load the file: a tensor missing or of another shape, a key missing or out of range."""
+    """llama.cpp's refusal to load the file: a tensor missing or of another shape, a key missing or out of range."""
     return [Finding(file.path.name, "a file that llama.cpp loads", refused, _AGAIN)] if refused else []
 
 
@@ -71,6 +71,14 @@ def published_paths(file: GGUFFile) -> list[Finding]:
     return [
         Finding(key, "a name without a folder", show(path), action, cause) for key, path in local_paths(file).items()
     ]
+
+
+def _first_key_length(file: GGUFFile) -> int | None:
+    """Channels of a key head in the first layer: a windowed one may have others (Gemma 4)."""
+    pattern, windowed = file.get("attention.sliding_window_pattern"), file.get("attention.key_length_swa")
+    first = windowed if windowed and isinstance(pattern, list) and pattern[:1] == [True] else None
+    length: int | None = first or file.get("attention.key_length")
+    return length
 
 
 def counts(file: GGUFFile) -> list[Finding]:
@@ -96,8 +104,8 @@ def counts(file: GGUFFile) -> list[Finding]:
         equal(f"{arch}.embedding_length", embedding.shape[1], file.get("embedding_length"), "columns of token_embd")
         tokens = file.metadata.get("tokenizer.ggml.tokens")
         equal("tokenizer.ggml.tokens", embedding.shape[0], len(tokens) if tokens else None, "rows of token_embd")
-    heads, key = file.get("attention.head_count"), file.get("attention.key_length")
-    if isinstance(heads, int) and heads > 0 and not file.get("attention.kv_lora_rank"):  # MLA: sizes of its own
+    heads, key = file.get("attention.head_count"), _first_key_length(file)
+    if isinstance(heads, int) and heads > 0 and not file.get("attention.kv_lora_rank"):  # MLA has other sizes
         dim = key or (file.get("embedding_length") or 0) // heads
         equal("blk.0.attn_q.weight", heads * dim, rows("blk.0.attn_q.weight"), "heads x channels a head")
         kv = file.get("attention.head_count_kv") or heads
@@ -105,7 +113,7 @@ def counts(file: GGUFFile) -> list[Finding]:
             equal("blk.0.attn_k.weight", kv * dim, rows("blk.0.attn_k.weight"), "KV heads x channels a head")
     wide, up = file.get("feed_forward_length"), rows("blk.0.ffn_up.weight")
     no_gate = "blk.0.ffn_gate.weight" not in file.tensors
-    if isinstance(wide, int) and not (no_gate and up == 2 * wide):  # a list for each layer; Phi-3's gate stands in up
+    if isinstance(wide, int) and not (no_gate and up == 2 * wide):  # lists: a width a layer; Phi-3's up holds the gate
         equal("blk.0.ffn_up.weight", wide, up, "feed_forward_length")
     blocks_stated = file.get("block_count") or 0
     for name, value in file.metadata.items():
@@ -132,7 +140,7 @@ def vocabulary(file: GGUFFile) -> list[Finding]:
         if values is not None and len(values) != len(tokens):
             found.append(Finding(f"tokenizer.ggml.{name}", f"{len(tokens)} items", f"{len(values)}", _AGAIN))
     types = file.metadata.get("tokenizer.ggml.token_type") or []
-    if not any(types) and not kind_of(file).has_logits:  # an encoder writes no text: older ones give no token a type
+    if not any(types) and not kind_of(file).has_logits:  # older encoders have no token types
         types = []
     found += _token_lists(file, tokens)
     for key, value in file.metadata.items():
@@ -157,11 +165,11 @@ def vocabulary(file: GGUFFile) -> list[Finding]:
 
 
 def _token_lists(file: GGUFFile, tokens: list[str]) -> list[Finding]:
-    """Tokens that stand twice, at which llama.cpp ends the process, and scores and types that are none."""
+    """Duplicate tokens, at which llama.cpp ends the process, and invalid scores and types."""
     found: list[Finding] = []
     first: dict[str, int] = {}
     twice = [(number, first[token]) for number, token in enumerate(tokens) if first.setdefault(token, number) != number]
-    twice = [pair for pair in twice if tokens[pair[0]]]  # llama.cpp names empty tokens itself, each by its number
+    twice = [pair for pair in twice if tokens[pair[0]]]  # llama.cpp gives each empty token a name with its number
     for number, other in twice[:_SHOWN]:
         action = "give each id a text of its own in the tokenizer and convert again"
         more = f"{len(twice)} such tokens" if len(twice) > _SHOWN else ""
@@ -183,7 +191,7 @@ def weights(file: GGUFFile, *, known_good: Collection[str] = ()) -> tuple[list[F
     """(weights that are NaN or Inf, weights that sit at F16's largest value), by tensor.
 
     Args:
-        known_good: tensors that need no look, because they equal finite values of a reference.
+        known_good: tensors that are skipped, because they equal finite values of a reference.
     """
     broken, saturated = [], []
     for tensor in file.tensors.values():
@@ -208,7 +216,7 @@ def weights(file: GGUFFile, *, known_good: Collection[str] = ()) -> tuple[list[F
 
 
 def promised_types(file: GGUFFile) -> list[Finding]:
-    """The file type's name against what most weights are stored in; in a float file, every weight."""
+    """Compare the file type with the type of most weights; in a float file, with the type of every weight."""
     if file.file_type == "unknown":
         return []
     if file.is_float:  # F32 beside F16 or BF16 loses nothing

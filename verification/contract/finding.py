@@ -1,7 +1,7 @@
-"""What a check without inference found: one disagreement, named so that a person can act on it.
+"""A finding of a check without inference: one disagreement, with its place and the action to take.
 
 A check returns a list of findings; an empty list is agreement. `where` is the key, tensor, token or fixture, so that a
-fault is named and not only counted. `as_check` turns a list into the report's form, a count that must be zero.
+fault is named and not only counted. `as_check` turns a list into a check of the report, a count that must be zero.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any, Literal, NamedTuple
 from verification.gate.check import zero_check
 from verification.gate.report import Check
 
-# kinds of fault that a program may act on; "" where none was recognised
+# kinds of fault that a program may act on; "" if no kind was recognised
 Code = Literal[
     "",
     "flipped_bit",
     "row_order",  # the reference's rows in another order
-    "head_rows",  # q or k rows permuted once too often or not at all
+    "head_rows",  # the permutation of q or k rows is doubled or missing
     "f16_overflow",
     "rotation",  # missing, doubled, transposed, on the wrong side, or left over
     "merge",  # the change from the base missing, doubled or scaled
     "transposed",
-    "unexplained_tensor",  # in the file, and nothing of the reference explains it
+    "unexplained_tensor",  # in the file, and not explained by the reference
 ]
 
 
 class Cause(NamedTuple):
-    """The kind of a fault, for a person and for a program."""
+    """The kind of a fault, in words and as a code for programs."""
 
     words: str
     code: Code
@@ -36,14 +36,14 @@ class Cause(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """One disagreement between a file and what it should be."""
+    """One disagreement between a file and its expected contents."""
 
     where: str  # "llama.rope.freq_base", "blk.3.attn_output.weight", "token 2", "chat 1"
     expected: str
     found: str
     action: str = ""  # what to do about it
-    cause: str = ""  # the kind of fault where it was recognised: "rotation applied twice"
-    code: Code = ""  # the same for a program
+    cause: str = ""  # the kind of fault if recognised: "rotation applied twice"
+    code: Code = ""  # the kind of fault, for programs
 
     @property
     def sentence(self) -> str:
@@ -53,7 +53,7 @@ class Finding:
 
 
 def as_check(name: str, title: str, findings: Sequence[Finding], *, subject: str) -> Check:
-    """The number of findings, which must be zero, with the first three in words and the first one's code and place."""
+    """A check that the number of findings is zero; it shows the first three, and the code and place of the first."""
     return zero_check(
         name,
         title,
@@ -66,7 +66,7 @@ def as_check(name: str, title: str, findings: Sequence[Finding], *, subject: str
 
 
 def writable(text: str) -> str:
-    """A text with bytes that are not UTF-8 (of a file's name, of a token) spelled out, so that JSON can hold it."""
+    """A text (a file's name, a token) with its non-UTF-8 bytes spelled out, so that JSON can hold it."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

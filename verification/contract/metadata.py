@@ -1,55 +1,27 @@
 """A GGUF file's metadata against what the reference asks for, compared in two ways that do not share a mistake.
 
-`against_oracle` compares every key with the one that upstream's converter writes for this reference: whatever differs
-is named, with no list of keys to forget one. `against_config` reads config.json itself, because a converter can be
+`against_oracle` compares every key with the one that upstream's converter writes for this reference. A key that
+llama.cpp reads (`key_effects` lists them) and that differs is a fault, unless `effects` proves it harmless; one that it
+does not read is a note (`unread_differences`). `against_config` reads config.json itself, because a converter can be
 wrong as well (a theta it does not read is missing on both sides of the first comparison). A key that is absent is
 compared with the value that llama.cpp takes then. Floats are compared as float32, as GGUF stores them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from verification.contract.finding import Finding, show
+from verification.gguf.key_effects import effect_of, is_information
 from verification.gguf.reader import GGUFFile
 from verification.reference import rope
 from verification.reference.families import KNOWN
 
-# Keys that change no number: llama.cpp reads them to show them, or not at all. Everything else in `general.` counts:
-# `general.sampling.*` sets the engine's sampling, `general.tensor_extra.*` the precision of single tensors.
-HARMLESS = frozenset(
-    {
-        "general.author",
-        "general.basename",
-        "general.description",
-        "general.doi",
-        "general.finetune",
-        "general.languages",
-        "general.license",
-        "general.organization",
-        "general.quantized_by",
-        "general.repo_url",
-        "general.size_label",
-        "general.tags",
-        "general.url",
-        "general.uuid",
-        "general.version",
-        "general.name",  # a switch of Phi-3's tokens only, and those are compared by their ids
-        "general.file_type",  # compared with the tensors' types by `file_structure.promised_types`
-        "general.quantization_version",  # of a quantised file alone; llama.cpp writes it and never reads it
-        "quantize.imatrix.file",
-        "quantize.imatrix.dataset",
-        "quantize.imatrix.entries_count",
-        "quantize.imatrix.chunks_count",
-        "so8t.think_form",  # tells `so8t serve` how the model writes its thinking
-        "split.no",
-        "split.count",
-        "split.tensors.count",  # `read_gguf` refuses a part
-    }
-)
-_HARMLESS_FAMILIES = ("general.license.", "general.source.", "general.base_model.", "general.dataset.")
+# differences that other checks hold: `read_gguf` refuses a part of a set
+_HELD_ELSEWHERE = frozenset({"split.no", "split.count", "split.tensors.count"})
 _SAMPLING = "general.sampling."
 _MEND = "convert the reference again, or set the key with gguf's gguf-set-metadata and lint once more"
 _GRANITE = {  # key -> config.json's name
@@ -90,23 +62,25 @@ def expected_metadata(config: dict[str, Any], architecture: str = "llama") -> di
     settings, dim = rope.rope_parameters(config), rope.head_dim(config)
     theta, kind, partial = settings.get("rope_theta"), settings["rope_type"], settings.get("partial_rotary_factor")
     scaled = kind in ("linear", "yarn")
+    by_factors = kind == "proportional"  # Gemma 4: channels that are not rotated have a factor in `rope_freqs`
     latent = bool(get("kv_lora_rank"))  # MLA is stored as one KV head of the latent's width: the oracle's to judge
     window = get("sliding_window")
     scales = _GRANITE if architecture.startswith("granite") else {}
     return {
         **{key: _float(get(name)) for key, name in scales.items()},
         "block_count": get("num_hidden_layers"),
-        "context_length": get("max_position_embeddings"),
+        "context_length": get("max_position_embeddings") if architecture != "granitehybrid" else None,  # without RoPE
         "embedding_length": get("hidden_size"),
-        "feed_forward_length": get("intermediate_size"),
+        "feed_forward_length": get("intermediate_size_mlp")
+        or get("intermediate_size"),  # Llama 4 names the experts' so
         "attention.head_count": get("num_attention_heads"),
         "attention.head_count_kv": None if latent else get("num_key_value_heads") or get("num_attention_heads"),
-        "attention.key_length": None if latent else dim,
-        "attention.value_length": None if latent else dim,
+        "attention.key_length": None if latent else get("global_head_dim") or dim,
+        "attention.value_length": None if latent else get("global_head_dim") or dim,
         "attention.layer_norm_rms_epsilon": _float(get("rms_norm_eps")),
         "rope.freq_base": _float(theta),
-        "rope.freq_base_swa": rope.local_theta(config) if architecture == "gemma3" else None,
-        "rope.dimension_count": int(dim * partial) if dim and partial and partial != 1 else None,
+        "rope.freq_base_swa": rope.local_theta(config) if architecture in ("gemma3", "gemma4") else None,
+        "rope.dimension_count": int(dim * partial) if dim and partial and partial != 1 and not by_factors else None,
         "rope.scaling.type": kind if scaled else None,
         "rope.scaling.factor": _float(settings.get("factor")) if scaled else None,
         "rope.scaling.original_context_length": settings.get("original_max_position_embeddings")
@@ -161,9 +135,10 @@ def against_oracle(file: GGUFFile, oracle: GGUFFile, config: dict[str, Any] | No
         oracle: a conversion, or its metadata alone (`convert_metadata`).
         config: explains keys that the converter writes together with tensors, and a metadata-only run does not.
     """
-    keys = {k for k in file.metadata.keys() | oracle.metadata.keys() if not is_harmless(k)}
     found = []
-    for key in ("general.architecture", *sorted(keys)):
+    for key in ("general.architecture", *sorted(file.metadata.keys() | oracle.metadata.keys())):
+        if not is_read(key, file.architecture) or is_harmless(key):
+            continue
         wanted, actual = oracle.metadata.get(key), file.metadata.get(key)
         short = key.removeprefix(f"{file.architecture}.")
         if wanted is None and config is not None and short == "rope.scaling.attn_factor":
@@ -180,6 +155,19 @@ def against_oracle(file: GGUFFile, oracle: GGUFFile, config: dict[str, Any] | No
     return found
 
 
+def unread_differences(file: GGUFFile, oracle: GGUFFile) -> list[Finding]:
+    """Keys that differ from upstream's own conversion, and that no code of llama.cpp reads: nothing changes by them."""
+    return [
+        dataclasses.replace(
+            _difference(key, oracle.metadata.get(key), file.metadata.get(key)),
+            action="nothing for llama.cpp; another program may read it",
+            cause="not read by llama.cpp",
+        )
+        for key in sorted(file.metadata.keys() | oracle.metadata.keys())
+        if not is_read(key, file.architecture) and not same(oracle.metadata.get(key), file.metadata.get(key))
+    ]
+
+
 def one_for_all(value: Any) -> Any:
     """A list of one number a layer, all equal, as that number: llama.cpp reads both alike."""
     if isinstance(value, list) and value and all(item == value[0] for item in value):
@@ -188,8 +176,13 @@ def one_for_all(value: Any) -> Any:
 
 
 def is_harmless(key: str) -> bool:
-    """Whether no value of this key can change what the file computes."""
-    return key in HARMLESS or key.startswith(_HARMLESS_FAMILIES)
+    """Whether no value of this key can change what the file computes, or another check holds it."""
+    return key in _HELD_ELSEWHERE or is_information(key)
+
+
+def is_read(key: str, architecture: str) -> bool:
+    """Whether any code of llama.cpp reads this key of a file of this architecture."""
+    return effect_of(key, architecture) is not None
 
 
 def _difference(key: str, wanted: Any, actual: Any) -> Finding:

@@ -1,7 +1,7 @@
-"""Checks of files that are no language model: parts that belong together, by each kind's own keys and tensors.
+"""Checks of files that are not a language model: the keys and tensors of each kind must fit together.
 
-A LoRA's tensor pairs `X.lora_a` (rank, in) and `X.lora_b` (out, rank), and its alpha; of a projector every declared
-encoder with its blocks; a control vector's layers; an embedding model's pooling type; entries of an importance matrix.
+LoRA: tensor pairs `X.lora_a` (rank, in) and `X.lora_b` (out, rank), and alpha. Projector: every declared encoder with
+its blocks. Control vector: layers. Embedding model: pooling type. Importance matrix: entries.
 Sources: gguf, constants.py (keys); llama.cpp, src/llama-adapter.cpp, tools/mtmd/clip.cpp, common/imatrix-loader.cpp.
 """
 
@@ -21,7 +21,7 @@ _ENCODERS = {"vision": "v.", "audio": "a."}  # the prefix of an encoder's tensor
 
 
 def parts(file: GGUFFile, kind: Name) -> list[Finding]:
-    """What of the file's parts does not belong together."""
+    """The parts of the file that do not fit together."""
     checks: dict[Name, Callable[[GGUFFile], Iterator[Finding]]] = {
         "lora": _lora,
         "projector": _projector,
@@ -34,7 +34,7 @@ def parts(file: GGUFFile, kind: Name) -> list[Finding]:
 
 
 def _lora(file: GGUFFile) -> Iterator[Finding]:
-    """Pairs of one rank, and a scale that is a number."""
+    """Check that each pair has one rank, and that the scale is a number."""
     alpha = file.metadata.get("adapter.lora.alpha")
     if file.metadata.get("adapter.type", "lora") != "lora":
         yield Finding("adapter.type", "lora", show(file.metadata["adapter.type"]), _AGAIN)
@@ -45,7 +45,7 @@ def _lora(file: GGUFFile) -> Iterator[Finding]:
     for name, tensor in file.tensors.items():
         stem, _, half = name.rpartition(".lora_")
         if half not in ("a", "b"):
-            if not name.endswith("norm.weight"):  # trained norms stand beside the pairs
+            if not name.endswith("norm.weight"):  # trained norms are not in pairs
                 yield Finding(name, "a name that ends in .lora_a or .lora_b", "another", _AGAIN)
             continue
         other = file.tensors.get(f"{stem}.lora_{'b' if half == 'a' else 'a'}")
@@ -54,7 +54,7 @@ def _lora(file: GGUFFile) -> Iterator[Finding]:
         elif half == "a":
             if len(tensor.shape) < 2 or len(tensor.shape) != len(other.shape):
                 yield Finding(stem, "two matrices", f"{list(tensor.shape)} and {list(other.shape)}", _AGAIN)
-            elif other.shape[-1] not in tensor.shape[-2:]:  # that of an embedding stands the other way round
+            elif other.shape[-1] not in tensor.shape[-2:]:  # an embedding's pair is transposed
                 found = f"lora_a {list(tensor.shape)}, lora_b {list(other.shape)}"
                 yield Finding(stem, "one rank in both", found, _AGAIN, "halves of two adapters")
         elif not tensor.raw.any():
@@ -62,7 +62,7 @@ def _lora(file: GGUFFile) -> Iterator[Finding]:
 
 
 def _projector(file: GGUFFile) -> Iterator[Finding]:
-    """Every encoder that is declared with all its blocks, and none that is not."""
+    """Check that each declared encoder has all its blocks, and that an undeclared encoder has no tensors."""
     declared = {kind: file.metadata.get(f"clip.has_{kind}_encoder", False) for kind in _ENCODERS}
     if not any(declared.values()):
         yield Finding("clip.has_vision_encoder", "an encoder, for images or sound", "none declared", _AGAIN)
@@ -100,7 +100,7 @@ def _numbered(name: str, prefix: str) -> bool:
 
 
 def _control_vector(file: GGUFFile) -> Iterator[Finding]:
-    """Directions of one width, from layer 1 on."""
+    """Check that all directions have one width, and that layers count from 1."""
     shapes = {tensor.shape for tensor in file.tensors.values()}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         yield Finding("direction.*", "vectors of one width", show(sorted(shapes)[:3]), _AGAIN)
@@ -111,7 +111,7 @@ def _control_vector(file: GGUFFile) -> Iterator[Finding]:
 
 
 def _pooled(file: GGUFFile) -> Iterator[Finding]:
-    """A pooling type that llama.cpp knows."""
+    """Check that llama.cpp knows the pooling type."""
     pooling = file.get("pooling_type")
     if pooling is not None and pooling not in (0, *POOLINGS):
         known = ", ".join(f"{number} {name}" for number, name in POOLINGS.items())
@@ -119,7 +119,7 @@ def _pooled(file: GGUFFile) -> Iterator[Finding]:
 
 
 def _imatrix(file: GGUFFile) -> Iterator[Finding]:
-    """Sums and counts that give an importance to every channel."""
+    """Check that sums and counts give every channel an importance."""
     try:
         read_imatrix(file.path)
     except InputError as error:

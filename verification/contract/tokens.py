@@ -1,9 +1,9 @@
-"""Token ids, special ids and stop set: everything of a tokenizer that must be equal and needs no weights.
+"""Token ids, special ids and stop set: the parts of a tokenizer that must be equal, compared without weights.
 
-Ids are compared on plain text, on the tokenizer's own special tokens inside text, and on rendered chats (see
-`chat`), because llama.cpp treats spaces after special tokens by its own rules and only a rendered chat shows
-it. Each function returns findings; an empty list means agreement. U+3000 stands inside a plain text, never at its ends:
-both sides strip those differently by design (data is stripped).
+Ids are compared on plain text, on text with the tokenizer's special tokens inside, and on rendered chats (see `chat`).
+Chats are needed because llama.cpp has special rules for spaces after special tokens, and only a rendered chat shows
+their effect. Each function returns findings; an empty list means agreement. U+3000 occurs inside plain texts, never at
+their ends: transformers and llama.cpp strip it differently at the ends by design (data is stripped).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from verification.contract.finding import Finding
-from verification.engines.stop_tokens import listed_stops
+from verification.engines.stop_keys import listed_stops
 from verification.gguf.reader import GGUFFile
 
 PLAIN = (
@@ -36,14 +36,14 @@ PLAIN = (
     " leading and trailing ",
     "",
 )
-_SPECIALS = 12  # of a tokenizer's special tokens that are placed inside text: enough for every role and end marker
+_SPECIALS = 12  # special tokens of a tokenizer that are placed inside text: enough for every role and end marker
 _CONTROL = 3  # llama.cpp's token type
 _EVERY_BYTE = "".join(map(chr, range(1, 0x180))) + "\U000e0001\ue000\uffff"  # every first byte of UTF-8's short forms
 _CONVERT = "convert again with a converter that knows this tokenizer's pre-tokenizer"
 
 
 class Tokens(Protocol):
-    """llama.cpp's vocabulary: of a child process (`sandbox.Vocabulary`), or of a model that is trusted and open."""
+    """llama.cpp's vocabulary: in a child process (`sandbox.Vocabulary`), or of a trusted model in this process."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -56,7 +56,7 @@ class Tokens(Protocol):
     @property
     def eos(self) -> int: ...
     def chat_template(self) -> str | None:
-        """The file's own template, None where it has none."""
+        """The file's template; None if the file has no template."""
 
     def token_text(self, token: int) -> str:
         """The text that the file lists for a token."""
@@ -68,14 +68,17 @@ class Tokens(Protocol):
         """Whether the file lists this token as a control token."""
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        """The ids of a text: with BOS and EOS as the file asks, and with control tokens written out in it."""
+        """The ids of a text.
+
+        `add_special` adds BOS and EOS as the file asks; `parse_special` reads control tokens written in the text.
+        """
 
 
 def use(model: Tokens, file: GGUFFile) -> None:
-    """Tokenise the adversarial texts, and the file's own control tokens inside text: whether it can be done at all.
+    """Check that llama.cpp can tokenise the adversarial texts, and texts with the file's control tokens inside.
 
     Raises:
-        ChildDied: llama.cpp ended meanwhile.
+        ChildDied: llama.cpp ended during the work.
     """
     tokens = file.metadata.get("tokenizer.ggml.tokens") or []
     kinds = file.metadata.get("tokenizer.ggml.token_type") or []
@@ -86,7 +89,7 @@ def use(model: Tokens, file: GGUFFile) -> None:
 
 
 def corpus(tokenizer: Any) -> tuple[str, ...]:
-    """The adversarial texts, and the tokenizer's own special tokens in the middle of words, lines and spaces."""
+    """The adversarial texts, and texts with the tokenizer's special tokens in the middle of words, lines and spaces."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     names = [str(token.content) for _, token in sorted(added.items())][:_SPECIALS]
     return (*PLAIN, *(f"a{name}b {name} c\n{name}\nd" for name in names))
@@ -106,7 +109,7 @@ def token_ids(tokenizer: Any, model: Tokens, texts: Sequence[str]) -> list[Findi
 
 
 def first_difference(where: str, wanted: list[int], actual: list[int]) -> Finding:
-    """Two lists of ids at the first place where they part."""
+    """The first place at which two lists of ids differ."""
     pairs = zip([*wanted, None], [*actual, None], strict=False)
     at = next(i for i, (a, b) in enumerate(pairs) if a != b)
     return Finding(
@@ -118,7 +121,7 @@ def first_difference(where: str, wanted: list[int], actual: list[int]) -> Findin
 
 
 def special_ids(tokenizer: Any, file: GGUFFile) -> list[Finding]:
-    """BOS, EOS, UNK and padding ids that both sides name and that differ."""
+    """BOS, EOS, UNK and padding ids that differ between tokenizer and file; only BOS and EOS may not be missing."""
     pairs = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     found = []
     for ours, theirs in pairs.items():
@@ -131,7 +134,7 @@ def special_ids(tokenizer: Any, file: GGUFFile) -> list[Finding]:
 
 
 def added_specials(tokenizer: Any, model: Tokens) -> list[Finding]:
-    """Whether BOS and EOS are added to a plain text by one side only."""
+    """BOS or EOS that only one of tokenizer and file adds to a plain text."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
     at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
@@ -151,7 +154,7 @@ def added_specials(tokenizer: Any, model: Tokens) -> list[Finding]:
 
 
 def wanted_stops(directory: Path, tokenizer: Any) -> set[int]:
-    """Tokens at which the reference stops: those that its configuration lists, and the tokenizer's EOS."""
+    """Tokens at which the reference stops: the stop tokens in its configuration, and the tokenizer's EOS."""
     wanted = listed_stops(directory)
     if tokenizer.eos_token_id is not None:
         wanted.add(int(tokenizer.eos_token_id))

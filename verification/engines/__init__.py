@@ -1,1 +1,1 @@
-"""The programs that compute: transformers, llama.cpp, its quantiser, upstream's converter."""
+"""The programs that compute: transformers, llama.cpp and its quantiser, llama.cpp's converter."""

@@ -1,10 +1,10 @@
-"""A stranger's chat template, rendered by Jinja in a child process: the one renderer of `verify`, `lint` and `serve`.
+"""Renders untrusted chat templates with Jinja in a child process, for `verify`, `lint` and `serve`.
 
-The environment is transformers' and llama-cpp-python's: a sandbox without changes to objects, `trim_blocks`,
-`lstrip_blocks`, loop controls, `{% generation %}` (its body is rendered, nothing else), `raise_exception`, `tojson`
-without escapes and `strftime_now`. What they pass as variables differs and is the caller's. The clock stands still at
-`CLOCK` unless a caller gives a time, so that two renderings never differ by a date. Source: transformers,
-utils/chat_template_utils.py; llama-cpp-python, llama_chat_format.py.
+The environment is that of transformers and llama-cpp-python: a sandbox without changes to objects, `trim_blocks`,
+`lstrip_blocks`, loop controls, `{% generation %}` (only its body is rendered), `raise_exception`, `tojson` without
+escapes and `strftime_now`. The caller passes the variables, because transformers and llama-cpp-python pass different
+ones. The clock stands still at `CLOCK` unless a caller gives a time, so that two renderings never differ by a date.
+Source: transformers, utils/chat_template_utils.py; llama-cpp-python, llama_chat_format.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-if __name__ == "__main__":  # run as the child: import from the package's root, not from beside this file
+if __name__ == "__main__":  # run as the child: import from the package's root, not from this folder
     sys.path[0] = sys.argv[2]
 
 from verification.engines.child import Child, ChildDied, Limits, Message, serve
@@ -31,16 +31,17 @@ _LIMITS = Limits(memory=1 << 28, cpu=2.0, wall=60.0)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one rendering."""
+    """The result of one rendering."""
 
     kind: Literal["text", "refused", "failed"]  # refused: by `raise_exception`; failed: by any other error
-    text: str  # the rendering, or why there is none
+    text: str  # the rendering, or the reason why there is no rendering
 
 
 class ChatTemplate:
-    """A template in a child that is started when first needed, and again after it ended; may be shared by threads.
+    """A template in a child process; threads may share it.
 
-    Nothing here raises for what a template does: its errors and its child's death are outcomes.
+    The child is started when it is first needed, and again after it ended. The methods do not raise for errors of the
+    template or for the death of the child: both are outcomes.
     """
 
     def __init__(self, source: str, *, limits: Limits = _LIMITS) -> None:
@@ -49,7 +50,7 @@ class ChatTemplate:
         self._lock = threading.Lock()
 
     def error(self) -> str:
-        """Why Jinja cannot compile the template, with the line; empty where it can."""
+        """Why Jinja cannot compile the template, with the line; empty if it can."""
         return str(self._ask({"do": "compile"})["error"])
 
     def render(self, *variables: Mapping[str, Any], now: datetime.datetime = CLOCK) -> list[Outcome]:
@@ -60,12 +61,12 @@ class ChatTemplate:
         return [Outcome(**outcome) for outcome in found["outcomes"]]
 
     def powers(self) -> list[dict[str, str]]:
-        """What the template's text can do beside laying out a chat, see `verification.engines.template_powers`."""
+        """Abilities of the template beyond laying out a chat, see `verification.engines.template_powers`."""
         found: list[dict[str, str]] = self._ask({"do": "powers"}).get("powers", [])
         return found
 
     def _ask(self, question: Message) -> Message:
-        """The child's answer; its death as an answer."""
+        """The child's answer; if the child died, the reason as an answer."""
         if len(self.source) > MAX_TEMPLATE:
             return {"error": f"{len(self.source)} characters, at most {MAX_TEMPLATE} are read"}
         with self._lock:
@@ -75,7 +76,7 @@ class ChatTemplate:
                     self._child.ask({"do": "source", "source": self.source})
                 return self._child.ask(question)
             except ChildDied as error:
-                self._child = None  # it has been closed
+                self._child = None  # the child has been closed
                 return {"error": str(error)}
 
     def close(self) -> None:
@@ -93,7 +94,7 @@ class ChatTemplate:
 
 
 class _Renderer:
-    """The child's side: one template."""
+    """The code that runs in the child, for one template."""
 
     def __init__(self) -> None:
         import jinja2.ext
@@ -135,7 +136,7 @@ class _Renderer:
         self.template: Any = None
 
     def answer(self, question: Message) -> Message:
-        """One question of `ChatTemplate`."""
+        """Answer one question of `ChatTemplate`."""
         if question["do"] == "source":
             self.source = question["source"]
             return {}
@@ -156,7 +157,7 @@ class _Renderer:
         return {"error": "", "outcomes": [self.one(variables) for variables in question["variables"]]}
 
     def one(self, variables: Message) -> Message:
-        """One rendering: any error in it is the template's."""
+        """One rendering; any error is reported as an error of the template."""
         pieces: list[str] = []
         size = 0
         try:
@@ -180,12 +181,12 @@ def _words(error: Exception) -> str:
 
 
 def _writable(text: str) -> str:
-    """A text with lone surrogates spelled out: a template can make them, no report can hold them."""
+    """A text with lone surrogates spelled out: a template can make them, but a report cannot hold them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def llama_cpp_variables(messages: Sequence[Mapping[str, Any]], *, bos: str, eos: str, prompt: bool) -> dict[str, Any]:
-    """What llama-cpp-python passes to a file's template."""
+    """The variables that llama-cpp-python passes to a file's template."""
     return {
         "messages": [dict(message) for message in messages],
         "eos_token": eos,

@@ -1,9 +1,10 @@
-"""A child process for work that a stranger's file steers: limits on time, memory and output, and a name for its death.
+"""A child process for work on untrusted files, with limits on time, memory and output, and a reason if it dies.
 
-Questions and answers are JSON, one a line, over the child's stdin and stdout. Memory is RLIMIT_DATA, set by the child
-before it imports anything large (a mapped model file does not count); time is RLIMIT_CPU, counted anew for every
-question, and a longer wall clock time beside it, so that a busy machine kills nobody. The child is a program of its
-own (`exec`), never a fork: torch and OpenMP may run threads in this process. Only the standard library is used here.
+Questions and answers are JSON, one a line, over the child's stdin and stdout. The memory limit is RLIMIT_DATA; the
+child sets it before it imports anything large, and a mapped model file does not count. The time limits are RLIMIT_CPU,
+counted anew for every question, and a longer limit of wall clock time, so that a busy machine does not kill the child.
+The child is a new program (`exec`), never a fork: torch and OpenMP may run threads in this process. This module uses
+the standard library only.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from typing import Any
 from verification.engines.closing import Closing
 
 Message = dict[str, Any]
-_ROOT = Path(__file__).resolve().parents[2]  # what the child may import this package from
+_ROOT = Path(__file__).resolve().parents[2]  # the child imports this package from here
 _SAID = 1 << 16  # last bytes of the child's stderr that are kept
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one child may use."""
+    """The limits of one child."""
 
     memory: int  # bytes of data (RLIMIT_DATA)
     cpu: float  # seconds of processor time a question
@@ -40,7 +41,7 @@ class Limits:
 
 
 class ChildDied(Exception):
-    """The child ended or was ended; the text says by what, in its own last words where it had some."""
+    """The child ended or was ended; the text gives the reason and one line of the child's stderr, if there is one."""
 
 
 class Child(Closing):
@@ -48,7 +49,7 @@ class Child(Closing):
 
     Args:
         script: a Python file that calls `serve`.
-        name: what the child is, for the reason of its death: "llama.cpp".
+        name: name of the child's program for error texts: "llama.cpp".
     """
 
     def __init__(self, script: Path, limits: Limits, *, name: str) -> None:
@@ -71,7 +72,7 @@ class Child(Closing):
         """The child's answer.
 
         Raises:
-            ChildDied: it ended by itself or by a signal, took too long, or answered too much.
+            ChildDied: the child ended by itself or by a signal, took too long, or answered too much.
         """
         deadline = time.monotonic() + self.limits.wall
         left = memoryview(json.dumps(question).encode() + b"\n")
@@ -93,7 +94,7 @@ class Child(Closing):
                 try:
                     left = left[os.write(self._in.fileno(), left[: 1 << 16]) :]
                 except BrokenPipeError:
-                    left = left[:0]  # it has gone; its stdout says when
+                    left = left[:0]  # the child has ended; its stdout shows that below
             if readable:
                 piece = os.read(self._out.fileno(), 1 << 16)
                 if not piece:
@@ -105,14 +106,14 @@ class Child(Closing):
         return found
 
     def _hear(self) -> None:
-        """Take what the child wrote to stderr, so that it never waits for a reader, and keep the end of it."""
+        """Read the child's stderr, so that the child never waits for a reader; keep the last bytes."""
         piece = os.read(self._err.fileno(), 1 << 16)
         self._speaks = bool(piece)
         self._said += piece
         del self._said[:-_SAID]
 
     def _died(self, why: str) -> ChildDied:
-        """End the child where it still runs, and say how it ended."""
+        """End the child if it still runs; return the exception that says how it ended."""
         if not why:
             deadline = time.monotonic() + 10
             waiting = select.poll()
@@ -153,17 +154,17 @@ def _reason(code: int, limits: Limits) -> str:
 
 
 def serve(prepare: Callable[[], Callable[[Message], Message]]) -> None:
-    """The child's side: set the limits, prepare, answer questions until stdin ends.
+    """Run in the child: set the limits, prepare, answer questions until stdin ends.
 
     Args:
         prepare: imports what it needs, and returns the function that answers.
     """
     limits = Limits(**json.loads(sys.argv[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a child answers over its pipes, it writes no file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a child answers over its pipes and writes no file
     resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # text that a library prints must not be an answer
     answer = prepare()
     for line in sys.stdin.buffer:
         until = math.ceil(time.process_time() + limits.cpu)

@@ -1,4 +1,4 @@
-"""Objects that hold a file, a process or memory outside Python, and give it back at the end of a `with` block."""
+"""Objects that hold a file, a process or memory outside Python, and release it at the end of a `with` block."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Self
 
 
 class Closing(ABC):
-    """A context manager that is itself, and closes itself."""
+    """A context manager that returns itself and calls `close` at the end."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what is held; safe to call twice."""
+        """Release the held resources; safe to call twice."""
 
     def __enter__(self) -> Self:
         return self

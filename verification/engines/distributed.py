@@ -1,8 +1,8 @@
-"""Several processes of one command, as `accelerate launch` and `torchrun` start them: which one this is, and agreement.
+"""Cooperation of several processes of one command, started by `accelerate launch` or `torchrun`.
 
-The launcher's environment variables say how many there are; without them there is one, and every function here answers
-at once. The first process owns what is written; the others compute their share. Objects travel by pickle between the
-user's own processes. There is no timeout here: a process may have to wait for hours of work, and when one dies, its
+The launcher's environment variables give the number of processes. Without them there is one process, and every function
+here returns at once. The first process writes all files; the others compute their share. Objects are pickled between
+the user's own processes. There is no timeout: a process may wait for hours of work, and if one process dies, its
 launcher ends the others.
 """
 
@@ -22,19 +22,19 @@ _PATIENCE = timedelta(days=30)
 
 
 def count() -> int:
-    """How many processes work on this command.
+    """The number of processes that work on this command.
 
     Raises:
-        InputError: WORLD_SIZE is no positive number.
+        InputError: WORLD_SIZE is not a positive number.
     """
     return _number("WORLD_SIZE", 1, least=1)
 
 
 def rank() -> int:
-    """This process' number, 0 .. count() - 1, over all machines; 0 where WORLD_SIZE says that there is no other.
+    """This process' number, 0 .. count() - 1, over all machines; 0 if WORLD_SIZE says that there is one process.
 
     Raises:
-        InputError: RANK is no number below WORLD_SIZE.
+        InputError: RANK is not a number below WORLD_SIZE.
     """
     if (processes := count()) == 1:
         return 0
@@ -48,7 +48,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """This process' number on its machine: its GPU."""
+    """This process' number on its machine, which is the number of its GPU."""
     return _number("LOCAL_RANK", 0) if count() > 1 else 0
 
 
@@ -69,10 +69,10 @@ def is_first() -> bool:
 
 
 def join() -> None:
-    """Meet the others; at once when there are none, or when that has happened."""
+    """Connect to the other processes; returns at once if there are none, or if they are connected already."""
     if count() == 1:
         return
-    import torch  # here: who is alone does not wait for it
+    import torch  # imported here: a single process does not need it
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -84,15 +84,15 @@ def join() -> None:
 
 
 def wait() -> None:
-    """Return when every process is here."""
+    """Return when every process has called this function."""
     everyones(None)
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, in all of them; the others do not call it.
+    """The result of `make` in the first process, returned in every process; only the first process calls `make`.
 
     Raises:
-        Exception: what `make` raised in the first process, in all of them: nobody waits for a result that never comes.
+        Exception: the error of `make` in the first process, in every process, so that no process waits for ever.
     """
     if count() == 1:
         return make()
@@ -114,16 +114,16 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same and can be sent to another process."""
+    """The error, or an error with the same text that can be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # an error's own __reduce__ may do anything
+    except Exception:  # an error's __reduce__ may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 
 def everyones(value: T) -> list[T]:
-    """The values of all processes, in their order, in each of them."""
+    """The values of all processes in their order, returned in every process."""
     if count() == 1:
         return [value]
     import torch.distributed as dist
@@ -138,7 +138,7 @@ def agree(what: str, value: str) -> None:
     """Check that every process has the same `value`.
 
     Raises:
-        InputError: another process sees something else, usually on a machine with a disk of its own.
+        InputError: another process has another value, usually on a machine with a separate disk.
     """
     found = everyones(value)
     other = next((number for number, theirs in enumerate(found) if theirs != found[0]), None)
@@ -150,12 +150,12 @@ def agree(what: str, value: str) -> None:
 
 
 def shared_out(items: Sequence[T]) -> dict[int, T]:
-    """This process' share of a list of equal work, every count()-th item, by its place in the list."""
+    """This process' share of a list of work, every count()-th item: place in the list -> item."""
     return {place: item for place, item in enumerate(items) if place % count() == rank()}
 
 
 def together(mine: dict[int, T]) -> list[T]:
-    """All shares of a list, back in its order, in every process."""
+    """All shares of a list, in the list's order, returned in every process."""
     whole: dict[int, T] = {}
     for share in everyones(mine):
         whole |= share
@@ -163,5 +163,5 @@ def together(mine: dict[int, T]) -> list[T]:
 
 
 def threads_each(cores: int) -> int:
-    """Threads for each process of a machine that has `cores`, where the user gave no number."""
+    """Threads for each process on a machine with `cores`, if the user gave no number."""
     return max(1, cores // (_number("LOCAL_WORLD_SIZE", 1, least=1) if count() > 1 else 1))

@@ -1,4 +1,4 @@
-"""Logits of a chunk of tokens from the Hugging Face model, at the positions that `positions` names."""
+"""Logits of a chunk of tokens from the Hugging Face model, at the scored positions (`positions`)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from verification.engines.model_head import body_runs_once
 from verification.engines.positions import Array, Ids, joined, scored
 
 PIECE_ELEMENTS = 1 << 27  # logits held at once: 512 MiB of float32
-SHARE = 0.7  # of the free memory that a whole model's float32 weights may take; its logits and activations need some
+SHARE = 0.7  # of the free memory, for a whole model's float32 weights; logits and activations need the rest
 
 
 def load_hf(directory: str | Path) -> Any:
     """A causal LM from a local directory in float32, ready for evaluation; never remote code.
 
     Raises:
-        InputError: no such directory, one that is refused (`admit_checkpoint`), or transformers cannot read it.
+        InputError: no such directory, a refused checkpoint (`admit_checkpoint`), or transformers cannot read it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -43,10 +43,10 @@ def load_hf(directory: str | Path) -> Any:
 def open_reference(
     directory: str | Path, *, stream: bool | None = None, adapter: Path | None = None, keep: Path | None = None
 ) -> Any:
-    """A checkpoint for `hf_rows`, whole or streamed layer by layer; with an adapter attached where one is given.
+    """A checkpoint for `hf_rows`, whole or streamed layer by layer; with an adapter attached if one is given.
 
     Args:
-        stream: None streams what would not fit into the free memory.
+        stream: None streams a checkpoint that would not fit into the free memory.
         keep: see `StreamedModel`.
 
     Raises:
@@ -75,7 +75,7 @@ def float32_bytes(directory: str | Path) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group where that is less."""
+    """Bytes that this process may still use: on the machine, or in its control group if that is less."""
     found = [1 << 62]
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -89,10 +89,10 @@ def free_memory() -> int:
 def hf_rows(model: Any, tokens: Ids, *, first: int | None = None, piece: int = PIECE_ELEMENTS) -> Iterator[Array]:
     """Yield (rows, V) float32 logits of the scored positions `first` .. len-2, at most `piece` elements at a time.
 
-    Long pieces are cut: the model's body runs once and its head once a piece, so memory does not grow with the length.
-    A model without `logits_to_keep` gives all of its logits at once.
+    The model's body runs once, and its head once for each piece, so that memory does not grow with the length. A model
+    without `logits_to_keep` gives all of its logits at once.
     """
-    import torch  # here: a command that runs llama.cpp alone starts two seconds sooner without
+    import torch  # imported here: a command that runs only llama.cpp starts two seconds sooner without it
 
     from verification.engines.streamed import StreamedModel
 

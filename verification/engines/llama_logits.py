@@ -1,4 +1,4 @@
-"""Logits of a chunk of tokens from llama.cpp, at the positions that `positions` names."""
+"""Logits of a chunk of tokens from llama.cpp, at the scored positions (`positions`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ N_BATCH = 512  # llama.cpp keeps one row of logits for each scored token of a ba
 
 
 class LlamaLogits(Closing):
-    """One context of one GGUF file, asked chunk by chunk; a context manager.
+    """One context of one GGUF file, for one chunk after another; a context manager.
 
     Args:
-        file: a path, or a model that is loaded already and stays its owner's.
-        n_batch: tokens given to llama.cpp at once; also bounds the rows of logits that it holds.
+        file: a path, or a loaded model, which is not closed here.
+        n_batch: tokens given to llama.cpp at once; also bounds the rows of logits that llama.cpp holds.
         kv: type of the cached keys and values, "q8_0" or "q4_0" (with `flash`); None leaves llama.cpp's float16.
         flash: whether attention is computed by the flash kernel; None leaves it to llama.cpp.
 
@@ -48,7 +48,7 @@ class LlamaLogits(Closing):
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_batch, min(n_ubatch or N_BATCH, self.n_batch)
         params.n_seq_max, params.no_perf = 1, True
-        # llama.cpp's default is 4 whatever the machine: more threads than cores spin at each other's barriers
+        # llama.cpp's default is always 4; with more threads than cores, threads wait for each other in busy loops
         params.n_threads = params.n_threads_batch = threads or usable_cores()
         if kv is not None:
             params.type_k = params.type_v = KV_TYPES[kv]
@@ -62,7 +62,7 @@ class LlamaLogits(Closing):
         self.batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
 
     def close(self) -> None:
-        """Free the context, and the model where it was loaded here; safe to call twice."""
+        """Free the context, and the model if it was loaded here; safe to call twice."""
         if self.context:
             llama_cpp.llama_batch_free(self.batch)
             llama_cpp.llama_free(self.context)
@@ -80,9 +80,9 @@ class LlamaLogits(Closing):
         """Yield (rows, V) float32 logits of the scored positions `first` .. len-2, from an empty cache.
 
         Args:
-            singly_from: position from which the tokens are decoded one by one, as a generation does it.
-            kept: how many of these tokens the last call's had at their beginning: they stay in the cache, unless the
-                model's cache has lost its beginning (sliding window) or cannot give up its end (recurrent layers).
+            singly_from: position from which the tokens are decoded one by one, as in a generation.
+            kept: number of first tokens that are the same as in the last call. They stay in the cache, unless the cache
+                has lost its beginning (sliding window) or cannot remove its end (recurrent layers).
         """
         length = len(tokens)
         if length > self.n_ctx:
@@ -95,7 +95,7 @@ class LlamaLogits(Closing):
         start, stop = scored(length)
         start = start if first is None else first
         memory = llama_cpp.llama_get_memory(self.context)
-        whole = llama_cpp.llama_memory_seq_pos_min(memory, 0) == 0  # a sliding window may have let the beginning go
+        whole = llama_cpp.llama_memory_seq_pos_min(memory, 0) == 0  # a sliding window may have lost the beginning
         if not (kept and whole and llama_cpp.llama_memory_seq_rm(memory, 0, kept, -1)):
             llama_cpp.llama_memory_clear(memory, True)
             kept = 0
@@ -115,7 +115,7 @@ class LlamaLogits(Closing):
         return joined(list(self.rows(tokens, first=first, singly_from=singly_from, kept=kept)))
 
     def _fill(self, part: Ids, begin: int, start: int, stop: int) -> int:
-        """Write one batch; returns how many of its rows carry logits."""
+        """Write one batch; returns the number of its rows with logits."""
         batch, wanted = self.batch, 0
         batch.n_tokens = len(part)
         for i, token in enumerate(part.tolist()):

@@ -1,7 +1,7 @@
-"""llama.cpp through llama-cpp-python's low-level API: one loaded model, its vocabulary, and its log kept aside.
+"""llama.cpp through llama-cpp-python's low-level API: one loaded model, its vocabulary, and llama.cpp's log.
 
-llama.cpp logs to stderr from C; here its lines go to a bounded buffer, so that a failure can be explained with the
-engine's own last words and a success stays silent. Models are loaded on the CPU with mmap.
+llama.cpp logs to stderr from C. Here its lines go to a bounded buffer, so that an error can quote the last lines and a
+success prints nothing. Models are loaded on the CPU with mmap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from verification.engines.closing import Closing
 
 _LOG: collections.deque[str] = collections.deque(maxlen=200)
 _WARNING = 3  # ggml_log_level: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the line before
-_callback: Any = None  # kept alive: C holds only a pointer
+_callback: Any = None  # a reference for Python: C holds only a pointer
 
 
 def quiet() -> None:
@@ -28,7 +28,7 @@ def quiet() -> None:
     if _callback is None:
         _callback = llama_cpp.llama_log_callback(_remember)
         llama_cpp.llama_backend_init()
-    llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))  # again each time: importing llama_cpp.Llama sets its own
+    llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))  # every time: importing llama_cpp.Llama sets another one
 
 
 def _remember(level: int, text: bytes, _user: Any) -> None:
@@ -54,7 +54,7 @@ class LlamaModel(Closing):
         vocab_only: load the tokenizer only (fast, no weights).
 
     Raises:
-        InputError: llama.cpp refuses the file; with its own reason.
+        InputError: llama.cpp refuses the file; the message gives llama.cpp's reason.
     """
 
     def __init__(self, path: str | Path, *, vocab_only: bool = False) -> None:
@@ -96,14 +96,14 @@ class LlamaModel(Closing):
         return int(llama_cpp.llama_vocab_eos(self.vocab))
 
     def token_text(self, token: int) -> str:
-        """A token's text; empty for none."""
+        """A token's text; empty if there is no such token."""
         if not 0 <= token < self.vocab_size:
             return ""
         text: bytes = llama_cpp.llama_vocab_get_text(self.vocab, token)
         return text.decode("utf-8", errors="replace")
 
     def is_control(self, token: int) -> bool:
-        """Whether this token is a control token and no text."""
+        """Whether this token is a control token."""
         return bool(llama_cpp.llama_vocab_is_control(self.vocab, token))
 
     def is_end(self, token: int) -> bool:
@@ -111,7 +111,7 @@ class LlamaModel(Closing):
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        """Token ids of a text, as llama.cpp's own tools tokenise it."""
+        """Token ids of a text, as llama.cpp's tools tokenise it."""
         data = text.encode("utf-8")
         room = len(data) + 16
         buffer = (llama_cpp.llama_token * room)()

@@ -1,8 +1,8 @@
-"""A language model's head apart from its body: the body's last hidden states, and logits made from them later.
+"""Runs a language model's body and head separately: stores the body's last hidden states, makes logits from them later.
 
-logits = head(h), h (T, width) being what the body returns: behind its last norm. The head is not rebuilt here: the
-model's own forward runs with a body that answers with the stored h, so a soft-cap, a scale of the logits and a bias are
-the model's own. Rows that are asked for together as they were the first time give the same bits: the same product.
+logits = head(h); h (T, width) is the body's output, after its last norm. The head is not rebuilt here: the model's own
+forward runs with a body that returns the stored h. So a soft-cap, a scale of the logits and a bias are applied as in
+the model. The same rows requested together give the same bits, because the matrix product is the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from verification.engines.positions import Array, Ids
 
 
 def body_of(model: Any) -> Any:
-    """The part of a transformers model below its head; None where it has none, or somebody else's forward on it."""
+    """The part of a transformers model below its head; None if there is none, or if its forward was replaced."""
     from torch import nn
 
     body = getattr(model, getattr(model, "base_model_prefix", "") or "?", None)
@@ -28,7 +28,7 @@ def body_of(model: Any) -> Any:
 
 @contextlib.contextmanager
 def body_runs_once(model: Any) -> Iterator[list[Any]]:
-    """Inside, the model's body answers every call with what it gave the first time; that is yielded in a list."""
+    """In this context, the model's body runs once and then returns its first output again; yields a list with it."""
     body, kept = body_of(model), list[Any]()
     if body is None:
         yield kept  # the whole model runs for every call
@@ -54,10 +54,10 @@ def _forward_of(body: Any, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 class ModelHead:
-    """The head of a model that has run; the body's own weights are freed by `keep_only_head`.
+    """The head of a model; `keep_only_head` frees the weights of the body.
 
     Args:
-        model: as `open_reference` gives it, whole or streamed.
+        model: a model from `open_reference`, whole or streamed.
     """
 
     def __init__(self, model: Any) -> None:
@@ -65,7 +65,7 @@ class ModelHead:
 
         self._streamed = model if isinstance(model, StreamedModel) else None
         self._model = model.model if isinstance(model, StreamedModel) else model
-        self._output: Any = None  # the class of what the body returns
+        self._output: Any = None  # class of the body's output
 
     @property
     def width(self) -> int:
@@ -74,7 +74,7 @@ class ModelHead:
 
     @property
     def usable(self) -> bool:
-        """Whether head and body can be run apart."""
+        """Whether head and body can run separately."""
         takes = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         return takes and body_of(self._model) is not None
 
@@ -101,7 +101,7 @@ class ModelHead:
         return result
 
     def logits(self, hidden_TW: Array) -> Array:
-        """(T, V) float32 of hidden states (T, width)."""
+        """Logits (T, V), float32, from hidden states (T, width)."""
         import torch
 
         h_1TW = torch.from_numpy(hidden_TW)[None].to(self._model.device)
@@ -114,7 +114,7 @@ class ModelHead:
         return result
 
     def keep_only_head(self) -> None:
-        """Free what the head does not need: the weights of the body, or a streamed model's hidden states."""
+        """Free the weights of the body, or a streamed model's hidden states; the head does not need them."""
         if self._streamed is not None:
             self._streamed.forget()
             return

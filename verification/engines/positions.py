@@ -1,4 +1,4 @@
-"""Which positions of a chunk of tokens are scored, the same for every engine.
+"""The positions of a chunk of tokens that are scored, the same for every engine.
 
 A chunk has n_ctx tokens; positions n_ctx//2 .. n_ctx-2 are scored (T = n_ctx - 1 - n_ctx//2), so that each has at least
 half a chunk of context and its target inside the chunk. Every chunk starts with an empty cache. Engines yield float32
@@ -20,5 +20,5 @@ def scored(n_ctx: int) -> tuple[int, int]:
 
 
 def joined(parts: list[Array]) -> Array:
-    """Rows that an engine gave in parts, (T, V)."""
+    """The rows of an engine's parts as one array, (T, V)."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

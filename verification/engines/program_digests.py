@@ -1,7 +1,7 @@
-"""Digests of the programs that make files here: a version number does not say what was run, their bytes do.
+"""Digests of the programs that make files: a version number does not identify a program, its bytes do.
 
-A converter is its Python files (script, `conversion`, `gguf`); llama.cpp is the libraries of llama-cpp-python. Hashing
-takes about 0.01 s and 0.1 s, once a process.
+The converter's digest covers its Python files (script, `conversion`, `gguf`), llama.cpp's digest the libraries of
+llama-cpp-python. Hashing takes about 0.01 s and 0.1 s, once a process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from so8t_core.files import sha256_file
 
 SCRIPT = "convert_hf_to_gguf.py"
 _PACKAGES = ("conversion", "gguf", "gguf-py/gguf")
-_OWN = ("convert.py", "converter_input.py", "quantise.py", "stop_tokens.py")
+_OWN = ("convert.py", "converter_input.py", "quantise.py", "stop_keys.py")
 _READERS = ("transformers", "tokenizers", "sentencepiece", "torch", "numpy", "llama-cpp-python")
 
 
@@ -28,7 +28,7 @@ def converter_digest(home: Path) -> str:
 
 
 def llama_digest() -> str:
-    """sha256 over llama.cpp's libraries, as they are installed with llama-cpp-python."""
+    """sha256 over llama.cpp's libraries that are installed with llama-cpp-python."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         return "not installed"
@@ -38,7 +38,7 @@ def llama_digest() -> str:
 
 
 def makers_digest(home: Path) -> str:
-    """sha256 over everything that decides a converted or quantised file's bytes, the checkpoint apart."""
+    """sha256 over everything that decides a converted or quantised file's bytes, except the checkpoint."""
     here = Path(__file__).parent
     parts = [converter_digest(home), llama_digest(), _digest(here, [here / name for name in _OWN])]
     parts += [f"{name} {_version(name)}" for name in _READERS]

@@ -1,14 +1,14 @@
-"""llama.cpp's own quantiser, for a whole GGUF file or one tensor, and the type that each tensor was promised.
+"""llama.cpp's quantiser, for a whole GGUF file or one tensor, and the type that the file type promises each tensor.
 
-The output depends on the source's bytes, the type and the build, not on the number of threads: rows are quantised
-independently. K-quants need rows that are multiples of 256; elsewhere llama.cpp silently takes another type, so the
-nominal type of every tensor is kept beside the actual one. An importance matrix is handed over as the C struct array
-of llama.h.
+The output depends on the source's bytes, the type and the build, but not on the number of threads: rows are quantised
+independently. K-quants need rows that are multiples of 256. For other rows llama.cpp silently takes another type, so
+the nominal type of every tensor is kept beside the actual one. An importance matrix is passed as the C struct array of
+llama.h.
 
-One tensor goes through `ggml_quantize_chunk`: the exact oracle for a quantised tensor, without a file. llama.cpp
-quantises row by row from float32 with it; the same function on the expected values gives the same bytes, where the
-file was made without an importance matrix by the same build (k-quants may differ in the last bit between machines
-through fused multiply-add; Q8_0 does not). Source: llama.cpp, src/llama-quant.cpp and ggml/include/ggml.h.
+`ggml_quantize_chunk` quantises one tensor without a file. llama.cpp uses this function row by row from float32, so the
+function gives the bytes of the file for the expected values, if the same build made the file with the same importance
+matrix or without one (k-quants may differ in the last bit between machines through fused multiply-add; Q8_0 does not).
+Source: llama.cpp, src/llama-quant.cpp and ggml/include/ggml.h.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _PLAIN = ("Q1_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 _K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 _I_QUANTS = ("IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL", "IQ4_XS")
 _SMALL = ("MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
-# Types that `ggml_quantize_chunk` writes. It aborts the whole process on the others: activations' own (Q8_1, Q8_K) and
-# plain numbers (I8 to I64, F64), which a stranger's file may name.
+# Types that `ggml_quantize_chunk` writes. It aborts the process on all others: types of activations (Q8_1, Q8_K) and
+# plain numbers (I8 to I64, F64), which an untrusted file may name.
 WRITTEN = frozenset((*_PLAIN, *_K_QUANTS, *_I_QUANTS, *_SMALL))
 
-# what llama.cpp writes instead when a row is not a multiple of the type's block; Q2_K and Q3_K in older builds: IQ4_NL
+# types that llama.cpp writes if a row is not a multiple of the type's block; older builds: IQ4_NL for Q2_K and Q3_K
 FALLBACKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("Q2_K", "Q3_K"), ("Q4_0", "IQ4_NL")),
     **dict.fromkeys(
@@ -61,13 +61,13 @@ FALLBACKS: dict[str, tuple[str, ...]] = {
     "Q5_K": ("Q5_1",),
     "Q6_K": ("Q8_0",),
 }
-# main type of the file types that are not named after it (llama_ftype_get_default_type)
+# main type of the file types that have another name (llama_ftype_get_default_type)
 _MAIN_TYPES = {"IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S"}
 
 
 @dataclass(frozen=True)
 class NominalType:
-    """What a tensor's file type promises and what the file holds."""
+    """The type that the file type promises a tensor, and the type in the file."""
 
     name: str
     row: int
@@ -83,7 +83,7 @@ def type_number(name: str) -> int:
     """llama.cpp's number of a file type.
 
     Raises:
-        InputError: unknown name; lists the known ones.
+        InputError: unknown name; the message lists the known names.
     """
     for number, known in FILE_TYPES.items():
         if known == name.upper():
@@ -108,7 +108,7 @@ def quantise(
         imatrix: tensor name -> importance of each input channel, see `read_imatrix`.
 
     Raises:
-        InputError: unknown type, source not a float file, llama.cpp's own refusal.
+        InputError: unknown type, source not a float file, or llama.cpp refuses.
     """
     source, target = Path(source), Path(target)
     number = type_number(type_name)
@@ -146,7 +146,7 @@ def _run(source: Path, target: Path, number: int, threads: int | None, imatrix: 
                 "(--imatrix FILE)"
             )
         free = shutil.disk_usage(target.parent).free
-        if "iostream" in words and free < source.stat().st_size:  # all that a C++ stream says of a full disk
+        if "iostream" in words and free < source.stat().st_size:  # the only word of a C++ stream about a full disk
             raise InputError(
                 f"cannot write {FILE_TYPES[number]} of {source.name}: {target.parent} has {free / 2**20:.0f} MiB left; "
                 "free some space and run again"
@@ -157,13 +157,14 @@ def _run(source: Path, target: Path, number: int, threads: int | None, imatrix: 
 def quantised_bytes(
     values: Array, kind: str, importance: Array | None = None, *, name: str = "the tensor"
 ) -> npt.NDArray[np.uint8] | None:
-    """`values` (.., row) as raw bytes of a GGML type; None for a type that cannot be made, or not without a matrix.
+    """`values` (.., row) as raw bytes of a GGML type; None for a type that cannot be made, or needs a matrix.
 
     Args:
-        importance: of each input channel, (row,), or of each expert's, (experts * row,) for values (experts, .., row).
+        importance: importance of each input channel, (row,); for values (experts, .., row), of each expert's channels,
+            (experts * row,).
 
     Raises:
-        InputError: an importance matrix of another size; llama-quantize refuses it as well.
+        InputError: an importance matrix of another size; llama-quantize refuses it too.
     """
     number = GGMLQuantizationType[kind]
     row = values.shape[-1] if values.ndim else 1
@@ -192,7 +193,7 @@ def quantised_bytes(
 
 
 def even_matrix(kind: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
-    """A matrix of ones, (row,) or (experts * row,) for `shape`, where llama.cpp makes a type only with a matrix."""
+    """A matrix of ones, (row,) or (experts * row,) for `shape`, if the type needs a matrix; otherwise None."""
     if not _needs_imatrix(int(GGMLQuantizationType[kind])):
         return None
     return np.ones(shape[-1] * (shape[0] if len(shape) == 3 else 1), dtype=np.float32)
@@ -201,10 +202,10 @@ def even_matrix(kind: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | 
 def nominal_types(file: GGUFFile) -> list[NominalType]:
     """Nominal and actual type of every tensor.
 
-    Only a type that its rows cannot hold is a fallback: the mixed types (Q6_K inside a Q4_K_M file, say) are part of
-    the file type's promise. The nominal type of a fallback is the K- or IQ-type it stands for: the one of its file
-    type's recipe whose fallback is the type found. Which of two is only a label; that it is a fallback is exact,
-    because a type with smaller blocks never occurs in these recipes by choice where rows are multiples of 256.
+    A fallback stands for a type that the tensor's rows cannot hold; other types than the main one (Q6_K inside a Q4_K_M
+    file) are part of the file type's recipe. The nominal type of a fallback is the K- or IQ-type in the recipe whose
+    fallback is the found type. If two fit, the name is a guess. But the tensor is certainly a fallback, because recipes
+    never choose a type with smaller blocks for rows that are multiples of 256.
     """
     recipe = _recipe(file.file_type)
     rows = []
@@ -219,16 +220,16 @@ def nominal_types(file: GGUFFile) -> list[NominalType]:
 
 
 def preset_types(file: GGUFFile, *, imatrix: bool) -> dict[str, str]:
-    """The type that llama.cpp's recipe for the file's file type gives each tensor.
+    """The type that llama.cpp's recipe for the file type gives each tensor.
 
-    llama.cpp decides by names, row lengths and the model's sizes, so a file of the same tensors with two rows each is
-    quantised: milliseconds, whatever the model.
+    llama.cpp decides by names, row lengths and the model's sizes. So a file of the same tensors with two rows each is
+    quantised, which takes milliseconds for any model.
 
     Args:
-        imatrix: as with an importance matrix for every tensor, which changes some recipes.
+        imatrix: whether to give an importance matrix for every tensor, which changes some recipes.
 
     Raises:
-        InputError: llama.cpp has no such recipe, or not without a matrix.
+        InputError: llama.cpp has no such recipe, or the recipe needs a matrix.
     """
     with tempfile.TemporaryDirectory(prefix="so8t-recipe-") as scratch:
         thin, made = Path(scratch) / "thin.gguf", Path(scratch) / "made.gguf"

@@ -1,8 +1,9 @@
-"""The verifier's own conversion of a checkpoint, and its quantisation with this machine's build.
+"""The verifier's own conversion of a checkpoint, and its quantisation with this machine's build (the oracle).
 
-llama.cpp's quantiser is a function of the source's bytes, the type, the importance matrix and the build. Which float
-file a candidate was quantised from (F16, BF16, F32) changes bytes, and is found by trying tensor by tensor. Files are
-named by the digests of the checkpoint and of the programs that made them, and reused when a work directory is kept.
+llama.cpp's quantiser is a function of the source's bytes, the type, the importance matrix and the build. The bytes also
+depend on the float file that a candidate was quantised from (F16, BF16, F32); every form is tried for each tensor.
+Files are named by the digests of the checkpoint and of the programs that made them, and are used again if a work
+directory is kept.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from verification.engines.quantise import Importance, quantise
 from verification.gguf.imatrix import read_imatrix
 from verification.gguf.reader import GGUFFile, GGUFTensor, read_gguf
 
-INTERMEDIATES = ("F16", "BF16", "F32")  # the float files a quant is usually made from, the most frequent first
+INTERMEDIATES = ("F16", "BF16", "F32")  # float files that quantised files are made from, the most frequent first
 
 
 class FloatFiles:
-    """The reference's conversions to float types, each made when it is asked for and kept open."""
+    """The reference's conversions to float types; each is made at its first use and kept open."""
 
     def __init__(self, make: Callable[[str], GGUFFile | None]) -> None:
-        """`make` gives the conversion to "F16", "BF16" or "F32"; None where there is none."""
+        """`make` returns the conversion to "F16", "BF16" or "F32"; None if there is none."""
         self._make, self._known, self._lock = make, dict[str, GGUFFile | None](), threading.Lock()
 
     def file(self, kind: str) -> GGUFFile | None:
@@ -35,7 +36,7 @@ class FloatFiles:
         Raises:
             InputError: the converter refuses the reference.
         """
-        with self._lock:  # tensors are examined by several threads
+        with self._lock:  # several threads examine tensors
             if kind not in self._known:
                 self._known[kind] = self._make(kind)
             return self._known[kind]
@@ -62,7 +63,7 @@ class Oracle:
         self._importance = f"-imatrix{sha256_file(imatrix)[:8]}" if imatrix is not None else ""
 
     def _makers(self) -> str:
-        """Another converter, build of llama.cpp or release of its readers makes other files."""
+        """Digest of the programs: another converter, build of llama.cpp or release of its readers makes other files."""
         return makers_digest(find_converter(self.converter))[:16]
 
     def converted(self, checkpoint: Path, digest: str, kind: str = "F16") -> Path:
@@ -76,7 +77,7 @@ class Oracle:
         """The oracle in a candidate's file type, quantised from `source`.
 
         Raises:
-            InputError: a file type this build of llama.cpp cannot name, or one that needs an importance matrix.
+            InputError: a file type that this build of llama.cpp does not know, or that needs an importance matrix.
         """
         if kind.lower() in OUT_TYPES:
             return self.converted(checkpoint, digest, kind)

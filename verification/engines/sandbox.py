@@ -1,8 +1,8 @@
-"""llama.cpp's view of a file, asked in a process of its own, because a damaged file can make llama.cpp abort.
+"""Loads a file with llama.cpp in a child process, because a damaged file can make llama.cpp abort.
 
-The child loads the vocabulary, and the whole file where that is asked for (mapped, no weight is read): llama.cpp checks
-every tensor's name and shape against the architecture while it loads, and says which one it misses. Then it answers
-about tokens. #24885 is a file that loads and aborts while it tokenises: that too ends the child alone.
+The child loads the vocabulary, and on request the whole file (mapped; no weight is read). While it loads, llama.cpp
+checks every tensor's name and shape against the architecture, and names a missing tensor. Then the child answers
+questions about tokens. The file of #24885 loads, but llama.cpp aborts while it tokenises: this ends only the child.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run as the child: import from the package's root, not from beside this file
+if __name__ == "__main__":  # run as the child: import from the package's root, not from this folder
     sys.path[0] = sys.argv[2]
 
 from verification.engines.child import Child, ChildDied, Limits, Message, serve
@@ -24,7 +24,7 @@ from verification.engines.closing import Closing
 
 # bytes of data. Measured: 60 MB for Python and llama.cpp, 28 MB more for 49,152 tokens in a header of 1.6 MB
 _MEMORY, _A_BYTE, _HEADER = 1 << 28, 8, 1 << 25
-# processor time a question: mapping a file costs by its pages; 262,144 tokens take a second
+# processor time a question: the cost of mapping a file grows with its pages; 262,144 tokens take a second
 _SECONDS, _SECONDS_A_GIB, _WALL = 4.0, 10.0, 15.0
 _SPECIAL_IDS = ("bos", "eos", "eot", "nl", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep")
 _AT_ONCE = 4096  # tokens whose pieces make one text of `effects`
@@ -32,7 +32,7 @@ _AT_ONCE = 4096  # tokens whose pieces make one text of `effects`
 
 @dataclass(frozen=True)
 class Probe:
-    """Why llama.cpp refuses a file; empty texts where it does not."""
+    """Why llama.cpp refuses a file; empty texts if it does not."""
 
     vocabulary: str
     model: str
@@ -40,7 +40,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Token:
-    """What llama.cpp knows of one token."""
+    """llama.cpp's data on one token."""
 
     text: str
     is_control: bool
@@ -48,14 +48,15 @@ class Token:
 
 
 class Vocabulary(Closing):
-    """A file's vocabulary in a llama.cpp that runs in a child; a context manager.
+    """A file's vocabulary in llama.cpp, in a child process; a context manager.
 
-    `refused` is llama.cpp's reason not to load the vocabulary, empty where it does; then nothing else may be asked.
+    `refused` is llama.cpp's reason not to load the vocabulary; empty if it was loaded. If `refused` is not empty, the
+    other methods may not be called.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        from verification.gguf.split_set import set_size, shard_paths  # here: see `require_loadable`
+        from verification.gguf.split_set import set_size, shard_paths  # imported here: see `require_loadable`
 
         size = set_size(shard_paths(self.path))
         seconds = _SECONDS + size / (1 << 30) * _SECONDS_A_GIB
@@ -63,7 +64,7 @@ class Vocabulary(Closing):
         self._child = Child(Path(__file__), Limits(memory, seconds, _WALL * seconds), name="llama.cpp")
         self.refused, self._facts = "", dict[str, Any](template=None)
         self._tokens: dict[int, Token] = {}
-        self.ended = False  # by a crash or a limit: nothing more may be asked
+        self.ended = False  # whether a crash or a limit ended the child: then it cannot answer
         try:
             self._facts = self._child.ask({"do": "vocabulary", "path": os.fspath(self.path)})
             self.refused = self._facts["reason"]
@@ -71,7 +72,7 @@ class Vocabulary(Closing):
             self.refused, self.ended = str(error), True
 
     def model_refused(self) -> str:
-        """llama.cpp's reason not to load the whole file; empty where it does. A crash of the child is a reason too."""
+        """llama.cpp's reason not to load the whole file; empty if it loads. A crash of the child is a reason too."""
         if self.refused:
             return self.refused
         try:
@@ -116,7 +117,7 @@ class Vocabulary(Closing):
         return self._tokens[token]
 
     def token_text(self, token: int) -> str:
-        """A token's text; empty for none."""
+        """A token's text; empty if there is no such token."""
         return self.token(token).text if 0 <= token < self.vocab_size else ""
 
     def is_end(self, token: int) -> bool:
@@ -124,11 +125,11 @@ class Vocabulary(Closing):
         return 0 <= token < self.vocab_size and self.token(token).is_end
 
     def is_control(self, token: int) -> bool:
-        """Whether this token is no text."""
+        """Whether this token is a control token."""
         return 0 <= token < self.vocab_size and self.token(token).is_control
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        """Token ids of a text, as llama.cpp's own tools tokenise it.
+        """Token ids of a text, as llama.cpp's tools tokenise it.
 
         Raises:
             ChildDied: llama.cpp ended while it tokenised.
@@ -137,10 +138,10 @@ class Vocabulary(Closing):
         return list(self._child.ask(question)["ids"])
 
     def effects(self, texts: Sequence[str]) -> dict[str, str]:
-        """What the vocabulary does, by name of the part, as digests: equal ones are equal behaviour.
+        """Digests of the vocabulary's behaviour, by name of the part: equal digests mean equal behaviour.
 
-        Parts: every token's piece and flags, the ids of these texts and of texts out of every piece, the special ids,
-        and what is added to a text.
+        Parts: every token's piece and flags, the ids of these texts and of texts made of every piece, the special ids,
+        and the tokens that are added to a text.
 
         Raises:
             ChildDied: llama.cpp ended.
@@ -154,18 +155,18 @@ class Vocabulary(Closing):
 
 
 def probe(path: Path) -> Probe:
-    """Load `path` in a child process; a crash or a hang is a refusal like any other."""
+    """Load `path` in a child process; a crash or a hang counts as a refusal."""
     with Vocabulary(path) as vocabulary:
         return Probe(vocabulary.refused, vocabulary.model_refused())
 
 
 def require_loadable(path: Path) -> None:
-    """Nothing but a file that llama.cpp loads may be opened in this process: a damaged one could end it.
+    """Refuse a file that llama.cpp does not load: opened in this process, a damaged file could end the process.
 
     Raises:
-        InputError: with llama.cpp's own reason.
+        InputError: llama.cpp does not load the file; the message gives llama.cpp's reason.
     """
-    from so8t_core.errors import InputError  # here: run as a script, this file needs llama_cpp alone
+    from so8t_core.errors import InputError  # imported here: as a script, this file needs llama_cpp only
 
     answer = probe(path)
     if answer.vocabulary or answer.model:
@@ -173,7 +174,7 @@ def require_loadable(path: Path) -> None:
 
 
 class _Engine:
-    """The child's side: one file in llama.cpp."""
+    """The code that runs in the child: one file in llama.cpp."""
 
     def __init__(self) -> None:
         import llama_cpp
@@ -187,12 +188,12 @@ class _Engine:
             if level >= 3 and len(self.log) < 10_000:
                 self.log.append(text.decode("utf-8", errors="replace"))
 
-        self.remember = remember  # C holds only a pointer
+        self.remember = remember  # a reference for Python: C holds only a pointer
         llama_cpp.llama_log_set(remember, None)
         llama_cpp.llama_backend_init()
 
     def answer(self, question: Message) -> Message:
-        """One question of `Vocabulary`."""
+        """Answer one question of `Vocabulary`."""
         answers = {
             "vocabulary": self.load,
             "model": self.load,
@@ -203,11 +204,11 @@ class _Engine:
         return answers[question["do"]](question)
 
     def load(self, question: Message) -> Message:
-        """Load the vocabulary, which is kept, or the whole file, which is not."""
+        """Load and keep the vocabulary, or load and free the whole file."""
         self.log.clear()
         params = self.cpp.llama_model_default_params()
         params.n_gpu_layers = 0
-        params.use_extra_bufts = False  # no repacking: only whether it loads
+        params.use_extra_bufts = False  # no repacking: the weights are not used
         params.vocab_only = question["do"] == "vocabulary"
         model = self.cpp.llama_model_load_from_file(os.fsencode(question["path"]), params)
         if not model:
@@ -229,7 +230,7 @@ class _Engine:
         }
 
     def tokenise(self, question: Message) -> Message:
-        """Ids of a text."""
+        """Token ids of a text."""
         data = question["text"].encode("utf-8", errors="replace")
         room = len(data) + 16
         buffer = (self.cpp.llama_token * room)()
@@ -242,13 +243,13 @@ class _Engine:
         return {"ids": list(buffer[: max(count, 0)])}
 
     def effects(self, question: Message) -> Message:
-        """Digests of what the vocabulary does; see `Vocabulary.effects`."""
+        """Digests of the vocabulary's behaviour; see `Vocabulary.effects`."""
         cpp, vocab = self.cpp, self.vocab
         count = cpp.llama_vocab_n_tokens(vocab)
         flags = [(cpp.llama_vocab_get_attr(vocab, t), cpp.llama_vocab_is_eog(vocab, t)) for t in range(count)]
         pieces = [self._piece(token) for token in range(count)]
         texts = list(question["texts"])
-        for start in range(0, count, _AT_ONCE):  # every token once, in other neighbourhoods than the vocabulary's own
+        for start in range(0, count, _AT_ONCE):  # every token once, with other neighbours than in the vocabulary
             part = pieces[start : start + _AT_ONCE]
             texts.append(b" ".join(part[::2] + part[1::2]).decode("utf-8", errors="replace"))
         ids = [
@@ -262,7 +263,7 @@ class _Engine:
         return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
 
     def _piece(self, token: int) -> bytes:
-        """The bytes that a token stands for in a text, control tokens written out."""
+        """The bytes of a token in a text; a control token's bytes are its name."""
         room = 64
         while True:
             buffer = (ctypes.c_char * room)()

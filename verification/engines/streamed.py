@@ -1,14 +1,14 @@
-"""A reference that does not fit into memory: one decoder layer at a time, straight from the checkpoint's shards.
+"""Runs a reference that does not fit into memory one decoder layer at a time, from the checkpoint's shards.
 
-Layer outside, passages inside: every passage runs the model's own forward in a thread of its own, which stops in front
-of each decoder layer. When all of them wait for a layer, its weights are read, the layer is applied to one passage
-after another, and its weights are dropped. So masks, rotary tables, per-layer inputs and shared keys are the model's
-own, and so is the arithmetic: passages are never concatenated, and the logits are those of the whole model, bit by bit.
-The embedding is read by rows and a large head by slices. Only one thread works at a time.
-accelerate's offloading is not used: it reads all weights again for every forward, so once a passage.
+The outer loop is over layers, the inner over passages. Every passage runs the model's forward in its own thread, which
+stops before each decoder layer. When all passages wait for a layer, the layer's weights are read, the layer is applied
+to one passage after another, and the weights are dropped. Masks, rotary tables, per-layer inputs, shared keys and the
+arithmetic are the model's own. Passages are never concatenated: the logits equal the whole model's, bit by bit. The
+embedding is read by rows and a large head by slices. Only one thread works at a time. accelerate's offloading is not
+used: it reads all weights again for every forward, so once a passage.
 
-Between two layers the hidden states may be kept on disk (`keep`): a run that was killed goes on at the layer it had
-reached. Layers that hand more to each other than hidden states (shared keys and values) start again instead.
+The hidden states may be kept on disk after each layer (`keep`): a run that was killed continues at that layer. Models
+whose layers share more than hidden states (shared keys and values) start again from the first layer.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from verification.reference.families import OTHER_TOWERS
 
 Ids = npt.NDArray[np.int64]
 Tell = Callable[[int, int], None]
-WHOLE_HEAD = 1 << 30  # bytes in float32 up to which a head is held whole while its rows are computed
-SLICE = 1 << 24  # weights of a head, or rows times width of an embedding, in float32 at a time
-_UNITS = 100  # of progress, for one decoder layer
+WHOLE_HEAD = 1 << 30  # bytes in float32 up to which the whole head stays in memory
+SLICE = 1 << 24  # weights of a larger head in float32 at a time
+_UNITS = 100  # units of progress for one decoder layer
 
 
 class StreamedModel:
     """A causal LM whose decoder layers are in memory one at a time; float32, for evaluation.
 
     Args:
-        directory: of the checkpoint.
-        adapter: directory of an SO8T adapter that is attached to it.
+        directory: directory of the checkpoint.
+        adapter: directory of an SO8T adapter that is attached to the checkpoint.
         keep: directory for the hidden states of a run that may be killed; None keeps nothing.
-        folder: a temporary directory that lives as long as the model, where the checkpoint lies in one.
+        folder: the temporary directory of the checkpoint, if it is in one; kept as long as the model.
 
     Raises:
         InputError: the checkpoint is refused, or its family cannot be run layer by layer.
@@ -86,14 +86,14 @@ class StreamedModel:
         self._known |= {_key(tokens): output for tokens, output in zip(passages, run.outputs(), strict=True)}
 
     def body_output(self, tokens: Ids) -> Any:
-        """What the body gives for these tokens (n,), or gave when they were prepared."""
+        """The body's output for these tokens (n,), computed now if they were not prepared."""
         if _key(tokens) not in self._known:
             self.prepare([tokens])
         return self._known[_key(tokens)]
 
     @contextlib.contextmanager
     def known(self, tokens: Ids) -> Iterator[Any]:
-        """Inside, the model whose body answers with what it gave for these tokens (n,): only its own head runs."""
+        """In this context, the model with a body that returns its output for these tokens (n,): only the head runs."""
         output = self.body_output(tokens)
         self._body.forward = lambda *_, **__: output
         try:
@@ -107,22 +107,22 @@ class StreamedModel:
         self._shards.head = None
 
     def head_units(self, rows: int, tokens: int) -> int:
-        """What the head costs for `rows` positions, in hundredths of a layer's cost for `tokens` positions."""
+        """The head's cost for `rows` positions, in hundredths of a layer's cost for `tokens` positions."""
         text = self.config.get_text_config()
         layer = sum(p.numel() for p in self._layers[0].parameters())
         return int(_UNITS * text.vocab_size * text.hidden_size * rows / (max(layer, 1) * max(tokens, 1)))
 
     def __call__(self, input_ids: Tensor, **more: Any) -> Any:
-        """The whole model's answer for one passage, ids (1, n)."""
+        """The whole model's output for one passage, ids (1, n)."""
         with self.known(input_ids[0].numpy()) as model:
             return model(input_ids, **more)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of the model, for hooks on what a layer reads."""
+        """The modules of the model, for hooks on the inputs of layers."""
         return self.model.named_modules()  # type: ignore[no-any-return]
 
     def _by_rows(self, modules: Mapping[str, nn.Module], head: Any) -> None:
-        """Let embeddings outside the layers read the rows they are asked for, and the head its slices."""
+        """Let embeddings outside the layers read only the requested rows, and let the head read slices."""
         for name, module in modules.items():
             key = f"{name}.weight"
             if key in self._shards.apart and isinstance(module, nn.Embedding):
@@ -139,7 +139,7 @@ def _key(tokens: Ids) -> bytes:
 
 
 def _skeleton(directory: Path) -> Any:
-    """The model without weights; buffers that no checkpoint holds are computed as its own code does."""
+    """The model without weights; buffers that are not in a checkpoint are computed by the model's code."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -157,7 +157,7 @@ def _decoder_layers(model: Any) -> list[str]:
     """Names of the text model's decoder layers.
 
     Raises:
-        InputError: there is no such list of modules.
+        InputError: the model has no list of decoder layers.
     """
     count = int(model.config.get_text_config().num_hidden_layers)
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
@@ -179,7 +179,7 @@ def _refuse_unbuilt(model: Any, allowed: tuple[str, ...]) -> None:
 
 
 class _Shards:
-    """The checkpoint's tensors, put into the modules of the model group by group: a layer's, or what lies outside."""
+    """Loads the checkpoint's tensors into the model's modules in groups: each layer, and the tensors outside."""
 
     def __init__(self, directory: Path, target: Any, modules: Mapping[str, nn.Module], layers: Sequence[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -187,7 +187,7 @@ class _Shards:
 
         weights, _ = admit_checkpoint(directory)
         self.paths = weights.paths
-        self.head: Tensor | None = None  # (V, width) float32, where it is small enough to be held
+        self.head: Tensor | None = None  # (V, width) float32, if it is small enough
         self._file_of, self._target, self._by_name = weights.file_of, target, modules
         self._mapping = get_model_conversion_mapping(target)
         self.streamed = tuple(f"{name}." for name in layers)
@@ -220,10 +220,10 @@ class _Shards:
         return name.startswith(self.streamed)
 
     def attach(self, model: Any, adapter: Path) -> Any:
-        """The model with a saved adapter, whose own weights are all in memory."""
+        """The model with a saved adapter; the adapter's weights are all in memory."""
         from so8t_core import load_adapter
 
-        for name, value in self._empty.items():  # PEFT puts an adapter where its layer's weight is: not on no device
+        for name, value in self._empty.items():  # PEFT puts an adapter on its layer's device: not meta
             self._put(name, nn.Parameter(torch.zeros(()).expand(value.shape), requires_grad=False))
         try:
             return load_adapter(model, adapter)
@@ -256,7 +256,7 @@ class _Shards:
                     raise InputError(f"{name} is in no file of the checkpoint; use --no-stream")
 
     def drop(self, group: str) -> None:
-        """Free a layer's tensors; for "" those of the whole model."""
+        """Free a layer's tensors, or, for "", all tensors of the model."""
         for name in self._empty:
             if name.startswith(group):
                 self._put(name, self._empty[name])
@@ -268,7 +268,7 @@ class _Shards:
         _set(self._by_name[parent], leaf, value.requires_grad_(False))
 
     def rows_of(self, name: str) -> Callable[[Any, Any], Any]:
-        """A hook in front of an embedding: it reads the rows of the ids that are asked for, and numbers them anew."""
+        """A hook that runs before an embedding: it reads the rows of the requested ids and renumbers the ids."""
 
         def read(module: Any, inputs: Any) -> Any:
             ids, places = inputs[0].unique(return_inverse=True)
@@ -280,7 +280,7 @@ class _Shards:
         return read
 
     def head_source(self, name: str, model: Any) -> str:
-        """The tensor of the head: its own, or that of the embedding where the two are one."""
+        """The tensor of the head, which is the embedding's tensor if the two are tied."""
         if name in self.apart:
             return name
         if not (model.config.tie_word_embeddings or model.config.get_text_config().tie_word_embeddings):
@@ -289,7 +289,7 @@ class _Shards:
         return next(f"{n}.weight" for n, m in self._by_name.items() if m is embedding)
 
     def head_of(self, name: str, head: nn.Linear, x: Tensor) -> Tensor:
-        """x (..., width) -> (..., V): the head's product, from its whole weight or slice by slice."""
+        """x (..., width) -> (..., V): the head's product, with its whole weight or slice by slice."""
         with self._slice(name) as stored:
             rows, width = stored.get_shape()
             if self.head is None and 4 * rows * width <= WHOLE_HEAD:
@@ -311,7 +311,7 @@ class _Shards:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Inside, transformers draws no bar for each layer that is read."""
+    """In this context, transformers shows no progress bar for each layer."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -324,16 +324,16 @@ def _silent() -> Iterator[None]:
 
 
 class _Finished(BaseException):
-    """Ends a passage's forward behind the body: its head is not wanted yet."""
+    """Ends a passage's forward after the body: the head runs later."""
 
 
 @dataclass(eq=False)
 class _Passage:
-    """One passage's forward and where it waits."""
+    """One passage's forward and the layer that it waits for."""
 
     tokens: Ids
     turn: threading.Event = field(default_factory=threading.Event)
-    layer: int | None = None  # waited for; None: not there yet, or behind the body
+    layer: int | None = None  # the layer it waits for; None before the first layer and after the body
     call: Callable[[], Any] | None = None
     result: Any = None
     output: Any = None
@@ -353,7 +353,7 @@ class _LayerByLayer:
         self.resumable = not getattr(streamed.config.get_text_config(), "num_kv_shared_layers", 0)
 
     def outputs(self) -> list[Any]:
-        """What the body gave for each passage."""
+        """The body's output for each passage."""
         layers = self.streamed._layers
         forwards = [layer.forward for layer in layers]
         body_forward = self.streamed._body.forward
@@ -368,7 +368,7 @@ class _LayerByLayer:
                     self._advance(passage, thread.start)
                 self._through(len(layers))
         finally:
-            for passage in self.passages:  # those that wait for a layer that will not come
+            for passage in self.passages:  # after an error some still wait for a layer
                 passage.stopped = True
                 passage.turn.set()
             for thread in threads:
@@ -413,7 +413,7 @@ class _LayerByLayer:
             raise passage.error
 
     def _forward(self, passage: _Passage) -> None:
-        """A passage's thread: the model's own forward up to the end of its body."""
+        """The work of a passage's thread: the model's forward up to the end of its body."""
         try:
             ids = torch.from_numpy(passage.tokens)[None]
             with torch.inference_mode():
@@ -436,7 +436,7 @@ class _LayerByLayer:
         return run
 
     def _waiting(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A layer's forward that asks for the layer and waits until it was applied."""
+        """A layer's forward that requests the layer and waits until it was applied."""
 
         def run(*args: Any, **more: Any) -> Any:
             passage = self.current
@@ -462,7 +462,7 @@ class _LayerByLayer:
         return self.streamed.keep / f"hidden-{texts.hexdigest()[:16]}.safetensors"
 
     def _store(self, layer: int, hidden: Sequence[Tensor]) -> None:
-        """Hidden states behind `layer` layers: whole on disk, or those of the layer before."""
+        """Store the hidden states after `layer` layers; the disk always holds whole states of one layer."""
         if self.streamed.keep is None or not self.resumable or any(not isinstance(h, Tensor) for h in hidden):
             return
         tensors = {str(place): value.contiguous() for place, value in enumerate(hidden)}
@@ -476,7 +476,7 @@ class _LayerByLayer:
             with safe_open(str(self._file()), framework="pt") as stored:
                 hidden = [stored.get_tensor(str(place)) for place in range(len(self.passages))]
                 self.start, self.hidden = int(stored.metadata()["layer"]), hidden
-        except (SafetensorError, KeyError, TypeError, ValueError):  # somebody else's file: from the first layer, then
+        except (SafetensorError, KeyError, TypeError, ValueError):  # foreign or damaged file: start at the first layer
             self._file().unlink()
 
 

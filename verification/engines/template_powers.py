@@ -1,11 +1,11 @@
-"""What the text of a chat template can do beside laying out a chat, read from Jinja's own syntax tree.
+"""Finds the abilities of a chat template beyond laying out a chat, from Jinja's syntax tree.
 
-A template that tests what the user wrote can answer some users otherwise (a backdoor inserts an instruction when a
-trigger word occurs). So: comparisons, tests and searches on values that come from `messages` by another way than their
-structure (role, tool calls, positions), and changes of such text by `replace`; addresses; long texts that are put into
-the prompt; the date; attributes with an underscore and names of Jinja's internals, by which templates have run code in
-engines without a sandbox. These are facts about the text, no faults: healthy templates look for `</think>`.
-Runs in the template's child (`verification.engines.chat_template`), because parsing a stranger's text may not end.
+A template that tests the user's words can treat some users differently (a backdoor inserts an instruction if a trigger
+word occurs). Listed are: comparisons, tests and searches on the content of `messages`, but not on its structure (role,
+tool calls, positions); changes of such text by `replace`; addresses; long texts that are put into the prompt; the date;
+attributes with an underscore and names of Jinja's internals, with which templates have run code in engines without a
+sandbox. These are facts about the text, not faults: healthy templates search for `</think>`. This module runs in the
+template's child (`verification.engines.chat_template`), because parsing an untrusted text may not end.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from collections.abc import Iterator
 
 from jinja2 import nodes
 
-_MARKER = re.compile(r"[<>|\[\]_/]|^\W*$")  # a role marker, a key or punctuation, no word a user would write
+_MARKER = re.compile(r"[<>|\[\]_/]|^\W*$")  # a role marker, a key or punctuation, not a user's word
 LONG = 200  # characters of one literal; a system message of one or two sentences is shorter
 _STRUCTURE = frozenset({"role", "name", "type", "tool_calls", "tool_call_id", "id", "function"})
-_SIZES = frozenset({"length", "count"})  # filters whose value says nothing about the words
+_SIZES = frozenset({"length", "count"})  # filters whose value does not depend on the words
 _PLACES = frozenset({"startswith", "endswith", "find", "rfind", "index", "rindex", "count", "get"})
 _PARTS = frozenset({"replace", "translate", "split", "rsplit", "partition", "rpartition"})
 _SEARCHES = _PLACES | _PARTS  # methods
 _FILTERS = frozenset({"replace", "select", "reject", "selectattr", "rejectattr"})
 _TEXT_TESTS = frozenset({"in", "eq", "equalto", "sameas", "==", "ne", "!="})
-Literals = dict[str, list[str]]  # a name, and the texts that stand in what it is set to
+Literals = dict[str, list[str]]  # a name -> the texts in the expressions that it is set to
 _ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]{1,15}://|www\.)[^\s'\"<>)]+", re.IGNORECASE)
 
 
 def powers(tree: nodes.Template) -> list[dict[str, str]]:
-    """Facts as {"what": kind, "line": number, "text": detail}, each once: plain words first, then markers."""
+    """Facts as {"what": kind, "line": number, "text": detail}, without duplicates; plain words first, then markers."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for what, line, text in _facts(tree):
         found.setdefault((what, text), {"what": what, "line": str(line), "text": text[:200]})
@@ -37,7 +37,7 @@ def powers(tree: nodes.Template) -> list[dict[str, str]]:
 
 
 def _rank(fact: dict[str, str]) -> int:
-    """What a person should read first: a question about words, code, an address; then markers, dates, long texts."""
+    """The order for a reader: questions about words, code, addresses, then markers, dates, long texts."""
     words = any(not _MARKER.search(word) for word in re.findall(r"'([^']+)'", fact["text"]))
     if fact["what"] == "condition on content":
         return 0 if words else 3
@@ -73,7 +73,7 @@ def _facts(tree: nodes.Template) -> Iterator[tuple[str, int, str]]:
 
 
 def _question(node: nodes.Node, written: set[str], constants: Literals) -> str | None:
-    """A question about what a message says, or a change of it by a search; None for any other node."""
+    """A question about the content of a message, or a change of it by a search; None for any other node."""
 
     def words(*parts: nodes.Node) -> str:
         found = [text for part in parts for text in _literals(part, constants)]
@@ -106,7 +106,7 @@ def _question(node: nodes.Node, written: set[str], constants: Literals) -> str |
 
 
 def _says(node: nodes.Node, written: set[str]) -> bool:
-    """Whether an expression's value may hold what a message says."""
+    """Whether an expression's value may hold the content of a message."""
     if isinstance(node, nodes.Name):
         return node.name in written
     if isinstance(node, nodes.Getattr):
@@ -121,7 +121,7 @@ def _says(node: nodes.Node, written: set[str]) -> bool:
     if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == "get":
         return not (_literals_only(node.args) & _STRUCTURE) and _says(node.node, written)
     if isinstance(node, nodes.Test | nodes.Compare):
-        return False  # a truth value: the question itself is looked at
+        return False  # a truth value: `_question` examines the node itself
     return any(_says(child, written) for child in node.iter_child_nodes())
 
 
@@ -144,20 +144,20 @@ def _written(tree: nodes.Template) -> set[str]:
 
 
 def _assigned(node: nodes.Assign | nodes.For | nodes.AssignBlock) -> list[nodes.Node]:
-    """What the names on the left come from."""
+    """The expressions that the names on the left are set to."""
     if isinstance(node, nodes.AssignBlock):
         return list(node.body)
     return [node.node if isinstance(node, nodes.Assign) else node.iter]
 
 
 def _targets(node: nodes.Node) -> set[str]:
-    """Names that an assignment writes; "ns.text" for an attribute of a namespace."""
+    """Names that an assignment sets; "ns.text" for an attribute of a namespace."""
     plain = {child.name for child in _walk(node) if isinstance(child, nodes.Name)}
     return plain | {f"{child.name}.{child.attr}" for child in _walk(node) if isinstance(child, nodes.NSRef)}
 
 
 def _constants(tree: nodes.Template) -> Literals:
-    """Names and the texts in what they are set to, or loop over."""
+    """Names and the texts in the expressions that they are set to or loop over."""
     found: Literals = {}
     for node in _walk(tree):
         if isinstance(node, nodes.Assign | nodes.For):
@@ -168,7 +168,7 @@ def _constants(tree: nodes.Template) -> Literals:
 
 
 def _literals(node: nodes.Node, constants: Literals) -> list[str]:
-    """The texts in an expression, with those of names that are set to texts."""
+    """The texts in an expression, including the texts that its names are set to."""
     found: list[str] = []
     for child in _walk(node):
         if isinstance(child, nodes.Const) and isinstance(child.value, str):
@@ -187,17 +187,17 @@ def _arguments(node: nodes.Filter) -> list[nodes.Expr]:
 
 
 def _names_internals(node: nodes.Filter, constants: Literals) -> bool:
-    """`map(attribute='__class__')` and its like."""
+    """Whether a filter names internals, as `map(attribute='__class__')` does."""
     return any("__" in text for value in _arguments(node) for text in _literals(value, constants))
 
 
 def _is_bare(node: nodes.Node) -> bool:
-    """A number, a truth value, nothing, or an empty text: no words are asked for."""
+    """Whether a node is a number, a truth value, none or an empty text, so not a word."""
     return isinstance(node, nodes.Const) and not (isinstance(node.value, str) and node.value.strip())
 
 
 def _walk(node: nodes.Node) -> Iterator[nodes.Node]:
-    """The node and all below it, without recursion: a stranger decides how deep it is."""
+    """The node and all nodes below it, without recursion: an untrusted tree may have any depth."""
     waiting = [node]
     while waiting:
         node = waiting.pop()

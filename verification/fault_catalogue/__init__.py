@@ -1,1 +1,1 @@
-"""Planted faults and the gate's verdict on each, which measure the gate's detection power."""
+"""Plants known faults and records the gate's verdict on each: this measures how many faults the gate detects."""

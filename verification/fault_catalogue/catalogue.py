@@ -1,4 +1,4 @@
-"""The fault catalogue: every fault, from one file for each class of fault."""
+"""The fault catalogue: all faults, collected from one file for each class of fault."""
 
 from __future__ import annotations
 

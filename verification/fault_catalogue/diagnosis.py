@@ -1,9 +1,9 @@
-"""From everything that the gate found to one sentence: what kind of fault it is, and where.
+"""The diagnosis: one sentence on the kind and place of a fault, from all findings of the gate.
 
-One fault sets off several checks; the diagnosis takes the one nearest to the cause. A file that cannot be read comes
-first, then numbers out of range, keys, tensors that are missing or unexplained, tensors that are something else, types,
-layout, tokens and template, logits, and llama.cpp's refusal last, because it follows from one of the others. Where most
-matrices differ and nothing names a cause, the file was made from other weights or in another way.
+One fault fails several checks; the diagnosis takes the check nearest to the cause. The order is: a file that cannot be
+read, numbers out of range, keys, missing or unexplained tensors, tensors with other contents, types, layout, tokens and
+template, logits. llama.cpp's refusal comes last, because it follows from another fault. If most matrices differ and no
+finding names a cause, the file was made from other weights or in another way.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SHAPES = ("block_count", "head_count", "context_length", "_length", "vocab_size
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The fault as the gate names it."""
+    """The kind, place and description of a fault."""
 
     kind: Kind
     where: str
@@ -85,7 +85,7 @@ def diagnose(judgement: Judgement) -> Diagnosis | None:
 
 
 def _clearest(check: LintCheck) -> LintFinding:
-    """The finding that names a cause, else the first."""
+    """The first finding with a cause, or the first finding."""
     return next((finding for finding in check.findings if finding.cause), check.findings[0])
 
 

@@ -1,7 +1,7 @@
 """Faults for GGUF files: each function takes a healthy file and writes a faulty copy of it.
 
-The named faults are built on a file in parts (`Raw`) and on the values of single tensors. Float tensors are written in
-their own type, quantised ones through llama.cpp's quantiser, as a converter with that fault would.
+The functions change a file in parts (`Raw`) and the values of single tensors. They write float tensors in the tensor's
+type, and quantised tensors with llama.cpp's quantiser, as a converter with that fault would.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def set_metadata(source: Path, target: Path, values: dict[str, Any]) -> Path:
 
 
 def edit_tensor(source: Path, target: Path, name: str, change: Callable[[Array], Array]) -> Path:
-    """Replace a tensor's values, written in the tensor's own type (quantised by llama.cpp's quantiser)."""
+    """Replace a tensor's values, written in the tensor's type (quantised by llama.cpp's quantiser)."""
     shutil.copyfile(source, target)
     tensor = read_gguf(source).tensors[name]
     values = np.ascontiguousarray(change(tensor.values().copy()), dtype=np.float32).reshape(tensor.shape)
@@ -65,17 +65,17 @@ def shifted(source: Path, target: Path, name: str, by: float) -> Path:
 
 
 def permuted(source: Path, target: Path, name: str, head_rows: int) -> Path:
-    """q or k rows put from halves to pairs once more."""
+    """Permute q or k rows from halves to pairs a second time."""
     return edit_tensor(source, target, name, lambda w: halves_to_pairs(w, head_rows))
 
 
 def unpermuted(source: Path, target: Path, name: str, head_rows: int) -> Path:
-    """q or k rows left as the checkpoint has them: halves, where llama.cpp wants pairs."""
+    """Leave q or k rows as in the checkpoint: in halves, but llama.cpp needs pairs."""
     return edit_tensor(source, target, name, lambda w: pairs_to_halves(w, head_rows))
 
 
 def swapped(source: Path, target: Path, one: str, other: str) -> Path:
-    """Two tensors of one shape and type change places."""
+    """Exchange two tensors of one shape and type."""
     raw = Raw.read(source)
     by_name = {t.name: t for t in raw.tensors}
     by_name[one].data, by_name[other].data = by_name[other].data, by_name[one].data
@@ -98,7 +98,7 @@ def renamed(source: Path, target: Path, name: str, new: str) -> Path:
 
 
 def poisoned(source: Path, target: Path, name: str, value: float) -> Path:
-    """One weight becomes NaN, Inf or any number (of a float tensor)."""
+    """Set one weight of a float tensor to NaN, Inf or another number."""
 
     def put(w: Array) -> Array:
         w.reshape(-1)[7] = value
@@ -108,7 +108,7 @@ def poisoned(source: Path, target: Path, name: str, value: float) -> Path:
 
 
 def flipped_bit(source: Path, target: Path, name: str, *, byte: int = 20, bit: int = 6) -> Path:
-    """One bit of a tensor's data."""
+    """Flip one bit of a tensor's data."""
     shutil.copyfile(source, target)
     with open(target, "r+b") as stream:
         stream.seek(read_gguf(source).tensors[name].offset + byte)
@@ -125,20 +125,20 @@ def truncated(source: Path, target: Path, keep: int) -> Path:
 
 
 def padded(source: Path, target: Path, extra: int = 4096) -> Path:
-    """Bytes behind the last tensor."""
+    """Add bytes after the last tensor."""
     target.write_bytes(source.read_bytes() + bytes(extra))
     return target
 
 
 def token_type(source: Path, target: Path, token: int, kind: int) -> Path:
-    """Another type for one token: 1 normal, 3 control, 4 user-defined, 6 byte."""
+    """Set the type of one token: 1 normal, 3 control, 4 user-defined, 6 byte."""
     raw = Raw.read(source)
     raw.keys["tokenizer.ggml.token_type"][1][token] = kind
     return raw.write(target)
 
 
 def swapped_tokens(source: Path, target: Path, one: int, other: int) -> Path:
-    """Two entries of the vocabulary change places."""
+    """Exchange two entries of the vocabulary."""
     raw = Raw.read(source)
     tokens = raw.keys["tokenizer.ggml.tokens"][1]
     tokens[one], tokens[other] = tokens[other], tokens[one]
@@ -146,7 +146,7 @@ def swapped_tokens(source: Path, target: Path, one: int, other: int) -> Path:
 
 
 def rotated_plane(source: Path, target: Path, name: str, angle: float, *, column: int = 0) -> Path:
-    """Two columns of a weight turned by `angle`: one plane of one layer's rotation off."""
+    """Rotate two columns of a weight by `angle`: an error in one plane of one layer's rotation."""
 
     def turn(w: Array) -> Array:
         c, s = np.cos(angle), np.sin(angle)

@@ -1,9 +1,9 @@
-"""One fault of the catalogue: what goes wrong between a checkpoint and its GGUF, planted at several strengths.
+"""One fault of the catalogue: an error between a checkpoint and its GGUF file, planted at several strengths.
 
-A fault takes a healthy pair and a strength and writes a faulty file. It names the class that a right diagnosis has and
-what it must point to (a key, a tensor). Strengths run from loud to quiet; one of them is what people really met (the
-threads are named in docs/detection.md). The catalogue measures the gate, it does not define it: nothing in the gate
-knows a fault's name.
+A fault takes a healthy pair (checkpoint and files) and a strength and writes a faulty file. It names the class and the
+place (a key, a tensor) of a right diagnosis. Strengths run from strong to weak; one of them is the strength that people
+really met (docs/detection.md names the threads). The catalogue measures the gate, but does not define it: the gate's
+code knows no fault by name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Plant = Callable[[Healthy, Path, Path, float], object]  # pair, healthy file, fa
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong a fault is planted: a number for the planter, words for the reader."""
+    """The strength of a planted fault: a number for `plant`, words for the reader."""
 
     value: float
     label: str
@@ -53,14 +53,14 @@ class Fault:
     name: str
     kind: Kind
     plant: Plant
-    where: tuple[str, ...]  # one of these must stand in the place that the diagnosis names
+    where: tuple[str, ...]  # the place in the diagnosis must contain one of these
     strengths: tuple[Strength, ...] = (Strength(math.nan, "yes"),)
     real: int = 0  # index of the strength that people met
-    pair: str = "main"  # "{:g}" in it takes the strength: the pair itself is what is wrong
-    judged: Literal["file", "checkpoint"] = "file"  # a checkpoint is held against base and adapter
+    pair: str = "main"  # "{:g}" in the name takes the strength, if the pair itself has the fault
+    judged: Literal["file", "checkpoint"] = "file"  # a checkpoint is compared with base and adapter
     level: str = "F16"
-    quick: bool = True  # also in the short run
-    logits: bool = False  # measure the F16 or quality leg as well, whatever the file legs say
+    quick: bool = True  # whether the short run has the fault
+    logits: bool = False  # always measure the F16 or quality leg too
 
 
 def steps(template: str, *values: float) -> tuple[Strength, ...]:

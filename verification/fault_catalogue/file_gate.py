@@ -1,7 +1,7 @@
-"""One file through the gate as far as it needs no inference: `lint`, and the file legs of `verify` with their verdict.
+"""Judges one file without inference: runs `lint` and the file legs of `verify`, and decides their verdict.
 
-The legs are the same functions that `verify` runs and the same policy decides; only a tensor that an earlier file had
-too is not examined again, because its result is remembered. Logits are asked only where these legs found nothing.
+The legs are the functions that `verify` runs, and the same policy decides. A tensor with the bytes of an earlier file's
+tensor is not examined again, because its result is stored. Logits are measured only if these legs found no fault.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Judgement:
     """The gate's verdict on one file."""
 
     unreadable: str = ""  # why the file was refused before any check
-    other_vocabulary: bool = False  # whether it was refused for the size of its vocabulary
+    other_vocabulary: bool = False  # whether the file was refused for the size of its vocabulary
     file: GGUFFile | None = None
     linted: LintReport | None = None
-    checks: list[Check] = field(default_factory=list)  # of verify, decided
+    checks: list[Check] = field(default_factory=list)  # the decided checks of verify
 
     @property
     def failed(self) -> list[Check]:
@@ -83,7 +83,7 @@ def judge(pair: Healthy, path: Path, policy: Policy) -> Judgement:
         oracle=pair.files["F16"],
         memory=pair.memory,
     )
-    if not result.loads:  # verify refuses such a file before it opens it
+    if not result.loads:  # verify refuses such a file before opening it
         result.checks = [_not_loaded("llama.cpp refuses it")]
         return result
     try:
@@ -94,12 +94,12 @@ def judge(pair: Healthy, path: Path, policy: Policy) -> Judgement:
 
 
 def _file_legs(pair: Healthy, file: GGUFFile) -> dict[LegName, list[Check]]:
-    """As `stages` runs them; the oracle is the pair's own healthy file, made here by the same build."""
+    """The file legs as `stages` runs them; the oracle is the healthy file of the pair, made here by this build."""
     candidate, oracle = Candidate(file.file_type, file), pair.opened["F16"]
     contract = contract_checks(candidate, oracle, pair.checkpoint, pair.tokenizer, pair.reference, memory=pair.memory)
     weights = weight_checks(candidate, pair.conversions, pair.sources, memory=pair.memory)
     outputs = []
-    if weights.open:  # on a passage of the model's own vocabulary: any inputs tell error feedback from damage
+    if weights.open:  # on random tokens: any inputs separate error feedback from damage
         tokens = np.random.default_rng(0).integers(0, int(pair.checkpoint.config["vocab_size"]), 384)
         errors = output_errors(load_hf(pair.reference), tokens, weights.open)
         outputs = output_checks(candidate.label, weights.open, errors)
@@ -112,7 +112,7 @@ def _file_legs(pair: Healthy, file: GGUFFile) -> dict[LegName, list[Check]]:
 
 
 def logit_checks(file_type: str, said: Said, policy: Policy) -> list[Check]:
-    """The leg `convert` or `quality` by the gate's own bound on the mean KLD."""
+    """The leg `convert` or `quality`, decided by the gate's bound on the mean KLD."""
     leg: LegName = "convert" if file_type in FLOAT_TYPES else "quality"
     interval = None if said.mean_kld is None or said.upper is None else (min(said.mean_kld, said.upper), said.upper)
     check = plain_check(
@@ -128,7 +128,7 @@ def logit_checks(file_type: str, said: Said, policy: Policy) -> list[Check]:
 
 
 def decided(legs: dict[LegName, list[Check]], policy: Policy) -> list[Check]:
-    """The checks with the status that the policy gives them."""
+    """The checks, each with the status from the policy."""
     bare = policy.model_copy(update={"required": []})
     report = Report(
         verdict="incomplete",

@@ -1,10 +1,11 @@
-"""The models that faults are planted into: healthy checkpoints, the files made from them, and what is known of them.
+"""The models for planted faults: healthy checkpoints and the files made from them.
 
-`main` has a rotation and a LoRA baked in, so that it can be compared with base and adapter: the user's model, or a
-small Llama whose logits are far from uniform. The families are tiny random models of nine architectures, each for the
-faults that only it can have, each through the real converter: hidden size 256, so that K-quants are real; heads of 64
-or 128 channels, so that `o_proj` is square in some and not in others; the RoPE scalings are spread over the families
-(llama3, linear, yarn, LongRoPE). Everything is converted and quantised once and kept in the work directory.
+`main` has a rotation and a LoRA baked in, so that it can be compared with base and adapter. It is the user's model, or
+a small Llama with logits far from uniform. The families are tiny random models of nine architectures, each for faults
+that only this architecture can have, and converted by the real converter. Their hidden size is 256, so that K-quants
+are possible. Their heads have 64 or 128 channels, so that `o_proj` is square in some and not in others. The RoPE
+scalings (llama3, linear, yarn, LongRoPE) are spread over the families. All models are converted and quantised once and
+kept in the work directory.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Array = npt.NDArray[np.float32]
 KINDS = ("F16", "Q8_0", "Q4_K_M")
 ANGLE = 0.03  # rad, standard deviation of the rotation's parameters: near what a short training learns
 LORA = {"r": 8, "lora_alpha": 8, "target_modules": ["down_proj"]}
-LORA_SIZE = 0.02  # of the weight it is added to
+LORA_SIZE = 0.02  # relative to the weight that the LoRA is added to
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Healthy:
 
     @property
     def conversions(self) -> FloatFiles:
-        """The reference's F16 file; quantised ones were made from it."""
+        """The reference's F16 file, from which the quantised files were made."""
         return FloatFiles(lambda kind: self.opened["F16"] if kind == "F16" else None)
 
     @property
@@ -89,7 +90,7 @@ class Healthy:
 
     @property
     def middle(self) -> str:
-        """Prefix of the layer that faults of a single layer are planted in."""
+        """Name prefix of the layer that gets the faults of a single layer."""
         return f"blk.{self.layers // 2}"
 
     def rotation(self, layer: int) -> Rotation:
@@ -98,7 +99,7 @@ class Healthy:
 
 
 def unknown_matrix(file: GGUFFile) -> dict[str, Array]:
-    """Log-normal importance matrices of spread 1, as real ones have it: (input width,) for every layer of a file."""
+    """Log-normal importance matrices of spread 1, the spread of real matrices: (input width,) for each linear layer."""
     rows = {name: t.shape[-1] for name, t in file.tensors.items() if len(t.shape) == 2 and "blk." in name}
     return {name: log_normal(width, 1.0, 1000 + number) for number, (name, width) in enumerate(rows.items())}
 
@@ -116,12 +117,12 @@ def make_files(reference: Path, work: Path, *, name: str, threads: int = 1) -> d
 
 
 def make_plain(base: Path, work: Path) -> Healthy:
-    """A checkpoint as it is, without anything merged."""
+    """The healthy pair of a checkpoint without a merge."""
     return Healthy("plain", base, work, make_files(base, work, name="self-test"))
 
 
 def make_main(base: Path, work: Path) -> Healthy:
-    """A rotation on every layer and a LoRA on `down_proj`, baked into `base`."""
+    """The healthy pair of `base` with a rotation on every layer and a LoRA on `down_proj` baked in."""
     work.mkdir(parents=True, exist_ok=True)
     reference, adapter = work / "reference", work / "adapter"
     if not (reference / "config.json").is_file():
@@ -129,7 +130,7 @@ def make_main(base: Path, work: Path) -> Healthy:
         model = attach(load_hf(base), SO8TConfig(init_scale=ANGLE, lora=dict(LORA)))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_B" in name:  # PEFT starts it at zero
+                if "lora_B" in name:  # PEFT initialises lora_B with zeros
                     inner = model.get_parameter(name.replace("lora_B", "lora_A"))
                     weight = model.get_parameter(name.split(".lora_B")[0] + ".base_layer.weight")
                     parameter.normal_()
@@ -141,10 +142,10 @@ def make_main(base: Path, work: Path) -> Healthy:
 
 
 def save_sharp(directory: Path, tokenizer: Any) -> Path:
-    """A random Llama of four layers, width 256: quantised like a trained model, with logits far from uniform.
+    """A random Llama of four layers, width 256, with the quantisation errors of a trained model and non-uniform logits.
 
-    Residual branches are kept small against the stream, as in trained models, so that a layer's quantisation error is
-    damped; the head's spread keeps the entropy well below ln V.
+    Residual branches are small compared with the residual stream, as in trained models, so that a layer's quantisation
+    error is damped; the head's spread keeps the entropy well below ln V.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -170,7 +171,7 @@ def save_sharp(directory: Path, tokenizer: Any) -> Path:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
-                weight.uniform_(0.8, 1.2)  # distinct gains: a swapped or lost norm shows
+                weight.uniform_(0.8, 1.2)  # different gains, so that a swapped or lost norm shows
             elif "embed" in name or "lm_head" in name:
                 weight.normal_(std=1.0 if "embed" in name else 0.19)
             else:
@@ -183,12 +184,12 @@ def save_sharp(directory: Path, tokenizer: Any) -> Path:
 
 
 def make_family(name: str, work: Path, tokenizer: Any = None) -> Healthy:
-    """A tiny model of another architecture, with a small SentencePiece vocabulary where its converter takes one.
+    """A tiny model of another architecture, with a small SentencePiece vocabulary if its converter accepts one.
 
     Args:
-        tokenizer: for the other families; None gives these a SentencePiece vocabulary too.
+        tokenizer: tokenizer of the other families; None gives them a SentencePiece vocabulary too.
         name: the family, and after a space "key=value": "mistral sliding_window=32" changes the config; "llama
-            small=16" moves 2^16 of size from each v_proj to its o_proj, which leaves the function as it is; "llama
+            small=16" divides each v_proj by 2^16 and multiplies its o_proj by 2^16, which keeps the function; "llama
             rotated" is the family as base, with rotations of every linear input baked in, scaled and shuffled.
     """
     family, _, change = name.partition(" ")
@@ -220,10 +221,10 @@ def save_rotated(base: Path, adapter: Path) -> None:
     save_adapter(model, adapter)
 
 
-# A random model's logits are nearly uniform and its quantisation errors add up undamped; a trained one's are neither.
+# A random model has nearly uniform logits and undamped quantisation errors; a trained model has neither.
 _SHARP = {"lm_head.weight": 2.0, "embed_tokens.weight": 1.6, "o_proj.weight": 0.4, "down_proj.weight": 0.4}
-# A larger vocabulary needs a wider spread. Norms behind a branch undo what its weights are scaled by: OLMo-2's are
-# scaled themselves; Gemma's keep the stream at one size, and a larger tied head would only repeat the input.
+# A larger vocabulary needs a wider spread. A norm after a branch undoes the scale of the branch's weights: OLMo-2's
+# norms are scaled instead; Gemma's keep the stream at one size, and a larger tied head would only repeat the input.
 _OTHERWISE: dict[str, dict[str, float]] = {
     "gemma2": {"embed_tokens.weight": 1.0},
     "gemma3": {"embed_tokens.weight": 1.0},
@@ -238,7 +239,7 @@ _OTHERWISE: dict[str, dict[str, float]] = {
 
 
 def _rescale(directory: Path, factors: dict[str, float]) -> None:
-    """Multiply the tensors whose names hold a key."""
+    """Multiply the tensors whose names contain a key of `factors`."""
     from safetensors.torch import load_file, save_file
 
     path = directory / "model.safetensors"
@@ -315,9 +316,80 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("SmolLM3Config", {"tie_word_embeddings": True}),
 }
-# qwen2: transformers 5 forces Qwen2's own splitting on every tokenizer.json of this model type, so that only a real
-# Qwen2 vocabulary has a hash that the converter knows; its converter takes a SentencePiece model as well
-SENTENCEPIECE = ("phi3", "gemma2", "qwen2", "llama", "mistral", "smollm3", "gemma3")
+_SCALES = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0078125,
+    "logits_scaling": 8.0,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# families of 2025 and 2026; those with experts or recurrent layers are judged by upstream's conversion
+NEWER: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("GraniteConfig", {**_SCALES, "tie_word_embeddings": True}),
+    "granitemoe": ("GraniteMoeConfig", {**_SCALES, **_EXPERTS, "tie_word_embeddings": True}),
+    "granitehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_SCALES,
+            **_EXPERTS,
+            "num_hidden_layers": 3,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "shared_intermediate_size": 256,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 64,
+            "mamba_d_state": 64,
+            "mamba_n_groups": 1,
+            "position_embedding_type": None,
+        },
+    ),
+    "qwen3moe": (
+        "Qwen3MoeConfig",
+        {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
+    ),
+    "qwen35": (
+        "Qwen3_5TextConfig",
+        {
+            "head_dim": 64,
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "head_dim": 128,
+            "sliding_window": 256,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+            "pad_token_id": 0,
+        },
+    ),
+    "gpt-oss": ("GptOssConfig", {**_EXPERTS, "head_dim": 64, "intermediate_size": 256, "sliding_window": 128}),
+    "lfm2": (
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 256,
+            "intermediate_size_mlp": 512,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 256,
+        },
+    ),
+}
+# qwen2: transformers 5 forces Qwen2's splitting on every tokenizer.json of this model type, so that only a real Qwen2
+# vocabulary has a hash that the converter knows; the converter accepts a SentencePiece model too
+SENTENCEPIECE = ("phi3", "gemma2", "qwen2", "llama", "mistral", "smollm3", "gemma3", "granite", "granitemoe", "gemma4")
 PHI3_CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -338,7 +410,7 @@ class Pair:
 
 
 def save_model(family: str, directory: Path, tokenizer: Any = None, *, seed: int = 0, **more: Any) -> Path:
-    """A random checkpoint of `family` with the tokenizer files that its converter asks for.
+    """A random checkpoint of `family` with the tokenizer files that its converter needs.
 
     Args:
         tokenizer: None trains a small SentencePiece vocabulary, which makes everything faster.
@@ -346,16 +418,17 @@ def save_model(family: str, directory: Path, tokenizer: Any = None, *, seed: int
     """
     import transformers
 
-    name, changes = FAMILIES[family]
+    name, changes = (FAMILIES | NEWER)[family]
     torch.manual_seed(seed)
     small = family in SENTENCEPIECE or tokenizer is None
     vocabulary, stops = save_sentencepiece(directory, family) if small else (len(tokenizer), [2])
-    config = getattr(transformers, name)(**{**SIZES, "vocab_size": vocabulary, **changes, **more})
+    by_layer = {"vocab_size_per_layer_input": vocabulary} if family == "gemma4" else {}
+    config = getattr(transformers, name)(**{**SIZES, "vocab_size": vocabulary, **by_layer, **changes, **more})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            if parameter.ndim >= 2:  # (out, in), (experts, out, in), (channels, 1, width)
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
             else:
                 parameter.uniform_(-0.3, 0.3).add_(0 if family.startswith("gemma") else 1)
     model.generation_config.eos_token_id = stops
@@ -401,7 +474,7 @@ def save_sentencepiece(directory: Path, family: str) -> tuple[int, list[int]]:
     tokenizer.add_tokens([AddedToken(n, special=True, normalized=False, rstrip=family == "phi3") for n in names])
     tokenizer.chat_template = PHI3_CHAT if family == "phi3" else TURNS
     tokenizer.save_pretrained(directory)
-    # transformers 5 leaves these two out, and upstream's converter reads them from nowhere else
+    # transformers 5 does not write these two, and upstream's converter reads them only here
     path = directory / "tokenizer_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["add_bos_token"] = family != "phi3"
@@ -417,7 +490,7 @@ def save_sentencepiece(directory: Path, family: str) -> tuple[int, list[int]]:
 
 
 def _as_phi3(path: Path) -> None:
-    """Phi-3's own tokenizer.json: a space mark before every stretch of text, and rstrip on all but three specials."""
+    """Change tokenizer.json as in Phi-3: a space mark before every piece of text, rstrip on all but three specials."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     fields["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
@@ -444,7 +517,7 @@ def make_pairs(root: Path, tokenizer: Any, families: tuple[str, ...] = tuple(FAM
 
 @dataclass(frozen=True)
 class Baked:
-    """base + adapter -> reference, and its files: a small Llama of three layers whose every lint takes a second."""
+    """base + adapter -> reference, and its files: a small Llama of three layers, for which a lint takes a second."""
 
     base: Path
     adapter: Path

@@ -1,7 +1,7 @@
-"""The self-test for people: a Markdown table, and a page whose picture comes first.
+"""The self-test's result for people: a Markdown table, and an HTML page that begins with a picture.
 
-Each fault has one lane: its strengths from loud to quiet, and for each whether the gate and the two other checks
-refused the file. The page needs no network and no script; every text from outside is escaped.
+Each fault has one lane with its strengths from strong to weak. For each strength, the lane shows whether the gate and
+the two other checks refused the file. The page needs no network and no script; every text from outside is escaped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MARKS = {"pass": "passes", "fail": "fails", "refused": "refuses", "not run": "n
 
 @dataclass(frozen=True)
 class Lane:
-    """One fault at one level, over its strengths."""
+    """One fault at one level, with its strengths."""
 
     rows: list[Row]
 
@@ -42,13 +42,13 @@ class Lane:
 
     @property
     def smallest(self) -> str:
-        """The quietest strength that was refused."""
+        """The weakest strength that was refused."""
         caught = [row for row in self.rows if row.caught]
         return caught[-1].strength if caught else "none"
 
     @property
     def lost(self) -> str:
-        """The loudest strength that passed although something was left of it."""
+        """The largest strength that passed although its file differs from the healthy one."""
         lost = [row for row in self.rows if not row.caught and not row.identical]
         return lost[0].strength if lost else ""
 
@@ -70,7 +70,7 @@ def seen_by(row: Row, check: str) -> bool:
 
 
 def score(result: SelfTest, check: str) -> tuple[int, int]:
-    """(faults that the check stops, faults that it was run on), at the strength that people met."""
+    """(number of faults that the check refuses, number that it was run on), at the strength that people met."""
     real = [row for row in result.rows if row.real and (check == "gate" or getattr(row, f"{check}_says") != "not run")]
     return sum(row.caught if check == "gate" else seen_by(row, check) for row in real), len(real)
 
@@ -127,7 +127,7 @@ def _table_row(kind: str, lane: Lane) -> str:
 
 
 def margin(row: Row) -> str:
-    """Value over bound; where there is no scale, what was counted."""
+    """Value divided by bound; without such a ratio, the count."""
     if row.margin is None:
         return row.margin_words.split(",")[0] if row.caught else ""
     return f"{number(row.margin, 2)}x"

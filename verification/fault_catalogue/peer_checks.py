@@ -1,9 +1,9 @@
-"""Two usual checks of a file, and the gate's own comparison of logits, in a child process.
+"""Two usual checks of a file (NMSE and KLD), and the gate's comparison of logits, in a child process.
 
 NMSE: llama.cpp's check of a converter (examples/model-conversion): sum (a - b)^2 / sum a^2 over the logits of the last
-token of "Hello, my name is", tokenised by each side itself; below 1e-2 passes. KLD: the mean of the file's own logits
-against the reference's, as `llama-perplexity --kl-divergence` gives it; 0.15 nats is what people allow a Q4_K_M. A
-damaged file can end llama.cpp, so the child may die; that counts as refused.
+token of "Hello, my name is"; reference and file each use their own tokenizer; a value below 1e-2 passes. KLD: the mean
+over the file's logits against the reference's, as in `llama-perplexity --kl-divergence`; people allow 0.15 nats for a
+Q4_K_M. A damaged file can end llama.cpp and the child with it; that counts as refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNKS, N_CTX = 6, 128
 
 @dataclass(frozen=True)
 class Texts:
-    """The reference's side: where its logits lie, and the tokens that they belong to."""
+    """Paths of the reference's logits and of their tokens."""
 
     last: str  # .npy, (V,) logits of the prompt's last token
     rows: str  # .npy, (chunks, T, V) float32
@@ -35,17 +35,17 @@ class Texts:
 
 @dataclass(frozen=True)
 class Said:
-    """Measured values of one file; None where it could not be run."""
+    """Measured values of one file; None if it could not be run."""
 
     nmse: float | None = None
-    kld: float | None = None  # llama.cpp's mean
-    mean_kld: float | None = None  # over the full support
-    upper: float | None = None  # of its 95 % interval
+    kld: float | None = None  # mean KLD as in llama.cpp
+    mean_kld: float | None = None  # mean KLD over the full support
+    upper: float | None = None  # upper end of the 95 % interval of `mean_kld`
     refused: str = ""
 
 
 def reference_texts(reference: Path, tokenizer: Any, work: Path) -> Texts:
-    """Run the reference once and keep what every file is compared with."""
+    """Run the reference once and store its logits, with which every file is compared."""
     from verification.engines.huggingface import hf_chunk, hf_rows, load_hf
     from verification.logit_parity.text import read_corpus
 
@@ -63,7 +63,7 @@ def reference_texts(reference: Path, tokenizer: Any, work: Path) -> Texts:
 
 
 class Others:
-    """Asks the child process, and starts another when it died; a context manager."""
+    """Runs the checks in a child process, and starts a new child if one died; a context manager."""
 
     def __init__(self, threads: int = 1) -> None:
         self.threads, self._pool = threads, self._start()

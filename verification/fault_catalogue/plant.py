@@ -1,7 +1,7 @@
 """Plants and judges faults: the healthy pairs, one faulty file at a time, and two usual checks beside the gate.
 
-What was measured is remembered by content: the tokenizer's keys are no part of a forward pass, so a file with another
-template has the logits of the healthy one, and only its tokens are asked again.
+Measurements are stored by content. A forward pass does not use the tokenizer's keys, so a file with another template
+has the logits of the healthy file, and only its tokens are measured again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from verification.logit_parity.bake import saved_rounding
 from verification.reference.checkpoint import Checkpoint
 
 ELSEWHERE = "Q4_K_M made elsewhere"  # level of a row: maker and importance matrix unknown
-# kinds whose faults change weights, so that the drawer matters; keys and tokens are compared alike in both
+# kinds whose faults change weights: only these depend on whether the file was made here or elsewhere
 OF_WEIGHTS = ("adapter", "weights", "attention layout", "embedding and head", "number range", "other source", "norm")
 QUICK_FAMILIES = ("llama", "gemma2", "phi3", "smollm3")
 FAMILIES = ("llama", "mistral", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3")
@@ -56,7 +56,7 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass
 class Bench:
-    """The healthy pairs, made when first needed, and what was measured on files of equal content."""
+    """The healthy pairs, made when first needed, and the measurements of files by their content."""
 
     work: Path
     base: Path | None
@@ -66,7 +66,7 @@ class Bench:
     pairs: dict[str, Healthy] = field(default_factory=dict)
     texts: dict[str, Texts] = field(default_factory=dict)
     said: dict[tuple[str, str], Said] = field(default_factory=dict)
-    digests: dict[int, tuple[weakref.ref[GGUFFile], str]] = field(default_factory=dict)  # holds no file open
+    digests: dict[int, tuple[weakref.ref[GGUFFile], str]] = field(default_factory=dict)  # keeps no file open
 
     @property
     def model(self) -> str:
@@ -74,15 +74,15 @@ class Bench:
 
     @property
     def policy(self) -> Policy:
-        """The default; fallback types are allowed, because a width that is no multiple of 256 is no fault here."""
+        """The default policy; it allows fallback types: a width that is not a multiple of 256 is not a fault here."""
         return make_policy({"contract": {"allow_fallback_types": True}})
 
     def offers(self, fault: Fault) -> bool:
-        """Whether this run plants a fault: the short one has fewer pairs."""
+        """Whether this run plants a fault: the short run has fewer pairs."""
         return not self.quick or (fault.quick and fault.pair.split()[0] in ("main", "mistral", *QUICK_FAMILIES))
 
     def pair(self, name: str) -> Healthy:
-        """A healthy pair, made the first time: "main", "plain" (main's base as it is), or a family."""
+        """A healthy pair, made at its first use: "main", "plain" (main's base without a merge), or a family."""
         if name not in self.pairs:
             folder = self.work / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,13 +96,13 @@ class Bench:
         return self.pairs[name]
 
     def text(self, pair: Healthy) -> Texts:
-        """The reference's logits, computed the first time."""
+        """The reference's logits, computed at their first use."""
         if pair.name not in self.texts:
             self.texts[pair.name] = reference_texts(pair.reference, pair.tokenizer, pair.work)
         return self.texts[pair.name]
 
     def healthy_rows(self, tell: Tell) -> Iterator[HealthyRow]:
-        """Every healthy file of this run through the gate, its logits included."""
+        """Judge every healthy file of this run, including its logits."""
         names = ("plain", "main", *(QUICK_FAMILIES if self.quick else FAMILIES))
         for number, name in enumerate(names):
             for step, kind in enumerate(KINDS):
@@ -137,7 +137,7 @@ class Bench:
         return float(np.mean(np.log(total) - (p * rows).sum(axis=1) / total) / np.log(rows.shape[1]))
 
     def elsewhere_row(self, fault: Fault, strength: Strength, *, real: bool) -> Row:
-        """The fault in the other drawer: the faulty float file quantised under a matrix that nobody hands over."""
+        """Judge the fault in a file made elsewhere: the faulty float file quantised with an unknown matrix."""
         start, pair = time.monotonic(), self.pair(fault.pair.format(strength.value))
         faulty, target = self.work / "faulty-F16.gguf", self.work / "faulty.gguf"
         fault.plant(pair, pair.files[fault.level], faulty, strength.value)
@@ -154,8 +154,8 @@ class Bench:
         )
         try:
             judgement = judge(pair, as_quant(pair, read_gguf(faulty), target, elsewhere=True), self.policy)
-        except InputError as error:  # NaN, say: llama.cpp refuses to make such a file
-            row.diagnosis = str(error).replace(f"{self.work}/", "")  # no file, so nothing to be named
+        except InputError as error:  # llama.cpp refuses to make the file, for NaN for example
+            row.diagnosis = str(error).replace(f"{self.work}/", "")  # there is no file to diagnose
         else:
             row.caught, row.caught_by = not judgement.passed, judgement.caught_by
             self._diagnose(row, fault, judgement)
@@ -196,7 +196,7 @@ class Bench:
         return row
 
     def _checkpoint_row(self, fault: Fault, strength: Strength, pair: Healthy, *, real: bool) -> Row:
-        """A saved checkpoint against the bake of base and adapter: the leg `dtype`, weight by weight."""
+        """Compare a saved checkpoint with the bake of base and adapter: the leg `dtype`, weight by weight."""
         start, target = time.monotonic(), self.work / "faulty-checkpoint"
         fault.plant(pair, pair.reference, target, strength.value)
         worst, where = saved_rounding(self.baked, Checkpoint(target))
@@ -263,7 +263,7 @@ class Bench:
         row.nmse, row.nmse_says = nmse.nmse, _says(nmse.nmse, NMSE_BOUND, nmse)
         if row.level != "F16":
             kld = self.ask("kld", pair, file)
-        elif self.digest(file) == self.digest(pair.opened["F16"]):  # what is computed did not change
+        elif self.digest(file) == self.digest(pair.opened["F16"]):  # the forward pass is unchanged
             kld = self.ask("kld", pair, pair.opened["Q4_K_M"])
         else:
             quant = self.work / "faulty-Q4_K_M.gguf"
@@ -275,7 +275,7 @@ class Bench:
         row.kld, row.kld_says = kld.kld, _says(kld.kld, KLD_BOUND, kld)
 
     def ask(self, what: Literal["nmse", "kld"], pair: Healthy, file: GGUFFile) -> Said:
-        """Run one of the two usual checks once for every content; a forward pass does not use the tokenizer's keys."""
+        """Run one of the two usual checks, once for each content; KLD does not depend on the tokenizer's keys."""
         tokens = _token_keys(file) if what == "nmse" else ""
         key = what, f"{pair.name} {self.digest(file)} {tokens}"
         if key not in self.said:
@@ -283,7 +283,7 @@ class Bench:
         return self.said[key]
 
     def digest(self, file: GGUFFile) -> str:
-        """Digest of everything that a forward pass depends on: tensors, and keys that are neither tokens nor words."""
+        """Digest of everything that a forward pass depends on: tensors, and keys without tokens or descriptions."""
         if id(file) in self.digests and self.digests[id(file)][0]() is file:
             return self.digests[id(file)][1]
         total = hashlib.blake2b(digest_size=16)
@@ -302,7 +302,7 @@ def _token_keys(file: GGUFFile) -> str:
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
-    """Whether nothing is left of the fault: the same file, bit by bit."""
+    """Whether the faulty file equals the healthy one, bit by bit."""
     return filecmp.cmp(one, other, shallow=False)
 
 
@@ -313,7 +313,7 @@ def _says(value: float | None, bound: float, said: Said) -> Says:
 
 
 def margin_of(judgement: Judgement) -> tuple[float | None, str]:
-    """The largest value over its bound, and how it is read; a key has the float32 spacing as its bound."""
+    """(largest ratio of value to bound, the ratio in words); the bound of a key is the spacing of float32."""
     options: list[tuple[float, str]] = []
     for check in judgement.failed:
         value, bound = check.value, check.bound
@@ -342,12 +342,12 @@ def margin_of(judgement: Judgement) -> tuple[float | None, str]:
 
 
 def as_quant(pair: Healthy, opened: GGUFFile, target: Path, *, elsewhere: bool = False) -> Path:
-    """Q4_K_M of a faulty float file; where only tensors' values changed, only those are quantised again.
+    """Q4_K_M of a faulty float file; if only values of tensors changed, only these tensors are quantised again.
 
-    llama.cpp quantises row by row and chooses types by name and shape, so the file is the one it would write.
+    llama.cpp quantises row by row and chooses types by name and shape, so the file equals the file of llama.cpp.
 
     Args:
-        elsewhere: under importance matrices that nobody hands over.
+        elsewhere: quantise with importance matrices that the gate does not get.
 
     Raises:
         InputError: weights that llama.cpp does not quantise.
@@ -363,7 +363,7 @@ def as_quant(pair: Healthy, opened: GGUFFile, target: Path, *, elsewhere: bool =
 
 
 def _spliced(healthy: GGUFFile, quant: GGUFFile, faulty: GGUFFile, target: Path, matrix: Importance) -> bool:
-    """Write `quant` with the tensors quantised again that `faulty` has other than `healthy`; whether that is enough."""
+    """Write `quant` with the tensors of `faulty` that differ from `healthy`; False if one cannot be quantised."""
     raw, keys = Raw.read(quant.path), Raw.read(faulty.path)
     raw.keys = keys.keys | {
         k: v for k, v in raw.keys.items() if k in ("general.file_type", "general.quantization_version")

@@ -1,6 +1,6 @@
-"""The self-test's data: one row a fault and strength, one a healthy file, and the whole answer.
+"""The self-test's data: one row for each fault and strength, one for each healthy file, and the whole result.
 
-`self_test.json` is `SelfTest`; the table and the page are drawn from it.
+`self_test.json` is `SelfTest`; the table and the page are made from it.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class Row(_Model):
     strength: str
     value: float | None
     real: bool  # the strength that people met
-    identical: bool = False  # nothing is left of it: the file is the healthy one, bit by bit
+    identical: bool = False  # the file equals the healthy one, bit by bit
     caught: bool
     caught_by: list[str] = Field(default_factory=list)
-    margin: float | None = None  # measured value over its bound, where there is a scale
+    margin: float | None = None  # measured value divided by its bound, if both exist
     margin_words: str = ""
     diagnosis: str = ""
     named_kind: str = ""
     named_where: str = ""
-    named_right: bool | None = None  # None where nothing was caught
+    named_right: bool | None = None  # None if the fault was not caught
     nmse: float | None = None
     nmse_says: Says = "not run"
-    kld: float | None = None  # of the file as Q4_K_M, or of itself where it is quantised
+    kld: float | None = None  # of the file as Q4_K_M, or of the file itself if it is quantised
     kld_says: Says = "not run"
-    own_kld: float | None = None  # the gate's own logit leg, where it was asked
+    own_kld: float | None = None  # KLD in the gate's logit leg, if that was run
     own_kld_says: Says = "not run"
     seconds: float = 0.0
 
@@ -58,11 +58,11 @@ class HealthyRow(_Model):
     bound: float | None = None
     nmse: float | None = None
     nmse_says: Says = "not run"
-    entropy_share: float | None = None  # of the reference's mean entropy in ln V
+    entropy_share: float | None = None  # the reference's mean entropy, divided by ln V
 
 
 class SelfTest(_Model):
-    """The whole answer; `self_test.json` is this."""
+    """The whole result, stored as `self_test.json`."""
 
     schema_version: str = SCHEMA_VERSION
     verdict: Literal["pass", "fail"]

@@ -1,11 +1,10 @@
-"""`so8t verify --self-test`: plants every fault of the catalogue and publishes the verdicts of the gate and of two
-usual checks.
+"""`so8t verify --self-test`: plants every fault and reports the verdicts of the gate and of two usual checks.
 
-Healthy files first: any alarm there counts against the gate as much as a missed fault. Then every fault at every
-strength: which check refused it, by what margin, what the diagnosis is and whether it is right, and beside it two usual
-checks on the same file (`peer_checks`). A fault whose file equals the healthy one to the last bit counts as none, and
-its row says so. Exit: a fault at its real-world strength that passes, or an alarm on a healthy file, fails the
-self-test.
+Healthy files come first: an alarm on a healthy file counts against the gate as much as a missed fault. Then every fault
+is planted at every strength. Its row says which check refused the file and by what margin, what the diagnosis is and
+whether it is right, and the results of two usual checks on the same file (`peer_checks`). If the faulty file equals the
+healthy file bit by bit, the row says so and does not count as a fault. The self-test fails if a fault at its real
+strength passes, or if a healthy file gives an alarm.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ def self_test(
 
     Args:
         base: the checkpoint that a rotation and a LoRA are baked into; None makes a small one with `tokenizer`.
-        quick: fewer families, and every fault only at the strength that people met.
-        out: where self_test.json, .md and .html go; None writes nothing.
-        work: keeps models and files between runs; None uses a temporary directory.
-        only: which faults; healthy: whether healthy files are examined as well.
+        quick: use fewer families, and every fault only at the strength that people met.
+        out: directory for self_test.json, .md and .html; None writes nothing.
+        work: directory that keeps models and files between runs; None uses a temporary directory.
+        only: selects the faults; healthy: whether healthy files are examined too.
         here: whether faults are planted into files made here.
         elsewhere: whether faults of weights are also planted into files made elsewhere.
-        seen: told every row as soon as it is decided.
+        seen: called with every row as soon as it is decided.
 
     Raises:
         InputError: neither a base nor a tokenizer.
@@ -91,7 +90,7 @@ def self_test(
 
 
 def is_of_weights(fault: Fault) -> bool:
-    """Whether a fault changes weights of a float file, so that it is another question in a file made elsewhere."""
+    """Whether a fault changes weights of a float file, so that it is also planted into files made elsewhere."""
     return fault.kind in OF_WEIGHTS and fault.judged == "file" and fault.level == "F16"
 
 

@@ -1,1 +1,1 @@
-"""The verdict: a report of measured checks, a policy of bounds, and the decision that follows from both."""
+"""The verdict: a report of measured checks, a policy of bounds, and the decision from both."""

@@ -17,7 +17,7 @@ def plain_check(
     code: str = "",
     where: str = "",
 ) -> Check:
-    """A measured value whose bound the policy gives."""
+    """A measured value; the policy gives its bound."""
     return Check(
         name=name,
         title=title,
@@ -51,7 +51,7 @@ def zero_check(
 
 
 def divergence_checks(leg: str, d: Divergence, *, subject: str) -> list[Check]:
-    """Mean KLD, top-1 and finiteness of one comparison; nothing finite leaves the values out, so they cannot pass."""
+    """Mean KLD, top-1 and finiteness of one comparison; without finite positions the values are None: not evaluated."""
     seen = d.tokens > 0
     where = f"{d.tokens} positions in {d.chunks} chunks"
     return [
@@ -77,6 +77,6 @@ def divergence_checks(leg: str, d: Divergence, *, subject: str) -> list[Check]:
 
 
 def not_evaluated(what: str, error: Exception) -> str:
-    """A line for the report about something that failed and decides nothing: its name, the error's type and text."""
+    """A line for the report about a failed measurement that decides nothing: its name, the error's type and text."""
     message = " ".join(str(error).split())[:300]
     return f"Not evaluated: {what}: {type(error).__name__}: {message}".rstrip(": ")

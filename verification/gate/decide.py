@@ -1,9 +1,9 @@
-"""The decision that follows from a report's stored values and a policy: value, relation, bound, interval; nothing else.
+"""The decision from a report's stored values (value, relation, bound, interval) and a policy; nothing is measured.
 
-A check passes when it was evaluated and holds; a statistic holds when the far end of its 95 % interval does (upper for
-a KLD, lower for a share; cells: its mean), and is `inconclusive` when only its mean does; so is a text that cannot
-carry a verdict. A waiver turns a failure into `waived` and is printed with its reason.
-Order of a leg's and of the whole verdict: fail > not evaluated (incomplete) > inconclusive > pass.
+A check passes if it was evaluated and keeps its bound. A statistic passes if the far end of its 95 % interval keeps the
+bound (upper end for a KLD, lower end for a share; for cells the mean), and is `inconclusive` if only its mean does. A
+text that is too short or unsuitable is `inconclusive` too. A waiver turns a failure into `waived` and is printed with
+its reason. Order of a leg's and of the whole verdict: fail > not evaluated (incomplete) > inconclusive > pass.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from verification.gate.report import (
     Verdict,
 )
 
-# what `verification.gguf.reader` calls a float file; the gate imports only the core, and a test holds the two together
+# float types as in `verification.gguf.reader`; the gate imports only the core, and a test keeps the two lists equal
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 _BITS = re.compile(r"\d")  # the first digit of Q4_K_M, IQ4_XS, MXFP4_MOE; an unknown type has none, and no bound
 _NOT_QUANTISED = {*FLOAT_TYPES, "F64", "I8", "I16", "I32", "I64"}
 _ROUNDING = 1e-6  # nats; a mean KLD of equal logits is zero within float64's rounding, on either side
 _BAD_FIRST: tuple[Status, ...] = ("fail", "not evaluated", "inconclusive")
-# what a report must hold of everything it names as an input: a report that lacks one of them was cut, it did not pass
+# checks that a report must hold for every input that it names: a report without one of them is cut and does not pass
 OF_EVERY_FILE = (
     "contract.token_ids",
     "contract.added_specials",
@@ -53,7 +53,7 @@ OF_EVERY_FILE = (
 _OF_FLOAT_FILES = ("convert.rounding", "convert.mean_kld", "convert.top1", "convert.non_finite")
 _OF_QUANTS = ("quantise.tensors_differ", "quality.mean_kld", "quality.top1", "quality.non_finite")
 _OF_JUDGED = ("quantise.unexplained",)  # since schema 1.3
-# beside those of every file; the checks of `convert` and `quantise` that read tensors need the weights
+# more checks against a reference file; the checks of `convert` and `quantise` that read tensors need the weights
 _OF_REFERENCE_FILES = ("contract.tensor_statistics",)
 NEED_WEIGHTS = ("convert.rounding", "quantise.tensors_differ", "quantise.unexplained", "quantise.output_error")
 _OF_ADAPTERS = (
@@ -76,8 +76,8 @@ _OF_EVERY_RUN = (
 # the cells that apply to every model and at every level; a report without them was cut
 _CELLS = ("mid", "short", "n_ctx_shipped", "n_ubatch", "decode", "no_bos")
 OF_EVERY_CELL = tuple(f"cells.{cell}.{value}" for cell in _CELLS for value in ("mean_kld", "top1", "non_finite"))
-_LISTINGS = ("contract.fallback_types", "quantise.tensors_differ")  # counts that a policy may accept whatever they are
-# too little or the wrong text, or an engine noisier than the bound: nothing is wrong with the file, nothing is proved
+_LISTINGS = ("contract.fallback_types", "quantise.tensors_differ")  # counts that a policy may accept at any value
+# a failure means too little or unsuitable text, or an engine noisier than the bound: it says nothing about the file
 _OPEN = {"evidence.positions", "evidence.chunks", "evidence.entropy", "evidence.entropy_share", "evidence.noise_floor"}
 
 LEG_TITLES: dict[LegName, str] = {
@@ -94,7 +94,7 @@ LEG_TITLES: dict[LegName, str] = {
 
 
 def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Report:
-    """Decide again from a report's stored values; nothing is measured. `policy` None takes the report's own.
+    """Decide again from a report's stored values; nothing is measured. `policy` None takes the policy in the report.
 
     Raises:
         InputError: a mapping that is not a report of this schema.
@@ -122,15 +122,16 @@ def decide(report: Report | dict[str, Any], policy: Policy | None = None) -> Rep
 
 
 def by_reference_file(report: Report) -> bool:
-    """Whether the files were held against a reference file, without the original weights."""
+    """Whether the files were compared with a reference file, without the original weights."""
     roles = {artefact.role for artefact in report.artefacts}
     return "reference_file" in roles and "reference" not in roles
 
 
 def _can_be_had(name: LegName, report: Report) -> bool:
-    """Whether a leg could have been measured; `convert` not, where only quants and a reference file were given.
+    """Whether a leg could have been measured.
 
-    With the weights, the verifier makes the float file of that leg itself.
+    `convert` cannot be measured with only quants and a reference file. With the weights, the verifier makes the float
+    file for `convert` itself.
     """
     return name != "convert" or not by_reference_file(report) or any(_is_float(a) for a in report.artefacts)
 
@@ -140,7 +141,7 @@ def _is_float(artefact: Artefact) -> bool:
 
 
 def _with_gaps(report: Report) -> list[Leg]:
-    """The measured legs, each with one more check where the report lacks something that its inputs call for."""
+    """The measured legs; a leg gets one more check if the report lacks a check that its inputs require."""
     made_here = {f"{name}.{word}" for name in LEG_TITLES for word in ("evaluated", "complete")}
     found: dict[LegName, list[Check]] = {}
     for leg in report.legs:  # a merged report may hold a leg twice: both count
@@ -174,7 +175,7 @@ def _with_gaps(report: Report) -> list[Leg]:
 
 
 def _called_for(report: Report) -> list[tuple[str, str]]:
-    """(check, subject) of every check that the report's inputs call for."""
+    """(check, subject) of every check that the report's inputs require."""
     wanted: list[tuple[str, str]] = []
     ways, drawers = _by_file(report, "why"), _by_file(report, "drawer")
     by_file = by_reference_file(report)
@@ -207,9 +208,9 @@ def _by_file(report: Report, field: str) -> dict[str, set[str | None]]:
 
 
 def _of_other_types(report: Report) -> list[str]:
-    """Candidates whose type, which chooses their checks and bounds, is not what their recorded tensors say.
+    """Candidates whose type, which chooses their checks and bounds, contradicts their recorded tensors.
 
-    A float type needs float tensors only, a quant's type one tensor of as many bits; both need tensors at all.
+    A float type needs float tensors only. A quantised type needs a tensor of as many bits. Both need recorded tensors.
     """
     rows: dict[str, list[TensorRow]] = {}
     for row in report.tensors:
@@ -222,7 +223,7 @@ def _of_other_types(report: Report) -> list[str]:
 
 
 def _contradicted_by_rows(report: Report) -> list[str]:
-    """Candidates of whose recorded tensors more are unexplained, or not proven, than their checks count."""
+    """Candidates with more unexplained, or more unproven, recorded tensors than their checks count."""
     drawers: dict[str, list[str]] = {}
     for row in report.tensors:
         if row.drawer is not None:
@@ -249,7 +250,7 @@ def _is_of_type(kind: str, rows: list[TensorRow]) -> bool:
 
 
 def _judges(report: Report) -> bool:
-    """Whether the report's version judges the tensors that differ; an older one only counts them."""
+    """Whether the report's schema judges the tensors that differ; an older schema only counts them."""
     return _since(report, 3)
 
 
@@ -274,7 +275,7 @@ def _missing(name: LegName) -> Leg:
 
 
 def _decide_leg(leg: Leg, policy: Policy, types: dict[str, str], *, judged: bool) -> Leg:
-    """Decide a leg; a subject that is no candidate, as the verifier's own "F16 (oracle)", begins with its type."""
+    """Decide a leg; a subject that is not a candidate, for example "F16 (oracle)", begins with its type."""
     kinds = [types.get(check.subject) or check.subject.split(" ")[0] for check in leg.checks]
     checks = [_decide_check(c, policy, kind, judged=judged) for c, kind in zip(leg.checks, kinds, strict=True)]
     return leg.model_copy(update={"checks": checks, "status": leg_status([check.status for check in checks])})
@@ -291,7 +292,7 @@ def leg_status(statuses: list[Status]) -> Status:
 
 
 def _accepts(name: str, policy: Policy, *, judged: bool) -> bool:
-    """Whether the policy takes any count; of differing tensors only in a report that judged each of them."""
+    """Whether the policy accepts any count; a count of differing tensors only if the report judged each tensor."""
     if name == "contract.fallback_types":
         return policy.contract.allow_fallback_types
     return judged and policy.quantise.tensors_differ is None
@@ -302,11 +303,11 @@ def _decide_check(check: Check, policy: Policy, kind: str, *, judged: bool) -> C
         check = check.model_copy(update={"bound": "any, by policy", "relation": None})
     elif (known := policy.bound(check, kind)) is not None:
         check = check.model_copy(update={"relation": known[0], "bound": known[1]})
-    else:  # never the bound that a stored report says it had
+    else:  # never the bound that is stored in the report
         detail = _unknown(check, kind) if check.value is not None or _is_statistic(check) else check.detail
         check = check.model_copy(update={"relation": None, "bound": None, "detail": detail})
     status = _evaluate(check)
-    if status in ("fail", "inconclusive"):  # what was not measured cannot be accepted
+    if status in ("fail", "inconclusive"):  # a check that was not measured cannot be waived
         for waiver in policy.waivers:
             if waiver.check == check.name and waiver.subject in (None, check.subject):
                 return _waive(check, waiver.reason)
@@ -331,7 +332,7 @@ def _evaluate(check: Check) -> Status:
     value, bound = check.value, check.bound
     if value is None or bound is None:
         return "not evaluated"
-    if check.relation is None:  # an accepted listing, see `_accepts`; nothing else may come without one
+    if check.relation is None:  # an accepted listing, see `_accepts`; no other check may lack a relation
         return "pass" if check.name in _LISTINGS and _is_possible(check.name, value) else "not evaluated"
     if not _holds(value, check.relation, bound) or not _is_possible(check.name, value):
         return "inconclusive" if check.name in _OPEN and _is_number(value) else "fail"
@@ -339,22 +340,22 @@ def _evaluate(check: Check) -> Status:
         return "pass"
     low, high = check.interval or (math.nan, math.nan)
     if isinstance(value, str) or not low <= value <= high:
-        return "not evaluated"  # a statistic without its interval, or with another one's
+        return "not evaluated"  # the interval is missing or does not hold the value
     if check.name.startswith("cells."):
-        # A cell has 80 to 140 positions in some eight passages: the far end of its interval is mostly luck (a healthy
-        # Q8_0 reached from 0.019 to 0.27), and faults of a cell are gross. Its wide bounds are held by the mean.
+        # A cell has 80 to 140 positions in about eight passages: the far end of its interval is mostly chance (0.019 to
+        # 0.27 for a healthy Q8_0), and the faults of a cell are gross. So the mean is compared with the wide bounds.
         return "pass"
     return "pass" if _holds(high if check.relation == "<=" else low, check.relation, bound) else "inconclusive"
 
 
 def _is_statistic(check: Check) -> bool:
-    """Means over tokens, which come with an interval and, but for the cells', are decided on its far end."""
+    """Whether a check is a mean over tokens with an interval; its far end decides, except in cells."""
     means = (".mean_kld", ".top1", ".codes_error", ".kld_ratio")
     return check.name.endswith(means) or check.name.startswith("dtype.mean_kld.")
 
 
 def _is_possible(name: str, value: float | int | str) -> bool:
-    """Everything measured is a count, a distance or a share: never below zero, a share never above one."""
+    """Whether a value is possible: counts, distances and shares are never below zero, shares never above one."""
     return isinstance(value, str) or (value >= -_ROUNDING and (value <= 1 or not name.endswith(".top1")))
 
 
@@ -366,7 +367,7 @@ def _holds(value: float | int | str, relation: str, bound: float | int | str) ->
     if relation in ("==", "!="):
         return (value == bound) == (relation == "==")
     if isinstance(value, str) or isinstance(bound, str):
-        return False  # an order between texts is never meant
+        return False  # texts have no order
     return value <= bound if relation == "<=" else value >= bound  # False for NaN
 
 

@@ -1,6 +1,6 @@
-"""What must hold before a file may be released: bounds, requirements and waivers, from a YAML file.
+"""The policy: bounds, required legs and waivers that decide whether a file may be released, from a YAML file.
 
-`default_policy.yaml` comments every key; a user's file is laid over it. `decide` applies the policy.
+`default_policy.yaml` comments every key; a user's file replaces single keys of it. `decide` applies the policy.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ DEFAULT_POLICY = Path(__file__).with_name("default_policy.yaml")
 
 
 _SEE = f"every key is explained in {DEFAULT_POLICY}"
-_MAX_BYTES = 1 << 16  # the default, comments and all, has 6,000; PyYAML reads 100,000 in a second
-_MAX_WAIVERS = 1000  # each failed check is held against each of them
-# bounds of what has to be reached; every other bound is of what must not be exceeded
+_MAX_BYTES = 1 << 16  # the default policy has 6,000 with its comments; PyYAML reads 100,000 in a second
+_MAX_WAIVERS = 1000  # each failed check is compared with each waiver
+# least values; every other bound is a largest value
 _AT_LEAST = {"top1", "differs_from_base", "transposed", "positions", "chunks", "entropy", "alignment"}
 
 
@@ -36,7 +36,7 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _number(cls, given: Any, info: ValidationInfo) -> Any:
-        """Refuse `true`, which would be read as 1: in nats or positions a bound that every file keeps."""
+        """Refuse `true`, which would be read as 1: as nats or positions, every file keeps that bound."""
         if isinstance(given, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("true and false are no bounds")
         if isinstance(given, int) and abs(given) >= MAX_NUMBER:
@@ -68,24 +68,24 @@ class LogitBounds(_Section):
 
 
 class ConvertBounds(LogitBounds):
-    """Of float files: logits and the worst weight in roundings."""
+    """Bounds of float files: logits and the worst weight in roundings."""
 
     rounding: float = Field(gt=0)
-    BF16: LogitBounds  # of bfloat16 files, whose kernels round the activations too
+    BF16: LogitBounds  # for bfloat16 files, whose kernels round the activations too
 
 
 class QuantiseBounds(_Section):
     """Numbers of tensors."""
 
-    tensors_differ: int | None = Field(default=None, ge=0)  # None: any number that is judged healthy
+    tensors_differ: int | None = Field(default=None, ge=0)  # None accepts any number of tensors judged healthy
     unexplained: int = Field(ge=0)
-    output_error: float = Field(gt=0)  # in llama.cpp's own quantiser's
-    codes_error: float = Field(gt=0)  # squared, in that of the nearest codes
-    kld_ratio: float = Field(gt=0)  # in that of llama.cpp's own quantisation
+    output_error: float = Field(gt=0)  # divided by the error of llama.cpp's quantiser
+    codes_error: float = Field(gt=0)  # squared, divided by that with the nearest codes
+    kld_ratio: float = Field(gt=0)  # divided by the KLD of llama.cpp's quantisation
 
 
 class ContractBounds(_Section):
-    """What is equal or wrong has no bound; this is the one exception that can be allowed."""
+    """Contract checks demand equality and have no bounds; fallback types are the one difference that can be allowed."""
 
     allow_fallback_types: bool
 
@@ -108,7 +108,7 @@ class EvidenceBounds(_Section):
 
 
 class Waiver(_Section):
-    """A failure that is accepted, and why."""
+    """A failure that is accepted, with a reason."""
 
     check: str = Field(min_length=1)
     subject: str | None = None  # a candidate's label; None = every candidate
@@ -131,9 +131,9 @@ class Policy(_Section):
     waivers: list[Waiver] = Field(default_factory=list, max_length=_MAX_WAIVERS)
 
     def bound(self, check: Check, kind: str) -> tuple[str, float | int | str] | None:
-        """Relation and bound for a check about a file of the type `kind`, or None when the policy knows none."""
+        """Relation and bound for a check about a file of the type `kind`; None if the policy has no such bound."""
         if check.name.startswith("contract.") or check.name.endswith(".non_finite"):
-            return "<=", 0  # a count of disagreements; what a stored report says its bound was does not matter
+            return "<=", 0  # a count of disagreements; a bound stored in the report is ignored
         quality = self.quality.get(kind)
         convert = self.convert.BF16 if kind == "BF16" else self.convert
         table: dict[str, tuple[str, float | int | str]] = {
@@ -149,7 +149,7 @@ class Policy(_Section):
             "quantise.codes_error": ("<=", self.quantise.codes_error),
             "quantise.kld_ratio": ("<=", self.quantise.kld_ratio),
             "controls.differs_from_base": (">=", self.controls.differs_from_base),
-            # never below the bake leg's own bound: a loosened bake leg must still refuse the wrong bake
+            # at least twice the bound of the bake leg: a loosened bake leg must still refuse the wrong bake
             "controls.transposed": (">=", max(self.controls.transposed, 2 * self.bake.max_abs_logit)),
             "evidence.positions": (">=", self.evidence.positions),
             "evidence.chunks": (">=", self.evidence.chunks),
@@ -174,7 +174,7 @@ def _cell_bound(name: str, bounds: LogitBounds) -> tuple[str, float]:
 
 
 def load_policy(path: str | Path | None = None) -> Policy:
-    """The default policy with the keys of a file laid over it, section by section.
+    """The default policy; the keys in the file replace its keys, section by section.
 
     Raises:
         InputError: missing, not YAML, unknown key, wrong type, waiver without a reason.
@@ -197,7 +197,7 @@ def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
     """Validate a mapping of overrides; see `load_policy`.
 
     Raises:
-        InputError: no mapping, an unknown key, or a value out of its bounds.
+        InputError: not a mapping, an unknown key, or a value out of its bounds.
     """
     if not isinstance(overrides, dict):
         raise InputError(f"{source} must be a mapping of keys, got {type(overrides).__name__}; {_SEE}")
@@ -217,17 +217,17 @@ def make_policy(overrides: Any, *, source: str = "policy") -> Policy:
 
 
 def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
-    """The keys that the section of a wrong key may have."""
+    """The keys that are allowed in the section of a wrong key."""
     section: Any = _defaults()
     for part in place[:-1]:
         if part == "waivers":
             return list(Waiver.model_fields)
-        section = section.get(part, LogitBounds.model_fields)  # a kind of quality or cells that the default lacks
+        section = section.get(part, LogitBounds.model_fields)  # a type in quality or cells that the default lacks
     return list(section)
 
 
 def weaker(policy: Policy, than: Policy) -> list[str]:
-    """What a policy lets pass that another one does not: its looser bounds, added kinds, legs left out, waivers."""
+    """The points in which a policy is weaker than another: looser bounds, added types, missing legs, waivers."""
     mine, theirs = policy.model_dump(), than.model_dump()
     found = [f"required without {leg}" for leg in theirs.pop("required") if leg not in mine["required"]]
     found += _looser(mine, theirs)

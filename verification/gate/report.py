@@ -1,8 +1,8 @@
-"""The report's data model: what `verify` measured, against which bound, and what follows.
+"""The report's data model: the measured values, their bounds, and the decision.
 
-`report.json` is this model and the source of every other form (HTML, Markdown, JUnit). A check passes only when it
-was evaluated and held; a leg takes the worst status of its checks (waived beside passed is a pass); the verdict takes
-the worst of the legs.
+`report.json` is this model and the source of every other form (HTML, Markdown, JUnit). A check passes only if it was
+evaluated and kept its bound. A leg takes the worst status of its checks; waived and passed checks together are a pass.
+The verdict takes the worst status of the legs.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-# 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; 1.2: `trained_function`; 1.3: check
-# `quantise.unexplained`, each tensor's `drawer`, `why` and `own_error`, and each check's `code` and `where`; 1.4: each
-# artefact's `type`, role `reference_file` of an input, and each tensor's `blocks`, `blocks_differ` and `found`; 1.5:
-# checks `quantise.codes_error` and `quantise.kld_ratio`, each tensor's `rows` and `columns`
+# Added in 1.1: legs `evidence` and `cells`, fields `cells` and `noise`; in 1.2: `trained_function`; in 1.3: check
+# `quantise.unexplained`, tensors' `drawer`, `why` and `own_error`, checks' `code` and `where`; in 1.4: artefacts'
+# `type`, the role `reference_file` of an input, tensors' `blocks`, `blocks_differ` and `found`; in 1.5: checks
+# `quantise.codes_error` and `quantise.kld_ratio`, tensors' `rows` and `columns`
 SCHEMA_VERSION = "1.5"
 
 Status = Literal["pass", "fail", "inconclusive", "not evaluated", "waived"]
 Verdict = Literal["pass", "fail", "inconclusive", "incomplete"]
 LegName = Literal["bake", "dtype", "convert", "quantise", "quality", "contract", "controls", "evidence", "cells"]
 Relation = Literal["<=", ">=", "==", "!="]
-NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no such numbers: words
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # words, because JSON has no such numbers
 
 
 class _Model(BaseModel):
@@ -34,15 +34,15 @@ class Artefact(_Model):
 
     role: Literal["reference", "reference_file", "candidate", "base", "adapter", "corpus", "policy", "imatrix"]
     path: str
-    # of the file; for a directory: of the sorted list of (name, sha256) of its files
+    # digest of the file; for a directory, of the sorted list of (name, sha256) of its files
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
     label: str = ""  # short name used in tables and plots, e.g. "Q4_K_M (my-model.gguf)"
-    type: str = ""  # of a candidate: its file type, "Q4_K_M", which chooses its checks and bounds
+    type: str = ""  # a candidate's file type, "Q4_K_M"; it chooses the checks and bounds
 
     @model_validator(mode="after")
     def _type_of_old_reports(self) -> Artefact:
-        """Before schema 1.4 the label began with the type."""
+        """Take the type from the label: before schema 1.4 the label began with the type."""
         if self.role == "candidate" and not self.type:
             self.type = self.label.split(" ")[0]
         return self
@@ -52,23 +52,23 @@ class Check(_Model):
     """One measured value and the bound that it is compared with."""
 
     name: str  # stable dotted id, e.g. "convert.mean_kld"
-    title: str  # what a person reads, e.g. "Mean KL divergence"
+    title: str  # for people, e.g. "Mean KL divergence"
     subject: str = ""  # candidate label ("Q8_0"), or "" when the check is about the reference
     status: Status
     value: float | int | str | None = None
     bound: float | int | str | None = None
     relation: Relation | None = None
-    interval: tuple[float, float] | None = None  # 95 % interval of value, where there is one
+    interval: tuple[float, float] | None = None  # 95 % interval of the value, if there is one
     unit: str = ""
     detail: str = ""  # one sentence: the tensor, the token, the diagnosis, or why it was not evaluated
-    code: str = ""  # the kind of fault where it was recognised, for programs: "flipped_bit"; see `contract.finding`
+    code: str = ""  # the recognised kind of fault, for programs: "flipped_bit"; see `contract.finding`
     where: str = ""  # the tensor, key or token that the check names first
-    reason: str = ""  # why it was waived
+    reason: str = ""  # why the check was waived
 
     @field_validator("value", "bound", "interval", mode="before")
     @classmethod
     def _numbers(cls, given: Any) -> Any:
-        """Refuse `true` as a number; an end of an interval may be a word for what is not finite, but no other text."""
+        """Refuse `true` as a number; an end of an interval may be a word in `NOT_FINITE`, but no other text."""
         ends = given if isinstance(given, list | tuple) else []
         if any(isinstance(number, bool) for number in (given, *ends)):
             raise ValueError("true and false are no numbers")
@@ -121,8 +121,8 @@ class CellResult(_Model):
     cell: str  # "short", "n_ctx_shipped", "decode", ...
     title: str
     candidate: str
-    setting: str  # what is special, in words: "allocated n_ctx 4096"
-    why: str = ""  # why the cell does not apply; empty where it was measured
+    setting: str  # the special setting in words: "allocated n_ctx 4096"
+    why: str = ""  # why the cell does not apply; empty if it was measured
     divergence: Divergence | None = None  # against the reference on the same tokens
 
 
@@ -143,38 +143,38 @@ class TensorRow(_Model):
     candidate: str
     name: str
     shape: list[int]
-    nominal_type: str  # what the file type promises for it
+    nominal_type: str  # the type that the file type promises
     actual_type: str
     rel_error: float | None = None  # ||dequantised - reference|| / ||reference||
     max_abs_error: float | None = None
     bytes_equal_oracle: bool | None = None
     layer: int | None = None
     drawer: Literal["proven", "judged", "unexplained", "not compared"] | None = None  # None before schema 1.3
-    why: str = ""  # how it was proven, or why other bytes are healthy
-    own_error: float | None = None  # rel_error of llama.cpp's own quantiser at this type
-    blocks: int = Field(default=0, ge=0)  # of the type; of a float type, weights; 0 where they were not counted
-    blocks_differ: int = Field(default=0, ge=0)  # whose bytes are not the own quantiser's
+    why: str = ""  # how the tensor was proven equal, or why its different bytes are healthy
+    own_error: float | None = None  # rel_error of llama.cpp's quantiser at this type
+    blocks: int = Field(default=0, ge=0)  # number of blocks (float types: weights); 0 if not counted
+    blocks_differ: int = Field(default=0, ge=0)  # blocks whose bytes differ from llama.cpp's quantiser's
     found: str = ""  # the first fault in words, with its place in the tensor
-    rows: list[float] = Field(default_factory=list, max_length=32)  # relative error of stretches of its rows; of a
-    columns: list[float] = Field(default_factory=list, max_length=32)  # tensor with a fault, and of its columns
+    rows: list[float] = Field(default_factory=list, max_length=32)  # relative errors of groups of rows,
+    columns: list[float] = Field(default_factory=list, max_length=32)  # of columns; only of a tensor with a fault
 
 
-# `why` of a tensor that `quantise.output_error` decides, and of one that `quantise.codes_error` decides as well
+# `why` of a tensor that `quantise.output_error` decides, and of a tensor that `quantise.codes_error` decides too
 BY_OUTPUT = "by the error of its layer's output"
 BY_CODES = "by the error of its layer's output: not the nearest codes"
 
 
 class TrainedFunction(_Model):
-    """What was trained beside what is shipped, where the base was quantised in training; information."""
+    """The trained model compared with the shipped checkpoint, if training quantised the base; information only."""
 
     quantization: Literal["8bit", "4bit"]
     weight_error: float  # ||quantised - original|| / ||original|| over all quantised weights of the base
-    weights: int  # how many tensors those are
+    weights: int  # number of quantised tensors
     divergence: Divergence  # quantised base + adapter as reference, the saved checkpoint as candidate
 
 
 class Report(_Model):
-    """Everything a decision needs; `so8t gate` decides again from this file alone."""
+    """Every value that a decision needs; `so8t gate` decides again from this file alone."""
 
     schema_version: str = SCHEMA_VERSION
     verdict: Verdict
@@ -183,22 +183,22 @@ class Report(_Model):
     artefacts: list[Artefact]
     legs: list[Leg]
     divergences: list[Divergence] = Field(default_factory=list)
-    base_divergences: list[Divergence] = Field(default_factory=list)  # the base model's own quant damage, information
+    base_divergences: list[Divergence] = Field(default_factory=list)  # damage of the quantised base, information
     cells: list[CellResult] = Field(default_factory=list)
     noise: list[NoiseRow] = Field(default_factory=list)
     tensors: list[TensorRow] = Field(default_factory=list)
     trained_function: TrainedFunction | None = None
     policy: dict[str, Any]
-    tokens_sha256: str = ""  # of the scored ids as int32, chunk after chunk
+    tokens_sha256: str = ""  # digest of the scored ids as int32, chunk after chunk
     versions: dict[str, str]
     durations: dict[str, float]  # seconds per stage
-    notes: list[str] = Field(default_factory=list)  # limits a reader must know (e.g. the base lies on a 4-bit grid)
+    notes: list[str] = Field(default_factory=list)  # limits that readers must know (e.g. the base lies on a 4-bit grid)
     training: TrainingRecord | None = None
     answers: AnswerRecord | None = None
 
     @model_validator(mode="after")
     def _labels(self) -> Report:
-        """Two files of one label would share their checks, and one of them would never have been verified."""
+        """Refuse two files with one label: they would share their checks, and one file would not be verified."""
         labels = [artefact.label for artefact in self.artefacts if artefact.role == "candidate"]
         if "" in labels or len(set(labels)) < len(labels):
             raise ValueError(f"every candidate needs a label of its own, found {labels[:20]}")
@@ -214,7 +214,7 @@ class Curve(_Model):
 
 
 class TrainingRecord(_Model):
-    """What training did, for the report's curves."""
+    """The record of a training, for the report's curves."""
 
     steps: int
     seconds: float
@@ -226,8 +226,8 @@ class TrainingRecord(_Model):
     angles_by_layer: list[tuple[int, float, float]] = Field(
         default_factory=list
     )  # layer, mean |angle|, max |angle|, rad
-    angles_by_block: list[tuple[int, list[float]]] = Field(default_factory=list)  # layer, each block's largest, rad
-    so8t_only: dict[str, float] | None = None  # the rotation alone: heldout_loss_before/after, steps, max_angle
+    angles_by_block: list[tuple[int, list[float]]] = Field(default_factory=list)  # layer, largest angle of a block, rad
+    so8t_only: dict[str, float] | None = None  # only the rotation trained: heldout_loss_before/after, steps, max_angle
     heldout_loss_rotation_off: float | None = None  # trained adapter, rotation replaced by the identity
 
 

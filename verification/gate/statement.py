@@ -1,9 +1,9 @@
-"""An in-toto statement beside the report: what the numbers are bound to, so that an edited report is refused.
+"""An in-toto statement beside the report, with the digests of report and inputs: an edited report is refused.
 
-report.intoto.json is an in-toto Statement v1: its subjects are the candidate files by sha256, its predicate holds the
-sha256 of report.json itself, of every input, of the token ids that were scored and of the policy, the versions and the
-CPU's features. Plain JSON, unsigned: it proves that report and files belong together, not who wrote them. Whoever can
-edit the report can edit the statement too, so sign it where that matters (docs/ci.md).
+report.intoto.json is an in-toto Statement v1. Its subjects are the candidate files by sha256. Its predicate holds the
+sha256 of report.json, of every input, of the scored token ids and of the policy, the versions and the CPU's features.
+The statement is plain unsigned JSON: it proves that report and files belong together, but not who wrote them. A person
+who can edit the report can edit the statement too, so sign it if that matters (docs/ci.md).
 Source: in-toto/attestation, spec/v1/statement.md.
 """
 
@@ -25,12 +25,12 @@ _MAX_BYTES = 4 << 20  # a few hundred bytes an input
 
 
 def statement_path(report: Path) -> Path:
-    """Where a report's statement lies: report.json -> report.intoto.json."""
+    """The path of a report's statement: report.json -> report.intoto.json."""
     return report.with_name(f"{report.stem}.intoto.json")
 
 
 def policy_digest(policy: dict[str, Any]) -> str:
-    """sha256 of a policy's canonical JSON: every key and bound, whatever its YAML looked like."""
+    """sha256 of a policy's canonical JSON: every key and bound, but not the layout of the YAML file."""
     return hashlib.sha256(json.dumps(policy, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -61,7 +61,7 @@ def make_statement(report: Report, report_file: Path) -> dict[str, Any]:
 
 
 def write_statement(report: Report, report_file: Path) -> Path:
-    """Write the statement beside `report_file`, which must be there already."""
+    """Write the statement beside `report_file`, which must exist."""
     path = statement_path(report_file)
     text = json.dumps(make_statement(report, report_file), indent=2, ensure_ascii=False) + "\n"
     write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a lone surrogate: its JSON escape
@@ -69,10 +69,10 @@ def write_statement(report: Report, report_file: Path) -> Path:
 
 
 def check_policy(report: Report, wanted: str) -> None:
-    """Refuse a report that was decided under another policy than the one of this digest.
+    """Refuse a report that was decided under another policy than the policy with this digest.
 
     Raises:
-        InputError: with both digests.
+        InputError: the policies differ; the message names both digests.
     """
     if policy_digest(report.policy) != wanted.lower():
         raise InputError(
@@ -82,11 +82,11 @@ def check_policy(report: Report, wanted: str) -> None:
 
 
 def check_statement(report: Report, report_file: Path) -> None:
-    """Refuse a report, read from `report_file`, that is not the one its statement describes.
+    """Refuse a report, read from `report_file`, that its statement does not describe.
 
     Raises:
-        InputError: no statement, not a statement of ours, bytes of the report changed, a digest or the verdict
-            contradicts it.
+        InputError: no statement, a statement that so8t did not write, changed bytes of the report, or a digest or
+            verdict that differs from the statement.
     """
     path = statement_path(report_file)
     again = "Verify again" if report_file.name != "report.json" else f"Run `so8t verify --out {report_file.parent}`"
@@ -111,7 +111,7 @@ def check_statement(report: Report, report_file: Path) -> None:
 
 
 def _difference(stated: dict[str, Any], found: dict[str, Any]) -> str:
-    """The first contradiction in words, the report's own bytes before all that follows from them."""
+    """The first contradiction in words; the digest of the report's bytes is compared first."""
     claims = stated.get("predicate")
     claims = claims if isinstance(claims, dict) else {}
     for key in ("report", "verdict", "policy", "tokens", "inputs", "versions", "summary", "created"):

@@ -1,4 +1,4 @@
-"""The report's files in a directory: which they are, and that none of an earlier run is taken for this one's."""
+"""The names of the report's files in a directory, and their deletion before a new run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ REPORT_FILES = ("report.json", "report.html", "report.md", "junit.xml", "report.
 
 
 def clear_report(out: Path) -> None:
-    """Take away an earlier report, so that a verification that cannot run never leaves another one's pass behind.
+    """Delete an earlier report, so that a verification that cannot run never leaves the pass of an earlier run.
 
-    A place that cannot hold the report is found here too, before the measuring and not after it.
+    A directory that cannot be written is found here, before the measuring.
 
     Raises:
         InputError: the directory cannot be made or written.
@@ -28,10 +28,10 @@ def clear_report(out: Path) -> None:
 
 
 def require_candidate(report: Report, path: Path) -> None:
-    """Refuse a report about no file: nothing is called for in it, so everything in it could pass.
+    """Refuse a report without a candidate: it requires no checks, so it could always pass.
 
     Raises:
-        InputError: with the way out.
+        InputError: the report names no candidate.
     """
     if not any(artefact.role == "candidate" for artefact in report.artefacts):
         raise InputError(f"{path} names no candidate file, so there is nothing to release; verify again")

@@ -1,8 +1,8 @@
-"""Reads JSON that a stranger may have written: bounded, and without the liberties of Python's reader.
+"""Reads JSON from an untrusted source, with bounds and more strictly than Python's reader.
 
-Refused are what two readers would understand in two ways or what only costs: keys that stand twice in an object, the
-words NaN and Infinity, numbers that no double and no 64-bit integer holds, text that is not UTF-8, nesting, counts and
-sizes beyond any report. Source: RFC 8259, sections 4 and 6.
+JSON that two readers would understand differently, or that costs too much, is refused: duplicate keys in an object, the
+words NaN and Infinity, numbers that fit neither a double nor a 64-bit integer, text that is not UTF-8, and nesting,
+counts and sizes larger than in any report. Source: RFC 8259, sections 4 and 6.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from so8t_core.files import read_regular
 
 MAX_BYTES = 32 << 20  # a report of 25 files with 1,100 tensors each has 10 MB
-MAX_VALUES = 1_000_000  # that report has 400,000; a million of the dearest ones cost 250 MB of memory
-MAX_MARKS = 4 * MAX_VALUES  # two around every key and every text
+MAX_VALUES = 1_000_000  # that report has 400,000; a million of the largest values take 250 MB of memory
+MAX_MARKS = 4 * MAX_VALUES  # quotation marks: two around every key and every text
 MAX_DEPTH = 32  # a report has 8
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
@@ -28,17 +28,17 @@ def read_json(path: Path, *, most: int = MAX_BYTES) -> Any:
     """The value in a file.
 
     Args:
-        most: bytes that the file may have.
+        most: largest size of the file in bytes.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
-        ValueError: it is no strict JSON, or larger than the bounds above; says why in one line.
+        OSError: the file cannot be read, or is not a regular file.
+        ValueError: the file is not strict JSON, or exceeds the bounds above; the message says why in one line.
     """
     return parse(read_regular(path, most=most))
 
 
 def parse(data: bytes) -> Any:
-    """The value that UTF-8 bytes write.
+    """The value of JSON in UTF-8 bytes.
 
     Raises:
         ValueError: see `read_json`.
@@ -50,8 +50,8 @@ def parse(data: bytes) -> Any:
 
 
 def _within_budget(data: bytes) -> None:
-    """Nesting and number of values, counted before anything is built from them."""
-    if (marks := data.count(b'"')) > MAX_MARKS:  # texts are cut out below, and each costs memory
+    """Check nesting and number of values before any value is built."""
+    if (marks := data.count(b'"')) > MAX_MARKS:  # texts are removed below, and each takes memory
         raise ValueError(f"{marks} quotation marks, at most {MAX_MARKS} are read")
     bare = _STRING.sub(b"", data)
     if (values := bare.count(b",") + bare.count(b"[") + bare.count(b"{")) > MAX_VALUES:

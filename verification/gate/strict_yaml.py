@@ -1,7 +1,7 @@
-"""Reads YAML with one meaning and of bounded cost, for policies and configurations.
+"""Reads YAML that has one meaning and bounded cost, for policies and configurations.
 
-Refused are aliases, which grow to any size, a key that stands twice in a mapping, which two readers understand in two
-ways, nesting without end, numbers of more than 64 bits, and what Python has no value for (the date 2026-99-99).
+The reader refuses aliases (they can grow to any size), duplicate keys in a mapping (two readers understand them
+differently), deep nesting, numbers of more than 64 bits, and values that Python cannot hold (the date 2026-99-99).
 Source: YAML 1.1 as PyYAML's `safe_load` reads it.
 """
 
@@ -16,7 +16,7 @@ MAX_NUMBER = 1 << 63
 
 
 class NotYaml(ValueError):
-    """YAML that is not read; says why in one line."""
+    """Refused YAML; the message says why in one line."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,10 +49,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(text: str) -> Any:
-    """The value that a text writes.
+    """The value of a YAML text.
 
     Raises:
-        NotYaml: see above; or no YAML at all.
+        NotYaml: the text is not YAML, or is refused for a reason in the module's docstring.
     """
     try:
         return yaml.load(text, _Loader)

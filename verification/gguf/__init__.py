@@ -1,1 +1,1 @@
-"""GGUF files: read, bounded and in place."""
+"""Reads, checks and edits GGUF files."""

@@ -1,8 +1,9 @@
-"""What a GGUF file may hold before anything is computed from it: budgets, names, and the type of every known key.
+"""Limits for GGUF files, checked while the header is read: sizes, names, and the type of every known key.
 
-`read_gguf` asks here at each step of the header, so every command that opens a GGUF has the same rules. A refusal is
-an InputError of one line with key or tensor, value and bound. The bounds of tensors are llama.cpp's (GGML_MAX_DIMS,
-GGML_MAX_NAME); the other bounds stand far above the largest published files (Gemma-3: 1.3 million array items).
+`read_gguf` calls these functions at each step of the header, so every command that opens a GGUF has the same rules. A
+refusal is an InputError of one line with key or tensor, value and bound. The bounds of tensors are llama.cpp's
+(GGML_MAX_DIMS, GGML_MAX_NAME); the other bounds are far above the largest published files (Gemma-3: 1.3 million array
+items).
 Token strings may hold any bytes. Source: llama.cpp, ggml/src/gguf.cpp and src/llama-model-loader.cpp.
 """
 
@@ -41,7 +42,7 @@ def counts(path: Path, n_tensors: int, n_kv: int) -> None:
     """Refuse more tensors or metadata entries than any model has.
 
     Raises:
-        InputError: there are more.
+        InputError: the file states more than the bound.
     """
     for found, bound, what in ((n_kv, MAX_ENTRIES, "metadata entries"), (n_tensors, MAX_TENSORS, "tensors")):
         if found > bound:
@@ -49,10 +50,10 @@ def counts(path: Path, n_tensors: int, n_kv: int) -> None:
 
 
 def text(path: Path, where: str, value: str, *, bound: int = MAX_STRING) -> None:
-    """Refuse a text that a C reader would cut at a NUL, that is not UTF-8, or that is longer than `bound` bytes.
+    """Refuse a text that a C reader would cut at a NUL, that is not UTF-8, or that is longer than `bound` characters.
 
     Raises:
-        InputError: it is one of these.
+        InputError: the text is refused.
     """
     if len(value) > bound:
         raise InputError(f"{path}: {where} has {len(value)} characters, at most {bound} are read")
@@ -63,20 +64,20 @@ def text(path: Path, where: str, value: str, *, bound: int = MAX_STRING) -> None
 
 
 def header(path: Path, size: int) -> None:
-    """Refuse keys and descriptions that take more bytes than those of any model.
+    """Refuse a header (keys and descriptions of tensors) with more bytes than any model needs.
 
     Raises:
-        InputError: they do.
+        InputError: `size` exceeds the bound.
     """
     if size > MAX_HEADER:
         raise InputError(f"{path}: the header goes beyond {MAX_HEADER} bytes, more than any model has; it is damaged")
 
 
 def key_type(path: Path, key: str, kind: int, inner: int | None) -> None:
-    """Refuse a known key of another type than llama.cpp asks for; `inner` is an array's item type.
+    """Refuse a known key whose type differs from the type that llama.cpp reads; `inner` is an array's item type.
 
     Raises:
-        InputError: it has one.
+        InputError: the type differs.
     """
     rule = wanted(key)
     if rule is not None and not rule.allows(kind, inner):
@@ -86,10 +87,13 @@ def key_type(path: Path, key: str, kind: int, inner: int | None) -> None:
 
 
 def key_value(path: Path, key: str, value: Any) -> None:
-    """Refuse a known key's number that is negative, not finite or too large for 32 bits, and an odd architecture.
+    """Refuse an invalid value of a known key.
+
+    Invalid are numbers that are negative, not finite or too large for 32 bits, an architecture with odd characters, and
+    too many tokens or blocks.
 
     Raises:
-        InputError: it is one of these.
+        InputError: the value is invalid.
     """
     rule = wanted(key)
     if rule is None:
@@ -107,7 +111,7 @@ def key_value(path: Path, key: str, value: Any) -> None:
         return
     kind = "float" if isinstance(numbers[0], float) else "integer"
     if kind == "float" and isinstance(value, list):
-        return  # scores of tokens: a check of the vocabulary
+        return  # scores of tokens are checked with the vocabulary
     low = 0 if rule.is_unsigned else -math.inf
     bad = next((n for n in numbers if not math.isfinite(n) or n < low or abs(n) > _LARGEST[kind]), None)
     if bad is not None:
@@ -118,10 +122,10 @@ def key_value(path: Path, key: str, value: Any) -> None:
 
 
 def alignment(path: Path, value: int) -> None:
-    """Refuse an alignment that is no power of two or beyond the bound.
+    """Refuse an alignment that is not a power of two or exceeds the bound.
 
     Raises:
-        InputError: it is.
+        InputError: the alignment is refused.
     """
     if not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
         raise InputError(
@@ -133,7 +137,7 @@ def tensor(path: Path, name: str, n_dims: int) -> None:
     """Refuse a tensor whose name or rank llama.cpp cannot hold, or whose block number no model has.
 
     Raises:
-        InputError: it is one of these.
+        InputError: the tensor is refused.
     """
     where = f"tensor name {name[:80]!r}"
     text(path, where, name, bound=MAX_NAME - 1)
@@ -150,12 +154,12 @@ def tensor(path: Path, name: str, n_dims: int) -> None:
 
 
 def shape(path: Path, name: str, dims: Sequence[int], kind: GGMLQuantizationType) -> tuple[int, ...]:
-    """A tensor's shape in Hugging Face order, with the rank of its role; refuse one that no weights can have.
+    """A tensor's shape in Hugging Face order, with the rank that its name requires.
 
-    Dimensions of 1 that only pad the rank mean nothing to llama.cpp: (1, 1, 64, 32) of an attn_q is (64, 32).
+    llama.cpp ignores dimensions of 1 that only pad the rank: an attn_q of (1, 1, 64, 32) is (64, 32).
 
     Raises:
-        InputError: no element, another rank, or a type in which no weights can be.
+        InputError: the tensor has no element, another rank, or a type that cannot hold weights.
     """
     found = tuple(reversed(dims)) or (1,)
     if not math.prod(found):
@@ -175,7 +179,7 @@ def shape(path: Path, name: str, dims: Sequence[int], kind: GGMLQuantizationType
 
 @functools.cache
 def readable(kind: GGMLQuantizationType) -> bool:
-    """Whether the values of a type can be computed here: not so for those that only live in memory, as Q8_K."""
+    """Whether the values of a type can be computed here; types that exist in memory only, as Q8_K, are not readable."""
     if kind.name in _NOT_WEIGHTS or kind.name in ("F32", "F16"):
         return True
     try:

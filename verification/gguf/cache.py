@@ -1,8 +1,9 @@
-"""Results of tensors that were examined before, by the bytes they were made from.
+"""Stored results of examined tensors, found again by the tensor's bytes.
 
-Examining a tensor depends on its name, type, shape and bytes, on the sources (one `Memory` belongs to one set of them)
-and on the frame: which tensors of which shapes stand beside it. Two files that share most tensors, as a healthy file
-and a copy with one fault, are then examined at the cost of what differs. Without a memory nothing is kept.
+The result of a tensor depends on its name, type, shape and bytes, on the sources (one `Memory` belongs to one set of
+sources), and on the frame: names and shapes of all tensors in the file. If two files share most tensors, for example a
+healthy file and a copy with one fault, only the different tensors are examined again. Without a `Memory` nothing is
+kept.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ T = TypeVar("T")
 
 
 class Memory:
-    """What was found out about tensors; for one reference, base and adapter."""
+    """Results of examined tensors, for one reference, base and adapter."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Any] = {}
 
     def recall(self, make: Callable[[], T], *key: Hashable | GGUFTensor | None) -> T:
-        """`make()`, or what it gave for the same key before; a tensor counts by its bytes."""
+        """`make()`, or its earlier result for the same key; a tensor in the key is replaced by its `tensor_key`."""
         parts = tuple(tensor_key(part) if isinstance(part, GGUFTensor) else part for part in key)
         if parts not in self._known:
             self._known[parts] = make()
@@ -44,7 +45,7 @@ def key_digest(file: GGUFFile) -> Hashable:
 
 
 def frame(file: GGUFFile) -> Hashable:
-    """What an examination takes from the file beside the tensor itself."""
+    """Everything besides the tensor itself that an examination reads from the file."""
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     shapes = tuple((tensor.name, tensor.shape) for tensor in file.tensors.values())
     counts = tuple(str(file.get(key)) for key in ("block_count", "expert_count"))

@@ -1,4 +1,4 @@
-"""Keys of a GGUF file left out or added in place: the header is written anew, the tensors' bytes are copied."""
+"""Removes or adds keys of a GGUF file in place: the header is written anew, the tensors' bytes are copied."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 from so8t_core.files import atomic_file
 from verification.gguf.reader import Cursor, GGUFFile, read_gguf
 
-_N_KV = 16  # byte at which the number of keys stands: behind magic, version and number of tensors
-_KEYS = _N_KV + 8  # byte at which the first key stands
-_UINT32, _STRING = 4, 8  # GGUF's numbers of the types
+_N_KV = 16  # offset in bytes of the number of keys, after magic, version and number of tensors
+_KEYS = _N_KV + 8  # offset in bytes of the first key
+_UINT32, _STRING = 4, 8  # GGUF's numbers of these types
 
 
 def drop_keys(gguf: Path, keys: Collection[str]) -> None:
-    """Leave keys out of a file; tensors and all other keys stay as they are, byte for byte.
+    """Remove keys from a file; the bytes of the tensors and of all other keys stay the same.
 
     Raises:
-        InputError: it is no readable GGUF file.
+        InputError: the file is not a readable GGUF file.
     """
     if not keys:
         return
@@ -40,10 +40,10 @@ def drop_keys(gguf: Path, keys: Collection[str]) -> None:
 
 
 def insert_keys(gguf: Path, keys: Mapping[str, int | str]) -> None:
-    """Write keys behind a file's own: numbers as unsigned 32-bit ones, texts as strings.
+    """Add keys after a file's last key: numbers as unsigned 32-bit integers, texts as strings.
 
     Raises:
-        InputError: it is no readable GGUF file.
+        InputError: the file is not a readable GGUF file.
     """
     file = read_gguf(gguf)
     added = [_string(key) + _value(value) for key, value in keys.items()]
@@ -58,19 +58,19 @@ def _string(text: str) -> bytes:
 
 
 def _value(value: int | str) -> bytes:
-    """A value behind the number of its type."""
+    """The number of a value's type, then the value."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)
     return struct.pack("<II", _UINT32, value)
 
 
 def _write(file: GGUFFile, count: int, entries: bytes) -> None:
-    """The file with these metadata entries in place of its own."""
+    """Write the file with these metadata entries instead of its present ones."""
     alignment = int(file.metadata.get("general.alignment", 32))
     with open(file.path, "rb") as source, atomic_file(file.path) as temporary, open(temporary, "wb") as target:
         head = source.read(file.header)
         target.write(head[:_N_KV] + struct.pack("<Q", count) + entries + head[file.keys_end :])
         target.write(bytes(-target.tell() % alignment))
-        source.seek(-source.tell() % alignment, os.SEEK_CUR)  # over the padding to the data
+        source.seek(-source.tell() % alignment, os.SEEK_CUR)  # skip the padding before the data
         shutil.copyfileobj(source, target, 1 << 22)
     read_gguf(file.path)

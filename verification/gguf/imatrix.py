@@ -1,9 +1,9 @@
-"""llama.cpp's importance matrix, in its GGUF form or the older .dat form, as the numbers its quantiser takes.
+"""Reads llama.cpp's importance matrix, in its GGUF form or the older .dat form, as the numbers that its quantiser uses.
 
-An entry is one float32 per input channel of a tensor, the mean of the squared activations (times experts where there
-are several). GGUF: `<name>.in_sum2` / `<name>.counts` per expert, 1 where an expert was never used. Legacy, little
-endian: int32 entries, each int32 length, name, int32 calls, int32 values, float32 values; value / calls.
-All divisions in float32, as the quantiser's own loader does them: the bytes of a quant depend on every bit.
+An entry is one float32 per input channel of a tensor, the mean of the squared activations (times experts if there are
+several). GGUF: `<name>.in_sum2` / `<name>.counts` per expert, 1 if an expert was never used. Legacy, little endian:
+int32 entries, each int32 length, name, int32 calls, int32 values, float32 values; value / calls.
+All divisions are in float32, as in the quantiser's loader: the bytes of a quantised tensor depend on every bit.
 Source: llama.cpp, common/imatrix-loader.cpp and tools/quantize/quantize.cpp.
 """
 
@@ -49,7 +49,7 @@ def read_imatrix(path: str | Path) -> dict[str, Array]:
 
 
 def is_legacy_imatrix(path: str | Path) -> bool:
-    """Whether a file is an importance matrix of the older form: by its ending, or by its first entry."""
+    """Whether a file is an importance matrix of the older form, judged by its ending or its first entry."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -88,7 +88,7 @@ def _from_gguf(path: Path) -> dict[str, Array]:
         counts = np.rint(found).astype(np.float32)
         sums = tensor.values().reshape(len(counts), -1)  # (experts, channels)
         safe = np.where(counts > 0, counts, np.float32(1))
-        with np.errstate(over="ignore", invalid="ignore"):  # seen in the values
+        with np.errstate(over="ignore", invalid="ignore"):  # the values are checked later
             entries[stem] = np.where(counts > 0, sums / safe, np.float32(1)).astype(np.float32).ravel()
     return entries
 

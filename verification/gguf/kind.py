@@ -1,7 +1,7 @@
-"""What a GGUF file is, by its keys and tensors: a language model, or one of the other kinds that people publish.
+"""The kind of a GGUF file, found from its keys and tensors: a language model, or another kind that people publish.
 
-`general.type` is "model", "adapter", "imatrix" or "mmproj" in files of current tools; older ones are known by their
-architecture or by how their tensors are called. llama.cpp's pooling type says that a model gives vectors (1 mean,
+`general.type` is "model", "adapter", "imatrix" or "mmproj" in files of current tools; older files are recognised by
+their architecture or by the names of their tensors. llama.cpp's pooling type says that a model gives vectors (1 mean,
 2 first token, 3 last token) or a score (4) instead of the next token's logits.
 Sources: gguf, constants.py (GGUFType, PoolingType, MODEL_ARCH_NAMES); llama.cpp, include/llama.h.
 """
@@ -56,9 +56,9 @@ class Kind:
 
     Attributes:
         noun: "a projector (mmproj) for images or sound", as it stands in a sentence.
-        unjudged: what `lint` cannot say of it; empty where nothing is left.
-        has_logits: whether it gives logits of a next token, which `verify`, `kld` and `serve` need.
-        loads: whether llama.cpp loads such a file as a model of its own.
+        unjudged: the properties that `lint` cannot check in such a file; empty if `lint` checks all.
+        has_logits: whether the file gives logits of a next token, which `verify`, `kld` and `serve` need.
+        loads: whether llama.cpp loads such a file as a model.
     """
 
     name: Name
@@ -74,7 +74,7 @@ _WITH_ITS_MODEL = "whether it fits the model it belongs to, and what it computes
 
 
 def kind_of(file: GGUFFile) -> Kind:
-    """The kind of a file; never by its name on the disk."""
+    """The kind of a file; the file's name is not used."""
     names, said = file.tensors, file.metadata.get("general.type")
     arch = file.architecture
     if said == "mmproj" or arch == "clip":
@@ -108,7 +108,7 @@ def require_logits(file: GGUFFile) -> None:
     """Refuse a file that gives no logits of a next token.
 
     Raises:
-        InputError: it is of another kind than a language model.
+        InputError: the file is not a language model.
     """
     kind = kind_of(file)
     if not kind.has_logits:

@@ -1,8 +1,8 @@
-"""Paths of the maker's computer that a file publishes; they often name people, customers and machines.
+"""Paths of the maker's computer in a file's metadata; they often name people, customers and machines.
 
 llama-quantize writes the importance matrix's path into `quantize.imatrix.file`; converters and merge tools have written
-paths into `general.source.*` and `general.base_model.*`. A value that is an absolute path counts, and inside any text
-but the tokenizer's a path that leads to people's files (/home/..., ~/..., C:\\..., \\\\host\\..., file:/).
+paths into `general.source.*` and `general.base_model.*`. Two kinds are found, in all keys but the tokenizer's: a value
+that is an absolute path, and a path to people's files inside a text (/home/..., ~/..., C:\\..., \\\\host\\..., file:/).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 from verification.gguf.reader import GGUFFile
 
 _PATH = re.compile(
-    r"\A\s*/(?!/)[^\s/]+(?:/[^\n]*)?\Z"  # any absolute path, as the whole value
+    r"\A\s*/(?!/)[^\s/]+(?:/[^\n]*)?\Z"  # the whole value is an absolute path
     r"|(?<![\w./-])(?:/(?:home|Users|root|mnt|media|tmp|private)/|~(?:[a-z_][\w.-]*)?/|[a-z]:[\\/]|\\\\[^\\\s]+\\|file:/)\S*",
     re.IGNORECASE,
 )
 
 
 def local_paths(file: GGUFFile) -> dict[str, str]:
-    """Key -> the first place on a computer that its value names."""
+    """Key -> the first path of a computer in its value."""
     found = ((key, next(_texts(key, value), None)) for key, value in file.metadata.items())
     return {key: path for key, path in found if path is not None}
 
 
 def _texts(key: str, value: Any) -> Iterator[str]:
-    """Paths in one value."""
+    """The first path in each text of one value."""
     if key.startswith("tokenizer."):
         return
     for text in value if isinstance(value, list) else [value]:

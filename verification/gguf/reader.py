@@ -1,9 +1,9 @@
-"""A GGUF file or a set of shards, read whole or refused: metadata as Python values, tensors as raw bytes in place.
+"""Reads a GGUF file or a set of shards, or refuses it: metadata as Python values, tensors as views of raw bytes.
 
 Layout (little endian): "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv x (string key, u32 type, value) |
 n_tensors x (string name, u32 n_dims, u64 dims innermost first, u32 type, u64 offset) | padding | data.
-The header is parsed here and not by gguf.GGUFReader: a truncated file must say what is missing, and 100,000 vocabulary
-strings take 0.1 s this way. Shapes are given in Hugging Face order (outermost first).
+The header is parsed here and not by gguf.GGUFReader, because the error for a truncated file must name the missing part,
+and because this parser reads 100,000 vocabulary strings in 0.1 s. Shapes are in Hugging Face order (outermost first).
 Source: the GGUF specification (ggml, docs/gguf.md); block sizes, file types and dequantisation come from the
 gguf package.
 """
@@ -58,10 +58,10 @@ class GGUFTensor:
     shape: tuple[int, ...]  # Hugging Face order
     type: str  # "F16", "Q4_K", ...
     raw: npt.NDArray[np.uint8]
-    offset: int = 0  # of its first byte in the file
+    offset: int = 0  # position of the first byte in the file
 
     def pieces(self, weights: int = 1 << 22) -> Iterator[GGUFTensor]:
-        """The tensor in pieces of whole rows, each of about `weights` weights: bounded memory for any size."""
+        """The tensor in pieces of whole rows, each of about `weights` weights, so that memory is bounded."""
         rows = int(np.prod(self.shape[:-1], dtype=np.int64))
         step, bytes_row = max(weights // self.shape[-1], 1), self.raw.size // rows
         for row in range(0, rows, step):
@@ -81,10 +81,10 @@ class GGUFTensor:
             with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
                 return self.raw.view(_PLAIN[self.type]).reshape(self.shape).astype(np.float32)
         block, size = GGML_QUANT_SIZES[kind]
-        long = TOGETHER // block * size  # bytes of a piece: gguf takes 16 rows at a time, whatever their length
+        long = TOGETHER // block * size  # bytes of a piece: gguf reads 16 rows at a time, of any length
         rest = self.raw.size % long
         parts = [self.raw[: self.raw.size - rest].reshape(-1, long), self.raw[self.raw.size - rest :].reshape(1, -1)]
-        with np.errstate(all="ignore"):  # a damaged scale is seen in the values
+        with np.errstate(all="ignore"):  # the values are checked later
             found = [dequantize(part, kind).reshape(-1) for part in parts if part.size or not self.raw.size]
         values: npt.NDArray[np.float32] = found[0] if len(found) == 1 else np.concatenate(found)
         return values.reshape(self.shape)
@@ -100,15 +100,16 @@ class GGUFFile:
     header: int = 0  # bytes before the padding and the first tensor
     keys_end: int = 0  # bytes before the tensors' descriptions
     parts: tuple[GGUFFile, ...] = field(default=(), repr=False)  # of a set: each shard by itself
+    version: int = 3  # of the GGUF format
 
     @property
     def shards(self) -> tuple[GGUFFile, ...]:
-        """The files on the disk: a set's shards in their order, otherwise the file alone."""
+        """The files on the disk: the shards of a set in their order, or the one file."""
         return self.parts or (self,)
 
     @property
     def stem(self) -> str:
-        """The model's name: the file's without its ending, a set's without its shards' numbers."""
+        """The model's name: the file's name without its ending and without a shard's numbers."""
         return set_stem(self.path) if self.parts else self.path.stem
 
     @property
@@ -140,7 +141,7 @@ class GGUFFile:
 
 
 class Cursor:
-    """Reads forward and, where the file ends too early, says so."""
+    """Reads a file forward; raises if the file ends too early."""
 
     def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
         self.path, self.data, self.at, self.inside = path, data.data, 0, "the header"
@@ -150,7 +151,7 @@ class Cursor:
         """The next `size` bytes.
 
         Raises:
-            InputError: the file ends before.
+            InputError: the file ends before that.
         """
         if size > len(self.data) - self.at:
             raise InputError(
@@ -176,7 +177,7 @@ class Cursor:
         return bytes(self.take(self.unpack("Q"))).decode("utf-8", errors="surrogateescape")
 
     def strings(self, count: int) -> list[str]:
-        """`count` strings; vocabularies have 100,000, so this is written for speed."""
+        """The next `count` strings; fast, because vocabularies have 100,000."""
         data, at, size_at = self.data, self.at, struct.Struct("<Q").unpack_from
         end = min(len(data), admission.MAX_HEADER)
         found = []
@@ -231,11 +232,11 @@ def read_gguf(path: str | Path) -> GGUFFile:
     """Open a GGUF file, or a set of shards as one file, and check that every tensor lies inside.
 
     Args:
-        path: a file, any shard of a set, or a folder that holds one of these alone.
+        path: a file, any shard of a set, or a folder that holds exactly one model.
 
     Raises:
-        InputError: missing, not GGUF, truncated, unknown tensor type, shards that are no set; the message names file,
-            expectation and finding.
+        InputError: missing, not GGUF, truncated, unknown tensor type, or shards that do not form a set; the message
+            names the file, the expected and the found value.
     """
     path = Path(path)
     file = _read_file(only_set(path) if path.is_dir() else path)
@@ -245,7 +246,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 
 def _as_one(shard: GGUFFile) -> GGUFFile:
-    """The set that a shard belongs to: the first one's metadata, the tensors of all."""
+    """The set that a shard belongs to: the metadata of the first shard, the tensors of all shards."""
     joined = _joined_files(shard)
     if joined:
         raise InputError(
@@ -262,11 +263,11 @@ def _as_one(shard: GGUFFile) -> GGUFFile:
     require_one_model(parts)
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     first = parts[0]
-    return GGUFFile(first.path, first.metadata, tensors, first.header, first.keys_end, tuple(parts))
+    return GGUFFile(first.path, first.metadata, tensors, first.header, first.keys_end, tuple(parts), first.version)
 
 
 def _joined_files(file: GGUFFile) -> bool:
-    """Whether another GGUF file begins where this one's tensors end, as `cat` leaves it."""
+    """Whether another GGUF file begins after this file's tensors, as after joining shards with `cat`."""
     alignment = file.metadata.get("general.alignment", 32)
     end = max((tensor.offset + tensor.raw.size for tensor in file.tensors.values()), default=file.header)
     with file.path.open("rb") as stream:
@@ -275,13 +276,13 @@ def _joined_files(file: GGUFFile) -> bool:
 
 
 def _read_file(path: Path) -> GGUFFile:
-    """One file on the disk, whole or one shard."""
+    """Read one file on the disk: a whole model or one shard."""
     if not path.is_file():
         raise InputError(f"{path} is not a file; a GGUF file is expected here")
     size = path.stat().st_size
     if size < 24:
         raise InputError(f"{path} is not a GGUF file: it has {size} bytes, the header alone needs 24. {_AGAIN}")
-    data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # a memmap's own slices and views cost more
+    data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # slices of a memmap are slow
     cursor = Cursor(path, data)
     magic = bytes(cursor.take(4))
     if magic != b"GGUF":
@@ -339,7 +340,7 @@ def _read_file(path: Path) -> GGUFFile:
         if name in tensors:
             raise InputError(f"{path}: tensor {name} occurs twice; the file is damaged")
         tensors[name] = GGUFTensor(name, shape, kind.name, data[begin : begin + length], begin)
-    return GGUFFile(path, metadata, tensors, cursor.at, keys_end)
+    return GGUFFile(path, metadata, tensors, cursor.at, keys_end, version=version)
 
 
 def _tensor_infos(cursor: Cursor, count: int) -> Iterator[tuple[str, list[int], GGMLQuantizationType, int]]:

@@ -1,8 +1,9 @@
-"""A model in shards, `NAME-00001-of-00003.gguf` to `NAME-00003-of-00003.gguf`: what is one set, and what is none.
+"""A model in several files (shards), `NAME-00001-of-00003.gguf` to `NAME-00003-of-00003.gguf`, read as one set.
 
-llama.cpp opens the first shard, finds the others by that name, and takes the metadata of the first alone. Each shard
-states `split.count`, `split.no` (from 0) and `split.tensors.count` (of all shards). The digest of a set is the sha256
-of what sha256sum prints of its shards in their order: `sha256sum NAME-*-of-00003.gguf | sha256sum`, in their folder.
+llama.cpp opens the first shard, finds the other shards by this pattern of names, and reads metadata from the first
+shard only. Each shard states `split.count`, `split.no` (from 0) and `split.tensors.count` (of all shards). The digest
+of a set is the SHA-256 of the lines that sha256sum prints for the shards in their order, in their folder:
+`sha256sum NAME-*-of-00003.gguf | sha256sum`.
 Source: llama.cpp, src/llama-model-loader.cpp and tools/gguf-split.
 """
 
@@ -23,7 +24,7 @@ _WIDTH = re.compile(r"(blk\.\d+\.(attn_norm|ffn_norm)|output_norm)\.weight")  # 
 
 
 class Shard(Protocol):
-    """What of a `GGUFFile` is looked at here."""
+    """The part of a `GGUFFile` that this file reads."""
 
     @property
     def path(self) -> Path: ...
@@ -35,11 +36,11 @@ class Shard(Protocol):
     def tensors(self) -> Mapping[str, Any]: ...
 
     def get(self, key: str) -> Any:
-        """A value of its architecture."""
+        """A value of the shard's architecture; None when absent."""
 
 
 def shard_paths(path: Path) -> list[Path]:
-    """The paths of all shards of the set that a file belongs to by its name; the path alone for an ordinary name."""
+    """The paths of all shards of the set that the file's name belongs to; the path alone if the name is no shard's."""
     found = _NAME.fullmatch(path.name)
     count = int(found["count"]) if found else 1
     if found is None or not 1 < count <= MAX_SHARDS or not 1 <= int(found["number"]) <= count:
@@ -48,13 +49,13 @@ def shard_paths(path: Path) -> list[Path]:
 
 
 def set_stem(path: Path) -> str:
-    """The name of a model: that of a file without its ending, that of a set without its shards' numbers."""
+    """The model's name: the file's name without its ending and without a shard's numbers."""
     found = _NAME.fullmatch(path.name)
     return found["name"] if found and len(shard_paths(path)) > 1 else path.stem
 
 
 def set_digest(paths: Sequence[Path]) -> str:
-    """The sha256 of a file, or of a set as defined above."""
+    """The sha256 of a file, or of a set as the module's docstring defines it."""
     if len(paths) == 1:
         return sha256_file(paths[0])
     lines = "".join(f"{sha256_file(path)}  {path.name}\n" for path in paths)
@@ -62,20 +63,20 @@ def set_digest(paths: Sequence[Path]) -> str:
 
 
 def set_size(paths: Sequence[Path]) -> int:
-    """Bytes of all shards that are there."""
+    """Bytes of all shards that exist."""
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def is_shard(metadata: dict[str, Any]) -> bool:
-    """Whether a file says that it is one of several."""
+    """Whether the metadata says that the file is one of several shards."""
     return metadata.get("split.count", 0) not in (0, 1)
 
 
 def siblings(path: Path, metadata: dict[str, Any]) -> list[Path]:
-    """The shards of the set that a shard belongs to, in their order, itself among them.
+    """All shards of the set that a shard belongs to, in their order, including the shard itself.
 
     Raises:
-        InputError: its name is no shard's or another one's, or a shard is missing.
+        InputError: the file's name is not a shard's name or is another shard's name, or a shard is missing.
     """
     count, number = metadata["split.count"], metadata.get("split.no", 0)
     if count > MAX_SHARDS:
@@ -107,7 +108,7 @@ def siblings(path: Path, metadata: dict[str, Any]) -> list[Path]:
 
 
 def require_one_model(shards: Sequence[Shard]) -> None:
-    """Refuse shards that are not one split of one model; `shards` in their order, names and numbers held already.
+    """Refuse shards that are not one split of one model; `shards` are in order, with names and numbers checked before.
 
     Raises:
         InputError: another number of tensors than stated, a tensor twice, or a shard of another model.
@@ -150,10 +151,10 @@ def _require_same_model(shard: Shard, first: Shard) -> None:
 
 
 def require_shard(path: Path, metadata: dict[str, Any], number: int, count: int) -> None:
-    """Refuse a file under a shard's name that is another shard, or none.
+    """Refuse a file that has a shard's name but is another shard or not a shard.
 
     Raises:
-        InputError: it is.
+        InputError: the file is not the shard that its name says.
     """
     if not is_shard(metadata):
         raise InputError(f"{path} is a whole file, not shard {number} of {count}; download the set again")
@@ -161,10 +162,10 @@ def require_shard(path: Path, metadata: dict[str, Any], number: int, count: int)
 
 
 def only_set(folder: Path) -> Path:
-    """The first path of the one model that a folder holds, its subfolders not looked at.
+    """The first path of the one model in a folder, without its subfolders.
 
     Raises:
-        InputError: no model, or several.
+        InputError: the folder holds no model, or several.
     """
     models = sorted({shard_paths(path)[0] for path in folder.glob("*.gguf")})
     if len(models) == 1:

@@ -1,4 +1,4 @@
-"""A GGUF file in parts, written anew byte by byte: every key, tensor and type can be changed, also to what is wrong."""
+"""A GGUF file in parts, which can be changed and written again: every key, tensor and type, also to invalid values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Raw:
 
     @classmethod
     def read(cls, path: Path) -> Raw:
-        """A whole file."""
+        """Read a whole file."""
         whole = read_gguf(path)
         cursor = Cursor(path, np.memmap(path, dtype=np.uint8, mode="r"))
         cursor.take(8)
@@ -51,7 +51,7 @@ class Raw:
         return raw
 
     def write(self, path: Path, *, alignment: int = 32) -> Path:
-        """Write the file anew, its tensors aligned as asked for."""
+        """Write the file anew, with its tensors at multiples of `alignment` bytes."""
 
         def text(value: str) -> bytes:
             encoded = value.encode("utf-8", errors="surrogateescape")

@@ -1,1 +1,1 @@
-"""Logits of a file against the reference's logits over the same tokens."""
+"""Compares a file's logits with the reference's logits over the same tokens."""

@@ -1,9 +1,10 @@
-"""From the trained adapter to the saved checkpoint: is the bake the same function, and is it what was saved?
+"""Compares the trained adapter with its bake, and the bake with the saved checkpoint.
 
-Compared in fp32 on a few hundred positions: base + adapter against the baked weights; two controls inside the same run
-(the baked model differs from its base; the bake of R^T fails the comparison); and the saved checkpoint's weights
-against the fp32 bake, |saved - w| <= u |w| with u = 2^-p of the saved type. The core is used only through its public
-functions: load_adapter, gates, bake; bake_checkpoint, into a temporary float32 checkpoint, where a model is streamed.
+Three comparisons in fp32 on a few hundred positions. First, base + adapter against the baked weights. Second, two
+controls in the same run: the baked model must differ from its base, and the bake of R^T must fail the first comparison.
+Third, the saved checkpoint's weights against the fp32 bake, |saved - w| <= u |w| with u = 2^-p of the saved type. The
+core is used only through its public functions: load_adapter, gates, bake; for a streamed model bake_checkpoint, into a
+temporary float32 checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from verification.reference.checkpoint import Checkpoint
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-BAKE_CHUNKS = 2  # 2 x 255 positions at n_ctx 512: a lost bake moves logits by tens, so more would add time only
+BAKE_CHUNKS = 2  # 2 x 255 positions at n_ctx 512 are enough: a missing bake changes logits by tens
 _UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half a spacing, relative
 _SMALLEST = {
     torch.float32: 2.0**-150,
@@ -37,7 +38,7 @@ _SMALLEST = {
 
 @dataclass(frozen=True)
 class BakeResult:
-    """Checks of the leg `bake` and of one control, the model baked in fp32, and logits that other stages need."""
+    """Checks of the leg `bake` and of one control, the model baked in fp32, and logits for other stages."""
 
     bake: list[Check]
     controls: list[Check]
@@ -58,8 +59,9 @@ def bake_leg(
     """Bake and compare on chunks of ids (n,); one model, or one layer of one, is in memory at a time.
 
     Args:
-        max_abs_logit: the bake leg's bound; top-1 must agree wherever the reference's margin exceeds twice that.
-        work: directory for the baked checkpoint of a model that is streamed; None takes the system's temporary one.
+        max_abs_logit: the bake leg's bound; top-1 must agree at positions where the reference's margin exceeds twice
+            the bound.
+        work: directory for the baked checkpoint of a streamed model; None takes the system's temporary directory.
         stream: see `open_reference`.
     """
     from so8t_core import bake, load_adapter
@@ -110,7 +112,7 @@ def _logits(model: Any, chunks: Sequence[Ids]) -> list[Array]:
 
 
 def _baked_in_files(base: Path, adapter: Path, work: Path | None, *, invert: bool = False) -> StreamedModel:
-    """base + adapter baked in float32 into a directory that goes when the model goes."""
+    """base + adapter baked in float32 into a directory that is deleted with the model."""
     from so8t_core import bake_checkpoint
 
     folder = tempfile.TemporaryDirectory(dir=work, prefix="so8t-baked-")
@@ -128,7 +130,7 @@ def transposed_control(
     work: Path | None = None,
     stream: bool | None = None,
 ) -> Check:
-    """The same comparison with the wrong bake, which must miss the bound; arguments as in `bake_leg`.
+    """The comparison of `bake_leg` with the wrong bake (R^T), which must miss the bound; arguments as in `bake_leg`.
 
     Args:
         gated: logits of base + adapter on the chunk, from `bake_leg`.
@@ -147,7 +149,7 @@ def transposed_control(
 
 
 def base_control(base: Path, reference: Array, chunk: Ids, *, stream: bool | None = None) -> Check:
-    """Without an adapter: only whether the reference, by its logits (T, V) on the chunk (T,), differs from its base."""
+    """Check without an adapter: whether the reference's logits (T, V) on the chunk (T,) differ from the base's."""
     return plain_check(
         "controls.differs_from_base",
         "Reference differs from its base (largest logit difference)",
@@ -156,7 +158,7 @@ def base_control(base: Path, reference: Array, chunk: Ids, *, stream: bool | Non
 
 
 def _logits_of_transposed(base: Path, adapter: Path, chunk: Ids) -> Array:
-    """R^T in place of every R, the rest of the adapter as it is, baked the same way."""
+    """Logits of the adapter baked with R^T instead of every R."""
     from so8t_core import bake, gates, load_adapter
 
     model = load_adapter(load_hf(base), adapter)
@@ -168,14 +170,14 @@ def _logits_of_transposed(base: Path, adapter: Path, chunk: Ids) -> Array:
 
 
 def _largest(ours: list[Array], theirs: list[Array]) -> float:
-    """NaN when any logit is: the built-in max would drop a NaN that does not come first."""
+    """The largest difference; NaN if any logit is NaN: the built-in max drops a NaN that does not come first."""
     return float(np.max([np.max(np.abs(a - b)) for a, b in zip(ours, theirs, strict=True)]))
 
 
 def _flips(reference: list[Array], other: list[Array], margin: float) -> int:
     """Positions whose argmax changed although the reference's two best logits are more than `margin` apart.
 
-    Two logits that each move by at most the bound b change their order only when they are closer than 2 b.
+    Two logits that each change by at most the bound b change their order only if they are closer than 2 b.
     """
     count = 0
     for a, b in zip(reference, other, strict=True):
@@ -186,18 +188,18 @@ def _flips(reference: list[Array], other: list[Array], margin: float) -> int:
 
 
 def saved_rounding(baked: Any, saved: Checkpoint) -> tuple[float, str]:
-    """Worst weight of the saved checkpoint in roundings of its type, and its tensor.
+    """(worst weight of the saved checkpoint in roundings of its type, its tensor).
 
     Infinite for a missing tensor, another shape, a NaN or Inf, or a type that is not float32, float16 or bfloat16.
     """
-    from transformers.core_model_loading import revert_weight_conversion  # costs a second, needed with a model alone
+    from transformers.core_model_loading import revert_weight_conversion  # takes a second; needed only with a model
 
     tied = {"lm_head.weight"} if getattr(baked.config, "tie_word_embeddings", False) else set()
     if isinstance(baked, StreamedModel):
         files = Checkpoint(baked.directory)
         return _worst_rounding(((name, files.tensor(name)) for name in files), saved, tied)
     state = baked.state_dict()
-    if not state.keys() - tied <= saved.keys():  # experts are one tensor in memory, one each in the files
+    if not state.keys() - tied <= saved.keys():  # all experts are one tensor in memory, but one each in files
         state = revert_weight_conversion(baked, state)
     return _worst_rounding(state.items(), saved, tied)
 

@@ -1,8 +1,9 @@
-"""The comparisons that need inference. The reference runs once and its logits go to disk; then every file runs in turn.
+"""The comparisons with inference: the reference runs once and its logits go to disk, then every file runs in turn.
 
-At any time one Hugging Face model or one GGUF file is open, and a bounded number of logits. A passage's logits are
-stored once, from the first position that any comparison scores, and read back for every candidate and every cell.
-Several processes share the passages out: who has a passage's reference also measures the candidates on it.
+At any time one Hugging Face model or one GGUF file is open, with a bounded number of logits in memory. A passage's
+logits are stored once, from the first position that any comparison scores, and read back for every candidate and every
+cell. Several processes share the passages: the process with the reference's logits of a passage measures the candidates
+on this passage.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from verification.logit_parity.text_checks import ALIGNED_ROWS, alignment
 
 Tell = Callable[[str, int, int], None]
 SAVED = "saved checkpoint"
-MID = "mid"  # the cell that is the ladder's own comparison
-SHARED = CHAT_LENGTH  # tokens up to which a text may hold another's logits: no stretched RoPE begins as early
+MID = "mid"  # the cell of the corpus' chunks
+SHARED = CHAT_LENGTH  # longest text, in tokens, that holds logits of its beginnings: a stretched RoPE begins later
 
 
 def passages_of(chunks: Iterable[Ids]) -> list[Passage]:
@@ -47,14 +48,14 @@ def passages_of(chunks: Iterable[Ids]) -> list[Passage]:
 
 @dataclass
 class Reference:
-    """Where the reference's logits lie in the spool."""
+    """The reference's logits: the spool, and the place of each passage in it."""
 
     spool: LogitSpool | HiddenSpool
     name: str
     _places: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # tokens -> first row, first position
     _texts: dict[bytes, None] = field(
         default_factory=dict
-    )  # of all processes: each must see the same beginnings in them
+    )  # texts of all processes: each process must find the same beginnings in them
 
     def __post_init__(self) -> None:
         self._texts = dict.fromkeys([*self._texts, *self._places])
@@ -66,11 +67,11 @@ class Reference:
         return self.spool.read(row + start, row + stop)
 
     def mine(self, passages: Sequence[Passage]) -> dict[int, Passage]:
-        """The passages whose logits this process has, by their place in the list."""
+        """The passages whose logits this process has: place in the list -> passage."""
         return {place: p for place, p in enumerate(passages) if _key_of(p, self._texts) in self._places}
 
     def add(self, passage: Passage, model: Any) -> None:
-        """Run the model over a passage and keep its logits, or the hidden states that they are made from."""
+        """Run the model over a passage and keep its logits, or the hidden states that give these logits."""
         row = self.spool.rows
         if isinstance(self.spool, HiddenSpool):
             self.spool.keep(passage)
@@ -81,9 +82,9 @@ class Reference:
 
 
 def distinct(groups: Iterable[Sequence[Passage]]) -> list[Passage]:
-    """Each text once, from the first position that any group scores; a beginning of another text lies in that one.
+    """Each text once, from the first position that any group scores; a beginning of another text is part of that text.
 
-    A causal model's logits at a position do not depend on what follows.
+    A causal model's logits at a position do not depend on later tokens.
     """
     found: dict[bytes, Passage] = {}
     for passage in sorted((p for group in groups for p in group), key=lambda p: -len(p.tokens)):
@@ -94,7 +95,7 @@ def distinct(groups: Iterable[Sequence[Passage]]) -> list[Passage]:
 
 
 def _key_of(passage: Passage, texts: Mapping[bytes, object]) -> bytes:
-    """The text of `texts` that this one is, or that begins with it and has at most `SHARED` tokens; else its own."""
+    """The passage's key: its text, or a text in `texts` of at most `SHARED` tokens that begins with its text."""
     own = passage.tokens.tobytes()
     if own in texts:
         return own
@@ -105,9 +106,9 @@ def _key_of(passage: Passage, texts: Mapping[bytes, object]) -> bytes:
 def run_reference(
     model: Any, passages: Sequence[Passage], directory: Path, *, name: str, tell: Tell, stage: str = "reference"
 ) -> Reference:
-    """The reference's logits of all passages, or of this process' share, on disk; close `.spool` when done.
+    """Store the reference's logits of all passages, or of this process' share, on disk; close `.spool` when done.
 
-    Where they would be large, hidden states are kept instead, and of the model only its head is usable afterwards.
+    If the logits would be large, hidden states are kept instead; then only the model's head is usable afterwards.
     """
     vocab = int(model.config.get_text_config().vocab_size)
     texts = dict.fromkeys(p.tokens.tobytes() for p in passages)
@@ -136,14 +137,14 @@ def run_reference(
 
 
 def _keeps_hidden_states(model: Any, passages: Sequence[Passage], directory: Path, vocab: int) -> bool:
-    """Whether the logits would be large, and hidden states give the same bits; one answer for all processes."""
+    """Whether the logits would be large and hidden states give the same bits."""
     if fits(directory, rows=sum(p.rows for p in passages), vocab=vocab):
         return False
     return gives_the_same(model, min(passages, key=lambda p: len(p.tokens)))
 
 
 def _layers_first(model: Any, passages: Sequence[Passage], tell: Callable[[int, int], None]) -> tuple[int, int]:
-    """Take the passages through a streamed model's layers; (steps done, steps a passage takes in the head)."""
+    """Run a streamed model's layers on the passages; returns (steps done, steps of the head for a passage)."""
     if not isinstance(model, StreamedModel) or not passages:
         return 0, 1
     units = model.head_units(sum(p.rows for p in passages), sum(len(p.tokens) for p in passages))
@@ -163,7 +164,7 @@ def in_turn(
     into: Sequence[DivergenceAccumulator],
     measure: Callable[[int, Passage], None],
 ) -> None:
-    """Measure the passages that are here; then each of `into` has the clusters of all, in order, in every process."""
+    """Measure this process' passages; then give each of `into` the clusters of all passages, in order."""
     parts = {}
     for place, passage in reference.mine(passages).items():
         measure(place, passage)
@@ -182,10 +183,10 @@ def compare_rows(
     block: int | None = None,
     aligned: bool = True,
 ) -> float | None:
-    """Add one passage of a candidate; every `block` rows are a cluster, None makes the whole passage one.
+    """Add one passage of a candidate; every `block` rows are a cluster, None makes the whole passage one cluster.
 
     Returns:
-        How much worse a shift by one position is, from the first rows; None for a single row or without `aligned`.
+        The `alignment` of the first rows; None for a single row or without `aligned`.
 
     Raises:
         InputError: the candidate gave more or fewer rows than are scored.
@@ -194,7 +195,7 @@ def compare_rows(
     into.begin_chunk()
     for part in rows:
         own = reference.read(passage, done, done + len(part))
-        if aligned and ratio is None and len(part) > 1:  # the first batch may end behind the first scored row
+        if aligned and ratio is None and len(part) > 1:  # the first batch may end after one scored row
             ratio = alignment(own[:ALIGNED_ROWS], part[:ALIGNED_ROWS])
         start = 0
         while start < len(part):
@@ -214,7 +215,7 @@ def compare_rows(
 
 @dataclass(frozen=True)
 class CorpusResult:
-    """What one file gave on the corpus."""
+    """The results of one file on the corpus."""
 
     divergence: Divergence
     alignment: float | None
@@ -223,14 +224,14 @@ class CorpusResult:
 
 @dataclass(frozen=True)
 class FileResult(CorpusResult):
-    """What one candidate's turn measured."""
+    """The results of one candidate on the corpus and in the cells."""
 
     cells: list[CellResult]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A file to measure: its name in the report, where it is or is open already, and the seed of its bootstrap."""
+    """A file to measure: its name in the report, its path or open model, and the seed of its bootstrap."""
 
     label: str
     file: Path | LlamaModel
@@ -245,9 +246,9 @@ def measure_corpus(
     threads: int | None = None,
     tell: Callable[[int], None] = lambda chunks: None,
 ) -> dict[str, CorpusResult]:
-    """Files against the reference on the corpus, chunk outside and file inside: a chunk's logits are read once.
+    """Compare files with the reference on the corpus, for each chunk all files: a chunk's logits are read once.
 
-    All of the files are open here.
+    All files are open at once.
 
     Raises:
         InputError: a file has another vocabulary than the reference.
@@ -302,10 +303,10 @@ def measure_file(
     stage: str = "",
     corpus: CorpusResult | None = None,
 ) -> FileResult:
-    """One file against the reference: the corpus, then every cell. The file is open here and nowhere else.
+    """Compare one file with the reference on the corpus, then in every cell. The file is open only here.
 
     Args:
-        corpus: what the file gave on the corpus, where that was measured before.
+        corpus: the file's results on the corpus, if they were measured before.
 
     Raises:
         InputError: the file has another vocabulary than the reference.
@@ -331,7 +332,7 @@ def measure_file(
                 except InputError as error:
                     if cell.flash is None:
                         raise
-                    refused[cell.name] = str(error)  # an architecture without that kernel
+                    refused[cell.name] = str(error)  # the architecture has no such kernel
     results = [_mid(label, own.divergence)] if plan else []
     cells = [replace(cell, why=refused.get(cell.name, cell.why)) for cell in cells]
     results += [_cell_result(cell, label, measured.get(cell.same_as or cell.name)) for cell in cells]
@@ -355,7 +356,7 @@ def _run_cells(
     seed: str,
     threads: int | None,
 ) -> dict[str, Divergence]:
-    """One cell and those that go on from its cache, passage by passage in one context; results by the cells' names."""
+    """Run one cell and the cells that continue from its cache, in one context; returns cell name -> divergence."""
     first = cells[0]
     passages = plan.passages[first.passages]
     longest = max(len(p.tokens) for p in passages)
@@ -399,10 +400,10 @@ def saved_against(
     stage: str,
     known: Sequence[Any] = (),
 ) -> Divergence:
-    """Divergence of the saved checkpoint, whose logits are in the spool, from `model`: the bake in fp32, say.
+    """Divergence of the saved checkpoint, whose logits are in the spool, from `model`, for example the bake in fp32.
 
     Args:
-        known: the model's logits (T, V) of the first chunks, where they were computed before.
+        known: the model's logits (T, V) of the first chunks, if they were computed before.
     """
     total = DivergenceAccumulator(
         reference=name, candidate=SAVED, n_ctx=len(text.chunks[0]), vocab=reference.spool.vocab, seed=seed
@@ -433,7 +434,7 @@ def files_leg(candidate: Candidate, d: Divergence) -> list[Check]:
 
 
 def cell_checks(results: Sequence[CellResult], plan: Plan) -> list[Check]:
-    """Mean KLD, top-1 and finiteness of every cell that was measured and is the file's own affair."""
+    """Mean KLD, top-1 and finiteness of every measured cell; cells that only inform have no checks."""
     notes: Mapping[str, str] = {cell.name: cell.note for cell in plan.cells}
     shown = {cell.name for cell in plan.cells if cell.informs}
     checks: list[Check] = []
@@ -458,7 +459,7 @@ def base_damage_of(
     tell: Tell,
     stream: bool | None = None,
 ) -> list[Divergence]:
-    """What the same quantisation does to the base model on the first chunks of the text; never decided on."""
+    """How the same quantisation changes the base model on the first chunks of the text; information only."""
     kinds = list(dict.fromkeys(c.file.file_type for c in files if not c.file.is_float))
     if not kinds:
         return []

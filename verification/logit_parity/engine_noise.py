@@ -1,8 +1,8 @@
-"""The noise floor: one file against itself, run another way. What differs here is llama.cpp's arithmetic, not the file.
+"""The noise floor: the KLD between two runs of one file with different settings, caused by llama.cpp's arithmetic.
 
-The file is opened twice: the same settings must give the same bits, otherwise no number of the report repeats. Other
-batch sizes and thread counts choose other kernels and orders of summation; their KLD is the least that any comparison
-with this build can mean, and a bound below it decides nothing.
+The file is opened twice. The same settings must give the same bits, otherwise no number of the report is repeatable.
+Other batch sizes and thread counts choose other kernels and orders of summation. A KLD below the KLD of these runs has
+no meaning with this build, so a smaller bound decides nothing.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from verification.logit_parity.run_modes import Passage
 
 Array = npt.NDArray[np.float32]
 SAME = "same again"
-PASSAGES = 2  # every position but a passage's first is compared: 76 of 80 tokens, where no reference is waited for
+PASSAGES = 2  # 76 of 80 tokens are compared; no reference is needed
 
 
 def settings(threads: int) -> dict[str, dict[str, int]]:
-    """What is varied: name -> arguments of `LlamaLogits`."""
+    """The varied settings: name -> arguments of `LlamaLogits`."""
     other = 1 if threads > 1 else 2
     return {
         SAME: {"threads": threads},
@@ -46,7 +46,7 @@ def noise_floor(
     threads: int | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[NoiseRow]:
-    """Run one file over a few passages once as usual and once in every other way."""
+    """Run one file over a few passages, once as usual and once with each other setting."""
     used = list(passages[:PASSAGES])
     threads = threads or usable_cores()
     varied = settings(threads)
@@ -76,13 +76,13 @@ def _row(label: str, name: str, usual: list[Array], other: list[Array]) -> Noise
         setting=name,
         positions=int(counts.sum()),
         mean_kld=float(np.average([0.0 if np.array_equal(a, b) else mean_kld(a, b) for a, b in pairs], weights=counts)),
-        max_abs_logit=float(np.max([np.max(np.abs(a - b)) for a, b in pairs])),  # NaN where any is
+        max_abs_logit=float(np.max([np.max(np.abs(a - b)) for a, b in pairs])),  # NaN if any is NaN
         top1=sum(equal) / int(counts.sum()),
     )
 
 
 def noise_checks(rows: Sequence[NoiseRow]) -> list[Check]:
-    """The same settings give the same bits; the floor lies below the conversion's bound."""
+    """Checks that the same settings give the same bits, and that the floor is below the conversion's bound."""
     same = [row.max_abs_logit for row in rows if row.setting == SAME]
     others = [row for row in rows if row.setting != SAME]
     worst = max(others, key=lambda row: math.inf if math.isnan(row.mean_kld) else row.mean_kld, default=None)

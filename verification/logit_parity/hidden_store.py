@@ -1,9 +1,9 @@
-"""The reference's hidden states on disk in place of its logits: 4 width bytes a scored position, not 4 V.
+"""Stores the reference's hidden states on disk instead of its logits: 4 width bytes a scored position, not 4 V.
 
-What is read are logits all the same: the model's own head makes them again from the stored states, a whole piece of a
-passage at a time and in the same product as the first time, so that the bits are equal. That costs the head's share of
-a pass for every reading, and is done where full logits would take much of a disk: for a vocabulary of 262,144, 12 x 512
-tokens and the run modes, 3.8 GB of logits are 9 MB of states of 640 channels.
+A reading returns logits: the model's head computes them again from the stored states, for a whole piece of a passage
+and with the same matrix product as the first time, so that the bits are equal. Every reading takes the time of the
+head. This store is used if full logits would take much of a disk: for a vocabulary of 262,144, 12 x 512 tokens and the
+run modes, 3.8 GB of logits are 9 MB of states of 640 channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HiddenSpool(Closing):
     """A temporary file of hidden states, read as logits; a context manager like `LogitSpool`.
 
     Raises:
-        InputError: the disk has not enough room for `rows` rows.
+        InputError: the disk does not have enough room for `rows` rows.
     """
 
     recomputes = True
@@ -36,10 +36,10 @@ class HiddenSpool(Closing):
         self._file = LogitSpool(directory, rows=rows, vocab=head.width)
         self._piece = max(1, PIECE_ELEMENTS // vocab)
         self._pieces: list[tuple[int, int]] = []  # rows start .. stop-1 went through the head together
-        self._known: tuple[int, Array] = (0, np.empty((0, vocab), dtype="<f4"))  # the piece that was read last
+        self._known: tuple[int, Array] = (0, np.empty((0, vocab), dtype="<f4"))  # the last piece that was read
 
     def close(self) -> None:
-        """Give disk and memory back; safe to call twice."""
+        """Free disk and memory; safe to call twice."""
         self._file.close()
         self._known = (0, self._known[1][:0])
 
@@ -48,7 +48,7 @@ class HiddenSpool(Closing):
         return self._file.rows
 
     def keep(self, passage: Passage) -> None:
-        """Run the model's body over a passage and write what its scored positions give."""
+        """Run the model's body over a passage and write the hidden states of its scored positions."""
         start = self.rows
         self._file.append(self._head.hidden(passage.tokens, passage.first, len(passage.tokens) - 1))
         self._pieces += [(at, min(at + self._piece, self.rows)) for at in range(start, self.rows, self._piece)]
@@ -72,14 +72,14 @@ class HiddenSpool(Closing):
         return known
 
     def done(self) -> None:
-        """The model has run over everything; only its head is kept."""
+        """Call after the last passage: keeps only the model's head."""
         self._head.keep_only_head()
 
 
 def gives_the_same(model: Any, passage: Passage) -> bool:
-    """Whether the model's logits of a passage, made again from its hidden states, are equal bit by bit.
+    """Whether the model's logits of a passage, computed again from its hidden states, are equal bit by bit.
 
-    A streamed model's are by construction: there the head always runs apart.
+    A streamed model's logits are always equal, because its head always runs separately.
     """
     head = ModelHead(model)
     if not head.usable:
@@ -88,6 +88,6 @@ def gives_the_same(model: Any, passage: Passage) -> bool:
         return True
     try:
         again = head.logits(head.hidden(passage.tokens, passage.first, scored(len(passage.tokens))[1]))
-    except (TypeError, ValueError, AttributeError, RuntimeError):  # a family whose head asks its body for more
+    except (TypeError, ValueError, AttributeError, RuntimeError):  # a family whose head needs more than hidden states
         return False
     return np.array_equal(again, np.concatenate(list(hf_rows(model, passage.tokens, first=passage.first))))

@@ -1,11 +1,11 @@
-"""How far one stream of logits lies from another over the same tokens; pure float64 arithmetic, a few rows at a time.
+"""The divergence between two streams of logits over the same tokens; in float64, a few rows at a time.
 
 KLD_t = sum_v p_ref (log p_ref - log p_cand) over the full support; beside it llama.cpp's value, which drops v with
 log p_ref <= -16. Percentiles interpolate linearly at f(n-1); RMS dp = sqrt(mean (p_cand - p_ref)^2) of the corpus
 token; PPL ratio = exp(mean(nll_cand - nll_ref)). Intervals (`intervals`) are bootstrapped over whole chunks, seeded by
 a digest.
-Memory: sums per chunk and bucket, and eight bytes a scored token for the percentiles; nothing of size V is kept. What
-is kept of a chunk does not depend on the others, so they may be measured anywhere and put together in their order.
+Memory: sums per chunk and bucket, and eight bytes a scored token for the percentiles; nothing of size V is kept. The
+data of a chunk do not depend on other chunks, so any process may measure a chunk, and the parts are joined in order.
 Shapes: logits (T, V), targets (T,). Source of the definitions: llama.cpp, tools/perplexity/perplexity.cpp.
 """
 
@@ -38,7 +38,7 @@ _SUMS = ("kld", "kld_cut", "same_top", "dp2", "nll_ref", "nll_cand", "entropy")
 
 @dataclass
 class Cluster:
-    """What is kept of one chunk: its tokens are not independent of each other."""
+    """The sums of one chunk, whose tokens are not independent of each other."""
 
     sums: Floats  # (7,): see _SUMS
     position: Floats  # (2, n_ctx): sum of KLD, count
@@ -79,7 +79,7 @@ class Cluster:
 
 
 class DivergenceAccumulator:
-    """Streams the rows of one comparison, chunk after chunk."""
+    """Collects the rows of one comparison, chunk after chunk."""
 
     def __init__(self, *, reference: str, candidate: str, n_ctx: int, vocab: int, seed: str = "") -> None:
         self.reference, self.candidate, self.n_ctx, self.vocab, self.seed = reference, candidate, n_ctx, vocab, seed
@@ -87,20 +87,20 @@ class DivergenceAccumulator:
         self._scratch: torch.Tensor | None = None
 
     def begin_chunk(self) -> None:
-        """What is added from here on is one cluster: its tokens are not independent of each other."""
+        """Begin a new cluster: its tokens are not independent of each other."""
         self._clusters.append(Cluster(np.zeros(len(_SUMS)), np.zeros((2, self.n_ctx))))
 
     def take(self) -> list[Cluster]:
-        """Hand over what was added and forget it."""
+        """Return the added clusters and remove them here."""
         taken, self._clusters = self._clusters, []
         return taken
 
     def extend(self, clusters: Sequence[Cluster]) -> None:
-        """Add what another accumulator of the same comparison, perhaps in another process, has handed over."""
+        """Add clusters that `take` returned from another accumulator of the comparison, perhaps in another process."""
         self._clusters.extend(clusters)
 
     def add(self, ref_TV: Array, cand_TV: Array, targets_T: Ids, *, first_position: int) -> None:
-        """Compare consecutive rows; `targets_T` are the tokens that follow them, `first_position` is the first row's.
+        """Compare consecutive rows; `targets_T` are the next tokens, `first_position` the position of the first row.
 
         Raises:
             InputError: another vocabulary or another number of rows.
@@ -120,7 +120,7 @@ class DivergenceAccumulator:
             self._add_block(ref_TV[rows], cand_TV[rows], targets_T[rows], first_position + start)
 
     def _add_block(self, ref: Array, cand: Array, targets: Ids, first_position: int) -> None:
-        """Both rows are shifted by their own largest logit, so one exponential of each gives everything:
+        """Each row is shifted by its largest logit, so one exponential of each is enough:
         log p = a - log A and log q = b - log B with A = sum e^a, B = sum e^b, thus KLD = <p, a - b> + log(B / A).
         The cancellation in the last sum costs eps64 * |logit| ~ 1e-14.
         """
@@ -140,12 +140,12 @@ class DivergenceAccumulator:
         shift = log_b - log_a
         a_TV.sub_(b_TV)  # a - b from here on
         kld = torch.linalg.vecdot(p_TV, a_TV) + shift
-        # a NaN or an infinity anywhere in a row leaves none of its sums finite; finite logits always do, in float64
+        # a NaN or an infinity in a row makes its sums non-finite; finite logits give finite sums in float64
         good = (torch.isfinite(kld) & torch.isfinite(entropy)).numpy()
         confidence = sum_a.reciprocal().numpy()[good]  # the largest shifted logit is 0, and e^0 = 1
         torch.nn.functional.threshold(p_TV, math.exp(LLAMA_CPP_CUT), 0.0, inplace=True)
         kld_cut = (torch.linalg.vecdot(p_TV, a_TV) + shift * p_TV.sum(dim=1)).numpy()[good]
-        same_top = (np.argmax(cand, axis=1) == np.argmax(ref, axis=1))[good]  # the first of equals
+        same_top = (np.argmax(cand, axis=1) == np.argmax(ref, axis=1))[good]  # of equal logits the first
         into = self._clusters[-1]
         into.non_finite += int((~good).sum())
         into.keep(
@@ -160,17 +160,17 @@ class DivergenceAccumulator:
         )
 
     def _working(self, rows: int) -> torch.Tensor:
-        """(3, rows, V) float64, the same memory every time: fresh pages would cost as much as the arithmetic."""
+        """(3, rows, V) float64, the same memory every time: new pages would take as long as the arithmetic."""
         if self._scratch is None or self._scratch.shape[1] < rows:
             self._scratch = torch.empty((3, rows, self.vocab), dtype=torch.float64)
         return self._scratch[:, :rows]
 
     def chunk_klds(self) -> npt.NDArray[np.float64]:
-        """(chunks, 2): sum of the KLDs and number of positions of every cluster."""
+        """Sum of the KLDs and number of positions of every cluster, (chunks, 2)."""
         return np.asarray([(cluster.sums[0], cluster.count) for cluster in self._clusters], dtype=np.float64)
 
     def result(self) -> Divergence:
-        """The statistics of everything added. Rows with a non-finite logit are counted, not averaged."""
+        """The statistics of all added rows. Rows with a non-finite logit are counted, but not averaged."""
         counts = np.asarray([cluster.count for cluster in self._clusters], dtype=np.float64)
         total = counts.sum()
         non_finite = sum(cluster.non_finite for cluster in self._clusters)
@@ -212,7 +212,7 @@ class DivergenceAccumulator:
         )
 
     def _empty(self, non_finite: int) -> Divergence:
-        """Nothing finite to average: zero tokens and zeros, on which no check may pass; `non_finite` says why."""
+        """The result without a finite row: zero tokens and zeros, so that no check passes; `non_finite` says why."""
         nothing = (0.0, 0.0)
         return Divergence(
             reference=self.reference,
@@ -255,10 +255,10 @@ def divergence(
     Args:
         reference_chunks, candidate_chunks: per chunk (T, V), the logits of positions n_ctx-1-T .. n_ctx-2.
         token_chunks: per chunk (n_ctx,), so that the last T tokens are the targets.
-        seed: any text, usually a digest of the inputs; fixes the bootstrap.
+        seed: any text, usually a digest of the inputs; makes the bootstrap repeatable.
 
     Raises:
-        InputError: different vocabularies, different lengths, nothing to compare.
+        InputError: different vocabularies, different lengths, or nothing to compare.
     """
     total: DivergenceAccumulator | None = None
     for ref, cand, tokens in zip(reference_chunks, candidate_chunks, token_chunks, strict=True):
@@ -279,14 +279,14 @@ def divergence(
 
 
 def mean_kld(ref_TV: Array, cand_TV: Array) -> float:
-    """Mean KLD of a few rows; NaN when any logit is not finite."""
+    """Mean KLD of a few rows; NaN if any logit is not finite."""
     a, b = torch.from_numpy(ref_TV).double(), torch.from_numpy(cand_TV).double()
     log_p = torch.log_softmax(a, dim=1)
     return float(torch.linalg.vecdot(log_p.exp(), log_p - torch.log_softmax(b, dim=1)).mean())
 
 
 def _shifted(logits_TV: Array, into_TV: torch.Tensor) -> None:
-    """Write the logits as float64, each row less its largest."""
+    """Write the logits as float64, each row minus its largest."""
     given = torch.from_numpy(logits_TV)
     into_TV.copy_(given)
     into_TV.sub_(given.amax(dim=1, keepdim=True).double())
@@ -298,7 +298,7 @@ def _into(table: Floats, index: npt.NDArray[np.int64], kld: Floats) -> None:
 
 
 def _exp(x: float) -> float:
-    return math.exp(min(x, 700.0))  # e^709 is the largest double; a perplexity beyond e^700 is only "broken"
+    return math.exp(min(x, 700.0))  # e^709 is the largest double; a perplexity beyond e^700 only means "broken"
 
 
 def _by_position(table: Floats) -> list[tuple[int, float]]:

@@ -1,7 +1,7 @@
-"""Base files from a checkpoint and statistics of a GGUF file against one: what `so8t kld-base` and `so8t kld` do.
+"""The work of `so8t kld-base` and `so8t kld`: base files from a checkpoint, statistics of a GGUF file against a base.
 
-A base written here holds the Hugging Face model's own fp32 logits, so the stock tool then measures conversion and
-quantisation together; llama.cpp's usual base is its own converted file, out of which conversion errors cancel.
+A base file from here holds fp32 logits of the Hugging Face model, so llama.cpp's tool then measures conversion and
+quantisation together. llama.cpp's usual base comes from a converted file, so that conversion errors cancel.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def write_base_of(
     n_ctx: int = 512,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Score a text with a checkpoint in fp32 and write llama.cpp's base file; returns what was scored.
+    """Score a text with a checkpoint in fp32 and write llama.cpp's base file; returns the scored corpus.
 
-    A chunk begins with BOS where the checkpoint's tokenizer adds one, as llama.cpp's tool does by the GGUF's flag.
+    A chunk begins with BOS if the checkpoint's tokenizer adds BOS; llama.cpp's tool does so by the GGUF's flag.
 
     Raises:
-        InputError: a checkpoint, text or place that cannot be used; non-finite logits.
+        InputError: a checkpoint, text or output path that cannot be used; non-finite logits.
     """
     from verification.reference.tokenizer import load_tokenizer
 
@@ -60,7 +60,7 @@ def write_base_of(
 def candidate_statistics(
     base: str | Path, candidate: str | Path, *, threads: int | None = None, progress: Progress | None = None
 ) -> KldStatistics:
-    """What `llama-perplexity -m candidate --kl-divergence --kl-divergence-base base` prints; the tokens are the base's.
+    """The output of `llama-perplexity -m candidate --kl-divergence --kl-divergence-base base`; tokens of the base.
 
     Raises:
         InputError: a base file or candidate that cannot be used, or whose vocabularies differ.
@@ -68,7 +68,7 @@ def candidate_statistics(
     n_ctx = read_base(base).n_ctx
     file = read_gguf(candidate)
     require_logits(file)
-    candidate = file.path  # of a set of shards the first, by which llama.cpp finds the others
+    candidate = file.path  # the first shard of a set: llama.cpp finds the others by its name
     with LlamaLogits(candidate, n_ctx=n_ctx, threads=threads) as engine:
         found = read_base(base, vocab=engine.vocab)
         if engine.file.add_eos:

@@ -1,10 +1,10 @@
-"""llama.cpp's `--kl-divergence-base` file: written from any stream of logits, read back, and refused when damaged.
+"""Writes llama.cpp's `--kl-divergence-base` file from any stream of logits, reads it, and refuses a damaged file.
 
 Little endian: "_logits_" | int32 n_ctx, n_vocab, n_chunk | int32 tokens (n_chunk, n_ctx) | per scored token a row of
-2 ceil(V/2) + 4 uint16: float32 scale, float32 min_log_prob, V codes (and one unused where V is odd). Scored are the
-positions n_ctx//2 .. n_ctx-2 of a chunk, T of them. A code c stands for log p = scale c + min_log_prob; logits more
-than 16 below the largest share code 0. Written and read chunk by chunk: memory holds one.
-The stock reader exits 0 on a missing, cut or foreign base file; here each is an error.
+2 ceil(V/2) + 4 uint16: float32 scale, float32 min_log_prob, V codes (and one unused if V is odd). The scored positions
+are n_ctx//2 .. n_ctx-2 of a chunk, T of them. A code c stands for log p = scale c + min_log_prob; logits more than 16
+below the largest share code 0. Files are written and read chunk by chunk: memory holds one chunk.
+llama.cpp's reader exits with 0 on a missing, cut or foreign base file; here each is an error.
 Source of the layout and of its float32 arithmetic: llama.cpp, tools/perplexity/perplexity.cpp.
 """
 
@@ -27,7 +27,7 @@ Rows = npt.NDArray[np.uint16]
 
 MAGIC = b"_logits_"
 _HEADER = len(MAGIC) + 12
-_SPAN = np.float32(16)  # nats below the largest logit that are kept apart
+_SPAN = np.float32(16)  # nats below the largest logit that have separate codes
 _STEPS = np.float32(65535)
 _SCALE, _FIRST_CODE = 0, 4  # uint16 columns
 
@@ -47,7 +47,7 @@ class BaseFile:
         return len(self.tokens)
 
     def log_probs(self, chunk: int) -> Array:
-        """(T, V) float32 log-probabilities of one chunk, as the stock tool decodes them."""
+        """(T, V) float32 log-probabilities of one chunk, decoded as in llama.cpp's tool."""
         rows = np.asarray(self.rows[chunk])
         head = np.ascontiguousarray(rows[:, _SCALE:_FIRST_CODE]).view(np.float32)  # (T, 2)
         values: Array = rows[:, _FIRST_CODE : _FIRST_CODE + self.vocab].astype(np.float32)
@@ -57,7 +57,7 @@ class BaseFile:
 
 
 def row_width(vocab: int) -> int:
-    """uint16 a scored token takes."""
+    """Number of uint16 for a scored token."""
     return 2 * ((vocab + 1) // 2) + 4
 
 
@@ -123,11 +123,11 @@ def read_base(path: str | Path, *, vocab: int | None = None) -> BaseFile:
     """Open a base file and check its size to the byte.
 
     Args:
-        vocab: the vocabulary it must have; None takes what it says.
+        vocab: the vocabulary that the file must have; None accepts any.
 
     Raises:
-        InputError: missing, another format, impossible header, cut off or too long, another vocabulary, token ids
-            outside of it.
+        InputError: missing, another format, impossible header, cut off or too long, another vocabulary, or token ids
+            outside of the vocabulary.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,9 +1,9 @@
 """The statistics that `llama-perplexity --kl-divergence` prints, from a base file and a candidate's logits.
 
-Every step is taken in the precision in which llama.cpp takes it (log-probabilities and percentiles float32, sums
-float64, exponentials rounded to float32), so that the printed digits agree and not only the definitions. Errors are
-the tool's: sqrt((E[x^2] - E[x]^2) / (n - 1)), tokens taken as independent, which is 1.4 to 5 times too narrow; the
-clustered intervals are in `kl`. A compiler that contracts a * b + c (arm64) may move the last digit.
+Every step has llama.cpp's precision (log-probabilities and percentiles float32, sums float64, exponentials rounded to
+float32), so that the printed digits agree too. Errors are computed as in the tool: sqrt((E[x^2] - E[x]^2) / (n - 1)).
+This formula takes tokens as independent and is 1.4 to 5 times too narrow; `kl` has clustered intervals. A compiler that
+contracts a * b + c (arm64) may change the last digit.
 Source of the definitions: llama.cpp, tools/perplexity/perplexity.cpp.
 """
 
@@ -20,8 +20,8 @@ import numpy.typing as npt
 from so8t_core.errors import InputError
 from verification.logit_parity.llama_cpp_file import Array, BaseFile, log_sum_exp
 
-_CUT = np.float32(-16)  # nats; ids with a base log-probability not above this are left out
-_FEWEST = 100  # scored tokens below which the tool prints no statistics
+_CUT = np.float32(-16)  # nats; ids need a larger base log-probability to count
+_FEWEST = 100  # scored tokens; with fewer, the tool prints no statistics
 _KLD_PERCENTILES = (0.999, 0.99, 0.95, 0.9, None, 0.1, 0.05, 0.01, 0.001)  # None is the median
 _DP_PERCENTILES = (0.999, 0.99, 0.95, 0.9, 0.75, None, 0.25, 0.1, 0.05, 0.01, 0.001)
 _Block = tuple[Array, Array, npt.NDArray[np.float64], Array, npt.NDArray[np.bool_]]
@@ -30,7 +30,7 @@ _BLOCK_ELEMENTS = 1 << 18  # elements of a (rows, V) block, near a cache's size
 
 @dataclass
 class KldTotals:
-    """Streams chunks; keeps four float32 a scored token. `threads` change no bit: each does whole rows."""
+    """Adds up chunks; keeps four float32 a scored token. `threads` change no bit, because each computes whole rows."""
 
     vocab: int
     threads: int = 1
@@ -46,7 +46,7 @@ class KldTotals:
         Args:
             base_TV: decoded log-probabilities of the base, float32.
             logits_TV: the candidate's logits of the same positions, float32.
-            targets_T: the corpus token each position predicts.
+            targets_T: the corpus token that each position predicts.
 
         Raises:
             InputError: another vocabulary, or a NaN or infinite logit (the tool would print inf or nan and exit 0).
@@ -60,7 +60,7 @@ class KldTotals:
             targets = np.asarray(targets_T[rows], dtype=np.int64)
             return _block(base_TV[rows], logits_TV[rows].astype(np.float32), targets)
 
-        with ThreadPoolExecutor(self.threads) as pool:  # numpy lets the interpreter go in its loops over a block
+        with ThreadPoolExecutor(self.threads) as pool:  # numpy releases the interpreter lock in its loops over a block
             for nll, nll_base, kld, dp, same in pool.map(block, range(0, len(base_TV), step)):
                 self._nll.append(nll)
                 self._nll_base.append(nll_base)
@@ -69,10 +69,10 @@ class KldTotals:
                 self._same.append(same)
 
     def result(self) -> KldStatistics:
-        """Everything the tool prints.
+        """All statistics that the tool prints.
 
         Raises:
-            InputError: fewer than 100 scored tokens, where the tool prints nothing either.
+            InputError: fewer than 100 scored tokens; the tool prints nothing then.
         """
         count = sum(map(len, self._nll))
         if count < _FEWEST:
@@ -88,7 +88,7 @@ class KldTotals:
 
 @dataclass(frozen=True)
 class KldStatistics:
-    """(value, error) or value of each line, and the lines themselves as the tool prints them."""
+    """(value, error) or value of each line, and the lines as the tool prints them."""
 
     tokens: int
     values: dict[str, tuple[float, float | None]]
@@ -100,10 +100,10 @@ def statistics(base: BaseFile, logit_chunks: Iterable[Array], *, threads: int = 
 
     Args:
         logit_chunks: (T, V) float32 for each chunk of `base.tokens`, in order.
-        threads: they share a chunk's positions; none of them changes a bit.
+        threads: number of threads that share a chunk's positions; the number changes no bit.
 
     Raises:
-        InputError: see `KldTotals`; or not one chunk of logits for each of the base's.
+        InputError: see `KldTotals`; or the numbers of chunks differ.
     """
     totals, first, seen = KldTotals(base.vocab, threads), base.n_ctx // 2, 0
     for logits in logit_chunks:
@@ -117,7 +117,7 @@ def statistics(base: BaseFile, logit_chunks: Iterable[Array], *, threads: int = 
 
 
 def _block(base: Array, logits: Array, targets: npt.NDArray[np.int64]) -> _Block:
-    """Negative log-likelihood, the base's, KLD, difference of probability, same top: each (T,)."""
+    """Negative log-likelihood of the candidate and of the base, KLD, difference of probability, same top: each (T,)."""
     if not np.isfinite(logits).all():
         raise InputError("the candidate gives a logit that is NaN or infinite; its divergence has no value")
     each = np.arange(len(base))
@@ -130,7 +130,7 @@ def _block(base: Array, logits: Array, targets: npt.NDArray[np.int64]) -> _Block
 
 
 def _divergence(base_V: Array, logits_V: Array, log_z: np.float32) -> np.float64:
-    """One position's KLD; only the ids above the cut, few of a vocabulary, are worked on."""
+    """One position's KLD, over the ids above the cut, which are few."""
     kept = np.flatnonzero(base_V > _CUT)
     likely = base_V[kept]
     result: np.float64 = (_exp(likely) * ((likely - logits_V[kept]) + log_z)).sum(dtype=np.float64)
@@ -138,7 +138,7 @@ def _divergence(base_V: Array, logits_V: Array, log_z: np.float32) -> np.float64
 
 
 def _exp(x: Array) -> Array:
-    """Correctly rounded float32 exponential: what glibc's expf gives for all but one argument in a few hundred."""
+    """Correctly rounded float32 exponential; glibc's expf differs for one argument in a few hundred."""
     result: Array = np.exp(x.astype(np.float64)).astype(np.float32)
     return result
 
@@ -198,7 +198,7 @@ def _percentile_name(fraction: float | None, what: str) -> str:
 
 
 def _percentile(ordered: Array, fraction: float | None) -> float:
-    """Linear interpolation at f (n - 1), all of it in float32; None is the median of two neighbours."""
+    """Linear interpolation at f (n - 1) in float32; None is the median of two neighbours."""
     n = len(ordered)
     if fraction is None:
         middle = ordered[n // 2]

@@ -1,8 +1,8 @@
-"""The reference's logits on disk: written once, read back for every candidate, deleted afterwards.
+"""Stores the reference's logits on disk: written once, read back for every candidate, deleted afterwards.
 
-Rows are float32, (rows, V), as the model gave them: half precision would add a KLD of about 1e-5, more than a healthy
-F16 file has. Memory holds the rows that are asked for, whatever the length of the run; the disk holds 4 V bytes a
-scored position (600 MB for 3,060 positions of a 49,152 token vocabulary).
+Rows are float32, (rows, V), as the model gave them: half precision would add a KLD of about 1e-5, more than the KLD of
+a healthy F16 file. Memory holds only the requested rows; the disk holds 4 V bytes a scored position (600 MB for 3,060
+positions of a 49,152 token vocabulary).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from so8t_core.errors import InputError
 from verification.engines.closing import Closing
 
 Array = npt.NDArray[np.float32]
-LARGE = 1 << 30  # bytes of logits above which hidden states are kept instead, where the family allows it
+LARGE = 1 << 30  # for more bytes of logits, hidden states are kept if the family allows it
 
 
 def fits(directory: Path, *, rows: int, vocab: int) -> bool:
-    """Whether full logits are no large file for this disk."""
+    """Whether the full logits take at most `LARGE` bytes and fit on the disk."""
     return 4 * rows * vocab <= min(LARGE, 0.95 * shutil.disk_usage(directory).free)
 
 
@@ -30,10 +30,10 @@ class LogitSpool(Closing):
     """A temporary file of logits; a context manager.
 
     Raises:
-        InputError: the disk has not enough room for `rows` rows.
+        InputError: the disk does not have enough room for `rows` rows.
     """
 
-    recomputes = False  # whether a reading costs more than that
+    recomputes = False  # whether each reading computes the logits again
 
     def __init__(self, directory: Path, *, rows: int, vocab: int) -> None:
         self.vocab, self.rows = vocab, 0
@@ -43,10 +43,10 @@ class LogitSpool(Closing):
                 f"the reference's logits need {need / 2**30:.1f} GiB in {directory}, which has {free / 2**30:.1f} GiB "
                 "free; set TMPDIR (in a run: run_dir) to a larger disk, or score fewer chunks"
             )
-        self._file = tempfile.TemporaryFile(dir=directory, prefix="so8t-logits-")  # noqa: SIM115  nameless: gone with us
+        self._file = tempfile.TemporaryFile(dir=directory, prefix="so8t-logits-")  # noqa: SIM115  deleted on close
 
     def close(self) -> None:
-        """Give the disk back; safe to call twice."""
+        """Free the disk; safe to call twice."""
         self._file.close()
 
     def append(self, logits_TV: Array) -> None:

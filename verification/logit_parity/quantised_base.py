@@ -1,15 +1,15 @@
-"""The divergence of the trained function from the shipped one, where the base was quantised in training (QLoRA).
+"""The divergence between trained and shipped model, if the base was quantised in training (QLoRA).
 
-The adapter learned on top of the quantised base's errors; the bake folds it into the original. So the trained and the
-shipped function differ: this measures how far they are apart, on the corpus' own chunks. The result is information and
-decides nothing, because the verification starts at the function that is baked.
+In training the adapter saw the errors of the quantised base, but the bake folds the adapter into the original base. So
+the trained and the shipped model differ. This module measures their divergence on the corpus' chunks. The result is
+information and decides nothing, because the verification starts at the baked model.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from so8t_core.quantised import Quantization, load_quantised, weight_error
+from verification.engines.bitsandbytes_base import Quantization, load_quantised, weight_error
 from verification.gate.report import TrainedFunction
 from verification.logit_parity.compare import Reference, Tell, saved_against
 from verification.logit_parity.text import Corpus
@@ -19,13 +19,12 @@ from verification.reference.checkpoint import Checkpoint
 def trained_function(
     base: Path, adapter: Path, kind: Quantization, text: Corpus, reference: Reference, *, seed: str, tell: Tell
 ) -> TrainedFunction:
-    """Quantised base + adapter against the saved checkpoint, whose logits are in the spool.
+    """Compare quantised base + adapter with the saved checkpoint, whose logits are in the spool.
 
-    Evaluated without gradients, as the trained model would be used; in training bitsandbytes may order its sums
-    differently.
+    The model runs without gradients, as in use; in training bitsandbytes may order its sums differently.
 
     Raises:
-        InputError: bitsandbytes is missing or known to be wrong.
+        InputError: bitsandbytes is missing, or its version is known to be wrong.
     """
     from peft import prepare_model_for_kbit_training
 

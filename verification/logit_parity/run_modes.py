@@ -1,13 +1,12 @@
-"""The ways of running a file in which real faults hide. One way, a "cell", is a set of tokens and a setting of
-llama.cpp.
+"""The ways of running a file in which known faults show; one way (a "cell") is a set of tokens and llama.cpp settings.
 
-A passage is a run of tokens and its first scored position; passages with the same key share the reference's logits.
-Known faults behind the cells: LongRoPE factors picked by the allocated n_ctx (llama.cpp) or by the actual length
-(Hugging Face); wrong results for prompts longer than n_ubatch; prefill and decoding that differ; agreement up to a
-length and divergence behind it; a missing or doubled BOS. A cell that cannot apply says why.
+A passage is a sequence of tokens and its first scored position; passages of the same text share the reference's logits.
+Known faults behind the cells: LongRoPE factors chosen by the allocated n_ctx (llama.cpp) or by the actual length
+(Hugging Face); wrong results for prompts longer than n_ubatch; differences between prefill and decoding; divergence
+beyond a certain length; a missing or doubled BOS. A cell that does not apply says why.
 
-Nothing runs twice: a cell takes the result of another cell that has the same tokens and arithmetic, and a cell whose
-tokens begin as another cell's starts from that cell's cache.
+Nothing runs twice: a cell takes the result of another cell with the same tokens and arithmetic, and a cell whose first
+tokens are those of another cell starts from that cell's cache.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ SHORT = 12
 DECODED = 12  # tokens decoded one by one at the end of a passage
 CHAT_LENGTH, CHAT_TAIL = 96, 24
 LONG = 1024
-CONTEXT = 8192  # tokens of the one passage as long as people serve
+CONTEXT = 8192  # tokens of the one long passage: a length that people serve
 TAIL = 128  # positions scored at the end of a long passage
-KV_BLOCK = 32  # channels that q8_0 and q4_0 keep under one scale
-BLOCK = 32  # a longer run of scored positions counts as clusters of this many
-CACHE_LIMIT = 4 << 30  # bytes of KV cache a cell may allocate
+KV_BLOCK = 32  # channels with one scale in q8_0 and q4_0
+BLOCK = 32  # longer sequences of scored positions are cut into clusters of this many
+CACHE_LIMIT = 4 << 30  # largest KV cache of a cell, in bytes
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,13 @@ class Cell:
     n_ctx: int = 0  # allocated; 0 = as long as the longest passage
     n_ubatch: int | None = None
     kv: str | None = None  # type of the cached keys and values
-    flash: bool | None = None  # the flash kernel, or the plain one; None: llama.cpp's choice
-    informs: bool = False  # its damage is the server's choice, not the file's: shown, held to no bound
+    flash: bool | None = None  # whether to use the flash kernel; None: llama.cpp decides
+    informs: bool = False  # the server chooses this setting, so its damage is shown without a bound
     singly: int = 0  # tokens at the end that are decoded one by one
-    after: str = ""  # the cell whose cache holds these passages' first tokens: they are not computed again
-    same_as: str = ""  # the cell with the same tokens and arithmetic: its result is this one's
-    note: str = ""  # printed beside the measured value: what a difference here means
-    why: str = ""  # why it does not apply
+    after: str = ""  # the cell whose cache has these passages' first tokens, which are not computed again
+    same_as: str = ""  # the cell with the same tokens and arithmetic, whose result is taken
+    note: str = ""  # the meaning of a difference; printed beside the measured value
+    why: str = ""  # why the cell does not apply
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Plan:
 
 
 def shipped_n_ctx(config: Config) -> int:
-    """The context a file is shipped for when nobody says otherwise: at most 4096, never beyond the original length."""
+    """The default context that a file is shipped for: at most 4096, never more than the original length."""
     limits = [4096, config.get("max_position_embeddings") or 4096, original_length(config) or 4096]
     return int(min(limits))
 
@@ -99,9 +98,9 @@ def plan_cells(
         text: chunks of the corpus; passages are cut out of them.
         config: config.json of the reference.
         chats: token ids of rendered chats.
-        bos: the tokenizer's BOS, or None when it has none.
-        n_ctx: the context the files are shipped for; None takes `shipped_n_ctx`.
-        long_context: tokens of one long passage, at most the model's context; None takes `CONTEXT` in `full`.
+        bos: the tokenizer's BOS; None if it has none.
+        n_ctx: the context that the files are shipped for; None takes `shipped_n_ctx`.
+        long_context: tokens of one long passage, at most the model's context; None takes `CONTEXT`, in `full` only.
     """
     shipped = n_ctx or shipped_n_ctx(config)
     limit = int(config.get("max_position_embeddings") or 1 << 20)
@@ -110,7 +109,7 @@ def plan_cells(
     passages = {"plain": plain, "short": [Passage(p.tokens[:SHORT], 1) for p in plain]}
     passages["decode"] = [Passage(p.tokens, LENGTH - DECODED) for p in plain]
     allocated = _allocated("n_ctx_shipped", "Context allocated as shipped", shipped, config)
-    # where the allocated context does not change the arithmetic, this cell's run is also that of the text as it is
+    # if the allocated context does not change the arithmetic, other cells can share this cell's run
     common = "" if allocated.why or allocated.note else allocated.name
     singly = f"the last {DECODED} tokens decoded one by one"
     cells = [
@@ -137,7 +136,7 @@ def plan_cells(
     return Plan(cells, passages)
 
 
-_SERVED = (  # as people start llama-server: -ctk q8_0 -ctv q8_0, --flash-attn on and off
+_SERVED = (  # options of llama-server that people use: -ctk q8_0 -ctv q8_0, --flash-attn on and off
     Cell("kv_q8_0", "Keys and values kept in q8_0", "q8_0 cache", "plain", kv="q8_0", flash=True, informs=True),
     Cell("kv_q4_0", "Keys and values kept in q4_0", "q4_0 cache", "plain", kv="q4_0", flash=True, informs=True),
     Cell("flash_on", "Flash attention", "flash kernel", "plain", flash=True),
@@ -170,9 +169,9 @@ def _allocated(name: str, title: str, n_ctx: int, config: Config) -> Cell:
 
 
 def _larger(shipped: int, limit: int, config: Config) -> Cell:
-    """Twice the shipped context, or the first one beyond the original length, whichever is more.
+    """The cell of twice the shipped context, or of the first context beyond the original length if that is longer.
 
-    Only where the factors of RoPE may be chosen by that: elsewhere it would be `n_ctx_shipped` with a larger buffer.
+    It applies only if RoPE depends on the length: otherwise it would repeat `n_ctx_shipped` with a larger buffer.
     """
     wanted = max(2 * shipped, ((original_length(config) or 0) // 256 + 1) * 256)
     wanted = min(wanted, limit)
@@ -192,7 +191,7 @@ def _lengths(
     passages: dict[str, list[Passage]],
     long_context: int | None,
 ) -> list[Cell]:
-    """Where a length-dependent fault shows; each costs long forward passes, so only `full` or an option has them."""
+    """Cells of long texts, where length-dependent faults show; they are slow, so only `full` or an option has them."""
     cells = []
     original, window = original_length(config), config.get("sliding_window") or 0
     cases = [("long", "Long text", min(LONG, limit), "")]
@@ -230,7 +229,7 @@ def cache_bytes(config: Config, n_ctx: int) -> int:
 
 
 def _cut(stream: Ids, length: int, count: int, first: int, *, repeat: bool = False) -> list[Passage]:
-    """`count` passages spread evenly over the text; a text that is too short for a long passage is repeated."""
+    """`count` passages spread evenly over the text; with `repeat`, a text that is too short is repeated."""
     if repeat and len(stream) < length:
         stream = np.resize(stream, length)
     starts = [round(i * (len(stream) - length) / max(1, count - 1)) for i in range(count)]

@@ -1,8 +1,8 @@
-"""The text that is scored: the built-in one, a text file, or JSONL, cut into chunks of n_ctx token ids.
+"""The scored text: the built-in text, a text file, or JSONL, cut into chunks of n_ctx token ids.
 
-Ids come from the reference's own tokenizer and are given to every model unchanged, so a candidate's tokenizer cannot
-hide here (it is compared on its own). JSONL rows hold `text`, or `messages` that go through the model's chat template.
-The first token of a chunk is replaced by BOS exactly when the GGUF file says that llama.cpp adds one.
+Ids come from the reference's tokenizer, and every model gets the same ids. So the candidate's tokenizer has no effect
+here; `contract.tokens` compares it. JSONL rows hold `text`, or `messages` that go through the model's chat template.
+The first token of a chunk is replaced by BOS only if the GGUF file says that llama.cpp adds BOS.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from so8t_core.errors import InputError
 from so8t_core.files import read_regular
 
-BASE_CHUNKS = 4  # chunks on which the base's own damage is shown: information, so a third of the usual text
+BASE_CHUNKS = 4  # chunks for the damage of the quantised base: only information, so a third of the usual text
 _MAX_BYTES = 1 << 30
 DEFAULT_CORPUS = Path(__file__).parent / "corpus" / "default.txt"
 Ids = npt.NDArray[np.int64]
@@ -29,11 +29,11 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Chunks of token ids and where they come from."""
+    """Chunks of token ids and their sources."""
 
     paths: tuple[Path, ...]
     chunks: tuple[Ids, ...]  # each (n_ctx,)
-    sha256: str  # of the chunks' ids: what was really scored
+    sha256: str  # digest of the chunks' ids, which are scored
 
 
 def read_corpus(
@@ -49,17 +49,17 @@ def read_corpus(
     Args:
         source: a file, several files (a chunk of each in turn), or None for the built-in text, which may hold fewer
             than `chunks`.
-        bos: id that replaces the first token of every chunk; None leaves it.
+        bos: id that replaces the first token of every chunk; None replaces nothing.
 
     Raises:
-        InputError: missing, not UTF-8, broken JSONL line, or too short (with the number of tokens needed).
+        InputError: missing, not UTF-8, broken JSONL line, or too short (the message gives the needed number of tokens).
     """
     given = [source] if isinstance(source, str | Path) else list(source or [DEFAULT_CORPUS])
     paths = tuple(Path(path) for path in given)
     if n_ctx < 8 or chunks < 1:
         raise InputError(f"n_ctx = {n_ctx} and chunks = {chunks}: need at least 8 tokens and 1 chunk")
     cuts = [_chunks(_read(path, tokenizer), tokenizer, n_ctx) for path in paths]
-    if source is None:  # the built-in text is as long as it is; a tokenizer with a large vocabulary makes fewer of it
+    if source is None:  # a tokenizer with a large vocabulary makes fewer chunks of the built-in text
         chunks = min(chunks, max(len(cuts[0]), 2))
     found = sum(map(len, cuts))
     if found < chunks:
@@ -90,7 +90,7 @@ def _read(path: Path, tokenizer: Any) -> str:
         raise InputError(f"corpus {path} cannot be read as UTF-8 text: {error}") from None
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return text
-    lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
+    lines = enumerate(text.split("\n"), start=1)  # not splitlines: a JSON string may hold U+2028
     return "\n".join(_row(path, number, line, tokenizer) for number, line in lines if line.strip())
 
 

@@ -1,8 +1,9 @@
-"""Checks whether text and evaluator can carry a verdict: enough positions, neither flat nor trivial, logits aligned.
+"""Checks whether the text is sufficient for a verdict, and whether logits are compared at the right positions.
 
-A reference whose mean entropy is near ln V hides faults (every candidate looks alike); one near zero flatters (a
-repetitive text is predicted by anything). Both leave the verdict open. A candidate whose logits agree better with
-the reference's neighbouring positions than with their own was scored off by one, or is broken: that fails.
+If the reference's mean entropy is near ln V, faults do not show (all candidates look alike). If the entropy is near
+zero, every file looks good (any model predicts a repetitive text). Both make the verdict inconclusive. If a candidate's
+logits agree better with the reference's neighbouring positions than with the same positions, they were scored off by
+one, or the file is broken: the check fails.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LEAST_KLD = 1e-12  # nats; two equal streams would divide by zero
 
 
 def alignment(ref_TV: Array, cand_TV: Array) -> float:
-    """KLD of the better of the two shifts by one position over the KLD of the right alignment; NaN when not finite."""
+    """The smaller KLD of the two shifts by one position, divided by the KLD without a shift; NaN if not finite."""
     ref, cand = ref_TV[:ALIGNED_ROWS], cand_TV[:ALIGNED_ROWS]
     right = mean_kld(ref, cand)
     shifted = np.minimum(mean_kld(ref[:-1], cand[1:]), mean_kld(ref[1:], cand[:-1]))  # np.minimum keeps a NaN
@@ -30,7 +31,7 @@ def alignment(ref_TV: Array, cand_TV: Array) -> float:
 
 
 def alignment_check(ratio: float | None, subject: str) -> Check:
-    """A shift by one position must be worse than no shift."""
+    """Check that a shift by one position is worse than no shift."""
     return plain_check(
         "evidence.alignment",
         "Shifted by one position, the divergence grows (factor)",
@@ -41,7 +42,7 @@ def alignment_check(ratio: float | None, subject: str) -> Check:
 
 
 def evidence_checks(d: Divergence) -> list[Check]:
-    """Amount and nature of the text, from the reference's side of any one comparison."""
+    """Checks of the text's length and entropy, from the reference's numbers in any comparison."""
     seen = d.tokens > 0
     where = "use more text (--chunks, --n-ctx, --corpus)"
     share = d.reference_entropy / math.log(d.vocab)

@@ -1,1 +1,1 @@
-"""The Hugging Face checkpoint that a file was made from."""
+"""Reads the Hugging Face checkpoint that a file was made from."""

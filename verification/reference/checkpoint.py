@@ -12,12 +12,13 @@ from safetensors import safe_open
 
 from so8t_core.checkpoint_admission import admit_checkpoint
 from so8t_core.files import read_json
+from verification.reference.config_forms import as_published
 
 if TYPE_CHECKING:
     import torch
 
 Array = npt.NDArray[np.float32]
-_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # in which numpy reads the bytes
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # types with which numpy reads the bytes
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
@@ -25,7 +26,7 @@ class Checkpoint(Mapping[str, Array]):
     """A Hugging Face directory's safetensors as float32 arrays, read one at a time.
 
     Raises:
-        InputError: the directory is refused, see `admit_checkpoint`.
+        InputError: the directory is refused; see `admit_checkpoint`.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -36,7 +37,7 @@ class Checkpoint(Mapping[str, Array]):
         self._entries = weights.entries
 
     def __getitem__(self, name: str) -> Array:
-        """One tensor as float32, read by numpy: torch takes seconds to import; 8-bit floats are left to it."""
+        """One tensor as float32, read by numpy, because torch takes seconds to import; torch reads 8-bit floats."""
         entry = self._entries[name]
         if entry.dtype not in _TYPES:
             return self.tensor(name).float().numpy()
@@ -48,15 +49,20 @@ class Checkpoint(Mapping[str, Array]):
             return found.astype(np.float32, copy=False).reshape(entry.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in the shape and dtype it was saved in."""
+        """One tensor, in its saved shape and dtype."""
         with safe_open(str(self._file_of[name]), framework="pt") as shard:
             value: torch.Tensor = shard.get_tensor(name)
         return value
 
     def saved_in(self, name: str | None) -> str:
-        """The float type that a tensor is saved in, F32 for any other; None: of the first tensor."""
+        """The float type of a saved tensor, F32 for other types; the name None means the first tensor."""
         kind = self._entries[name or next(iter(self))].dtype
         return kind if kind in ("F16", "BF16") else "F32"
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its weights."""
+        return sum(self._entries[name].nbytes for name in self)
 
     def __iter__(self) -> Any:
         return iter(self._file_of)
@@ -66,7 +72,7 @@ class Checkpoint(Mapping[str, Array]):
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory, with a nested text model's keys laid on top."""
-    value = read_json(directory / "config.json")
+    """config.json of a model directory; keys of a nested text model replace those of the model."""
+    value = as_published(read_json(directory / "config.json"))
     text = value.get("text_config")
     return {**value, **(text if isinstance(text, dict) else {})}

@@ -1,13 +1,13 @@
-"""RoPE scaling as GGUF stores it, computed from config.json.
+"""Computes RoPE scaling as stored in GGUF files from config.json.
 
 llama3: one divisor a frequency in `rope_freqs.weight`, f_i = 1 for wavelengths below original/high, `factor` above
 original/low, 1 / ((1 - s)/factor + s) between with s = (original/wavelength - low) / (high - low), wavelength
 2 pi theta^(2i/d). LongRoPE: `rope_factors_long/short.weight` as given, and the attention factor
-sqrt(1 + ln(s)/ln(original)), s = max/original. linear and yarn are keys only.
+sqrt(1 + ln(s)/ln(original)), s = max/original. linear and yarn have keys only.
 
-A LongRoPE model has two sets of factors. Hugging Face picks one by the length of the text, llama.cpp by the *allocated*
-context of a sequence, which it pads to a multiple of 256. Only up to the original length do both take the short ones
-for every text; so files are shipped, and served, with no more than `limit_of_config` or `limit_of_file` tokens.
+A LongRoPE model has two sets of factors. Hugging Face chooses one by the length of the text, llama.cpp by the
+*allocated* context of a sequence, padded to a multiple of 256. Both choose the short factors for every text only up to
+the original length. So files are shipped and served with at most `limit_of_config` or `limit_of_file` tokens.
 Source: llama.cpp's converter and the model families' papers (Llama 3.1, LongRoPE).
 """
 
@@ -28,7 +28,7 @@ _FIXED = ("default", "linear", "llama3", "yarn", "mrope", "proportional")  # one
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """The global layers' RoPE settings, whichever of its forms config.json uses; keys rope_theta, rope_type, ..."""
+    """The global layers' RoPE settings, from any form of config.json; keys rope_theta, rope_type, ..."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     given = given if isinstance(given, dict) else {}
     rope = dict(given.get("full_attention") or (given if "sliding_attention" not in given else {}))
@@ -41,20 +41,20 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_theta(config: dict[str, Any]) -> float | None:
-    """RoPE base of the sliding-window layers where the config gives one (Gemma-3)."""
+    """RoPE base of the sliding-window layers (Gemma-3); None if the config gives none."""
     given = config.get("rope_parameters") or {}
     value = (given.get("sliding_attention") or {}).get("rope_theta", config.get("rope_local_base_freq"))
     return None if value is None else float(value)
 
 
 def head_dim(config: dict[str, Any]) -> int | None:
-    """Channels a head; hidden / heads where config.json does not say."""
+    """Channels a head; hidden / heads if config.json does not give them."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     return config.get("head_dim") or (hidden // heads if hidden and heads else None)
 
 
 def factor_tensors(config: dict[str, Any]) -> dict[str, Array]:
-    """Tensors that a GGUF file holds because of the config's RoPE scaling, and no checkpoint tensor explains.
+    """Tensors of a GGUF file that come from the config's RoPE scaling, not from a checkpoint tensor.
 
     Their shape is (rotary dimensions / 2,).
     """
@@ -71,7 +71,7 @@ def factor_tensors(config: dict[str, Any]) -> dict[str, Array]:
 
 def llama3_divisors(rope: dict[str, Any], dim: int) -> Array:
     """(dim/2,) divisors of the RoPE frequencies."""
-    # the converter computes the frequencies in float32; the same here, so that the factors agree to its last bits
+    # in float32, as in the converter, so that the factors agree to the last bits
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequencies = (1.0 / np.power(np.float32(rope.get("rope_theta", 1e4)), exponents)).astype(np.float32)
     factor, low, high = (
@@ -98,19 +98,19 @@ def attention_factor(config: dict[str, Any]) -> float | None:
 
 
 def original_length(config: Mapping[str, Any]) -> int | None:
-    """The length the RoPE was trained for, where the model was stretched beyond it; None otherwise."""
+    """The length that the RoPE was trained for, if the model was stretched beyond it; otherwise None."""
     found = _in_rope(config, "original_max_position_embeddings")
     return int(found) if found else None
 
 
 def is_longrope(config: Mapping[str, Any]) -> bool:
-    """Whether two sets of factors exist, one for short and one for long texts (Phi-3)."""
+    """Whether the model has two sets of factors, one for short and one for long texts (Phi-3)."""
     kind = _in_rope(config, "rope_type") or _in_rope(config, "type")
     return str(kind).lower() in ("longrope", "su")
 
 
 def depends_on_length(config: Mapping[str, Any]) -> bool:
-    """Whether the length of a text, or the context allocated for it, changes the frequencies; an unknown type may."""
+    """Whether a text's length or allocated context can change the frequencies; True for an unknown RoPE type."""
     given = [value for name in ("rope_parameters", "rope_scaling") if isinstance(value := config.get(name), Mapping)]
     nested = [value for settings in given for value in settings.values() if isinstance(value, Mapping)]  # by layer type
     kinds = [settings.get("rope_type") or settings.get("type") or "default" for settings in (*given, *nested)]
@@ -123,17 +123,17 @@ def _in_rope(config: Mapping[str, Any], key: str) -> Any:
 
 
 def limit_of_config(config: Mapping[str, Any]) -> int | None:
-    """The limit of a checkpoint, from its config.json; None where there is none."""
+    """The largest safe context of a checkpoint, from its config.json; None if there is no limit."""
     return _padded(original_length(config)) if is_longrope(config) else None
 
 
 def limit_of_file(file: GGUFFile) -> int | None:
-    """The limit of a GGUF file, from its tensors and metadata; None where there is none."""
+    """The largest safe context of a GGUF file, from its tensors and metadata; None if there is no limit."""
     if "rope_factors_long.weight" not in file.tensors:
         return None
     return _padded(file.get("rope.scaling.original_context_length"))
 
 
 def _padded(original: int | None) -> int | None:
-    """The largest context that is still within the original length after llama.cpp's padding."""
+    """The largest context that is within the original length after llama.cpp's padding."""
     return None if original is None else max(original // PAD * PAD, PAD)

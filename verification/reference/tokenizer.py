@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, loaded as it is; transformers is imported when one is asked for."""
+"""Loads a checkpoint's tokenizer unchanged; transformers is imported only then."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from so8t_core.files import read_json
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The reference's own tokenizer.
+    """The reference's tokenizer.
 
     Raises:
-        InputError: transformers cannot load it, or only with code of the checkpoint's own.
+        InputError: transformers cannot load the tokenizer, or only with code from the checkpoint.
     """
     from transformers import AutoTokenizer
 
@@ -24,5 +24,5 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # bare Exception, RuntimeError, and a panic of Rust code, which is no Exception
+    except BaseException as error:  # Exception, RuntimeError, and a panic of Rust code, which is not an Exception
         raise InputError(f"no usable tokenizer in {directory}: {' '.join(str(error).split())[:200]}") from None

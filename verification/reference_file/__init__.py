@@ -1,1 +1,1 @@
-"""A reference as one small file, so that a downloaded GGUF file can be verified without the original weights."""
+"""The reference as one small file, to verify a downloaded GGUF file without the original weights."""

@@ -1,7 +1,7 @@
-"""One candidate file without inference, against a reference file: the contract that needs no weights.
+"""Contract checks of one candidate against a reference file, without inference and without the reference's weights.
 
-The checks are those of `contract.checks` under the same names, from the recorded tokenizer, chats and keys; beside them
-the inventory by recorded names and shapes, and the tensors' recorded statistics (`sketch`).
+The checks have the names of those in `contract.checks`, but use the recorded tokenizer, chats and keys. Two checks are
+added: the inventory by recorded names and shapes, and the tensors' recorded statistics (`sketch`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _AGAIN = "convert the reference again"
 
 
 class RecordedTokenizer:
-    """The reference's tokenizer as far as it was recorded: it knows the ids of its own texts and of no others."""
+    """The recorded part of the reference's tokenizer: it knows only the ids of the recorded texts."""
 
     def __init__(self, record: TokenizerRecord) -> None:
         self._ids = {
@@ -75,7 +75,7 @@ def contract_of(candidate: Candidate, reference: ReferenceFile) -> tuple[list[Ch
 
 
 def static_findings(file: GGUFFile, reference: ReferenceFile) -> tuple[dict[str, list[Finding]], dict[str, float]]:
-    """What needs no llama.cpp: keys, layout and tensors, by check, and every tensor's estimated relative error."""
+    """Findings without llama.cpp by check (keys, layout, tensors), and every tensor's estimated relative error."""
     header = reference.header
     found = {"metadata": _against_config(header, file)}
     recorded = dataclasses.replace(file, metadata=dict(header.metadata))
@@ -93,7 +93,7 @@ def static_findings(file: GGUFFile, reference: ReferenceFile) -> tuple[dict[str,
 
 
 def _tokens(header: Header, file: GGUFFile) -> dict[str, list[Finding]]:
-    """Ids, special ids, template, chats and stops, asked of llama.cpp in a child; see `checks.token_findings`."""
+    """Findings on ids, template, chats and stops, from llama.cpp in a child process; see `checks.token_findings`."""
     record, found = header.tokenizer, dict[str, list[Finding]]()
     tokenizer = RecordedTokenizer(record)
     with Vocabulary(file.path) as model:
@@ -128,7 +128,7 @@ def _chats(header: Header, model: Vocabulary) -> dict[str, list[Finding]]:
 
 
 def _variables(one: ChatRecord, model: Vocabulary) -> dict[str, Any]:
-    """What llama-cpp-python passes to a file's template, and the recorded tools and switch."""
+    """The variables that llama-cpp-python passes to a file's template, with recorded tools and `enable_thinking`."""
     plain = llama_cpp_variables(
         one.messages, bos=model.token_text(model.bos), eos=model.token_text(model.eos), prompt=one.prompt
     )
@@ -146,7 +146,7 @@ def _stops(record: TokenizerRecord, model: Vocabulary) -> list[Finding]:
 
 
 def _against_config(header: Header, file: GGUFFile) -> list[Finding]:
-    """Keys that contradict what config.json asked for; see `metadata.against_config`."""
+    """Keys that contradict the recorded config.json; see `metadata.against_config`."""
     found = []
     for key, wanted in header.expected.items():
         actual = metadata.value_or_default(file, key)
@@ -157,7 +157,7 @@ def _against_config(header: Header, file: GGUFFile) -> list[Finding]:
 
 
 def _inventory(header: Header, file: GGUFFile) -> list[Finding]:
-    """Tensors missing, of another shape, or in the file and not in the reference; a tied head may be written out."""
+    """Tensors that are missing, additional or of another shape; a tied head may be written out."""
     wanted = {tensor.name: tuple(tensor.shape) for tensor in header.tensors}
     if "output.weight" in file.tensors and "output.weight" not in wanted and "token_embd.weight" in wanted:
         wanted["output.weight"] = wanted["token_embd.weight"]
@@ -173,7 +173,7 @@ def _inventory(header: Header, file: GGUFFile) -> list[Finding]:
 
 
 def _statistics(reference: ReferenceFile, file: GGUFFile) -> tuple[list[Finding], dict[str, float]]:
-    """Tensors that are not the reference's by their projections, and every tensor's estimated relative error."""
+    """Tensors whose projections show other weights, and every tensor's estimated relative error."""
     header = reference.header
     place = {tensor.name: number for number, tensor in enumerate(header.tensors)}
     if "output.weight" not in place and "token_embd.weight" in place:

@@ -1,4 +1,4 @@
-"""The KL divergence of a candidate from stored rows: an exact lower bound and an unbiased estimate.
+"""The KL divergence between stored rows and a candidate: an exact lower bound and an unbiased estimate.
 
 With p the reference, q the candidate, T the stored top tokens, P and Q the masses of all other tokens:
     lower  = sum_{v in T} p_v log(p_v / q_v) + P log(P / Q)
@@ -6,9 +6,9 @@ With p the reference, q the candidate, T the stored top tokens, P and Q the mass
 so `lower` never exceeds KLD (the log-sum inequality; Cover and Thomas 2006, theorem 2.7.1). D is a mean over p', and
 the stored samples are draws from p': with rho_s = log(p'_s / q'_s) and x_s = q'_s / p'_s - 1, whose mean under p' is 0,
     estimate = lower + P mean_s(rho_s + c x_s)
-is unbiased for every c that does not depend on these samples. c = 0 is P mean(log p - log q) beside the exact part.
+is unbiased for every c that does not depend on these samples. c = 0 adds P mean(log p - log q) to the exact part.
 Near p = q, rho = -x + x^2/2: c = 1 removes the noise to first order. c is fitted for each chunk on the samples of all
-other chunks, c = -Cov(rho, x) / Var(x) within positions, weighted by P^2, held within 0 and 1.
+other chunks, c = -Cov(rho, x) / Var(x) within positions, weighted by P^2, limited to 0 .. 1.
 Source of the control variate: Owen, Monte Carlo theory, methods and examples, section 8.9.
 """
 
@@ -30,30 +30,30 @@ Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Reader = Callable[[npt.NDArray[np.integer]], Floats]
-_BLOCK_ELEMENTS = 1 << 21  # of a (rows, V) block: 16 MiB of float64
-_LARGEST = 300.0  # exponent: e^300 squared is still a double; such a sample only says that c is to be 0
+_BLOCK_ELEMENTS = 1 << 21  # elements of a (rows, V) block: 16 MiB of float64
+_LARGEST = 300.0  # exponent: e^300 squared is still a double; such a sample only makes c 0
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A candidate's rows held against stored rows; all arrays of one entry a position, in nats."""
+    """A candidate's rows compared with stored rows; each array has one entry a position, in nats."""
 
     lower: Floats  # (T,)
     mass: Floats  # (T,) P
     rho: Floats  # (T, S)
     x: Floats  # (T, S)
-    lower_cut: Floats  # (T,) terms of the lower bound that llama.cpp counts, without the tail
+    lower_cut: Floats  # (T,) the terms of the lower bound that llama.cpp counts, without the tail
     cut: Floats  # (T,) the tail's samples that llama.cpp counts: P mean((log p - log q) [log p > -16])
     same_top: npt.NDArray[np.bool_]  # (T,)
     nll_ref: Floats  # (T,)
     nll_cand: Floats  # (T,)
-    entropy: Floats  # (T,) of the reference
+    entropy: Floats  # (T,) entropy of the reference
     confidence: Floats  # (T,) the reference's largest probability
-    finite: npt.NDArray[np.bool_]  # (T,) of the candidate's rows; the others hold NaN
+    finite: npt.NDArray[np.bool_]  # (T,) whether the candidate's row is finite; if not, the other arrays hold NaN
 
 
 def compare(rows: Rows, logits_TV: Logits, targets_T: Ids) -> Compared:
-    """Hold a candidate's logits (T, V) against stored rows; `targets_T` are the tokens that follow."""
+    """Compare a candidate's logits (T, V) with stored rows; `targets_T` are the next tokens."""
     step = max(1, _BLOCK_ELEMENTS // logits_TV.shape[1])
     parts = [
         _block(rows[start : start + step], logits_TV[start : start + step], targets_T[start : start + step])
@@ -66,7 +66,7 @@ def _block(rows: Rows, logits_TV: Logits, targets_T: Ids) -> Compared:
     log_p, log_mass = distribution(rows)  # (T, K), (T,)
     log_q, log_q_rest, at = candidate_view(rows, logits_TV)
     p, mass = np.exp(log_p), np.exp(log_mass)
-    with np.errstate(all="ignore"):  # a candidate that is not finite gives NaN, and `finite` says so
+    with np.errstate(all="ignore"):  # a non-finite row gives NaN, and `finite` is False
         has_tail = mass > 0
         rest = np.where(has_tail, log_mass - log_q_rest, 0.0)  # log(P / Q)
         terms = p * (log_p - log_q)
@@ -94,11 +94,11 @@ def _block(rows: Rows, logits_TV: Logits, targets_T: Ids) -> Compared:
 
 
 def distribution(rows: Rows) -> tuple[Floats, Floats]:
-    """(T, K) log p of the top tokens and (T,) log P, the top made to hold 1 - P.
+    """(T, K) log p of the top tokens, scaled so that their sum is 1 - P, and (T,) log P.
 
-    The codes' rounding, up to half a step d of each log p (d = 1.5e-4 nats where the last top token has e^-20), leaves
-    a sum off one by at most d. Made a distribution again, the stored rows lie within d^2 of the reference, and a KLD
-    from them within d times the mean |log p - log q| of the KLD from the reference.
+    The codes round each log p by up to half a step d (d = 1.5e-4 nats if the last top token has e^-20), so the stored
+    sum differs from one by at most d. After the scaling, the stored rows are within d^2 of the reference, and the KLD
+    from them is within d times the mean |log p - log q| of the KLD from the reference.
     """
     log_p, log_mass = rows.top_log_p, rows.tail_mass.astype(np.float64)
     peak = log_p.max(axis=1)
@@ -108,7 +108,7 @@ def distribution(rows: Rows) -> tuple[Floats, Floats]:
 
 
 def candidate_view(rows: Rows, logits_TV: Logits) -> tuple[Floats, Floats, Reader]:
-    """(T, K) log q of the stored top tokens, (T,) log Q of all others, and a reader of log q at given ids (T, n)."""
+    """(T, K) log q of the stored top tokens, (T,) log Q of all others, and a function: ids (T, n) -> log q."""
     logits = torch.from_numpy(np.ascontiguousarray(logits_TV)).double()
     whole = torch.logsumexp(logits, dim=1)
     top = torch.from_numpy(rows.top_ids.astype(np.int64))
@@ -123,7 +123,7 @@ def candidate_view(rows: Rows, logits_TV: Logits) -> tuple[Floats, Floats, Reade
 
 
 def lower_bound(rows: Rows, logits_TV: Logits) -> float:
-    """Mean exact lower bound of a few rows; NaN where a logit is not finite."""
+    """Mean exact lower bound of a few rows; NaN if a logit is not finite."""
     log_p, log_mass = distribution(rows)
     log_q, log_rest, _ = candidate_view(rows, logits_TV)
     with np.errstate(all="ignore"):
@@ -133,7 +133,7 @@ def lower_bound(rows: Rows, logits_TV: Logits) -> float:
 
 @dataclass
 class Chunk:
-    """What is kept of one cluster of positions."""
+    """The comparison of one cluster of positions."""
 
     compared: Compared
     first: int  # position of its first row
@@ -155,7 +155,7 @@ class FileDivergence:
         self.chunks.append(Chunk(compared, first))
 
     def means(self) -> Means:
-        """The mean KLD of everything added, without its interval. Rows that are not finite are left out."""
+        """The mean KLD of all added rows, without an interval; non-finite rows are left out."""
         estimates = self._estimates()
         finite = np.concatenate([chunk.compared.finite for chunk in self.chunks])
         count = max(int(finite.sum()), 1)
@@ -170,7 +170,7 @@ class FileDivergence:
         return Means(sums[0] / count, sums[1] / count, math.sqrt(sums[2]) / count)
 
     def result(self) -> Divergence:
-        """The statistics of everything added; `mean_kld` is the unbiased estimate, its interval over whole chunks."""
+        """The statistics of all added rows; `mean_kld` is the unbiased estimate with an interval over whole chunks."""
         total = DivergenceAccumulator(
             reference=self.reference, candidate=self.candidate, n_ctx=self.n_ctx, vocab=self.vocab, seed=self.seed
         )
@@ -189,11 +189,11 @@ class Means:
 
     estimate: float  # unbiased
     lower_bound: float  # exact
-    sampling_error: float  # standard error of the estimate by the drawn tail tokens alone
+    sampling_error: float  # standard error of the estimate from the drawn tail tokens only
 
 
 def _factors(chunks: list[Compared]) -> list[float]:
-    """c of each chunk, fitted on all the others."""
+    """c of each chunk, fitted on all other chunks."""
     moments = []
     for one in chunks:
         weight = np.where(one.finite, one.mass, 0.0)[:, None] ** 2
@@ -216,7 +216,7 @@ def _estimate(one: Compared, c: float) -> tuple[Floats, Floats]:
 
 
 def _cluster(chunk: Chunk, kld_T: Floats, n_ctx: int) -> Cluster:
-    """One chunk's sums, as `logit_parity.kl` keeps them of full rows."""
+    """One chunk's sums, as in `logit_parity.kl` for full rows."""
     one, good = chunk.compared, chunk.compared.finite
     into = Cluster(np.zeros(7), np.zeros((2, n_ctx)))
     into.non_finite = int((~good).sum())

@@ -1,8 +1,8 @@
-"""Bytes of a `reference.so8t`, written and read: little endian, every length follows from the header.
+"""Writes and reads the bytes of a `reference.so8t`: little endian, every length follows from the header.
 
     "SO8TREF\\n" | u32 version = 1 | u32 bytes of the header | header (JSON, UTF-8) | arrays | sha256 of all before
 
-Arrays in this order, without padding; T tokens, R rows, K top, S samples, M tensors, W sketch; ids are u16 where the
+Arrays in this order, without padding; T tokens, R rows, K top, S samples, M tensors, W sketch; ids are u16 if the
 vocabulary has at most 65,536 tokens, otherwise u32:
     tokens u32 (T) | top_ids (R, K) | top_codes u16 (R, K) | lowest f32 (R) | tail_mass f32 (R) | tail_entropy f32 (R) |
     target f32 (R) | tail_ids (R, S) | tail_log_p f32 (R, S) | norms f32 (M) | sketches f32 (M, W)
@@ -29,8 +29,8 @@ from verification.reference_file.header import Header
 
 MAGIC, VERSION = b"SO8TREF\n", 1
 MAX_BYTES, MAX_HEADER = 1 << 28, 1 << 23
-STEPS = 65535  # of the fixed-point log probabilities
-_MASS = 1e-6  # float32's rounding of tail mass and lowest, beside half a step of the codes
+STEPS = 65535  # number of steps of the fixed-point log probabilities
+_MASS = 1e-6  # float32's rounding of tail mass and lowest, added to half a step of the codes
 _AGAIN = "fetch it again, or make it again with `so8t reference`"
 Array = npt.NDArray[Any]
 
@@ -39,12 +39,12 @@ Array = npt.NDArray[Any]
 class Rows:
     """The stored distributions of R scored positions."""
 
-    top_ids: Array  # (R, K), the most likely first; of equals the lower id first
+    top_ids: Array  # (R, K), the most likely first; of equally likely ids the lower first
     top_codes: Array  # (R, K) u16
     lowest: Array  # (R,) f32, log p of the last top token
-    tail_mass: Array  # (R,) f32, log of the mass of all other tokens; -inf where there are none
-    tail_entropy: Array  # (R,) f32, nats, of the tail's own distribution
-    target: Array  # (R,) f32, log p of the token that follows
+    tail_mass: Array  # (R,) f32, log of the mass of all other tokens; -inf if there are none
+    tail_entropy: Array  # (R,) f32, nats, entropy of the tail as a distribution
+    target: Array  # (R,) f32, log p of the next token
     tail_ids: Array  # (R, S) drawn from the tail with replacement
     tail_log_p: Array  # (R, S) f32
 
@@ -76,7 +76,7 @@ class ReferenceFile:
         return np.asarray(self.tokens[start : start + self.header.passages[number].length], dtype=np.int64)
 
     def targets(self) -> npt.NDArray[np.int64]:
-        """(R,) the token that follows each stored position."""
+        """The token after each stored position, (R,)."""
         parts = [self.passage(number)[p.first + 1 :] for number, p in enumerate(self.header.passages)]
         return np.concatenate(parts)
 
@@ -88,7 +88,7 @@ class ReferenceFile:
 
 
 def id_type(vocab: int) -> str:
-    """How token ids are stored."""
+    """The stored type of token ids."""
     return "<u2" if vocab <= 1 << 16 else "<u4"
 
 
@@ -126,12 +126,12 @@ def write(file: ReferenceFile, path: Path) -> None:
     """Write a file, whole or not at all.
 
     Raises:
-        InputError: it cannot be written, or it is larger than a reader takes.
+        InputError: the file cannot be written, or is larger than a reader accepts.
     """
     data = to_bytes(file)
     if len(data) > MAX_BYTES:
         raise InputError(f"{path} would have {len(data)} bytes, {MAX_BYTES} are read at most; score fewer chunks")
-    from_bytes(data, str(path))  # what this version writes, it reads
+    from_bytes(data, str(path))  # raises if this version cannot read the file
     with explain_os_errors(path), atomic_file(path) as temporary:
         temporary.write_bytes(data)
 
@@ -153,7 +153,7 @@ def read(path: str | Path) -> ReferenceFile:
 
 
 def from_bytes(data: bytes, name: str) -> ReferenceFile:
-    """The file that bytes write.
+    """The reference file in these bytes.
 
     Raises:
         InputError: cut off, of another version, or not what the format allows; the message names the place.
@@ -199,7 +199,7 @@ def _header(data: bytes, name: str) -> Header:
 
 
 def _problems(file: ReferenceFile) -> Any:
-    """What makes the arrays no distributions over the vocabulary; each comparison refuses NaN as well."""
+    """Faults in the arrays, which must be distributions over the vocabulary; NaN fails each comparison."""
     header, rows = file.header, file.rows
     vocab, has_tail = header.vocab, header.vocab > header.top
     if not (file.tokens < vocab).all():
@@ -250,7 +250,7 @@ def _statistics(file: ReferenceFile) -> Any:
     if not (np.isfinite(file.norms).all() and (file.norms >= 0).all() and np.isfinite(file.sketches).all()):
         yield "a tensor's statistics are not finite"
         return
-    # |u W v| <= sum |W| <= sqrt(elements) ||W||; float32's rounding beside it
+    # |u W v| <= sum |W| <= sqrt(elements) ||W||, plus float32's rounding
     elements = np.array([float(np.prod(tensor.shape, dtype=float)) for tensor in file.header.tensors])
     if (np.abs(file.sketches) > (1.001 * np.sqrt(elements) * file.norms + 1e-30)[:, None]).any():
         yield "a tensor's projections are larger than its norm allows"

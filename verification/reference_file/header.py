@@ -1,7 +1,7 @@
-"""What the JSON header of a `reference.so8t` holds, in strict types and within budgets.
+"""The JSON header of a `reference.so8t`, with strict types and bounded sizes.
 
 docs/reference_file.md specifies every field. A field that is missing, unknown, of another type or beyond its bound is
-refused before anything is computed from it.
+refused before anything is computed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_VOCAB, MAX_TOKENS, MAX_PASSAGES, MAX_LENGTH, MAX_TENSORS = 1 << 20, 1 << 22, 4096, 1 << 20, 20_000
 MAX_TEXT = 1 << 20  # characters; the longest published templates have 25,000
-TOP, SAMPLES, SKETCH = 256, 8, 32  # what `so8t reference` writes; a reader takes up to four times as much
+TOP, SAMPLES, SKETCH = 256, 8, 32  # values that `so8t reference` writes; a reader accepts up to four times as much
 
-_COUNTS = ("_length", "_count", "_count_kv", "vocab_size", "_dimension")  # keys that others are computed from
+_COUNTS = ("_length", "_count", "_count_kv", "vocab_size", "_dimension")  # keys from which other values are computed
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=200)]
@@ -31,7 +31,7 @@ class _Strict(BaseModel):
 
 
 class PassageRecord(_Strict):
-    """A run of tokens whose positions `first` .. length - 2 are stored."""
+    """A sequence of tokens whose positions `first` .. length - 2 are stored."""
 
     length: int = Field(ge=2, le=MAX_LENGTH)
     first: int = Field(ge=0)
@@ -42,7 +42,7 @@ class PassageRecord(_Strict):
 
 
 class Place(_Strict):
-    """A passage as one run mode scores it: from `first` on, which is not before the passage's own."""
+    """A passage as one run mode scores it: from `first` on, which is at or after the passage's `first`."""
 
     passage: int = Field(ge=0)
     first: int = Field(ge=0)
@@ -71,7 +71,7 @@ class TextRecord(_Strict):
 
 
 class TokenizerRecord(_Strict):
-    """Everything of the reference's tokenizer that a GGUF file must agree with."""
+    """All data of the reference's tokenizer that a GGUF file must match."""
 
     size: int = Field(ge=1, le=MAX_VOCAB)
     texts: list[TextRecord] = Field(max_length=256)
@@ -82,7 +82,7 @@ class TokenizerRecord(_Strict):
 
 
 class ChatRecord(_Strict):
-    """A chat, the variables of its template, and what the reference makes of it."""
+    """A chat, the variables of its template, and the reference's rendering and ids."""
 
     name: Name
     messages: list[dict[str, Any]] = Field(max_length=64)
@@ -90,7 +90,7 @@ class ChatRecord(_Strict):
     enable_thinking: bool | None = None
     prompt: bool
     text: Text  # the rendering, or the words for a refusal
-    ids: Ids | None  # None where there is no text, or its ids differ by design
+    ids: Ids | None  # None if there is no text, or if ids differ by design
 
 
 class TensorRecord(_Strict):
@@ -98,27 +98,27 @@ class TensorRecord(_Strict):
 
     name: str = Field(min_length=1, max_length=63)
     shape: list[Annotated[int, Field(ge=1, le=1 << 32)]] = Field(min_length=1, max_length=4)
-    finite: bool  # false: it holds NaN or Inf, and its statistics are zeros
+    finite: bool  # false: the tensor holds NaN or Inf, and its statistics are zeros
 
 
 class Header(_Strict):
-    """The header; see the module."""
+    """The header; docs/reference_file.md specifies the fields."""
 
-    name: Name  # of the checkpoint
-    sha256: Digest  # of the checkpoint's directory, as a report states it
+    name: Name  # name of the checkpoint
+    sha256: Digest  # digest of the checkpoint's directory, as in a report
     versions: dict[Name, Name] = Field(max_length=32)
     vocab: int = Field(ge=2, le=MAX_VOCAB)
     top: int = Field(ge=1, le=4 * TOP)
     samples: int = Field(ge=2, le=4 * SAMPLES)
     sketch: int = Field(ge=1, le=4 * SKETCH)
     n_ctx: int = Field(ge=8, le=MAX_LENGTH)  # tokens in a chunk of the corpus
-    text_sha256: Digest  # of the corpus' ids, as a report states it
+    text_sha256: Digest  # digest of the corpus' ids, as in a report
     passages: list[PassageRecord] = Field(min_length=1, max_length=MAX_PASSAGES)
     groups: dict[Name, list[Place]] = Field(max_length=64)  # "corpus" and the run modes' sets of passages
     modes: list[Mode] = Field(max_length=64)
     architecture: str = Field(pattern="^[A-Za-z0-9_-]{1,63}$")
-    metadata: dict[Text, Value] = Field(max_length=4096)  # of upstream's conversion; long values by their digest
-    expected: dict[Name, Scalar] = Field(max_length=256)  # what config.json asks for, by GGUF key without its family
+    metadata: dict[Text, Value] = Field(max_length=4096)  # from upstream's conversion; long values as digests
+    expected: dict[Name, Scalar] = Field(max_length=256)  # values from config.json, by GGUF key without family
     tokenizer: TokenizerRecord
     chats: list[ChatRecord] = Field(max_length=256)
     tensors: list[TensorRecord] = Field(min_length=1, max_length=MAX_TENSORS)

@@ -1,6 +1,6 @@
-"""`so8t reference`: a checkpoint's reference file, from one pass of the checkpoint over the text and the run modes.
+"""`so8t reference`: makes a checkpoint's reference file, from one pass over the text and the run modes.
 
-The built-in text is scored unless another one is given: the file publishes the tokens that it was made with.
+The built-in text is scored unless another text is given: the file publishes the scored tokens.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from so8t_core.files import sha256_path
-from so8t_core.threads import torch_threads
 from verification.contract.chat import fixtures
 from verification.engines.huggingface import hf_rows, load_hf
 from verification.engines.llama_model import LlamaModel
 from verification.engines.reconversion import Oracle
+from verification.engines.threads import torch_threads
 from verification.gguf.reader import read_gguf
 from verification.logit_parity.compare import passages_of
 from verification.logit_parity.run_modes import Cell, Level, Passage, Plan, plan_cells
@@ -60,8 +60,8 @@ def write_reference(
     """Make a checkpoint's reference file; the arguments are those of a verification.
 
     Args:
-        versions: what made it, by part.
-        work_dir: directory that keeps the conversion; None takes a temporary one.
+        versions: versions of the parts that make the file, by part.
+        work_dir: directory that keeps the conversion; None takes a temporary directory.
 
     Raises:
         InputError: a checkpoint or text that cannot be used, logits that are not finite, or `out` cannot be written.
@@ -119,7 +119,7 @@ def write_reference(
 
 
 def _mode(cell: Cell) -> Mode:
-    """A run mode as it is recorded: each runs on its own, so what it shares with another one is left out."""
+    """The record of a run mode; each mode runs separately, so fields on shared runs are left out."""
     return Mode(**{name: value for name, value in asdict(cell).items() if name in Mode.model_fields})
 
 
@@ -142,7 +142,7 @@ def _groups(passages: Sequence[Passage], plan: Plan, corpus: Sequence[Passage]) 
 
 
 def _rows(directory: Path, passages: Sequence[Passage], header: Header, tell: Tell) -> Rows:
-    """Every passage through the checkpoint in fp32; the draws follow from checkpoint and tokens, so they repeat."""
+    """Run every passage through the checkpoint in fp32; digest and tokens seed the draws, so they are repeatable."""
     model, parts = load_hf(directory), list[Rows]()
     for number, passage in enumerate(passages):
         tell("reference", number, len(passages))

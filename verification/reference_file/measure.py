@@ -1,6 +1,6 @@
-"""One candidate's logits against a reference file: the corpus, then every recorded run mode.
+"""Compares one candidate's logits with a reference file: on the corpus, then in every recorded run mode.
 
-The candidate alone runs here. What a passage is, where it is scored and how the file is run come from the file.
+Only the candidate runs. The reference file gives the passages, the scored positions and the run modes.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from verification.reference_file.format import ReferenceFile
 from verification.reference_file.header import Mode, Place
 
 CORPUS, MID = "corpus", "mid"
-# of a float file's mean KLD, whose bound is 5e-5: with a larger error the samples do not decide
+# error of a float file's mean KLD, whose bound is 5e-5; with a larger error the samples cannot decide
 LARGEST_SAMPLING_ERROR = 1e-5
 Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one candidate's turn measured."""
+    """The measurements of one candidate."""
 
     divergence: Divergence
     means: Means
-    alignment: float | None  # how much worse a shift by one position is, by the exact lower bounds
+    alignment: float | None  # lower bound with a shift by one position, divided by that without a shift
     modes: list[CellResult]
-    mode_errors: dict[str, float] = field(default_factory=dict)  # of each mode's mean, by the drawn tokens alone
+    mode_errors: dict[str, float] = field(default_factory=dict)  # standard errors of the modes' means from the draws
 
 
 def measure(candidate: Candidate, reference: ReferenceFile, *, seed: str, threads: int | None, tell: Tell) -> Measured:
-    """Run a file over all recorded passages; it is open here and nowhere else.
+    """Run a file over all recorded passages; the file is open only here.
 
     Raises:
         InputError: the file has another vocabulary than the reference.
@@ -89,7 +89,7 @@ def _passage(
     singly: int = 0,
     block: int | None = None,
 ) -> float | None:
-    """Add one passage, every `block` rows a cluster; returns the alignment of its first rows, None for a single row."""
+    """Add one passage, every `block` rows a cluster; returns the alignment of the first rows, None for a single row."""
     tokens, rows = reference.passage(place.passage), reference.rows_of(place.passage, place.first)
     from_ = len(tokens) - singly if singly else None
     logits = joined(list(engine.rows(tokens, first=place.first, singly_from=from_)))  # (T, V)
@@ -104,15 +104,13 @@ def _passage(
     few, own = rows[0:count], logits[:count]
     shifted = min(lower_bound(few[0 : count - 1], own[1:]), lower_bound(few[1:count], own[:-1]))
     right = lower_bound(few, own)
-    return shifted / (
-        right if right != right else max(right, 1e-12)
-    )  # a NaN stays one; equal streams divide by no zero
+    return shifted / (right if right != right else max(right, 1e-12))  # keeps a NaN; never divides by zero
 
 
 def _mode(
     mode: Mode, candidate: Candidate, model: LlamaModel, reference: ReferenceFile, seed: str, threads: int | None
 ) -> tuple[CellResult, float]:
-    """One run mode, and the standard error of its mean KLD by the drawn tokens."""
+    """The result of one run mode, and the standard error of its mean KLD from the drawn tokens."""
     why = mode.why or _too_large(mode, candidate)
     divergence, error = None, 0.0
     if not why:
@@ -137,7 +135,7 @@ def _mode(
 
 
 def _too_large(mode: Mode, candidate: Candidate) -> str:
-    """Why a recorded context cannot be allocated for this file; the reference file may ask for any length."""
+    """Why a recorded context cannot be allocated for this file, or ""; the reference file may record any length."""
     names: Mapping[str, str] = {
         "num_attention_heads": "attention.head_count",
         "num_key_value_heads": "attention.head_count_kv",
@@ -152,10 +150,10 @@ def _too_large(mode: Mode, candidate: Candidate) -> str:
 
 
 def divergence_leg(candidate: Candidate, found: Measured) -> list[Check]:
-    """Checks of `convert` (float files) or `quality` (quantised files), with the exact lower bound beside them.
+    """Checks of `convert` (float files) or `quality` (quantised files), with the exact lower bound in the detail.
 
-    A float file's KLD is not decided where the drawn tokens alone leave more than `LARGEST_SAMPLING_ERROR` open and the
-    lower bound does not stand above it by itself.
+    A float file's KLD is not decided if the standard error from the drawn tokens exceeds both `LARGEST_SAMPLING_ERROR`
+    and a fifth of the lower bound.
     """
     leg = "convert" if candidate.file.is_float else "quality"
     means = found.means
@@ -170,7 +168,7 @@ def divergence_leg(candidate: Candidate, found: Measured) -> list[Check]:
 
 
 def mode_checks(found: Measured, reference: ReferenceFile) -> list[Check]:
-    """Mean KLD, top-1 and finiteness of every run mode that was measured."""
+    """Mean KLD, top-1 and finiteness of every measured run mode."""
     notes = {mode.name: mode.note for mode in reference.header.modes}
     checks: list[Check] = []
     for result in found.modes:

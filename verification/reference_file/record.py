@@ -1,8 +1,8 @@
-"""What a reference file keeps of a checkpoint beside its logits: tokenizer, chats, metadata, tensors.
+"""The records of a checkpoint in a reference file, besides its logits: tokenizer, chats, metadata, tensors.
 
-Each is what `verification.contract` compares, written down: ids of the adversarial texts, renderings of chats (with
-tools, with `enable_thinking` both ways), the stop set, the keys of upstream's own conversion and what config.json asks
-for, names, shapes and statistics of the tensors.
+The records hold the data that `verification.contract` compares: ids of the adversarial texts, renderings of chats (with
+tools, and with `enable_thinking` on or off), the stop set, the keys of upstream's conversion and of config.json, and
+names, shapes and statistics of the tensors.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from verification.gguf.reader import GGUFFile
 from verification.reference_file.header import SKETCH, ChatRecord, TensorRecord, TextRecord, TokenizerRecord, Value
 from verification.reference_file.sketch import finite, projections
 
-_LONG = 64  # items of a list, or characters times 64 of a text, that are kept by their digest
+_LONG = 64  # items of a list, or 64ths of a text's characters; longer values are kept as digests
 _SPECIAL = ("bos", "eos", "unk", "pad")
 
 
 def words(outcome: Outcome) -> str:
-    """A rendering's text, or what stands for a refusal or a failure; the engines word failures in their own way."""
+    """A rendering's text, or fixed words for a refusal or a failure, because engines word failures differently."""
     return {"text": outcome.text, "refused": chat.REFUSED}.get(outcome.kind, "(the template fails)")
 
 
@@ -38,7 +38,7 @@ def is_text(rendered: str) -> bool:
 
 
 def tokenizer_record(tokenizer: Any, stops: set[int]) -> TokenizerRecord:
-    """A Hugging Face tokenizer; `stops` are the ids at which the reference ends a generation."""
+    """The record of a Hugging Face tokenizer; `stops` are the ids at which the reference ends a generation."""
 
     def ids(text: str, special: bool) -> list[int]:
         return [int(i) for i in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
@@ -56,16 +56,14 @@ def tokenizer_record(tokenizer: Any, stops: set[int]) -> TokenizerRecord:
 
 
 def chat_records(tokenizer: Any) -> list[ChatRecord]:
-    """Every chat as the reference renders and tokenises it; none without a template."""
+    """Every chat with the reference's rendering and ids; empty if there is no template."""
     if not tokenizer.chat_template:
         return []
     names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     asked = chat.asked_chats()
     with ChatTemplate(tokenizer.get_chat_template()) as template:
         texts = [words(one) for one in template.render(*({**names, "documents": None, **a.variables()} for a in asked))]
-    skips = chat.strips_unicode_space(
-        tokenizer
-    )  # llama.cpp keeps such a space: a difference of the engine, not of files
+    skips = chat.strips_unicode_space(tokenizer)  # llama.cpp keeps such a space: a difference of engines, not of files
 
     def ids(one: chat.Asked, text: str) -> list[int] | None:
         if not is_text(text) or (skips and one.name.startswith("leading U+3000")):
@@ -79,11 +77,11 @@ def chat_records(tokenizer: Any) -> list[ChatRecord]:
 
 
 def metadata_record(file: GGUFFile) -> dict[str, Value]:
-    """The keys of a GGUF file that can change what it computes, long values by their digest."""
+    """The keys of a GGUF file that can change its results; long values as digests."""
     kept = {key: value for key, value in file.metadata.items() if not metadata.is_harmless(key)}
     size = f"{file.architecture}.vocab_size"
     if size not in kept and isinstance(kept.get("tokenizer.ggml.tokens"), list):
-        kept[size] = len(kept["tokenizer.ggml.tokens"])  # llama.cpp's default, which a digest would hide
+        kept[size] = len(kept["tokenizer.ggml.tokens"])  # llama.cpp's default; a digest would hide it
     return {key: _short(value) for key, value in kept.items()}
 
 
@@ -96,7 +94,7 @@ def _short(value: Any) -> Value:
 
 
 def _odd(value: Any) -> bool:
-    """Numbers that JSON does not have, and bytes that are not UTF-8."""
+    """Whether a value holds numbers that JSON does not have, or bytes that are not UTF-8."""
     items = value if isinstance(value, list) else [value]
     return any(
         (isinstance(item, float) and not np.isfinite(item))
@@ -106,7 +104,7 @@ def _odd(value: Any) -> bool:
 
 
 def expected_record(config: Mapping[str, Any], architecture: str) -> dict[str, str | bool | int | float]:
-    """What config.json asks for, by GGUF key without its family; numbers and texts only."""
+    """The values that config.json requires, by GGUF key without its family; only numbers and texts."""
     asked = metadata.expected_metadata(dict(config), architecture)
     return {key: value for key, value in asked.items() if isinstance(value, str | bool | int | float)}
 
@@ -114,7 +112,7 @@ def expected_record(config: Mapping[str, Any], architecture: str) -> dict[str, s
 def tensor_records(
     file: GGUFFile, tell: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[list[TensorRecord], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Every tensor of the reference's own conversion, their norms (M,) and projections (M, SKETCH)."""
+    """The records of the tensors in the reference's conversion, their norms (M,) and projections (M, SKETCH)."""
     records, norms, sketches = [], [], []
     for number, tensor in enumerate(file.tensors.values()):
         tell(number, len(file.tensors))

@@ -1,10 +1,10 @@
-"""Full rows of logits as the rows of a reference file: the most likely tokens, and samples of all others.
+"""Turns full rows of logits into rows of a reference file: the most likely tokens, and samples of all others.
 
-For a row p over V tokens, with T the K most likely ones (of equals the lower id first):
+For a row p over V tokens, with T the K most likely tokens (of equally likely ones the lower id first):
     P = sum_{v not in T} p_v        log P by a float64 logsumexp over the tail, never as 1 minus the rest
     h = -sum_{v not in T} (p_v / P) log(p_v / P)
     S tokens drawn independently, with replacement, each v outside T with probability p_v / P
-The draws are the inverse of the cumulated float64 probabilities at uniform numbers of the caller's generator.
+The draws are the inverse of the cumulative float64 probabilities at uniform numbers from the caller's generator.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from verification.reference_file.format import STEPS, Rows, id_type
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-_BLOCK_ELEMENTS = 1 << 20  # of a (rows, V) block: 8 MiB of float64
+_BLOCK_ELEMENTS = 1 << 20  # elements of a (rows, V) block: 8 MiB of float64
 
 
 def compressed(logits_TV: Logits, targets_T: Ids, *, top: int, samples: int, generator: np.random.Generator) -> Rows:
-    """Rows of full logits, (T, V), with the tokens that follow, (T,), as stored rows.
+    """Stored rows from full logits, (T, V), and the next tokens, (T,).
 
     Raises:
-        InputError: a logit is not finite: no model to compare with.
+        InputError: a logit is not finite, so the model cannot be a reference.
     """
     if not np.isfinite(logits_TV).all():
         raise InputError("the checkpoint gives logits that are NaN or Inf: it cannot be a reference")
@@ -61,7 +61,7 @@ def _block(logits: Logits, targets: Ids, top: int, samples: int, generator: np.r
 
 
 def _tail(log_p_TV: Floats, ids_TK: Ids, samples: int, generator: np.random.Generator) -> tuple[Floats, ...]:
-    """(T,) log mass, (T,) entropy, (T, S) drawn ids and (T, S) their log p of all tokens but the top."""
+    """All tokens but the top: (T,) log mass, (T,) entropy, (T, S) drawn ids, and (T, S) log p of the drawn ids."""
     rows = np.arange(len(log_p_TV))[:, None]
     rest = log_p_TV.copy()
     rest[rows, ids_TK] = -np.inf
@@ -81,12 +81,12 @@ def _log_softmax(logits_TV: Floats) -> Floats:
 
 
 def _most_likely(log_p: Floats, top: int) -> Ids:
-    """Ids of the `top` largest, in falling order, of equals the lower id first."""
+    """Ids of the `top` largest, in falling order; of equally likely ids the lower first."""
     least = np.partition(log_p, -top)[-top]
-    found = np.flatnonzero(log_p >= least)  # more than `top` where several are as likely as the last
+    found = np.flatnonzero(log_p >= least)  # more than `top` if several are as likely as the last
     return np.asarray(found[np.argsort(-log_p[found], kind="stable")][:top], dtype=np.int64)
 
 
 def joined(parts: list[Rows]) -> Rows:
-    """Rows one behind another."""
+    """The parts' rows as one, in order."""
     return Rows(*(np.concatenate(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))

@@ -1,1 +1,1 @@
-"""A report for people: HTML, Markdown, JUnit, terminal, GitHub."""
+"""The forms of a report for people and CI: HTML, Markdown, JUnit, terminal, GitHub."""

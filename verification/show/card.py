@@ -1,4 +1,4 @@
-"""What a model card links: VERIFICATION.md, a page for the people who download a file, and a badge beside it."""
+"""VERIFICATION.md, a page for people who download a file, and its badge; a model card links both."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _DRAWERS = ("proven", "judged", "unexplained", "not compared")
 
 
 def verification_card(report: Report) -> str:
-    """VERIFICATION.md as Markdown: verdict, files with their digests and numbers, and how to check all of it again."""
-    from verification.show.write import render_markdown  # it draws the other forms, and knows the filters
+    """VERIFICATION.md as Markdown: verdict, files with their digests and numbers, and how to verify again."""
+    from verification.show.write import render_markdown  # `write` renders the other forms and has the filters
 
     files = [_file(report, a) for a in report.artefacts if a.role == "candidate"]
     reference = next((a for a in report.artefacts if a.role == "reference"), None)
@@ -45,7 +45,7 @@ def _file(report: Report, artefact: Artefact) -> dict[str, Any]:
 
 
 def public_name(path: str) -> str:
-    """A model's name without the folders of this computer; of a file of the hub's cache, its id and revision."""
+    """A model's name without this computer's folders; for a file in the hub's cache, its id and revision."""
     parts = PurePath(path).parts
     for number, part in enumerate(parts):
         if part.startswith("models--") and parts[number + 1 : number + 2] == ("snapshots",) and len(parts) > number + 2:
@@ -54,7 +54,7 @@ def public_name(path: str) -> str:
 
 
 def badge(report: Report) -> str:
-    """A static SVG that says what the gate said; it loads nothing and runs nothing."""
+    """A static SVG with the gate's verdict; it loads nothing and runs nothing."""
     count = sum(artefact.role == "candidate" for artefact in report.artefacts)
     passed = f"verified: {count} {'file' if count == 1 else 'files'} passed"
     right = passed if report.verdict == "pass" else f"not verified: {report.verdict}"

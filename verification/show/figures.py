@@ -1,6 +1,6 @@
-"""The report's figures, each a function of the report; a figure without data is None and vanishes.
+"""The report's figures, each a function of the report; a figure without data is None and is not shown.
 
-Candidates differ by colour and by line style and marker. `svg` makes each figure a part of the page.
+Candidates differ by colour, line style and marker. `svg` makes each figure a part of the page.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CURVES: list[tuple[str, str, bool, list[str]]] = [  # figure name, axis label, 
 
 
 def labels(report: Report) -> list[str]:
-    """Candidates in one order for all figures: as listed among the artefacts, then any other that was measured."""
+    """Candidates in one order for all figures: the order of the artefacts, then any other measured file."""
     named = [a.label for a in report.artefacts if a.role == "candidate" and a.label]
     return list(
         dict.fromkeys([*named, *(d.candidate for d in report.divergences), *(t.candidate for t in report.tensors)])
@@ -66,7 +66,7 @@ def kld_by_position(report: Report) -> str | None:
 
 
 def kld_by_confidence(report: Report) -> str | None:
-    """Mean KLD against the reference's own top-1 probability: damage where the model was sure is the worse one."""
+    """Mean KLD against the reference's top-1 probability: damage is worse if the model was sure."""
     series = [(d.candidate, [(x, y) for x, y, count in d.kld_by_confidence if count]) for d in report.divergences]
     return _lines(report, "kld-confidence", series, "reference's top-1 probability, bucket start", "mean KLD (nats)")
 
@@ -115,7 +115,7 @@ def tensor_errors(report: Report) -> str | None:
 
 
 def size_tradeoff(report: Report) -> str | None:
-    """Size of the file against its mean KLD; hollow: the base model's own damage at the same type."""
+    """Size of the file against its mean KLD; hollow markers: the damage of the base model at the same type."""
     sizes = {a.label: a.bytes / 2**20 for a in report.artefacts if a.role == "candidate" and a.bytes > 0}
     points = [d for d in report.divergences if d.candidate in sizes and plottable(d.mean_kld)]
     base = [d for d in report.base_divergences if d.candidate in sizes and plottable(d.mean_kld)]
@@ -167,7 +167,7 @@ def angles_by_layer(report: Report) -> str | None:
 
 
 def angles_by_block(report: Report) -> str | None:
-    """Largest |angle| of every block of every adapted layer, rad, as a map: layers across, blocks downwards."""
+    """A map of the largest |angle|, rad, of every block of every adapted layer: layers across, blocks downwards."""
     rows = report.training.angles_by_block if report.training else []
     if not rows:
         return None
@@ -199,7 +199,7 @@ def worst_tensors(report: Report, count: int = 12) -> list[TensorRow]:
 
 
 def percentiles(divergences: Iterable[Divergence]) -> list[str]:
-    """All percentile keys that occur, in numeric order."""
+    """All percentile keys in the report, in numeric order."""
     return sorted({key for d in divergences for key in d.kld_percentiles}, key=lambda key: float(key))
 
 

@@ -1,4 +1,4 @@
-"""The report as a CI job's summary: appended to the file that $GITHUB_STEP_SUMMARY names, where it is set."""
+"""The report as the summary of a GitHub job: appended to the file in $GITHUB_STEP_SUMMARY, if that is set."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from verification.gate.report import Report
 from verification.show.write import to_markdown
 
 _VARIABLE = "GITHUB_STEP_SUMMARY"
-_LIMIT = 1 << 20  # bytes GitHub takes for a step; beyond it the whole summary is dropped
+_LIMIT = 1 << 20  # bytes; GitHub drops the whole summary of a step that is larger
 
 
 def append_step_summary(report: Report) -> Path | None:
-    """Append the report in Markdown; returns the file, or None where there is none to write to.
+    """Append the report in Markdown; returns the file, or None if nothing was written.
 
-    A summary that cannot be drawn or written changes nothing about a job that was decided: a line on standard error
-    says what went wrong. Call it after the verdict was printed.
+    An error in the summary does not change a decided job; a line on standard error says what went wrong. Call this
+    function after the verdict was printed.
     """
     named = os.environ.get(_VARIABLE)
     if not named:
         return None
     try:
         return _append(report, Path(named))
-    except Exception as error:  # whatever it is, the verdict stands without it
+    except Exception as error:  # the verdict is valid without a summary
         print(f"so8t: no step summary was written to {named!r}: {type(error).__name__}: {error}"[:500], file=sys.stderr)
         return None
 
 
 def _append(report: Report, path: Path) -> Path:
-    """The report at the end of a regular file.
+    """Append the report to a regular file.
 
     Raises:
-        OSError: no regular file (a pipe would wait for its reader), or one that cannot be written.
+        OSError: not a regular file (a pipe would wait for its reader), or a file that cannot be written.
     """
     if path.exists() and not path.is_file():
         raise OSError("it is not a regular file")

@@ -52,7 +52,7 @@ def _case_name(check: Check) -> str:
 
 
 def _unique(name: str, leg: str, seen: dict[str, int]) -> str:
-    """CI systems merge cases of one name: number the repeats."""
+    """A unique case name: repeats get a number, because CI systems merge cases of one name."""
     count = seen[f"{leg}\0{name}"] = seen.get(f"{leg}\0{name}", 0) + 1
     return name if count == 1 else f"{name} ({count})"
 
@@ -70,7 +70,7 @@ def _case(suite: ET.Element, leg: Leg, check: Check, name: str) -> None:
 
 
 def _message(check: Check) -> str:
-    """ "Mean KL divergence (F16): 0.165 nats, bound <= 5e-5. <detail>", with the status word where it is a skip."""
+    """ "Mean KL divergence (F16): 0.165 nats, bound <= 5e-5. <detail>", with the status word for a skipped case."""
     value, bound = texts(check)
     subject = f" ({check.subject})" if check.subject else ""
     parts = [f"{check.title}{subject}: {value}" + (f", bound {bound}" if bound else "")]
@@ -84,7 +84,7 @@ def _message(check: Check) -> str:
 
 
 def _provenance(suite: ET.Element, report: Report) -> None:
-    """What the numbers are bound to, as properties of the verdict suite."""
+    """Write the provenance (digests, versions) as properties of the verdict suite."""
     properties = ET.Element("properties")
     suite.insert(0, properties)
     entries = [("verdict", report.verdict), ("schema_version", report.schema_version)]

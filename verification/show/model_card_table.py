@@ -1,4 +1,4 @@
-"""One Markdown table of all candidates for a model card: type, size, what was measured, and what follows for each."""
+"""One Markdown table of all candidates for a model card: type, size, measurements and verdict of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WORDS = {"pass": "pass", "waived": "pass", "fail": "**fail**", "inconclusive": 
 
 
 def model_card_table(report: Report) -> str:
-    """A row a candidate, in the report's order; what was not measured stands as a dash."""
+    """One row for each candidate, in the report's order; a dash stands for a value that was not measured."""
     measured = {d.candidate: d for d in report.divergences}
     rows = [
         "| file | type | size | mean KLD, nats (95 %) | same top-1 | PPL ratio | verdict |",

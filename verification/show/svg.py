@@ -1,8 +1,8 @@
-"""Matplotlib drawn to inline SVG that follows the page's colours and never clashes.
+"""Draws Matplotlib figures as inline SVG with the page's colours and unique ids.
 
-Every figure is drawn with placeholder colours that are then replaced by CSS variables of the page (`var(--ink)`,
-`var(--s0)` ...), so one drawing reads in light, dark and print. Text stays text. Ids get the figure's name as prefix,
-dates and random salts are off: the same report gives the same bytes.
+Every figure is drawn with placeholder colours, which are then replaced by CSS variables of the page (`var(--ink)`,
+`var(--s0)` ...), so that one drawing is readable in light, dark and print. Text stays text. Ids get the figure's name
+as prefix. Dates and random salts are off, so the same report gives the same bytes.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ _RC = {
 
 
 def short(text: str) -> str:
-    """Text that cannot push the drawing out of its own figure."""
+    """A text cut so that it fits into its figure."""
     text = " ".join(visible(text).split())
     return text if len(text) <= 28 else f"{text[:25]}..."
 
 
 def plottable(value: float) -> bool:
-    """What a log axis can show."""
+    """Whether a log axis can show a value."""
     return math.isfinite(value) and value > 0
 
 
 def log_y(axes: Any) -> None:
-    """Log axis with plain tick texts (1e-5, 0.01) and at least two labelled decades."""
+    """Set a log y axis with plain tick texts (1e-5, 0.01) and at least two labelled decades."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if math.log10(high / low) < 1.2:
@@ -92,7 +92,7 @@ def svg_figure(
         draw(axes)
         handles, labels = axes.get_legend_handles_labels()
         if legend and handles:
-            # A legend wider than the figure would be cut off; a line and its gaps take the room of about six letters.
+            # A legend wider than the figure is cut off. Each entry's line and gaps are as wide as about six letters.
             letters = sum(len(label) + 6 for label in labels)
             columns = len(handles) if letters <= 11 * inches[0] else 2
             figure.legend(handles, labels, loc="outside upper left", ncols=columns)
@@ -101,7 +101,7 @@ def svg_figure(
 
 
 def _theme(svg: str, name: str, description: str) -> str:
-    """Cut prolog and metadata, prefix the ids, put CSS variables for the placeholder colours, name it for readers."""
+    """Remove prolog and metadata, prefix ids, replace placeholder colours by CSS variables, add a description."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body).replace("xlink:href", "href")

@@ -1,7 +1,7 @@
-"""The drawers of a file's tensors as a picture: layers across, roles downwards, one cell a tensor.
+"""A picture of the drawers of a file's tensors: layers across, roles downwards, one cell for each tensor.
 
 A role is a tensor's name without its layer: `blk.3.attn_q.weight` is `attn_q.weight` in layer 3. Tensors outside the
-layers stand in a column of their own, to the left of layer 0.
+layers have a separate column, to the left of layer 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LETTER = 6.7  # units of width of a letter of a role's name
 
 @dataclass(frozen=True)
 class Cell:
-    """One tensor: its place in the picture, its drawer, and what a pointer on it shows."""
+    """One tensor: its place in the picture, its drawer, and the text under the mouse pointer."""
 
     x: float
     y: float
@@ -38,10 +38,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """One file's picture."""
+    """The picture of one file."""
 
     candidate: str
-    counts: list[tuple[str, int, str]]  # drawer, tensors, what the drawer means
+    counts: list[tuple[str, int, str]]  # drawer, number of tensors, meaning of the drawer
     roles: list[tuple[float, str]]  # y, name
     layers: list[tuple[float, str]]  # x, number
     cells: list[Cell]
@@ -51,13 +51,13 @@ class TensorMap:
 
     @property
     def label(self) -> str:
-        """The picture in words, for a reader that does not see it."""
+        """The picture in words, for screen readers."""
         found = ", ".join(f"{count} {drawer}" for drawer, count, _ in self.counts)
         return f"Tensors of {self.candidate} by layer and role: {found}"
 
 
 def tensor_maps(report: Report) -> list[TensorMap]:
-    """One picture a candidate whose tensors were put into drawers."""
+    """One picture for each candidate whose tensors have drawers."""
     by_file: dict[str, list[TensorRow]] = {}
     for row in report.tensors:
         if row.drawer is not None:  # None in reports before schema 1.3
@@ -66,19 +66,19 @@ def tensor_maps(report: Report) -> list[TensorMap]:
 
 
 def unproven(report: Report) -> list[TensorRow]:
-    """Tensors that are not proven: unexplained ones first, then those of which the most blocks differ."""
+    """Tensors that are not proven: first the unexplained, then those with the most different blocks."""
     order = ("unexplained", "judged", "not compared")
     rows = [row for row in report.tensors if row.drawer in order]
     return sorted(rows, key=lambda row: (order.index(str(row.drawer)), -_share(row)))
 
 
 def shown(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
-    """As many of them as a page can hold."""
+    """The first rows, as many as a page can hold."""
     return rows[:_MOST_ROWS]
 
 
 def differing(row: TensorRow) -> str:
-    """How much of a tensor differs from the own quantiser's: "12 of 4608 blocks (0.3 %)"; "" where unknown."""
+    """Blocks of a tensor that differ from llama.cpp's quantiser: "12 of 4608 blocks (0.3 %)"; "" if unknown."""
     if not row.blocks:
         return ""
     return f"{number(row.blocks_differ)} of {number(row.blocks)} blocks ({number(100 * _share(row), 2)} %)"
@@ -89,20 +89,20 @@ class Strip:
     """The error along one axis of a tensor: bars of equal width, the highest of height 1."""
 
     axis: str  # "rows"
-    bars: list[tuple[float, float]]  # x of 0 to 1, height of 0 to 1
-    width: float  # of a bar
+    bars: list[tuple[float, float]]  # x from 0 to 1, height from 0 to 1
+    width: float  # width of a bar
     words: str
 
 
 def strips(row: TensorRow) -> list[Strip]:
-    """Where in a tensor the difference sits, along its rows and its columns; none where it was not measured."""
+    """The error of a tensor along its rows and its columns; empty if it was not measured."""
     columns = row.shape[-1] if row.shape else 1
     rows = math.prod(row.shape[:-1])
     found = []
     for axis, errors, size in (("rows", row.rows, rows), ("columns", row.columns, columns)):
         if not errors or not max(errors) > 0:
             continue
-        sizes = [size // len(errors) + (at < size % len(errors)) for at in range(len(errors))]  # as numpy splits them
+        sizes = [size // len(errors) + (at < size % len(errors)) for at in range(len(errors))]  # as numpy splits
         at = max(range(len(errors)), key=errors.__getitem__)
         first, share = sum(sizes[:at]), errors[at] ** 2 / sum(error**2 for error in errors)
         words = f"most in {axis} {first} to {first + sizes[at] - 1} of {size}: {100 * share:.0f} % of the squared error"

@@ -1,7 +1,7 @@
-"""The verdict for the terminal: one table, one line a step of the ladder, then the verdict in words.
+"""The verdict for the terminal: one table with a line for each step of the ladder, then the verdict in words.
 
-Fits 80 columns and says everything in words, so that it reads the same without colours, in a log file or aloud.
-Texts from the report are never read as markup.
+The text fits 80 columns and says everything in words, so that it reads the same without colours, in a log file or
+aloud. Texts from the report are never read as markup.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _VERDICT_STYLES: dict[Verdict, str] = {
 
 
 def verdict_table(report: Report) -> RenderableType:
-    """Leg, what was compared, headline value against its bound and status; below it the verdict and what to do."""
+    """A table of legs, compared models, headline values with bounds, and statuses; then the verdict and what to do."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), expand=False)
     table.add_column("Leg", no_wrap=True)
     table.add_column("Compared", overflow="fold", ratio=1)
@@ -67,7 +67,7 @@ def verdict_table(report: Report) -> RenderableType:
 
 
 def decisive_text(report: Report) -> str:
-    """ "Mean KL divergence (GGUF F16) 0.165 nats, bound <= 5e-5: 3,300x outside"; empty when nothing was measured."""
+    """ "Mean KL divergence (GGUF F16) 0.165 nats, bound <= 5e-5: 3,300x outside"; empty if nothing was measured."""
     found = decisive(report)
     if found is None:
         return ""
@@ -85,7 +85,7 @@ def _compared(step: Step) -> str:
 
 
 def _value_and_bound(step: Step) -> tuple[str, str]:
-    """The headline's value and bound, or how many checks held where only equalities were checked."""
+    """The headline's value and bound, or the number of passed checks if all checks are equalities."""
     if not step.checks:
         return "no check", "-"
     if step.headline is None or step.as_count:

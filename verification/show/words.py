@@ -1,7 +1,7 @@
-"""What a person reads off a `Report`: numbers in words, margins, headlines, the ladder, the decisive check.
+"""The words of a `Report` for people: numbers, margins, headlines, the ladder, the decisive check.
 
-HTML, Markdown, JUnit and the terminal take their words from here, so that all four say the same. Nothing is decided in
-this module: statuses and the verdict are taken from the report as they are.
+HTML, Markdown, JUnit and the terminal take their words from here, so that all four say the same. This module decides
+nothing: it takes statuses and the verdict from the report.
 
 The margin of a check is one number on a log scale, `decades`: below 0 inside the bound, above 0 outside.
 `<=`: log10(value / bound). `>=` on a share: log10((1 - value) / (1 - bound)), so 99.93 % against 99.5 % reads as
@@ -59,7 +59,7 @@ def visible(text: str) -> str:
 
 
 def number(value: float | int | str | None, digits: int = 3) -> str:
-    """A number for people: `digits` significant ones, scientific below 1e-3 and from 1e6, thousands separated."""
+    """A number for people: `digits` significant digits, scientific below 1e-3 and from 1e6, thousands separated."""
     if value is None:
         return "not measured"
     if isinstance(value, bool):
@@ -102,7 +102,7 @@ def duration(seconds: float) -> str:
 
 
 def trained_words(report: Report) -> str:
-    """How far what was trained lies from what is shipped, where the base was quantised in training; else empty."""
+    """The divergence between trained and shipped model in words, if the base was quantised in training; else empty."""
     trained = report.trained_function
     if trained is None:
         return ""
@@ -117,7 +117,7 @@ def trained_words(report: Report) -> str:
 
 
 def texts(check: Check) -> tuple[str, str]:
-    """Value (with unit) and bound (with relation) of a check; more digits where rounding would make them look equal."""
+    """Value (with unit) and bound (with relation) of a check; more digits if rounding would make them look equal."""
     share, unit = _is_share(check), "" if check.unit == "share" else visible(check.unit)
     value, bound = "", ""
     for digits in (3, 4, 5, 6, 8, 10, 12, 15, 17):
@@ -142,13 +142,13 @@ class Margin:
 
     @property
     def words(self) -> str:
-        """ "9.3x inside", "3,300x outside", and what the interval says when it crosses the bound."""
+        """ "9.3x inside", "3,300x outside", and the interval's end if the interval crosses the bound."""
         text = _times(self.decades)
         return text if (self.worst > 0) == (self.decades > 0) else f"{text}; interval reaches {_times(self.worst)}"
 
 
 def margin(check: Check) -> Margin | None:
-    """Where a check stands on the log scale; None where value or bound is no number or the relation an equality."""
+    """The place of a check on the log scale; None if value or bound is not a number, or the relation is an equality."""
     decades = _decades(check, check.value)
     if decades is None:
         return None
@@ -157,36 +157,36 @@ def margin(check: Check) -> Margin | None:
 
 
 def worst(statuses: Iterable[Status]) -> Status:
-    """The most severe status; nothing at all counts as not evaluated."""
+    """The most severe status; without any status, "not evaluated"."""
     return min(statuses, key=SEVERITY.index, default="not evaluated")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One rung: a leg for one subject, with the number that stands for it."""
+    """One step of the ladder: a leg for one subject, with its headline number."""
 
     leg: Leg
     subject: str
-    target: str  # what this step produces
+    target: str  # the product of this step
     status: Status
     checks: Sequence[Check]
     headline: Check | None
-    branch: bool  # hangs off the GGUF file, beside its siblings
+    branch: bool  # whether it branches from the GGUF file, beside other steps
 
     @property
     def distance(self) -> Margin | None:
-        """The headline's margin where it can be drawn: "0 of 0 allowed" holds exactly and is no distance."""
+        """The headline's margin, if it can be drawn: "0 of 0 allowed" is exact and has no distance."""
         found = margin(self.headline) if self.headline else None
         return found if found and found.decades > -math.inf else None
 
     @property
     def as_count(self) -> bool:
-        """Whether "11 of 11 held" says more than the headline: several checks that all held without a distance."""
+        """Whether to show "11 of 11 held" instead of the headline: several checks passed, without a distance."""
         return not self.headline or (self.distance is None and self.status == "pass" and len(self.checks) > 1)
 
     @property
     def held(self) -> int:
-        """Checks that were evaluated and held."""
+        """Number of checks that were evaluated and passed."""
         return sum(check.status == "pass" for check in self.checks)
 
 
@@ -194,7 +194,7 @@ def steps(report: Report) -> list[Step]:
     """The ladder from top to bottom (quantise and quality of one file adjacent), then contract and controls."""
     found: list[Step] = []
     for leg in report.legs:
-        whole = leg.name == "evidence"  # about the run, though its alignment is measured with every file
+        whole = leg.name == "evidence"  # one step: it is about the run, though each file has an alignment
         for subject in [""] if whole else dict.fromkeys(check.subject for check in leg.checks) or [""]:
             checks = [check for check in leg.checks if whole or check.subject == subject]
             status = worst(check.status for check in checks) if checks else leg.status
@@ -215,12 +215,14 @@ def steps(report: Report) -> list[Step]:
 
 
 def is_rung(step: Step) -> bool:
-    """Whether a step lies on the way from the trained model to a file (contract and controls do not)."""
+    """Whether a step is on the way from the trained model to a file (contract and controls are not)."""
     return step.leg.name in _LADDER
 
 
 def headline(checks: Sequence[Check]) -> Check | None:
-    """The check that stands for a group: among its worst ones the mean KLD, else the largest logit difference."""
+    """The check that represents a group: of the checks with the worst status the mean KLD, else the largest logit
+    difference.
+    """
     severity = worst(check.status for check in checks)
 
     def key(check: Check) -> tuple[int, float]:
@@ -232,14 +234,14 @@ def headline(checks: Sequence[Check]) -> Check | None:
 
 
 def attention(report: Report) -> list[tuple[Leg, Check]]:
-    """Every check that is not a plain pass, most severe first, in ladder order."""
+    """Every check without the status pass, the most severe first, then in ladder order."""
     open_checks = [(leg, check) for leg in report.legs for check in leg.checks if check.status != "pass"]
     return sorted(open_checks, key=lambda pair: SEVERITY.index(pair[1].status))
 
 
 def decisive(report: Report) -> tuple[Leg, Check] | None:
-    """The check that decides the verdict: the headline of the first leg with its status, or on a pass the tightest
-    check.
+    """The check that decides the verdict: the headline of the first leg with the verdict's status; for a pass, the
+    check nearest to its bound.
     """
     wanted: dict[Verdict, Status] = {"fail": "fail", "inconclusive": "inconclusive", "incomplete": "not evaluated"}
     if report.verdict in wanted:
@@ -258,7 +260,7 @@ def decisive(report: Report) -> tuple[Leg, Check] | None:
 
 
 def next_action(report: Report) -> str:
-    """What to do now, in one sentence."""
+    """The next action for a person, in one sentence."""
     if report.verdict == "pass":
         return (
             "Publish the candidates together with report.html and report.json: every number is bound to their digests."
@@ -276,7 +278,7 @@ def next_action(report: Report) -> str:
 
 
 def _is_share(check: Check) -> bool:
-    """A share in 0..1: by its unit, or a top-1 figure without one."""
+    """Whether a check is a share in 0..1: by its unit, or a top-1 share without a unit."""
     if check.unit:
         return check.unit == "share"
     numbers = [x for x in (check.value, check.bound) if x is not None]
@@ -299,7 +301,7 @@ def _decades(check: Check, value: float | int | str | None) -> float | None:
     if above <= 0:
         return -math.inf if below >= above else None
     if below <= 0:
-        return None  # no factor leads back to a bound of zero
+        return None  # no factor leads to a bound of zero
     return math.log10(above) - math.log10(below) if math.isfinite(above) else math.inf
 
 

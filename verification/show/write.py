@@ -1,8 +1,8 @@
-"""Writes and reads the report: report.json is the source, the HTML, Markdown and JUnit forms are drawn from it.
+"""Writes and reads the report: report.json is the source, the HTML, Markdown and JUnit forms are made from it.
 
 report.json and its statement are written first; each file is whole or absent. The HTML page needs no network and no
 script; every text from outside is escaped, and characters that hide or reorder text are shown as [U+XXXX].
-report.json is strict JSON: a NaN or infinite number is written as "NaN", "Infinity" or "-Infinity" and read back so.
+report.json is strict JSON: a NaN or infinite number is written as "NaN", "Infinity" or "-Infinity", and read as such.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _SIGNS = {"<=": "≤", ">=": "≥", "==": "=", "!=": "≠"}
 def write_report(report: Report, out_dir: Path) -> dict[str, Path]:
     """Write report.json, .html, .md, junit.xml and the statement into `out_dir`; returns {"json": path, ...}.
 
-    report.json and its statement come first. A form that cannot be drawn or written from it is left out of the result,
-    and `report.notes`, in the file too, says so.
+    report.json and its statement come first. A form that cannot be made or written is left out of the result;
+    `report.notes` names it, also in the file.
 
     Raises:
         InputError: report.json or its statement cannot be written.
@@ -48,7 +48,7 @@ def write_report(report: Report, out_dir: Path) -> dict[str, Path]:
         "md": ("report.md", to_markdown),
         "junit": ("junit.xml", junit_xml),
     }
-    for name, _ in forms.values():  # whatever happens below, no form of another report is left beside this one
+    for name, _ in forms.values():  # no form of another report may stay beside this one
         with contextlib.suppress(OSError):
             (Path(out_dir) / name).unlink()
     written = _write_source(report, out_dir)
@@ -56,7 +56,7 @@ def write_report(report: Report, out_dir: Path) -> dict[str, Path]:
     for kind, (name, draw) in forms.items():
         try:
             write_text(Path(out_dir) / name, draw(report))
-        except Exception as error:  # plots, templates, a full disk: the verdict stands without any of them
+        except Exception as error:  # plots, templates, a full disk: the verdict is valid without them
             lost.append(not_evaluated(name, error))
         else:
             written[kind] = Path(out_dir) / name
@@ -77,7 +77,7 @@ def load_report(path: Path) -> Report:
     """Read a report.json (or the one inside a directory).
 
     Raises:
-        InputError: missing, not JSON, another major schema version, or not a report; the message names the way out.
+        InputError: missing, not JSON, another major schema version, or not a report; the message says what to do.
     """
     path = Path(path)
     if path.is_dir():
@@ -103,21 +103,27 @@ def load_report(path: Path) -> Report:
         return Report.model_validate(_restore(raw))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = " ".join(visible(".".join(str(part) for part in first["loc"])).split())[:200]
+        what = " ".join(visible(first["msg"].removeprefix("Value error, ")).split())[:300]
         raise InputError(
-            f"{path} (report schema {SCHEMA_VERSION}) is not a valid report: {' '.join(visible(where).split())[:200]}: "
-            f"{' '.join(visible(first['msg']).split())[:300]}. Run `so8t verify` again."
+            f"{path} (report schema {SCHEMA_VERSION}) is not a valid report: {where}{': ' if where else ''}{what}. "
+            "Run `so8t verify` again."
         ) from None
 
 
 def to_json(report: Report) -> str:
     """Strict JSON, UTF-8, fields in schema order, floats at full precision."""
-    text = json.dumps(_strict(report.model_dump(mode="python")), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return strict_json(report.model_dump(mode="python"))
+
+
+def strict_json(value: Any) -> str:
+    """A value as strict JSON with a line feed at its end; a non-finite number is a word: "NaN", "Infinity"."""
+    text = json.dumps(_strict(value), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate becomes its JSON escape
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of report.json. A number that is not finite is one of three words, see above."""
+    """JSON Schema (draft 2020-12) of report.json. A non-finite number is a word: "NaN", "Infinity", "-Infinity"."""
     schema = Report.model_json_schema(mode="serialization")
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = f"SO8T verification report {SCHEMA_VERSION}"
@@ -126,7 +132,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _with_words(node: Any, words: dict[str, Any]) -> Any:
-    """The same schema, in which every float may also be one of the words."""
+    """The schema with every float also allowed as one of the words."""
     if isinstance(node, list):
         return [_with_words(item, words) for item in node]
     if not isinstance(node, dict):
@@ -158,8 +164,8 @@ def to_markdown(report: Report) -> str:
 
 
 def render_markdown(template: str, **fields: Any) -> str:
-    """A Markdown template with its fields, every text of which is escaped."""
-    environment = Environment(  # not HTML: `finalize` escapes what Markdown would read as markup
+    """A Markdown template filled with its fields; every text is escaped."""
+    environment = Environment(  # not HTML: `finalize` escapes Markdown's markup
         loader=PackageLoader("verification.show"),
         autoescape=False,
         undefined=StrictUndefined,
@@ -203,7 +209,7 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def _figures(report: Report) -> dict[str, Any]:
-    """Figure name -> safe SVG, only those with data; "training" is a list of (caption, SVG)."""
+    """Figure name -> safe SVG, only figures with data; "training" is a list of (caption, SVG)."""
     single = {
         "distribution": figures.kld_distribution(report),
         "position": figures.kld_by_position(report),
@@ -219,7 +225,7 @@ def _figures(report: Report) -> dict[str, Any]:
 
 
 def _cells(report: Report) -> list[dict[str, Any]]:
-    """One entry a cell: title, setting, why it does not apply, and per candidate its divergence and worst status."""
+    """One entry for each cell: title, setting, why it does not apply, each candidate's divergence and worst status."""
     statuses: dict[tuple[str, str], list[Status]] = {}
     for check in (check for leg in report.legs if leg.name == "cells" for check in leg.checks):
         statuses.setdefault((check.name.split(".")[1], check.subject), []).append(check.status)
@@ -228,7 +234,7 @@ def _cells(report: Report) -> list[dict[str, Any]]:
         row = rows.setdefault(cell.cell, {"title": cell.title, "setting": cell.setting, "why": cell.why, "of": {}})
         if cell.divergence is not None:
             found = statuses.get((cell.cell, cell.candidate))
-            status = words.worst(found) if found else None  # a cell that is held to no bound
+            status = words.worst(found) if found else None  # None: a cell without a bound
             row["of"][cell.candidate] = {"d": cell.divergence, "status": status}
     return list(rows.values())
 
@@ -239,7 +245,7 @@ def _noise_bound(report: Report) -> float | None:
 
 
 def _scale(rungs: list[Step]) -> dict[str, Any]:
-    """The ladder's common log axis: whole decades around all rungs, -6 .. +4 at most, and where the bound lies."""
+    """The ladder's common log axis: whole decades around all steps, at most -6 .. +4, and the place of the bound."""
     margins = [step.distance for step in rungs if step.distance]
     ends = [d for m in margins for d in (m.best, m.worst) if math.isfinite(d)]
     low, high = max(-6, min(-2, math.floor(min(ends, default=-2)))), min(4, max(1, math.ceil(max(ends, default=1))))
@@ -254,7 +260,7 @@ def _scale(rungs: list[Step]) -> dict[str, Any]:
 
 
 def _fallbacks(report: Report) -> list[dict[str, Any]]:
-    """Tensors whose stored type is not the promised one, grouped by candidate and pair of types."""
+    """Tensors whose stored type differs from the promised type, grouped by candidate and pair of types."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     totals = Counter(row.candidate for row in report.tensors)
     for row in report.tensors:
@@ -288,7 +294,7 @@ def _markdown_escape(text: str) -> str:
 
 
 def _strict(value: Any) -> Any:
-    """Containers as JSON has them; non-finite numbers as their names."""
+    """A value with JSON's containers, and words for non-finite numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
@@ -297,7 +303,7 @@ def _strict(value: Any) -> Any:
 
 
 def _restore(raw: dict[str, Any]) -> dict[str, Any]:
-    """Give the checks' open-typed fields their non-finite numbers back (float fields parse the names themselves)."""
+    """Restore non-finite numbers in fields of checks that also hold texts (fields of type float parse the words)."""
     legs = raw.get("legs")
     for leg in legs if isinstance(legs, list) else []:
         checks = leg.get("checks") if isinstance(leg, dict) else None

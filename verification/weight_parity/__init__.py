@@ -1,1 +1,1 @@
-"""Every tensor of a file against the values that the reference gives for it."""
+"""Compares every tensor of a file with the values that the reference gives for it."""

@@ -1,15 +1,15 @@
-"""Quantised blocks that differ from the oracle's: what another build of llama.cpp explains, and what it does not.
+"""Bounds for quantised blocks that differ from the oracle's: differences that another build of llama.cpp explains.
 
-Where a multiplication and an addition are contracted (arm64), the quantiser's float32 sums change in the last bit. A
-direct type (scale from the extremes, then codes) then moves a scale by its last float16 bit or a code by one. A search
-type (K, IQ, or any with an imatrix) may settle on another scale of nearly the same error. So a block is within bounds
+If a build contracts a multiplication and an addition (arm64), the quantiser's float32 sums change in the last bit. In a
+direct type (scale from the extremes, then codes), a scale may then change by its last float16 bit, or a code by one. In
+a search type (K, IQ, or any with an imatrix), the search may find another scale of nearly the same error. Bounds:
   direct:  |scale bits - oracle's| <= 1 and |value - oracle's value| <= one step + the scale's last bit;
-  search:  rms(value - w) <= c rms(oracle's value - w) + 2^-10 rms(oracle's value), w the weights it was made from,
-and a tensor is within bounds when all its blocks are and no more of them differ than contraction makes differ.
+  search:  rms(value - w) <= c rms(oracle's value - w) + 2^-10 rms(oracle's value), w the weights that were quantised.
+A tensor is within bounds if all its blocks are, and if no more blocks differ than contraction can change.
 Measured on Gaussian weights, llama.cpp b11434 with and without contraction: error ratios up to 1.11 (256 values) and
 1.31 (32 values), shares of blocks up to 0.27 Q2_K, 0.08 Q4_K, 0.37 Q5_K, 0.03 others, 0.0007 direct; a rotation by
-1e-3 rad gives 0.57, 0.68, 0.92, 0.22 and 0.43. Weights on a coarser grid (a dequantised model) tie everywhere and may
-exceed this: such a file from a contracting build is refused rather than explained.
+1e-3 rad gives 0.57, 0.68, 0.92, 0.22 and 0.43. Weights on a coarser grid (a dequantised model) have ties everywhere and
+may exceed the bounds: such a tensor from a contracting build is judged by its errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from verification.gguf.reader import GGUFTensor
 Array = npt.NDArray[np.float64]
 Raw = npt.NDArray[np.uint8]
 
-# byte offsets of a block's float16 scale (and minimum); the last column: an imatrix turns the type into a search
+# byte offsets of a block's float16 scale (and minimum); whether an imatrix makes it a search type
 _DIRECT: dict[str, tuple[tuple[int, ...], bool]] = {
     "Q8_0": ((0,), False),
     "Q4_0": ((0,), True),
@@ -37,23 +37,23 @@ _DIRECT: dict[str, tuple[tuple[int, ...], bool]] = {
     "TQ1_0": ((52,), False),
     "TQ2_0": ((64,), False),
 }
-# largest share of blocks that may differ; the three searches over scale and minimum have many near ties
+# largest share of blocks that may differ; these three types search over scale and minimum and have many near ties
 _SHARES_WITHOUT_IMATRIX = {"Q2_K": 0.40, "Q4_K": 0.20, "Q5_K": 0.60}
 _SHARE_SEARCH, _SHARE_DIRECT = 0.10, 0.01
-_SPREAD = 4.0  # standard deviations that a small tensor's share may lie above
-LAST_BIT = 2.0**-10  # of a float16, relative, at most
+_SPREAD = 4.0  # standard deviations by which a small tensor may exceed its share
+LAST_BIT = 2.0**-10  # largest relative size of a float16's last bit
 _BATCH = 1 << 14  # blocks dequantised at a time
 
 
 @dataclass(frozen=True)
 class Held:
-    """How far one tensor's blocks lie from the oracle's."""
+    """The difference between one tensor's blocks and the oracle's."""
 
     name: str
     type: str
     blocks: int
     differ: int  # blocks whose bytes differ
-    allowed: int  # of these, as many as another build may make
+    allowed: int  # largest number of blocks that may differ by another build
     beyond: int  # blocks outside their type's bound
     last_bit: int  # differing blocks whose values stay within the scale's last bit
     largest: float  # largest |value - oracle's|, relative to the rms of its block
@@ -77,7 +77,7 @@ def hold(mine: GGUFTensor, twin: Raw, source: npt.NDArray[np.float32], *, imatri
     Args:
         mine: the candidate's quantised tensor.
         twin: the bytes that the quantiser gives at the same type.
-        source: the values that these were quantised from.
+        source: the values that `twin` was quantised from.
         imatrix: the oracle was made with an importance matrix.
     """
     kind = GGMLQuantizationType[mine.type]
@@ -110,14 +110,14 @@ class _Found:
 
 
 def _blocks(own: Array, other: Array, weights: Array) -> _Found:
-    """Of differing blocks, (blocks, values) each: the law of the search types and what explains the difference."""
+    """Compare differing blocks, arrays of (blocks, values): bounds of the search types and size of the difference."""
     rms = np.sqrt((other**2).mean(axis=1))
     rounding = LAST_BIT * rms
     error = np.sqrt(((own - weights) ** 2).mean(axis=1))
     best = np.sqrt(((other - weights) ** 2).mean(axis=1))
     factor = 1.25 if own.shape[1] >= 256 else 1.5
     difference = np.abs(own - other).max(axis=1)
-    # scale times code spans at most max - min <= 2 max |value|, where a block stores a minimum beside its scale
+    # in a block with scale and minimum, scale times code spans at most max - min <= 2 max |value|
     last_bit: npt.NDArray[np.bool_] = difference <= 2 * LAST_BIT * np.abs(other).max(axis=1)
     floor = np.maximum(rounding, np.finfo(np.float32).tiny)
     return _Found(
@@ -133,14 +133,14 @@ def _is_direct(kind: str, imatrix: bool) -> bool:
 
 
 def _direct(kind: str, a: Raw, b: Raw, own: Array, other: Array) -> npt.NDArray[np.bool_]:
-    """The law of the direct types."""
+    """Whether differing blocks keep the bounds of the direct types, (blocks,)."""
     offsets = _DIRECT[kind][0]
     within = np.ones(len(a), dtype=np.bool_)
     for offset in offsets:
         mine, theirs = (
             np.ascontiguousarray(x[:, offset : offset + 2]).view("<u2").ravel().astype(np.int64) for x in (a, b)
         )
-        within &= np.abs(mine - theirs) <= 1  # neighbours, or the two zeros' neighbours: sign flips are far apart
+        within &= np.abs(mine - theirs) <= 1  # neighbouring bit patterns; a flipped sign is far apart
     scale = np.ascontiguousarray(b[:, offsets[0] : offsets[0] + 2]).view("<f2").astype(np.float64)  # (blocks, 1)
     result: npt.NDArray[np.bool_] = within & (
         np.abs(own - other) <= np.abs(scale) * (1 + 2.0**-8) + 2 * LAST_BIT * np.abs(other).max(axis=1, keepdims=True)

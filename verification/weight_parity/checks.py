@@ -1,7 +1,7 @@
-"""One candidate's weights against the reference: inventory, a float file's roundings, a quantised file's proofs.
+"""Checks of one candidate's weights: inventory, a float file's roundings, a quantised file's proofs.
 
 The leg `quantise` counts the tensors that are not proven (`tensors_differ`, information unless the policy bounds it)
-and those that are neither proven nor judged healthy (`unexplained`, which must be none).
+and the tensors that are neither proven nor judged healthy (`unexplained`, which must be zero).
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from verification.weight_parity.layer_output_error import OpenTensor, OutputErro
 from verification.weight_parity.recipe import recipe_differences
 from verification.weight_parity.result import TensorResult
 
-_IMATRIX_KEY = "quantize.imatrix.file"  # llama-quantize writes it, among others, when it was given a matrix
+_IMATRIX_KEY = "quantize.imatrix.file"  # llama-quantize writes this key if it used a matrix
 ROTATED = "rotation off"
-NORMAL_95 = 1.96  # standard errors either side of a mean
+NORMAL_95 = 1.96  # standard errors on either side of a mean
 
 
 @dataclass(frozen=True)
 class WeightResult:
-    """Checks by leg, the rows of the report's tensor table, and what a reader should know."""
+    """Checks by leg, the rows of the report's tensor table, and notes for the reader."""
 
     contract: list[Check]
     convert: list[Check]
     quantise: list[Check]
     rows: list[TensorRow]
     results: list[TensorResult]
-    open: dict[str, OpenTensor] = field(default_factory=dict)  # what only the layer's output can decide
+    open: dict[str, OpenTensor] = field(default_factory=dict)  # tensors that only the layer's output can decide
     notes: list[str] = field(default_factory=list)
 
 
@@ -52,13 +52,13 @@ def weight_checks(
     importance: Importance | None = None,
     memory: Memory | None = None,
 ) -> WeightResult:
-    """Everything about one candidate's tensors.
+    """All checks and results of one candidate's tensors.
 
     Args:
         conversions: the reference as float GGUF files.
         sources: the reference with its base and rotations.
-        importance: the importance matrix that the candidate is said to be made with, by tensor.
-        memory: tensors that were examined before, against the same sources.
+        importance: the importance matrix that the user says was used for the candidate, by tensor.
+        memory: results of tensors that were compared with the same sources before.
 
     Raises:
         InputError: an importance matrix of another model.
@@ -91,7 +91,7 @@ def weight_checks(
 
 
 def hypothesis_findings(results: Sequence[TensorResult]) -> list[Finding]:
-    """Of attention tensors: what they are nearest to, and the rotation left over."""
+    """Findings that name a nearest wrong hypothesis, or a rotation that is left over."""
     found = []
     for result in results:
         causes = {match.best for match in result.nearest if match.is_fault} | {ROTATED}
@@ -102,7 +102,7 @@ def hypothesis_findings(results: Sequence[TensorResult]) -> list[Finding]:
 def _inventory(
     file: GGUFFile, found: Inventory, oracle: set[str], results: Sequence[TensorResult], label: str
 ) -> Check:
-    """Tensors missing, or in the file and explained by nothing; of a float file also single ones rounded otherwise."""
+    """Tensors that are missing or unexplained; in a float file also tensors with a fault within one rounding."""
     lost = sorted(set(found.missing) | (oracle - set(file.tensors)))
     odd = [r.name for r in results if not r.compared and r.name not in oracle]
     if file.is_float:
@@ -132,7 +132,7 @@ def _finite(results: Sequence[TensorResult], label: str) -> Check:
 
 
 def _rounding(results: Sequence[TensorResult], label: str) -> Check:
-    """Worst rounding of a float file; infinite where a tensor is quantised or was compared with nothing."""
+    """Worst rounding of a float file; infinite if a tensor is quantised or was not compared."""
     held = [r if r.roundings is not None else dataclasses.replace(r, roundings=math.inf) for r in results]
     worst = max(held, key=lambda r: r.roundings or 0.0, default=None)
     detail = f"{sum(r.compared for r in results)} tensors against the reference"
@@ -151,7 +151,7 @@ def _rounding(results: Sequence[TensorResult], label: str) -> Check:
 
 
 def quantise_checks(candidate: Candidate, results: Sequence[TensorResult], *, with_matrix: bool) -> list[Check]:
-    """The leg's checks for one quantised candidate."""
+    """The checks of the leg `quantise` for one candidate."""
     proven = [result for result in results if result.drawer == "proven"]
     judged = [result for result in results if result.drawer == "judged"]
     unexplained = [result for result in results if result.drawer == "unexplained"]
@@ -195,9 +195,9 @@ def quantise_checks(candidate: Candidate, results: Sequence[TensorResult], *, wi
 
 
 def output_checks(label: str, tensors: Mapping[str, OpenTensor], errors: Mapping[str, OutputError]) -> list[Check]:
-    """The worst output error of the tensors that it decides, and what their codes do to it together.
+    """Checks of the open tensors: the worst output error, and the mean error of codes that are not the nearest.
 
-    A check is not evaluated where a tensor could not be measured.
+    A check is not evaluated if one of its tensors could not be measured.
     """
     left = [name for name in tensors if name not in errors]
     worst = max(errors, key=lambda name: errors[name].ratio, default="")

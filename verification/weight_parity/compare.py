@@ -1,14 +1,14 @@
-"""Every tensor of a file against the reference's values, without inference.
+"""Compares every tensor of a file with the reference's values, without inference.
 
-The values come from the checkpoint by principle (`expected`), or from a conversion of the reference where the family
-is not mapped. `values` compares one tensor. Attention tensors are
-also named by the nearest hypothesis, o_proj by the rotation left over; a difference whose kind is still open is traced
-to what it was made from.
+The values are computed from the checkpoint (`expected`), or read from a conversion of the reference if the family is
+not mapped. `values` compares one tensor. Attention tensors also get their nearest hypothesis (`hypotheses`), o_proj the
+rotation that is left over. `explain` searches for the cause of a difference that has no cause yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,22 +39,23 @@ from verification.weight_parity.structure.rotation import residual_rotation
 from verification.weight_parity.values import Measured, Start, Wanted, compared, distance
 
 Array = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 T = TypeVar("T")
-_SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # of neighbouring numbers, relative, at most
+_SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # largest relative distance of neighbouring numbers
 _ATTENTION: dict[str, Role] = {"attn_output": "o", "attn_v": "v", "attn_q": "q", "attn_k": "k"}
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What the file can have been made of."""
+    """The checkpoints and rotations that the file can have been made from."""
 
     reference: Checkpoint
     base: Checkpoint | None = None
-    rotations: dict[str, Rotation] = field(default_factory=dict)  # checkpoint weight name -> what turns its input
+    rotations: dict[str, Rotation] = field(default_factory=dict)  # checkpoint weight name -> its input's rotation
 
 
 def rotations(adapter: Path) -> dict[str, Rotation]:
-    """R (in/8, 8, 8), or the fold, of every rotated weight of an adapter directory, by checkpoint name.
+    """The rotation R (in/8, 8, 8) or the fold of every rotated weight of an adapter directory, by checkpoint name.
 
     Raises:
         InputError: not an SO8T adapter.
@@ -67,7 +68,7 @@ def rotations(adapter: Path) -> dict[str, Rotation]:
 
 
 class Examination:
-    """The tensors of one file against its sources."""
+    """Compares the tensors of one file with its sources."""
 
     def __init__(
         self,
@@ -76,33 +77,37 @@ class Examination:
         found: Inventory,
         *,
         conversions: FloatFiles | None = None,
+        conversion: GGUFFile | None = None,
         importance: Importance | None = None,
         memory: Memory | None = None,
     ) -> None:
         """Prepare the examination of one file.
 
         Args:
-            sources: what the file can have been made of; None where only a conversion is at hand.
-            conversions: the reference as float GGUF files, for tensors that are not mapped by principle.
-            importance: the matrix that the file is said to be made with, by tensor.
-            memory: what was examined before, of other files with these sources and no matrix; None examines all.
+            sources: the checkpoints that the file can have been made from; None if there is only a conversion.
+            conversions: the reference as float GGUF files, for tensors that `expected` cannot compute.
+            conversion: in their place one whole conversion in the type that the reference is saved in, so that nothing
+                of it was rounded.
+            importance: the importance matrix that the user says was used for the file, by tensor.
+            memory: stored results of other files with these sources and no matrix; None examines every tensor.
         """
-        self.file, self.sources, self.found, self.memory = file, sources, found, memory
-        self.conversions, self.importance = conversions, importance or {}
+        self.file, self.sources, self.found = file, sources, found
+        self.memory = memory if conversion is None else None  # a memory knows nothing of the conversion
+        self.conversions, self.conversion, self.importance = conversions, conversion, importance or {}
         self._sampled: dict[str, dict[str, Array]] = {}
 
     def run(self, threads: int = 2) -> list[TensorResult]:
-        """Examine every tensor; numpy and the quantiser release the interpreter, so two at a time pay."""
+        """Examine every tensor; numpy and the quantiser release the interpreter lock, so two threads save time."""
         if self.memory is None and self.sources is not None:
             for kind in _ATTENTION:
-                self._samples(f"{kind}.weight")  # every such tensor asks for them
+                self._samples(f"{kind}.weight")  # every attention tensor needs these samples
         with ThreadPoolExecutor(threads) as pool:
             results = list(pool.map(self._recalled, self.file.tensors.values()))
         results = merged_together(held_together(results, self.found.computed.keys()))
         return [self._traced(r) if r.findings and all(f.cause in VAGUE for f in r.findings) else r for r in results]
 
     def _traced(self, result: TensorResult) -> TensorResult:
-        """A difference whose kind is still open, traced to what it was made from; see `explain`."""
+        """Search for the cause of a finding that has no exact cause yet; see `explain`."""
         tensor, wanted = self.file.tensors[result.name], self.expected(result.name)
         if wanted is None or wanted.size != int(np.prod(tensor.shape)):
             return result
@@ -124,15 +129,15 @@ class Examination:
     def _values_before(
         self, tensor: GGUFTensor, wanted: Array, own: npt.NDArray[np.uint8] | None
     ) -> tuple[Array, Array | float]:
-        """The file's values with the quantiser's own error on the expectation taken out, and the type's step."""
+        """The file's values minus the quantiser's error on the expected values, and the type's step."""
         if own is None or tensor.type in FLOAT_TYPES:
             return tensor.values(), np.abs(wanted) * np.float32(_SPACING.get(tensor.type, 0.0))
         error = dataclasses.replace(tensor, raw=own).values() - wanted
-        step = float(np.sqrt(12 * np.mean(error.astype(np.float64) ** 2)))  # rounding errors are uniform in one step
+        step = float(np.sqrt(12 * np.mean(error.astype(np.float64) ** 2)))  # rounding errors are uniform over one step
         return tensor.values() - error, step
 
     def with_error(self, result: TensorResult) -> TensorResult:
-        """A proven tensor's result with its distance from the reference, which the proof did not need."""
+        """Add the distance from the reference to a proven tensor's result; the proof did not need the distance."""
         if not result.proof or result.rel_error is not None:
             return result
         tensor = self.file.tensors[result.name]
@@ -149,12 +154,12 @@ class Examination:
         return self._remembered("examine", tensor, partial(self.examine, tensor))
 
     def _remembered(self, what: str, tensor: GGUFTensor, make: Callable[[], T]) -> T:
-        """`make()` of a tensor, once for the same bytes beside the same tensors."""
+        """`make()`, called once for tensors of the same bytes in files of the same names and shapes."""
         if self.memory is None:
             return make()
         made = (
             self.conversions is not None and tensor.name in self.found.computed
-        )  # against other numbers, see `expected`
+        )  # `expected` then gives the conversion's values
         return self.memory.recall(make, f"{what} against the conversion" if made else what, self._frame, tensor)
 
     @cached_property
@@ -162,10 +167,10 @@ class Examination:
         return frame(self.file)
 
     def expected(self, name: str) -> Array | None:
-        """One tensor's values before the file's rounding, in its shape; None where nothing explains it.
+        """One tensor's expected values before the file's rounding, in its shape; None if no source gives them.
 
-        What the converter computes by a formula (RoPE factors) is taken from its own file, where there is one: another
-        library's powers differ in the last bit.
+        Tensors that the converter computes by a formula (RoPE factors) are read from its conversion if there is one,
+        because another library's powers differ in the last bit.
         """
         kind = self.file.file_type if self.file.is_float else "F16"
         converted = None if self.conversions is None else self.conversions.tensor(kind, name)
@@ -175,39 +180,53 @@ class Examination:
             values = expected.expectation(name, self.found, self.sources.reference, self.file)
             if values is not None:
                 return values
+        converted = converted or self._converted(name)
         return None if converted is None else converted.values()
 
+    def _converted(self, name: str) -> GGUFTensor | None:
+        """A tensor of the one conversion; a tied head that is written out is the embedding again."""
+        if self.conversion is None:
+            return None
+        head = "token_embd.weight" if name == "output.weight" else name
+        return self.conversion.tensors.get(name) or self.conversion.tensors.get(head)
+
     def _wanted(self, tensor: GGUFTensor, values: Array) -> Wanted:
-        """The values with all that a proof needs."""
+        """The expected values with everything that a proof needs."""
         name, sources = tensor.name, self.sources
         source = self.found.source_of.get(name)
         mapped = sources is not None and (name in self.found.computed or (source and is_known(self.file)))
+        exact = mapped or self.conversion is not None
         saved = sources.reference.saved_in(source) if sources is not None else "F16"
         return Wanted(
             values,
-            (lambda: _own_starts(values)) if mapped else (lambda: self._converted_starts(name, tensor.shape)),
+            (lambda: _own_starts(values)) if exact else (lambda: self._converted_starts(name, tensor.shape)),
             importance=self.importance.get(name),
             saved_in=saved,
             computed=name in self.found.computed and self.conversions is None,
         )
 
     def _converted_starts(self, name: str, shape: tuple[int, ...]) -> Iterator[Start]:
-        """The tensor of every conversion, the most frequent first."""
+        """The tensor from every conversion, in the order of `INTERMEDIATES`."""
         for kind in INTERMEDIATES:
             converted = None if self.conversions is None else self.conversions.tensor(kind, name)
             if converted is not None and converted.shape == shape:
                 yield Start(kind, converted.values())
 
     def examine(self, tensor: GGUFTensor) -> TensorResult:
-        """One tensor: values first, then what it is nearest to."""
+        """Examine one tensor: compare its values, judge its error, then find its nearest hypothesis."""
         wanted = self.expected(tensor.name)
         if wanted is None:
             return self._alone(tensor)
-        if wanted.size != int(np.prod(tensor.shape)) or (len(wanted.shape) == 2 and wanted.shape != tensor.shape):
+        if wanted.size != int(np.prod(tensor.shape)) or not _one_shape(wanted.shape, tensor.shape):
             shape = Finding(tensor.name, f"shape {list(wanted.shape)}", f"{list(tensor.shape)}", AGAIN)
             bare = self._alone(tensor)
             return dataclasses.replace(bare, compared=True, roundings=np.inf, findings=(shape,))
         wanted = wanted.reshape(tensor.shape)
+        own = self._converted(tensor.name)
+        stored = own is not None and own.type == tensor.type and tensor.type not in FLOAT_TYPES  # gpt-oss: MXFP4
+        if stored and own is not None and np.array_equal(own.raw, tensor.raw):
+            proof = f"the reference's own {tensor.type}"
+            return dataclasses.replace(self._alone(tensor), compared=True, proof=proof)
         measured = compared(tensor, self._wanted(tensor, wanted))
         measured = self._judged(tensor, wanted, measured)
         result = self._named(tensor, wanted, measured)
@@ -217,7 +236,7 @@ class Examination:
         return dataclasses.replace(result, profile=error_profile(values, wanted))
 
     def _judged(self, tensor: GGUFTensor, wanted: Array, measured: Measured) -> Measured:
-        """A quantised tensor that is not proven, judged by its error, also where another build's blocks explain it."""
+        """Judge an unproven quantised tensor by its error, even if another build explains its blocks."""
         result, values = measured.result, measured.values
         if values is None or not result.blocks or result.equal or result.non_finite or not np.isfinite(wanted).all():
             return measured
@@ -242,7 +261,7 @@ class Examination:
         return dataclasses.replace(measured, result=judged)
 
     def _heads(self, tensor: GGUFTensor) -> Heads:
-        """Rows a head of q, k and v, columns a head of o."""
+        """Rows of a head in q, k and v; columns of a head in o."""
         role = _ATTENTION.get(tensor.name.removesuffix(".weight").rsplit(".", 1)[-1])
         config = {} if self.sources is None else self.sources.reference.config
         heads = config.get("num_attention_heads" if role in ("q", "o") else "num_key_value_heads")
@@ -251,13 +270,13 @@ class Examination:
         return Heads(columns=tensor.shape[1] // heads) if role == "o" else Heads(rows=tensor.shape[0] // heads)
 
     def _saved(self, tensor: GGUFTensor) -> float:
-        """Half a rounding of the reference's own type, relative: the file's maker may have had more bits."""
+        """Half a rounding of the reference's type, relative: the maker may have quantised weights with more bits."""
         source = self.found.source_of.get(tensor.name)
         kind = "F32" if self.sources is None else self.sources.reference.saved_in(source)
         return _SPACING["BF16"] / 2 if kind == "BF16" else 0.0
 
     def _alone(self, tensor: GGUFTensor) -> TensorResult:
-        """A tensor without an expectation: whether its weights are numbers."""
+        """The result of a tensor without expected values: only the count of NaN and Inf."""
         values = tensor.values()
         bad = int(values.size - np.count_nonzero(np.isfinite(values)))
         return TensorResult(tensor.name, tensor.type, compared=False, size=values.size, non_finite=bad)
@@ -279,16 +298,16 @@ class Examination:
         parts = list(self._parts(tensor.name, wanted, values)) if in_block else []
         matches = tuple(nearest(name, actual, known, others) for name, actual, known, others in parts)
         named = not result.equal and any(match.is_fault for match in matches)
-        # a whole tensor that fits says more than the share of the change from the base that its error has
+        # a hypothesis about the whole tensor is stronger than a finding about its error
         findings = [f for f in result.findings if not (named and (f.cause in VAGUE or f.code == "merge"))]
         for match in matches:
-            if match.is_fault and not result.equal:  # what is proven may lie nearer to a base on the type's own grid
+            if match.is_fault and not result.equal:  # a proven tensor may be nearer to a base on the type's grid
                 far = f"relative distance {match.distance:.2g} (to the expected {match.expected_distance:.2g})"
                 text = f"{match.best}, {far}"
                 findings.append(Finding(match.name, "the reference's weight", text, AGAIN, match.best, match.code))
         residual = None
         if is_weight and ".attn_output." in tensor.name:
-            # the own quantiser's values share their rounding with a tensor of the same maker, and only with that
+            # values of llama.cpp's quantiser have the same rounding as the tensor only if both have the same maker
             mine = own is not None and np.linalg.norm(values - own) < np.linalg.norm(values - wanted)
             reference = own if own is not None and mine else wanted
             residual = residual_rotation(wanted, values - reference)
@@ -309,9 +328,9 @@ class Examination:
         return dataclasses.replace(result, nearest=matches, residual=residual, findings=tuple(findings))
 
     def _parts(self, name: str, wanted: Array, values: Array) -> Iterator[tuple[str, Array, Known, list[Other]]]:
-        """The projections inside a tensor: one, or q, k and v of a fused one."""
+        """The projections inside a tensor: one, or q, k and v in a fused tensor."""
         prefix, kind = ".".join(name.split(".")[:2]), name.split(".")[2]
-        assert self.sources is not None  # asked for by `_named` only
+        assert self.sources is not None  # `_named` calls this only with sources
         config = self.sources.reference.config
         heads = int(config.get("num_attention_heads") or 1)
         kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -343,7 +362,7 @@ class Examination:
         if base is None or source not in base:
             return None
         values = expected.expected_values(name, source, base, self.file.architecture)
-        tensor = self.file.tensors[name]  # a fine-tune with more tokens than its base has other embeddings
+        tensor = self.file.tensors[name]  # a fine-tune may have more tokens than its base
         return values if values.size == int(np.prod(tensor.shape)) else None
 
     def _siblings(self, name: str, prefix: str) -> Iterator[tuple[str, Array]]:
@@ -355,8 +374,8 @@ class Examination:
                     yield other.removeprefix(f"{prefix}.").removesuffix(".weight"), values
 
     def _samples(self, tail: str) -> dict[str, Array]:
-        """A few expected rows (rows, columns) of one tensor in every layer, to find one of another layer."""
-        if tail not in self._sampled:  # two threads that ask at once find the same
+        """A few expected rows (rows, columns) of one tensor in every layer, to recognise another layer's tensor."""
+        if tail not in self._sampled:  # two threads that compute this at once get the same
             make = partial(self._sample, tail)
             known = self.memory
             self._sampled[tail] = make() if known is None else known.recall(make, f"samples {tail}", self._frame)
@@ -374,7 +393,7 @@ class Examination:
     def _others(self, name: str) -> list[Other]:
         def loader(other: str) -> Array:
             values = self.expected(other)
-            assert values is not None  # it was sampled
+            assert values is not None  # only tensors with values are sampled
             return values
 
         return [
@@ -384,8 +403,14 @@ class Examination:
         ]
 
 
+def _one_shape(wanted: tuple[int, ...], actual: tuple[int, ...]) -> bool:
+    """Whether two shapes of one size hold the same matrix; llama.cpp's quantiser drops outer dimensions of 1."""
+    bare = [tuple(itertools.dropwhile(lambda size: size == 1, shape)) for shape in (wanted, actual)]
+    return len(bare[0]) != 2 or bare[0] == bare[1]
+
+
 def _own_starts(values: Array) -> Iterator[Start]:
-    """The float forms of values that were read from a checkpoint."""
+    """The float forms of a checkpoint's values from which a quantiser may start."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16).astype(np.float32)
     yield Start("F16", half)
@@ -399,7 +424,7 @@ def _own_starts(values: Array) -> Iterator[Start]:
 
 
 def _is_attention(tensor: GGUFTensor) -> bool:
-    """o, v, q, k, or the three fused: the tensors whose hypotheses are always asked."""
+    """Whether a tensor is o, v, q, k, or q, k and v fused: hypotheses about these are always tested."""
     parts = tensor.name.split(".")
     kinds = (*_ATTENTION, "attn_qkv")
     return len(tensor.shape) == 2 and len(parts) == 4 and parts[0] == "blk" and parts[2] in kinds
@@ -411,16 +436,17 @@ def _cause(result: TensorResult, cause: str) -> TensorResult:
 
 
 def _vector_cause(values: Array, wanted: Array) -> str:
-    """Norms and biases: one added or missing, or a common factor."""
-    offset = values - wanted
+    """The cause in a norm or bias: 1 added or missing, or a common factor."""
+    found, target = values.astype(np.float64), wanted.astype(np.float64)  # squares of RoPE factors may leave float32
+    offset = found - target
     spread = float(np.abs(offset - offset.mean()).max(initial=0.0))
     for shift, words in ((1.0, "norm + 1 applied once too often"), (-1.0, "norm + 1 missing")):
         if abs(float(offset.mean()) - shift) < 1e-2 and spread < 1e-2:
             return words
-    return _scale_cause(values, wanted)
+    return _scale_cause(found, target)
 
 
-def _scale_cause(values: Array, wanted: Array) -> str:
+def _scale_cause(values: Floats, wanted: Floats) -> str:
     square = float(np.vdot(wanted, wanted))
     factor = float(np.vdot(wanted, values)) / square if square else 1.0
     rest = float(np.linalg.norm(values - factor * wanted))

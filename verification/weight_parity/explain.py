@@ -1,8 +1,8 @@
-"""What a tensor that differs from its expectation was made from, where no hypothesis about attention says it.
+"""Causes of a difference that no hypothesis about attention explains: a flipped bit, moved rows, another merge scale.
 
-Each cause is exact or nearly so: one bit differs; the rows are the expected ones in another order; the tensor lies on
-the line from the base's weight through the reference's (a merge with another scale: f = 0 nothing merged, 1 right, 2
-merged twice, sqrt(r) an rsLoRA scale ignored or taken). W = B + f (W_ref - B), f by least squares.
+Each cause is exact or nearly exact. One bit differs. The rows are the expected rows in another order. The tensor lies
+on the line from the base's weight through the reference's weight, so the merge had another scale f: 0 nothing merged,
+1 right, 2 merged twice, sqrt(r) an rsLoRA scale ignored or wrongly used. W = B + f (W_ref - B), f by least squares.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from verification.contract.finding import Cause
 
 Array = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
-ON_THE_LINE = 0.2  # share of the difference that may lie beside the line
-LEAST = 5e-4  # |f - 1| below this is no other scale
+ON_THE_LINE = 0.2  # largest share of the difference beside the line
+LEAST = 5e-4  # a smaller |f - 1| does not count as another scale
 CERTAIN = 6.0  # standard errors of f
 
 
 def damage_cause(actual: Raw, expected: Raw, rows: int) -> Cause | None:
-    """One flipped bit, or the right rows in another order; bytes of one type and size."""
+    """One flipped bit, or the expected rows in another order; both arrays hold bytes of the same type."""
     if actual.size != expected.size:
         return None
     at = np.flatnonzero(actual != expected)
@@ -36,11 +36,11 @@ def damage_cause(actual: Raw, expected: Raw, rows: int) -> Cause | None:
 
 
 def merge_cause(values: Array, wanted: Array, base: Array, step: Array | float = 0.0) -> Cause | None:
-    """Another scale of what was merged into the base; three arrays of one shape.
+    """Another scale of the change that was merged into the base; the three arrays have one shape.
 
     Args:
-        step: distance of the type's neighbouring numbers, (1) or of the arrays' shape. A small change d of a weight
-            moves its stored number by a whole step in d / step of all cases, so rounding alone adds |d| step to the
+        step: distance of the type's neighbouring numbers, (1) or of the arrays' shape. If a weight changes by a small
+            d, its stored number moves by a whole step in d / step of all cases, so rounding alone adds |d| step to the
             squares beside the line.
     """
     change = wanted.astype(np.float64) - base

@@ -1,11 +1,11 @@
-"""Which transformation of the reference is the tensor in the file? The nearest hypothesis, its distance and its margin.
+"""Hypotheses about how a tensor was made from the reference: the nearest one, its distance and its margin.
 
 Every hypothesis is an array H of the tensor's shape; its distance is ||T - H|| / ||expected||. With noise of standard
-deviation s a weight (the distance to the best, spread over n weights), two hypotheses a, b are told apart by
-z = (d_b^2 - d_a^2) / (2 s ||H_a - H_b||): the choice holds at every quantisation level whose noise leaves z large.
-R stands for blockdiag(R_k) on the input of the tensor, W' = W @ R (see so8t_core.folding); in an adapter with scale or
-second rotation for the whole map, and R^T for its inverse. Hypotheses that need R or the base are left out where no
-adapter or base is given; transposes where the tensor is not square.
+deviation s a weight (the distance to the best, spread over n weights), two hypotheses a, b are separated by
+z = (d_b^2 - d_a^2) / (2 s ||H_a - H_b||): the choice is safe at every quantisation level with a large z.
+R is blockdiag(R_k) on the input of the tensor, W' = W @ R (see so8t_core.folding). In an adapter with a scale or a
+second rotation, R is the whole map and R^T its inverse. Hypotheses that need R or the base are tested only if an
+adapter or a base is given; transposes only if the tensor is square.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import numpy.typing as npt
 
 from verification.contract.finding import Code
 
-if TYPE_CHECKING:  # torch and what is built on it take seconds to import, and only an adapter needs them
+if TYPE_CHECKING:  # torch and its users take seconds to import, and only an adapter needs them
     import torch
 
     from so8t_core.folding import Fold
 
 Array = npt.NDArray[np.float32]
 Role = Literal["o", "v", "q", "k", "other"]
-# R (in/8, 8, 8), float64; a fold where the map of the input is more than that
+# R (in/8, 8, 8), float64; a fold if the map of the input is more than one rotation
 Rotation: TypeAlias = "torch.Tensor | Fold"
 EXPECTED = "expected"
 BASE = "the base's own weight (nothing baked)"
 UNROTATED, TURNED_BACK, TWICE = "not rotated (R missing)", "rotated back (R^T in place of R)", "rotated twice"
 WRONG_SIDE, ON_V = "rotated on the wrong side (R @ W)", "rotated as well (R @ v_proj)"
 TRANSPOSED = "transposed"
-HALVES = {True: "q/k rows not permuted", False: "q/k rows un-permuted"}  # by whether the file has them in pairs
+HALVES = {True: "q/k rows not permuted", False: "q/k rows un-permuted"}  # key: whether the file has them in pairs
 PAIRS = {True: "q/k rows permuted twice", False: "q/k rows permuted"}
 _CODES: dict[str, Code] = {
     BASE: "merge",
@@ -42,22 +42,22 @@ _CODES: dict[str, Code] = {
     TRANSPOSED: "transposed",
     **dict.fromkeys((*HALVES.values(), *PAIRS.values()), "head_rows"),
 }
-DECIDED = 4.0  # z from which one hypothesis is preferred: 6e-5 by chance
-SAMPLED_ROWS = 32  # of other layers' tensors: enough to tell layers apart, whose weights are unrelated
+DECIDED = 4.0  # z from which a hypothesis is preferred: probability 6e-5 by chance
+SAMPLED_ROWS = 32  # rows of other layers' tensors: enough, because the weights of layers are unrelated
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The outcome for one tensor."""
+    """The nearest hypothesis of one tensor."""
 
     name: str
     best: str
     distance: float  # relative Frobenius distance to the best
     second: str
     second_distance: float
-    z: float  # by how many standard deviations the best is preferred to the second
+    z: float  # standard deviations by which the best is preferred to the second
     expected_distance: float
-    z_expected: float  # by how many the best is preferred to the expectation; 0 where it is the best
+    z_expected: float  # the same against the expectation; 0 if that is the best
 
     @property
     def code(self) -> Code:
@@ -66,13 +66,13 @@ class Nearest:
 
     @property
     def is_fault(self) -> bool:
-        """Something else than the expectation fits better, and not by chance."""
+        """Whether another hypothesis fits better than the expectation, and not by chance."""
         return self.best != EXPECTED and self.z_expected >= DECIDED
 
 
 @dataclass(frozen=True)
 class Other:
-    """The same tensor of another layer: a few rows at hand, the whole on demand."""
+    """The same tensor of another layer: a few rows, and a function that loads the whole tensor."""
 
     name: str
     sample: Array
@@ -81,20 +81,20 @@ class Other:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of one tensor: its expectation in the file's form, and what else it could have been made of."""
+    """The expected values of one tensor in the file's form, and the data for its other hypotheses."""
 
     role: Role
     expected: Array  # (out, in)
     base: Array | None = None  # the base's weight in the file's form
-    rotation: Rotation | None = None  # of o_proj's input
-    in_pairs: bool = False  # q and k rows permuted for RoPE on neighbours
+    rotation: Rotation | None = None  # rotation of o_proj's input
+    in_pairs: bool = False  # whether q and k rows are permuted for RoPE on neighbours
     head_rows: int = 0  # rows a head, for q and k
     siblings: tuple[tuple[str, Array], ...] = ()  # other tensors of the layer with the same shape: ("k_proj", values)
-    own: Rotation | None = None  # of this tensor's own input, where that is not o_proj's
+    own: Rotation | None = None  # rotation of this tensor's input, if it is not o_proj
 
 
 def rotation_of(fold: Fold) -> Rotation | None:
-    """What an adapter does to the input of one weight: R (in/8, 8, 8) or a fold without its LoRA; None for nothing."""
+    """An adapter's map of the input of one weight: R (in/8, 8, 8) or a fold without its LoRA; None if there is none."""
     if fold.theta is None:
         return None
     if fold.log_scale is None and fold.shuffled is None:
@@ -105,7 +105,7 @@ def rotation_of(fold: Fold) -> Rotation | None:
 
 
 def rotated(W: Array, R: Rotation, *, transposed: bool = False) -> Array:
-    """W @ blockdiag(R), or R^T, in float64, as float32; of a fold its map, or the inverse of that."""
+    """W @ blockdiag(R), or R^T if `transposed`, in float64, as float32; for a fold its map or the inverse map."""
     import torch
 
     from so8t_core.folding import Fold, rotate_rows
@@ -119,7 +119,7 @@ def rotated(W: Array, R: Rotation, *, transposed: bool = False) -> Array:
 
 
 def hypotheses(known: Known) -> Iterator[tuple[str, Array]]:
-    """Every hypothesis about one tensor (its own shape) but other layers; "expected" first."""
+    """Every hypothesis about one tensor, in its shape, except other layers; "expected" first."""
     W = known.expected
     R = known.rotation if known.role == "o" else known.own
     square = W.shape[0] == W.shape[1]
@@ -167,7 +167,7 @@ def nearest(name: str, actual: Array, known: Known, others: Sequence[Other] = ()
             other = fitting[there.index(min(there))]
             table.append((other.name, other.load()))
             distances.append(float(np.linalg.norm(actual - table[-1][1])))
-    order = sorted(range(len(table)), key=distances.__getitem__)  # the first of equals: the expectation
+    order = sorted(range(len(table)), key=distances.__getitem__)  # of equal distances the first: the expectation
     first = order[0]
     second = order[1] if len(order) > 1 else first
 
@@ -190,7 +190,7 @@ def nearest(name: str, actual: Array, known: Known, others: Sequence[Other] = ()
 
 
 def _turns_rows(W: Array, R: Rotation) -> bool:
-    """Whether blockdiag(R) can stand on the left of W; a fold cannot."""
+    """Whether blockdiag(R) can multiply W from the left; a fold cannot."""
     import torch
 
     return isinstance(R, torch.Tensor) and W.shape[0] == R.shape[0] * 8
@@ -209,7 +209,7 @@ def halves_to_pairs(values: Array, head_rows: int) -> Array:
 
 
 def pairs_to_halves(values: Array, head_rows: int) -> Array:
-    """The way back."""
+    """The inverse of `halves_to_pairs`."""
     heads = values.shape[0] // head_rows
     split = values.reshape(heads, head_rows // 2, 2, *values.shape[1:])  # (heads, d/2, half, ...)
     return np.swapaxes(split, 1, 2).reshape(values.shape)

@@ -1,13 +1,14 @@
-"""A quantised tensor whose bytes nothing proves: is what differs rounding, or other weights?
+"""Judges a quantised tensor that is not proven: is its error rounding, or does the tensor hold other weights?
 
-Codes: a maker that rounds to nearest, as llama.cpp does under any importance matrix, leaves no code that is not the
-nearest to the reference on the file's own scales (`structure.rounding`). Such a tensor can only have other scales.
-Size: the relative error may be what the own quantiser reaches on *this* tensor under several matrices. Up to 2 times
-the own error a quantiser that chooses which way to round may leave (GPTQ, AutoRound: an error uniform over a whole step
-instead of half a step, sqrt(1/3) / sqrt(1/12) = 2) in order to lower the error of the layer's output, so such a tensor
-is *open* until the output's error is known. Beyond, no quantiser explains it. `places` looks for parts of the tensor,
-`structure` for structure in the error; each estimate is compared with its standard error and with the own quantiser's
-on the same rows, because matrices and searches bias it.
+Codes: if the maker rounds to nearest, as llama.cpp does with any importance matrix, every code is the nearest to the
+reference on the file's own scales (`structure.rounding`). Such a tensor can differ in its scales only.
+Size: the relative error may be as large as that of llama.cpp's quantiser on *this* tensor with several matrices. An
+error up to 2 times that of llama.cpp's quantiser may come from a quantiser that chooses which way to round (GPTQ,
+AutoRound: an error uniform over a whole step instead of half a step, sqrt(1/3) / sqrt(1/12) = 2) in order to lower the
+error of the layer's output. Such a tensor is *open* until the output's error is known. No quantiser explains a larger
+error. `places` looks for faulty parts of the tensor, `structure` for structure in the error. Each estimate is compared
+with its standard error and with the same estimate for llama.cpp's quantiser on the same rows, because matrices and
+searches bias it.
 """
 
 from __future__ import annotations
@@ -31,27 +32,29 @@ from verification.weight_parity.structure.scale import Scale, scale
 from verification.weight_parity.structure.shift import Shift, shift
 
 Array = npt.NDArray[np.float32]
-CHOSEN = 2.0  # error of a quantiser that rounds up or down at will, in the nearest rounding's
+CHOSEN = 2.0  # error of a quantiser that may round up or down, divided by that of rounding to nearest
 CERTAIN = 6.0  # standard errors: P(|z| > 6) over 300 tensors and 4 estimators is 2e-6
-GRID = 1.1  # share of a low-rank part that the own quantiser leaves: weights on a grid snap back in both alike
-OFF_GRID = 0.5  # error on a grid, in that of the same weights in another order; off it the two are equal within 5 %
+# largest leading singular value, divided by that of llama.cpp's quantiser: weights on a grid snap back in both
+GRID = 1.1
+# error of weights on a grid, divided by that of the same weights in another order; equal within 5 % without a grid
+OFF_GRID = 0.5
 UNEXPLAINED = 1e-3  # share of groups whose codes no scale gives; a rounding quantiser leaves none
-# weights that share a scale: the unit in which errors are independent
+# number of weights that share a scale: errors of different groups are independent
 UNIT = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16, "NVFP4": 16, "IQ1_S": 32, "IQ1_M": 16, "IQ2_XS": 16, "IQ2_S": 16}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the error of one tensor looks like."""
+    """The size and structure of one tensor's error."""
 
-    ratio: float  # error in the own quantiser's
-    allowed: float  # of that ratio
+    ratio: float  # error, divided by that of llama.cpp's quantiser
+    allowed: float  # largest ratio without error feedback
     scale: Scale
     shift: Shift
     low_rank: LowRank | None
     direction: Direction | None
     findings: tuple[Finding, ...]
-    open: str  # why only the layer's output can decide; "" where it need not
+    open: str  # why only the layer's output can decide; "" if the weights decide
     nearest: bool | None = None  # whether every code is the nearest on the file's own scales; None: codes have no cells
 
     @property
@@ -74,8 +77,8 @@ def judge(
     """Judge a quantised tensor by its error.
 
     Args:
-        values: F, what the tensor dequantises to; `wanted` W, of its shape.
-        own: what the own quantiser's bytes mean, of its shape; None quantises the sampled rows only.
+        values: F, the tensor's dequantised values; `wanted` W has the same shape.
+        own: the dequantised values of llama.cpp's quantiser, same shape; None quantises the sampled rows only.
         base: the base's weight, for the known direction.
         saved: half a rounding of the type that the reference is saved in, relative.
     """
@@ -92,7 +95,7 @@ def judge(
     nearest = codes is not None and not codes.count
     findings: list[Finding] = _clipped(tensor, F, W)
     spectrum = None
-    # `along` is less what the own quantiser loses of the change itself
+    # `along` excludes the part of the change that llama.cpp's quantiser loses too
     if (
         along is not None
         and along.detected
@@ -102,7 +105,7 @@ def judge(
         findings.append(_finding(tensor, "the change from the base once", along.cause, along.cause, "merge"))
     if codes is not None and codes.count and not findings:
         findings += _placed(tensor, by_codes(tensor, F, W, codes, heads, saved=saved))
-    if not nearest or tensor.type == "Q8_0":  # where the tolerance of the codes is many standard errors
+    if not nearest or tensor.type == "Q8_0":  # Q8_0: the codes' tolerance is many standard errors
         spectrum = low_rank(F, E, block=block)
         if spread and not findings:
             findings += _placed(tensor, by_scale(tensor.type, F, W, spread, at, heads))
@@ -129,7 +132,7 @@ def judge(
 
 
 def _on_grid(kind: str, W: Array, spread: Sequence[Own]) -> bool:
-    """Whether the type holds these rows far better than the same weights in another order: they were dequantised."""
+    """Whether the rows have far less error than the same weights in another order: then they were dequantised."""
     mixed = own_values(kind, shuffled := np.random.default_rng(0).permuted(W, axis=1))
     return bool(spread) and mixed is not None and spread[0].error < OFF_GRID * _relative(mixed - shuffled, shuffled)
 
@@ -141,16 +144,16 @@ def _relative(E: Array, W: Array) -> float:
 def _size(
     E: Array, W: Array, at: npt.NDArray[np.int64], spread: Sequence[Own], own: Array | None
 ) -> tuple[float, float]:
-    """The error in the own quantiser's, and how much of that a matrix explains."""
+    """(the error divided by that of llama.cpp's quantiser, the largest such ratio that a matrix explains)."""
     here = float(np.linalg.norm(E[at])) / (float(np.linalg.norm(W[at])) or 1.0)
     plain = spread[0].error if spread else here
     ratio = here / plain if plain else (1.0 if not here else np.inf)
     if own is not None and (whole := float(np.linalg.norm(own.reshape(W.shape) - W))):
-        ratio = max(ratio, float(np.linalg.norm(E)) / whole)  # the sampled rows do not stand for the others
+        ratio = max(ratio, float(np.linalg.norm(E)) / whole)  # the other rows may differ from the sampled ones
     reached = max((one.error for one in spread), default=0.0)
     if not plain:
         return ratio, 1.0
-    # what another matrix of the same width, or the other rows, may add: the rows' own spread
+    # the spread over the rows bounds how much another matrix of the same width, or the other rows, may add
     rows = np.linalg.norm(spread[-1].values - W[at], axis=1) if spread else np.ones(1)
     return ratio, reached / plain * (1 + CERTAIN * float(rows.std() / (rows.mean() or 1.0)) / float(np.sqrt(len(rows))))
 
@@ -166,7 +169,7 @@ def _structure(
     spectrum: LowRank | None,
     block: int,
 ) -> list[Finding]:
-    """A scale, a shift or a low-rank part of the whole tensor, beyond what the own quantiser leaves."""
+    """A scale, a shift or a low-rank part of the whole tensor that exceeds the values for llama.cpp's quantiser."""
     findings: list[Finding] = []
     if spread:
         low, high = (pick(one.scale.value for one in spread) for pick in (min, max))
@@ -191,7 +194,7 @@ def _structure(
 
 
 def _scaled(tensor: GGUFTensor, F: Array, W: Array, codes: Rounding, whole: Scale, *, saved: float) -> list[Finding]:
-    """One scale of the whole tensor under which its codes are the nearest."""
+    """One scale of the whole tensor that makes its codes the nearest."""
     if tensor.type in STORED_OTHERWISE or not whole.value < 0.9:
         return []
     factor = 1 / (1 - whole.value)
@@ -205,7 +208,7 @@ def _scaled(tensor: GGUFTensor, F: Array, W: Array, codes: Rounding, whole: Scal
 def _open(
     tensor: GGUFTensor, F: Array, W: Array, codes: Rounding | None, spectrum: LowRank | None, *, saved: float
 ) -> str:
-    """Why codes that are not the nearest need the layer's output; "" where a rounding quantiser explains them."""
+    """Why the layer's output must decide on codes that are not the nearest; "" if rounding explains the codes."""
     if codes is None:
         if spectrum is not None and spectrum.coloured and spectrum.leading > spectrum.threshold:
             return "the error's spectrum is coloured, as by error feedback"
@@ -218,7 +221,7 @@ def _open(
 
 
 def _clipped(tensor: GGUFTensor, F: Array, W: Array) -> list[Finding]:
-    """A weight at float16's end that the reference has not; the coarsest type keeps half of a block's largest."""
+    """A weight at float16's end, but not in the reference; even the coarsest type keeps half of a block's largest."""
     largest, wanted = float(np.abs(F).max(initial=0.0)), float(np.abs(W).max(initial=0.0))
     if not largest > F16_MAX / 2 > wanted:
         return []
@@ -227,9 +230,9 @@ def _clipped(tensor: GGUFTensor, F: Array, W: Array) -> list[Finding]:
 
 
 def _left_of(ratio: float, along: Direction, E: Array, W: Array, base: Array | None) -> float:
-    """The error in the own quantiser's, less what lies along the change from the base.
+    """The error divided by that of llama.cpp's quantiser, without the part along the change from the base.
 
-    Weights of another layer hold nothing of the change either, but what they leave is no rounding.
+    Weights of another layer lack the change too, but the rest of their error is larger than rounding.
     """
     assert base is not None  # `along` was measured against it
     square = float(np.vdot(E, E))
@@ -238,11 +241,11 @@ def _left_of(ratio: float, along: Direction, E: Array, W: Array, base: Array | N
 
 
 def _from_eight_bits(tensor: GGUFTensor, F: Array, W: Array, *, saved: float) -> bool:
-    """Whether a Q8_0 file of the reference was quantised again: its codes are the nearest to that file's weights."""
+    """Whether the codes are the nearest to the weights of a Q8_0 file of the reference: that file was requantised."""
     if W.shape[1] % 32:
         return False
     raw = tensor.raw.reshape(len(W), -1)
-    for rows in (slice(0, SAMPLED), slice(SAMPLED, None)):  # the first rows tell nearly always
+    for rows in (slice(0, SAMPLED), slice(SAMPLED, None)):  # the first rows decide nearly always
         if not len(W[rows]):
             continue
         eight = own_values("Q8_0", W[rows])
@@ -259,7 +262,7 @@ def _placed(tensor: GGUFTensor, place: Place | None) -> list[Finding]:
 
 
 def _loses(tensor: GGUFTensor, W: Array, spectrum: LowRank, block: int) -> bool:
-    """Whether the own quantiser leaves as much of a low-rank part: a small merge into weights on a grid snaps back."""
+    """Whether llama.cpp's quantiser leaves a low-rank part too: a small merge into weights on a grid snaps back."""
     plain = own_values(tensor.type, W)
     own = None if plain is None else low_rank(plain, plain - W, block=block)
     return own is not None and spectrum.leading <= GRID * own.leading
@@ -268,10 +271,10 @@ def _loses(tensor: GGUFTensor, W: Array, spectrum: LowRank, block: int) -> bool:
 def _along(
     tensor: GGUFTensor, F: Array, W: Array, change: Array, at: npt.NDArray[np.int64], block: int
 ) -> Direction | None:
-    """The known direction, less what the own quantiser leaves of it.
+    """The known direction in the error, minus the same for llama.cpp's quantiser.
 
-    Weights on the grid of an older quantisation snap back to it, and with them a change smaller than a step. What is
-    lost so depends little on the matrix; how much is measured on the sampled rows and added to the error.
+    Weights on the grid of an older quantisation snap back to that grid, and a change smaller than a step is lost. The
+    loss depends little on the matrix; this dependence is measured on the sampled rows and added to the standard error.
     """
     found = direction(F, F - W, change, block=block)
     plain = own_values(tensor.type, W)

@@ -1,12 +1,13 @@
-"""The error of a layer's output: mean |E x|^2 over the reference's own inputs, against the own quantiser's.
+"""The error of a layer's output: mean |E x|^2 over the reference's inputs, compared with llama.cpp's quantiser.
 
-A quantiser with error feedback (GPTQ, AutoRound) enlarges the weights' error to make this one smaller, so it decides
-where the weights alone cannot. The own quantiser is asked without a matrix, with one of the inputs' first half and with
-a log-normal one; the error is measured on the second half, and may be 1.1 times the largest of the own.
+A quantiser with error feedback (GPTQ, AutoRound) accepts a larger error of the weights to lower the error of the
+output. So the output's error decides if the weights alone cannot. llama.cpp's quantiser runs without a matrix, with the
+matrix of the inputs' first half, and with a log-normal matrix. The error is measured on the second half; it may be 1.1
+times the largest error of these three.
 
-A quantiser leaves the nearest code on its own scales only in order to lower this error, while other weights (another
-checkpoint, a fine-tune) leave it at random and raise it. So where codes are not the nearest, the squared error is
-compared with that of the nearest codes, row by row: D = sum (a - b) / sum b, with the rows' spread as standard error.
+A quantiser chooses a code that is not the nearest only to lower the output's error. Other weights (another checkpoint,
+a fine-tune) have such codes at random, which raises the error. So the squared error is compared with that of the
+nearest codes, row by row: D = sum (a - b) / sum b, with the rows' spread as standard error.
 """
 
 from __future__ import annotations
@@ -27,33 +28,33 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class OpenTensor:
-    """A tensor that its layer's output decides."""
+    """A tensor that only the layer's output can decide."""
 
     tensor: GGUFTensor
     wanted: Array  # (out, in)
-    module: str  # of the Hugging Face model: "model.layers.0.mlp.down_proj"
-    by_codes: bool = False  # whether the reason are codes that are not the nearest
+    module: str  # name in the Hugging Face model: "model.layers.0.mlp.down_proj"
+    by_codes: bool = False  # whether the tensor is open because of codes that are not the nearest
 
 
 @dataclass(frozen=True)
 class OutputError:
     """The output error of one tensor."""
 
-    ratio: float  # root mean square, in the largest of the own quantiser's
-    codes: float | None  # squared, in that of the nearest codes; None for a type whose codes have no cells
-    standard_error: float  # of `codes`
+    ratio: float  # root mean square, divided by the largest of llama.cpp's quantiser
+    codes: float | None  # squared error, divided by that of the nearest codes; None for a type without cells
+    standard_error: float  # standard error of `codes`
 
 
 def output_errors(
     model: Any, tokens: npt.NDArray[np.int64], tensors: Mapping[str, OpenTensor]
 ) -> dict[str, OutputError]:
-    """The output error of each tensor, by the tensors' names.
+    """The output error of each tensor, by the tensor's name.
 
-    A tensor whose module the model has not, or that the model did not use on these tokens, is left out.
+    A tensor is left out if the model has no such module, or did not use the module on these tokens.
 
     Args:
         model: the reference, in float32.
-        tokens: one passage (positions,); some hundred give a steady mean.
+        tokens: one passage (positions,); some hundred positions give a steady mean.
     """
     import torch
 
@@ -82,7 +83,7 @@ def output_errors(
 
 
 def output_ratio(one: OpenTensor, inputs: Array) -> float:
-    """Root mean square of the output error on `inputs` (positions, in), in the largest of the own quantiser's."""
+    """RMS of the output error on `inputs` (positions, in), divided by the largest RMS of llama.cpp's quantiser."""
     first, second = np.array_split(inputs, 2)
     wanted, kind = one.wanted, one.tensor.type
     noise = np.random.default_rng(0).standard_normal(wanted.shape[1])

@@ -1,8 +1,8 @@
 """Judges a tensor by the other tensors of its file.
 
-Bytes that differ from this build's own are explained by another quantiser, machine or importance matrix only where the
-file's other tensors differ as well. In a file whose tensors are nearly all byte-equal, no other maker explains a
-difference: worse blocks are damage, and a tensor of other bytes holds other weights.
+Another quantiser, machine or importance matrix explains different bytes only if the file's other tensors differ too. If
+nearly all tensors of a file have the bytes that this build gives, a difference is a fault: worse blocks are damage, and
+a tensor of other bytes holds other weights.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from verification.contract.finding import Finding
 from verification.weight_parity.result import TensorResult
 from verification.weight_parity.structure.direction import together
 
-DAMAGED = 1.2  # squared error of a block, in its own quantiser's
-SAME_MAKER = 0.9  # share of equal blocks, of the median tensor, from which a file comes from the same quantiser
-ROUNDED = "within one rounding of its type"  # proof of a float tensor that is not rounded to nearest everywhere
+SAME_MAKER = 0.9  # least share of equal blocks in the median tensor of a file from the same quantiser
+ROUNDED = "within one rounding of its type"  # proof of a float tensor with weights not rounded to nearest
 AGAIN = "convert and quantise the reference again"
 _OTHER, _EDITED = "slightly other weights", "flipped bits or edited weights"
-# causes that `explain` may sharpen
+# causes that `explain` may replace by a more exact one
 _DAMAGED = ("damaged block", "a row damaged", "a column damaged", "a head's rows damaged", "a head's columns damaged")
 VAGUE = ("", *_DAMAGED, _OTHER, _EDITED)
 
 
 def held_together(results: list[TensorResult], computed: Collection[str]) -> list[TensorResult]:
-    """The results of one file, each judged beside the others.
+    """The results of one file, each tensor judged by comparison with the others.
 
     Args:
-        computed: tensors calculated here with another library's functions: not to the last bit the converter's.
+        computed: tensors calculated here with another library's functions: the last bit may differ from the
+            converter's.
     """
-    # tensor by tensor: a large embedding, which no matrix covers, says nothing about the maker of the others
+    # the median over tensors: a large embedding, which no matrix covers, says nothing about the maker of the others
     equal = [1 - r.blocks_differ / r.blocks for r in results if r.blocks]
     same_maker = bool(equal) and statistics.median(equal) >= SAME_MAKER
     results = [_damage(r) if same_maker and r.blocks_damaged and _nearly_equal(r) else r for r in results]
@@ -42,15 +42,15 @@ def held_together(results: list[TensorResult], computed: Collection[str]) -> lis
     results = [_other_codes(r) if r.name in strange else r for r in results]
     exact = sum(r.equal and r.proof != ROUNDED and not r.blocks for r in results)
     floats = sum(r.compared and not r.blocks for r in results)
-    if exact >= SAME_MAKER * (floats - 1):  # one rounding is not enough where all others are exactly rounded
+    if exact >= SAME_MAKER * (floats - 1):  # within one rounding is not enough if all others are exact
         results = [_other_rounding(r) if _is_rounded_otherwise(r) and r.name not in computed else r for r in results]
     return results
 
 
 def merged_together(results: list[TensorResult]) -> list[TensorResult]:
-    """The results of one file; a change from the base that is missing or doubled in all tensors together is named.
+    """The results of one file, with findings if the change from the base is missing or doubled in all tensors.
 
-    A change too small to be seen in one tensor adds up over the layers.
+    Evidence of a change that is too small to see in one tensor adds up over the layers.
     """
     along = [r.along for r in results if r.along is not None]
     whole = together(along)
@@ -68,12 +68,12 @@ def merged_together(results: list[TensorResult]) -> list[TensorResult]:
 
 
 def _nearly_equal(result: TensorResult) -> bool:
-    """Whether a tensor's own blocks are nearly all the own quantiser's."""
+    """Whether nearly all blocks of a tensor equal those of llama.cpp's quantiser."""
     return 1 - result.blocks_differ / result.blocks >= SAME_MAKER
 
 
 def _damage(result: TensorResult) -> TensorResult:
-    """In a file that otherwise equals the own quantiser's, blocks that fit worse than its own are damage."""
+    """Add a finding: in a file from llama.cpp's quantiser, blocks with a larger error than its blocks are damage."""
     if result.findings:
         return result
     text = f"{result.blocks_damaged} worse blocks of {result.blocks}"
@@ -88,11 +88,11 @@ def _damage(result: TensorResult) -> TensorResult:
 
 
 def _stands_out(result: TensorResult, results: list[TensorResult]) -> bool:
-    """Whether other bytes can only mean other weights: no other quantiser, machine or importance matrix explains them.
+    """Whether a tensor's different bytes must be other weights, because its neighbours are proven.
 
-    It must be the odd one out: nine in ten tensors of its type are proven, or of all quantised ones where it has
-    fewer than three of its type. Another build or machine differs in all larger tensors of a type, so in such a
-    file one flipped bit counts.
+    Nine in ten other tensors of its type must be proven; with fewer than three others of its type, nine in ten of all
+    other quantised tensors. Another quantiser, machine or importance matrix would change all larger tensors of a type.
+    So in such a file one flipped bit is a fault.
     """
     if result.equal or result.findings or not result.blocks_differ or result.own_error is None:
         return False
@@ -117,7 +117,7 @@ def _other_weights(result: TensorResult) -> TensorResult:
 
 
 def _other_codes(result: TensorResult) -> TensorResult:
-    """In a file whose maker rounds to nearest, codes that are not the nearest hold other weights."""
+    """Add a finding: in a file whose maker rounds to nearest, codes that are not the nearest hold other weights."""
     finding = Finding(
         result.name, "the nearest codes to the reference, as in its neighbours", result.open, AGAIN, _OTHER
     )
@@ -125,7 +125,7 @@ def _other_codes(result: TensorResult) -> TensorResult:
 
 
 def _is_rounded_otherwise(result: TensorResult) -> bool:
-    """Within one rounding of a float type, but not the nearest number."""
+    """Whether a tensor is within one rounding of its float type, but not at the nearest numbers."""
     return bool(result.roundings) and result.proof == ROUNDED and not result.findings
 
 

@@ -1,7 +1,7 @@
-"""What the own quantiser does to a few rows of a tensor, without and under importance matrices.
+"""Runs this build's llama.cpp quantiser (the "own quantiser") on a few rows, without and with importance matrices.
 
-A maker's matrix is not known, so the own quantiser is asked under several: none, log-normal ones of spread 1 (as real
-matrices have it, two of them) and 1.5. Estimates that a matrix moves are held to the range that these give.
+The maker's matrix is not known, so several are tried: none, two log-normal ones of spread 1 (real matrices have about
+1), and one of spread 1.5. An estimate that depends on the matrix is compared with its range over these.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from verification.weight_parity.structure.shift import Shift, shift
 
 Array = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-SAMPLED = 64  # rows that are quantised under other matrices
-SPREADS = (1.0, 1.0, 1.5)  # of the log-normal matrices; real ones have about 1
+SAMPLED = 64  # rows that are quantised with several matrices
+SPREADS = (1.0, 1.0, 1.5)  # spreads of the log-normal matrices; real matrices have about 1
 
 
 @dataclass(frozen=True)
 class Own:
-    """The own quantiser on a few rows under one matrix."""
+    """The result of llama.cpp's quantiser on a few rows with one matrix."""
 
     error: float  # relative
     scale: Scale
@@ -33,9 +33,9 @@ class Own:
 
 
 def own_values(kind: str, W: Array, matrix: Array | None = None) -> Array | None:
-    """What the own quantiser makes of W (.., in); None for a type that it does not write.
+    """W (.., in) quantised by llama.cpp and dequantised; None for a type that cannot be written.
 
-    A type that is never made without a matrix is made with an even one.
+    A type that needs a matrix gets a matrix of equal importances if none is given.
     """
     if kind not in WRITTEN or not np.isfinite(W).all():
         return None
@@ -44,7 +44,7 @@ def own_values(kind: str, W: Array, matrix: Array | None = None) -> Array | None
 
 
 def own_spread(kind: str, W: Array) -> list[Own]:
-    """The own quantiser on rows W (rows, in), without a matrix first; empty for a type that it does not write."""
+    """llama.cpp's quantiser on rows W (rows, in), first without a matrix; empty for a type that cannot be written."""
     found = []
     for number, spread in enumerate((0.0, *SPREADS)):
         F = own_values(kind, W, log_normal(W.shape[1], spread, number) if spread else None)
@@ -53,19 +53,19 @@ def own_spread(kind: str, W: Array) -> list[Own]:
         E = F - W
         norm = float(np.linalg.norm(W)) or 1.0
         found.append(Own(float(np.linalg.norm(E)) / norm, scale(F, E), shift(W, E), F))
-        if kind == "Q8_0":  # the one type that no matrix changes
+        if kind == "Q8_0":  # a matrix does not change this type
             break
     return found
 
 
 def largest_row_errors(spread: list[Own], W: Array) -> Float64:
-    """The largest error norm of each row (rows,) under the matrices tried."""
+    """The largest error norm of each row over the tried matrices, (rows,)."""
     found: Float64 = np.max([np.linalg.norm((one.values - W).astype(np.float64), axis=1) for one in spread], axis=0)
     return found
 
 
 def largest_group_scale(spread: list[Own], W: Array, *, axis: int, size: int = 1) -> float:
-    """The largest scale of a group, less the median of all, under the matrices tried; W is (out, in)."""
+    """The largest |scale of a group - median of all groups| over the tried matrices; W is (out, in)."""
     apart = [group_scales(one.values, one.values - W, axis=axis, size=size)[0] for one in spread]
     return max((float(np.abs(found - np.median(found)).max()) for found in apart), default=0.0)
 

@@ -1,10 +1,10 @@
-"""Where in a tensor the error stands out: rows, heads, columns and blocks, though the whole tensor looks healthy.
+"""Finds faulty rows, heads, columns and blocks in a tensor that looks healthy as a whole.
 
-Two kinds of evidence. *Codes* (`structure.rounding`): where most rows, or most columns, hold nothing but the nearest
-codes, their maker rounds to nearest, and codes that are not the nearest hold other weights. *Size*: a row's error in
-that of the own quantiser on this very row, against the tensor's other rows; a maker's matrix and error feedback move
-all rows alike. A block is lost where the file holds zeros for weights, or is further from the reference than zeros are,
-and the own quantiser keeps it.
+There are two kinds of evidence. *Codes* (`structure.rounding`): if most rows, or most columns, hold only the nearest
+codes, the maker rounds to nearest, and codes that are not the nearest hold other weights. *Size*: a row's error,
+divided by the error of llama.cpp's quantiser on the same row, is compared with this ratio in the other rows; the
+maker's matrix and error feedback change all rows alike. A block is lost if the file holds zeros, or values further from
+the reference than zeros, and llama.cpp's quantiser would keep the block.
 """
 
 from __future__ import annotations
@@ -23,31 +23,29 @@ from verification.weight_parity.structure.scale import SIGMA, group_scale
 
 Array = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-MOST = 0.5  # of the rows or columns may be strange, and of as many as chance would hit
-FEWEST = 10  # strange codes from which their places say something
-EXPLAINED = 0.1  # share of the strange codes that may be left once a scale explains them
-LOST_SCALE = 0.1  # a smaller factor is no scale: next to nothing of the reference is left
-MANY = 256  # groups of rows among which an exchange is looked for
-HALF = (
-    0.5  # distance, in a group's norm, below which it holds these weights; two bits err by 0.35, other weights by 1.4
-)
-CANDIDATES = 8  # rows with the largest relative error, which are quantised again
-# Standard deviations by which a group's scale, and a row's log error ratio, must stand out. `benchmarks.judge_null`
-# measures healthy tensors under matrices of spread 0.5 to 2 and extends the tails to one false alarm in 1,000 files:
-# rows 9.3, columns 18.6, heads 16.2, row errors 12.05
+MOST = 0.5  # largest share of strange rows or columns, of all and of the number that chance would hit
+FEWEST = 10  # strange codes: with fewer, their places are no evidence
+EXPLAINED = 0.1  # largest share of the strange codes that a scale may leave unexplained
+LOST_SCALE = 0.1  # a smaller factor means that nearly nothing of the reference is left, so it is not a scale
+MANY = 256  # largest number of groups of rows among which an exchange is searched
+HALF = 0.5  # relative distance below which a group holds these weights: 0.35 for two bits, 1.4 for other weights
+CANDIDATES = 8  # number of rows with the largest relative error, which are quantised again
+# A group is faulty if its scale, a row if its log error ratio, differs by more standard deviations than these.
+# `benchmarks.judge_null` measures healthy tensors under matrices of spread 0.5 to 2 and extends the tails to one false
+# alarm in 1,000 files: rows 9.3, columns 18.6, heads 16.2, row errors 12.05
 SCALE_Z = {"row": 10.0, "column": 19.0, "head": 17.0, "head's columns": 17.0}
 ROW_Z = 12.1
-LEAST_SPREAD = 0.02  # of these ratios
-BEYOND_ZEROS = 1.1  # error of a block, in the reference's norm; healthy blocks of one bit reached 0.83
-LOST = 0.9  # error of a block, in the reference's norm: 1 are zeros, less what noise may take away
-# Share of the reference in a column: 0 of zeros, +-1/sqrt(rows) of other weights. Columns of IQ1_S to IQ3_XXS under a
-# matrix of three orders of magnitude kept 0.30 and more, of Q2_K 0.8
+LEAST_SPREAD = 0.02  # least spread of the log error ratios
+BEYOND_ZEROS = 1.1  # error of a block, divided by the reference's norm; healthy blocks of one bit reached 0.83
+LOST = 0.9  # error of a block, divided by the reference's norm: zeros give 1, noise may lower this
+# Share of the reference in a column: zeros give 0, other weights +-1/sqrt(rows). With a matrix that spans three orders
+# of magnitude, columns of IQ1_S to IQ3_XXS kept 0.30 and more, columns of Q2_K 0.8
 LEFT = 0.15
 
 
 @dataclass(frozen=True)
 class Place:
-    """What stands out, in words."""
+    """A fault in one part of the tensor, in words."""
 
     expected: str
     found: str
@@ -57,7 +55,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Heads:
-    """Rows or columns of one attention head; 1 where the tensor has none along this axis."""
+    """Number of rows or columns of one attention head; 1 if the tensor has no heads along this axis."""
 
     rows: int = 1
     columns: int = 1
@@ -66,13 +64,13 @@ class Heads:
 def by_codes(
     tensor: GGUFTensor, F: Array, W: Array, found: Rounding, heads: Heads, *, saved: float = 0.0
 ) -> Place | None:
-    """Rows or columns whose codes are not the nearest, where most others' are; (out, in) arrays."""
+    """Rows or columns with codes that are not the nearest, if most others have only nearest codes; (out, in) arrays."""
     rows = found.unexplained_rows if tensor.type in STORED_OTHERWISE else found.rows
     if not rows.any():
         return None
     columns = found.columns
     strange = [("row", 0, rows, heads.rows)]
-    if tensor.type not in STORED_OTHERWISE:  # of those, groups are known, not single codes
+    if tensor.type not in STORED_OTHERWISE:  # there, strange groups are known, not codes
         strange.append(("column", 1, columns, heads.columns))
     share = {name: _crowded(counts) for name, _, counts, _ in strange}
     for name, axis, counts, head in sorted(strange, key=lambda one: share[one[0]]):
@@ -99,7 +97,7 @@ def by_codes(
 
 
 def _exchanged(F: Array, W: Array, groups: npt.NDArray[np.int64], size: int) -> bool:
-    """Whether each of these groups of rows holds another one's weights: nearer to them than half their norm."""
+    """Whether each of these groups of rows holds another group's weights, at less than half of those weights' norm."""
     if not 2 <= len(groups) <= MANY:
         return False
     rows = groups[:, None] * size + np.arange(size)  # (groups, size)
@@ -113,9 +111,10 @@ def _exchanged(F: Array, W: Array, groups: npt.NDArray[np.int64], size: int) -> 
 
 
 def _crowded(counts: npt.NDArray[np.int64]) -> float:
-    """Rows (columns) that hold the strange codes, in the number that as many codes at random places would hit.
+    """Number of rows (columns) with strange codes, divided by the number that codes at random places would hit.
 
-    1 where all, or too few to tell, are there: ten codes at random among 100 rows hit five rows once in 10,000 files.
+    1 if there are fewer than `FEWEST` codes or more than half of the rows are hit. Ten codes at random places among 100
+    rows hit only five rows once in 10,000 files.
     """
     total, size = int(counts.sum()), len(counts)
     found = int(np.count_nonzero(counts))
@@ -127,7 +126,7 @@ def _crowded(counts: npt.NDArray[np.int64]) -> float:
 def _factor(
     tensor: GGUFTensor, F: Array, W: Array, part: tuple[slice, slice], axis: int, *, saved: float
 ) -> float | None:
-    """The scale of one group of rows or columns that explains its codes; None where none does."""
+    """The scale of one group of rows or columns that explains its codes; None if no scale does."""
     square = float(np.vdot(W[part], W[part]))
     factor = float(np.vdot(F[part], W[part])) / square if square else 1.0
     if not factor > LOST_SCALE:
@@ -152,19 +151,19 @@ def _factor(
 def by_scale(
     kind: str, F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int64], heads: Heads
 ) -> Place | None:
-    """A row, column or head whose scale stands out of the tensor's, and of what the own quantiser does to it.
+    """A row, column or head whose scale differs from the others' by more than llama.cpp's quantiser causes.
 
     Args:
         kind: the tensor's type.
         F: the file's values (out, in); W: the reference's.
-        sampled: the own quantiser on rows `at` (n,).
+        sampled: the results of llama.cpp's quantiser on rows `at` (n,).
     """
     E = F - W
     options = [(0, 1, "row"), (1, 1, "column")]
     options += [(0, heads.rows, "head")] if heads.rows > 1 else []
     options += [(1, heads.columns, "head's columns")] if heads.columns > 1 else []
     found = [(group_scale(F, E, axis=axis, size=size), axis, size, name) for axis, size, name in options]
-    found.sort(key=lambda one: -one[0].z)  # a whole head stands out more than its rows
+    found.sort(key=lambda one: -one[0].z)  # a whole head has a larger z than its rows
     for group, axis, size, name in found:
         if group.z <= (least := SCALE_Z[name]):
             continue
@@ -186,19 +185,19 @@ def by_scale(
 def by_size(
     tensor: GGUFTensor, F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int64], *, rows: bool
 ) -> Place | None:
-    """Rows whose error stands out, columns and blocks that are lost.
+    """Rows with a far larger error than the others, or lost columns, or lost blocks.
 
     Args:
         F: the file's values (out, in); W: the reference's.
-        sampled: the own quantiser on rows `at` (n,).
-        rows: False where the codes explain every row's error, whose size is then the scales' alone.
+        sampled: the results of llama.cpp's quantiser on rows `at` (n,).
+        rows: False if the codes explain every row's error: then its size depends on the scales only.
     """
     apart = _rows(tensor.type, F, W, sampled, at) if rows else None
     return apart or _lost_columns(F, W, sampled, at) or _lost_blocks(tensor, F, W)
 
 
 def _rows(kind: str, F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int64]) -> Place | None:
-    """Rows whose error, in the own quantiser's on this row, stands out of the sampled rows'."""
+    """Rows whose error, divided by that of llama.cpp's quantiser on the row, is far above that of the sampled rows."""
     errors, weights = (np.linalg.norm(x.astype(np.float64), axis=1) for x in (F - W, W))
     own = largest_row_errors(sampled, W[at])
     used = (own > 0) & (errors[at] > 0)
@@ -220,10 +219,10 @@ def _rows(kind: str, F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.
 
 
 def _lost_columns(F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int64]) -> Place | None:
-    """Columns that hold nothing of the reference's: the share of W in F, <F, W> / <W, W>, is next to zero.
+    """Columns that hold nothing of the reference: the share of W in F, <F, W> / <W, W>, is nearly zero.
 
-    The size of the error cannot tell: a column that a matrix calls unimportant errs by more than its norm in a lattice
-    of two bits, and still leans towards the reference.
+    The size of the error is no evidence: in a lattice of two bits, the error of a column with low importance may exceed
+    the column's norm, and still the column points towards the reference.
     """
     share, least = _share(F, W), min(float(_share(one.values, W[at]).min()) for one in sampled)
     bad = share < min(LEFT, least / 2)
@@ -234,13 +233,13 @@ def _lost_columns(F: Array, W: Array, sampled: list[Own], at: npt.NDArray[np.int
 
 
 def _share(F: Array, W: Array) -> Float64:
-    """<F, W> / <W, W> of each column (in,); 1 where W is zero."""
+    """<F, W> / <W, W> of each column (in,); 1 if W is zero."""
     of, norm = np.einsum("oi,oi->i", F, W, dtype=np.float64), np.einsum("oi,oi->i", W, W, dtype=np.float64)
     return np.where(norm > 0, of / np.where(norm > 0, norm, 1), 1.0)
 
 
 def _lost_blocks(tensor: GGUFTensor, F: Array, W: Array) -> Place | None:
-    """Blocks of zeros for weights, and blocks further from the reference than zeros are."""
+    """Blocks that hold zeros instead of weights, and blocks further from the reference than zeros."""
     block = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]][0]
     if F.shape[1] % block:
         return None

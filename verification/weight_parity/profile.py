@@ -1,4 +1,4 @@
-"""Where in a tensor the difference sits: the error along its rows and along its columns, in stretches of equal length.
+"""The profile of a tensor's error: its size along the rows and along the columns, in stretches of equal length.
 
 e_g = |E_g| / |W|, E_g the error inside stretch g, W the whole tensor; the squares of all stretches of one axis add up
 to the square of the tensor's relative error. Shapes: W, F (.., out, in); experts count as rows.
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-STRETCHES = 32  # at most: a stretch is a head in many models, and the picture stays a few hundred bytes
+STRETCHES = 32  # largest number: a stretch is a head in many models, and the picture needs a few hundred bytes
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Profile:
 
 
 def error_profile(values: Array, wanted: Array) -> Profile:
-    """The profile of `values` F against `wanted` W, of one shape (.., out, in) or (in,)."""
+    """The error profile of `values` F against `wanted` W, both of shape (.., out, in) or (in,)."""
     W = wanted.reshape(-1, wanted.shape[-1])
     squares = (values.reshape(W.shape) - W).astype(np.float64) ** 2
     norm = float(np.linalg.norm(W)) or 1.0

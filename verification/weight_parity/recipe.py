@@ -1,7 +1,7 @@
-"""Which tensors have other types than the file type's own recipe gives them: mixes per tensor, `--pure`, kept heads.
+"""Tensors whose type differs from the recipe of the file type: mixes per tensor, `--pure`, kept heads.
 
-Another type is no fault: each tensor is compared with the reference at the type that it has. The report names the other
-type, because the file's name does not.
+Another type is not a fault: each tensor is compared with the reference at the type that it has. The report names the
+other types, because the file's name does not.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _ACTION = "nothing, if the mix was meant"
 
 
 def recipe_differences(file: GGUFFile) -> list[Finding]:
-    """Tensors whose type is not the preset's; empty where llama.cpp knows no recipe for the file."""
+    """Tensors whose type differs from the preset; empty if llama.cpp has no preset for the file."""
     if file.is_float or file.file_type == "unknown":
         return []
     options = []
-    for imatrix in (False, True):  # some recipes choose otherwise when they are given a matrix
+    for imatrix in (False, True):  # some presets choose other types with a matrix
         try:
             preset = preset_types(file, imatrix=imatrix)
         except InputError:

@@ -1,8 +1,8 @@
-"""A tensor against what it should be: how far it is proven, what was measured, and what was found.
+"""The result of comparing one tensor with its expected values: the proof, the measurements and the findings.
 
-A tensor is in one of three drawers. *proven*: the bytes are what the tool makes of the reference, or their values are
-the reference's. *judged*: the bytes differ, and what differs looks like the type's rounding. *unexplained*: anything
-else. A tensor that nothing of the reference explains was not compared.
+A tensor is in one of three drawers. *proven*: the bytes are those that the tool makes from the reference, or the values
+are the reference's. *judged*: the bytes differ, and the error looks like the type's rounding. *unexplained*: all other
+tensors. A tensor without expected values is "not compared".
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Drawer = Literal["proven", "judged", "unexplained", "not compared"]
 
 @dataclass(frozen=True)
 class TensorResult:
-    """One tensor's outcome; verify and lint decide on the same one."""
+    """The result of one tensor; verify and lint decide on the same result."""
 
     name: str
     type: str
-    compared: bool  # with the reference's values
-    proof: str = ""  # how the tensor was proven: "from F16", "from BF16 with the imatrix", "dequantised from this file"
+    compared: bool  # whether it was compared with the reference's values
+    proof: str = ""  # how the tensor was proven: "as F16", "from F16", "from BF16 with the imatrix"; "" if it was not
     rel_error: float | None = None  # ||dequantised - reference|| / ||reference||
     max_abs_error: float | None = None
-    own_error: float | None = None  # relative error of the type's own quantiser on the same values
+    own_error: float | None = None  # relative error of llama.cpp's quantiser on the same values
     roundings: float | None = None  # worst weight, float types
     blocks: int = 0
     blocks_differ: int = 0
@@ -38,18 +38,18 @@ class TensorResult:
     clipped: int = 0  # weights beyond F16's range
     flushed: int = 0  # weights that became zero
     non_finite: int = 0
-    explanation: str = ""  # why other bytes are healthy: "by another build or machine"
+    explanation: str = ""  # why different bytes are healthy: "by another build or machine"
     codes_nearest: bool | None = None  # whether every code is the nearest on the file's own scales; None: not asked
-    open: str = ""  # why only the error of the layer's output can decide; "" where it need not
+    open: str = ""  # why only the error of the layer's output can decide; "" if the weights decide
     nearest: tuple[Nearest, ...] = ()
     residual: Residual | None = None
-    along: Direction | None = None  # of the change from the base, where the tensor was judged and the base is known
+    along: Direction | None = None  # change from the base in the error, if judged and the base is known
     findings: tuple[Finding, ...] = ()
-    profile: Profile | None = None  # where its error sits; of a tensor with findings
+    profile: Profile | None = None  # the error by place; only for a tensor with findings
 
     @property
     def equal(self) -> bool:
-        """Every weight is what the type's own rounding or quantiser gives, or what the reference was made from."""
+        """Whether every weight is proven and there is no finding."""
         return bool(self.proof) and not self.findings
 
     @property

@@ -1,9 +1,9 @@
-"""One tensor's values against the expected ones: proven by bytes or values, or measured for the judge.
+"""Compares one tensor with its expected values: proves it by bytes or values, or measures it for the judge.
 
-Float types: within one rounding. Quantised types are proven by the bytes that llama.cpp's quantiser gives for the
-expected values at the *file's own type*, from each float form that a quantiser may start from (F16, BF16, F32), with
-the importance matrix where one is given; or by their values, where the reference itself was dequantised from the file.
-A tensor that is not proven is measured against the own quantiser's, for `judge` and for its neighbours.
+Float types are proven within one rounding. A quantised type is proven if llama.cpp's quantiser gives the same bytes for
+the expected values at the *file's own type*, from a float form that a quantiser may start from (F16, BF16, F32), with
+the importance matrix if one is given; or if the reference itself was dequantised from the file's values. A tensor that
+is not proven is compared with the result of llama.cpp's quantiser, for `judge` and `neighbours`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import FLOAT_TYPES, GGUFTensor
 from verification.weight_parity import expected
 from verification.weight_parity.block_bounds import LAST_BIT, hold
-from verification.weight_parity.neighbours import AGAIN, DAMAGED, ROUNDED
+from verification.weight_parity.last_bits import damaged_blocks
+from verification.weight_parity.neighbours import AGAIN, ROUNDED, SAME_MAKER
 from verification.weight_parity.result import TensorResult
 
 Array = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
-SAMPLE = 16  # rows that are quantised first: where their bytes differ, the whole tensor's do
-MIXED_UP = 1e-3  # share of weights whose rounding may fall the other way, where dequantisers differ in the last bit
+SAMPLE = 16  # rows that are quantised first: if their bytes differ, the whole tensor differs
+MIXED_UP = 1e-3  # share of weights that may round differently, because dequantisers differ in the last bit
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,24 @@ class Start:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a tensor should be."""
+    """The expected values of a tensor, and how they were made."""
 
-    values: Array  # before any rounding of the file's, in the tensor's shape
+    values: Array  # before the file's rounding, in the tensor's shape
     starts: Callable[[], Iterator[Start]]
-    importance: Array | None = None  # (channels,), or (experts * channels,): of the matrix given
-    saved_in: str = "F32"  # the reference's own type: F32, F16, BF16
-    computed: bool = False  # by a formula (RoPE factors), not stored anywhere
+    importance: Array | None = None  # given matrix, (channels,) or (experts * channels,)
+    saved_in: str = "F32"  # the type of the reference: F32, F16, BF16
+    computed: bool = False  # computed by a formula (RoPE factors), not stored in the checkpoint
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A tensor's result, with what was computed on the way (None where it was not needed)."""
+    """A tensor's result, with intermediate values (None if they were not needed)."""
 
     result: TensorResult
-    values: Array | None = None  # the file's
-    own: Array | None = None  # what the own quantiser's bytes mean
+    values: Array | None = None  # the file's dequantised values
+    own: Array | None = None  # the dequantised values of llama.cpp's quantiser
     own_raw: Raw | None = None
-    start: Start | None = None  # from which the own was quantised
+    start: Start | None = None  # the float form that `own` was quantised from
 
 
 def compared(tensor: GGUFTensor, wanted: Wanted) -> Measured:
@@ -92,8 +93,7 @@ def _float(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     with np.errstate(invalid="ignore"):
         difference = np.nan_to_num(np.abs(values - target), nan=np.inf, posinf=np.inf)
     worst = expected.roundings(difference, target, tensor.type, computed=wanted.computed)
-    norm = float(np.linalg.norm(target)) or 1.0
-    error_size = float(np.linalg.norm(difference)) / norm
+    error_size = norm(difference) / (norm(target) or 1.0)
     overflow = int(np.count_nonzero(np.abs(target) > F16_MAX)) if tensor.type == "F16" else 0
     flushed = int(np.count_nonzero((values == 0) & (target != 0)))
     findings = []
@@ -143,13 +143,17 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     bare = TensorResult(
         tensor.name, tensor.type, compared=True, blocks=blocks, blocks_differ=blocks, size=values.size, non_finite=bad
     )
-    if bad:  # counted and named by the finite check
+    if bad:  # the check of finite weights counts and names these
         return Measured(bare, values)
-    if lost := int(wanted.values.size - np.count_nonzero(np.isfinite(wanted.values))):  # nothing can be held to them
-        numbers = Finding(tensor.name, "a reference whose weights are numbers", f"{lost} of them are NaN or Inf",
-                          "give the checkpoint that the file was made of")  # fmt: skip
+    if lost := int(wanted.values.size - np.count_nonzero(np.isfinite(wanted.values))):  # these cannot be compared
+        numbers = Finding(
+            tensor.name,
+            "a reference whose weights are numbers",
+            f"{lost} of them are NaN or Inf",
+            "give the checkpoint that the file was made of",
+        )
         return Measured(dataclasses.replace(bare, findings=(numbers,)), values)
-    error, largest, difference = _error(values, wanted.values)
+    error, largest, _ = _error(values, wanted.values)
     bare = dataclasses.replace(bare, rel_error=error, max_abs_error=largest)
     if _dequantised(values, wanted):
         proof = "the reference is what this tensor dequantises to"
@@ -167,18 +171,15 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         )
     own_raw = None if nearest is None else quantised_bytes(nearest.values, tensor.type, wanted.importance)
     own_values, own_error, differ, damaged = None, None, blocks, 0
-    own_block = np.zeros(blocks, dtype=np.bool_)  # blocks that the own quantiser makes, but for a scale's last bit
     if own_raw is not None:
         own_values = dataclasses.replace(tensor, raw=own_raw).values()
         own_error = _error(own_values, wanted.values)[0]
         unequal = (own_raw != tensor.raw).reshape(blocks, -1).any(axis=1)
-        mine = (difference**2).reshape(blocks, -1).sum(axis=1)
-        theirs = ((own_values - wanted.values) ** 2).reshape(blocks, -1).sum(axis=1)
         differ = int(np.count_nonzero(unequal))
         beyond = _beyond_last_bit(values.reshape(blocks, -1), own_values.reshape(blocks, -1))
-        own_block = ~unequal | ~beyond
-        damaged = int(np.count_nonzero(~own_block & (mine > DAMAGED * theirs)))
         assert nearest is not None
+        if 0 < differ <= (1 - SAME_MAKER) * blocks:  # elsewhere other blocks are another maker's, not damage
+            damaged = _damaged(tensor, wanted, nearest, own_values, unequal & beyond)
         held = hold(tensor, own_raw, nearest.values, imatrix=wanted.importance is not None)
         if held.within and not findings:
             bare = dataclasses.replace(bare, explanation="by another build or machine")
@@ -188,6 +189,18 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     return Measured(result, values, own_values, own_raw, nearest)
 
 
+def _damaged(tensor: GGUFTensor, wanted: Wanted, start: Start, own: Array, asked: npt.NDArray[np.bool_]) -> int:
+    """Damaged blocks of a tensor of any number of axes; `asked` (blocks,) as in `damaged_blocks`."""
+    shape = (-1, wanted.values.shape[-1])
+    target = wanted.values.reshape(shape)
+    matrices = None
+    if wanted.importance is not None:  # (channels,), or one matrix an expert
+        each = wanted.importance.reshape(shape)
+        matrices = np.repeat(each, len(target) // len(each), axis=0)
+    flat = dataclasses.replace(tensor, shape=target.shape)
+    return damaged_blocks(flat, own.reshape(shape), start.values.reshape(shape), target, asked, matrices)
+
+
 def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
     """Blocks (blocks, values) that differ by more than a float16 scale's last bit, which another processor may move."""
     moved: npt.NDArray[np.bool_] = np.abs(values - own).max(axis=1) > 2 * LAST_BIT * np.abs(own).max(axis=1)
@@ -195,9 +208,9 @@ def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:
 
 
 def _sample_differs(tensor: GGUFTensor, start: Start, importance: Array | None) -> float | None:
-    """Share of a few rows' bytes that the quantiser does not give; None where it cannot make the type."""
+    """Share of a few rows' bytes that differ from the quantiser's; None if the quantiser cannot make the type."""
     experts = len(start.values) if start.values.ndim == 3 else 1
-    if experts > 1:  # the first expert stands for all
+    if experts > 1:  # compare the first expert only
         first = GGUFTensor(tensor.name, tensor.shape[1:], tensor.type, tensor.raw.reshape(experts, -1)[0])
         matrix = None if importance is None else importance[: start.values.shape[-1]]
         return _sample_differs(first, Start(start.name, start.values[0]), matrix)
@@ -222,17 +235,17 @@ def _proven(tensor: GGUFTensor, wanted: Wanted, start: Start, blocks: int) -> Te
 
 
 def _dequantised(values: Array, wanted: Wanted) -> bool:
-    """Whether the reference's weights are the file's own values, rounded to the type that the reference is saved in.
+    """Whether the reference's weights are the file's values, rounded to the type that the reference is saved in.
 
-    A rounding to nearest is exact, so nearly every weight must be equal; a scale off by 1e-3 moves a quarter of the
-    bfloat16 numbers. Two dequantisers may differ in float32's last bit, which turns single roundings.
+    Rounding to nearest is exact, so nearly every weight must be equal; a scale that is wrong by 1e-3 changes a quarter
+    of the bfloat16 numbers. Two dequantisers may differ in float32's last bit, which changes single roundings.
     """
     saved = quantised_bytes(values, wanted.saved_in)
     if saved is None or values.size == 0:
         return False
     tensor = GGUFTensor("", values.shape, wanted.saved_in, saved)
     rounded = tensor.values()
-    if wanted.saved_in == "F32":  # nothing is rounded: the last bits themselves
+    if wanted.saved_in == "F32":  # no rounding: compare up to float32's last bits
         return bool((np.abs(rounded - wanted.values) <= 2.0**-22 * np.abs(wanted.values)).all())
     other = rounded != wanted.values
     if np.count_nonzero(other) > MIXED_UP * values.size:
@@ -242,14 +255,23 @@ def _dequantised(values: Array, wanted: Wanted) -> bool:
 
 
 def distance(values: Array, wanted: Array) -> tuple[float, float]:
-    """Relative error, and largest error, of `values` against `wanted`, of one shape."""
+    """(relative error, largest error) of `values` against `wanted`, both of one shape."""
     relative, largest, _ = _error(values, wanted)
     return relative, largest
 
 
 def _error(values: Array, wanted: Array) -> tuple[float, float, Array]:
-    """Relative error, largest error, and every |difference|."""
+    """(relative error, largest error, every |difference|)."""
     difference = np.abs(values - wanted)
-    norm = float(np.linalg.norm(wanted))
-    size = float(np.linalg.norm(difference))
-    return (size / norm if norm else size), float(difference.max(initial=0.0)), difference
+    whole, size = norm(wanted), norm(difference)
+    return (size / whole if whole else size), float(difference.max(initial=0.0)), difference
+
+
+def norm(values: Array) -> float:
+    """Root of the sum of squares of an array of any shape, in float64 where float32 overflows.
+
+    Gemma 4's RoPE factors of channels that are not rotated are 1e30.
+    """
+    with np.errstate(over="ignore"):
+        found = float(np.linalg.norm(values))
+    return found if np.isfinite(found) else float(np.linalg.norm(values.astype(np.float64)))

@@ -1,1 +1,1 @@
-"""Pages from the web, as far as robots.txt and licences allow."""
+"""Collect pages from the web where robots.txt and licences allow it."""

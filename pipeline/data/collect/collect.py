@@ -1,9 +1,9 @@
-"""`so8t data --collect`: fetch the URLs of a source manifest that licence and robots.txt permit, and record it.
+"""`so8t data --collect`: fetch the URLs of a source manifest that licence and robots.txt permit, and keep records.
 
 Each URL gets a folder beside the manifest, replaced as a whole: rows.jsonl and record.json (digest, date, licence,
-robots decision, final address, user agent). A page that robots.txt forbids leaves a record without rows. A fetch that
-fails, the one of robots.txt included, leaves what was there. Redirects are followed five times at most, each hop under
-its own host's robots.txt.
+robots decision, final address, user agent). A page that robots.txt forbids leaves a record without rows. A failed
+fetch, of the page or of robots.txt, leaves the folder as it was. At most five redirects are followed, and each hop
+obeys the robots.txt of its host.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ CONTENT_TYPES = frozenset(
 )
 
 
-AGENT_VERSION = "1"  # of how this collector behaves, not of the package
+AGENT_VERSION = "1"  # of the collector's behaviour, not of the package
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one URL."""
+    """The result for one URL."""
 
     url: str
     state: Literal["collected", "refused", "failed"]  # refused: by licence or robots.txt
@@ -98,7 +98,7 @@ def collect(
 
 
 def collect_for(config: DataConfig, note: Callable[[str], None]) -> None:
-    """Collect for one configuration and say what became of each URL.
+    """Collect for one configuration and note the result for each URL.
 
     Raises:
         InputError: no manifest, one that cannot be used, or a fetch that failed.
@@ -128,7 +128,7 @@ def require_collected(outcomes: Sequence[Outcome]) -> None:
 class _Collector:
     def __init__(self, agent: str, limits: CollectConfig) -> None:
         self._agent, self._limits = agent, limits
-        self._last: dict[str, float] = {}  # site: when the last request to it was over
+        self._last: dict[str, float] = {}  # by site: the time at which its last request ended
         self._delays: dict[str, float] = {}
         self._robots = RobotsCache(agent, fetch=self._get, max_seconds=min(30.0, limits.max_seconds))
 
@@ -137,7 +137,7 @@ class _Collector:
         url = str(entry.url)
         said = policy.objection(entry.licence) if entry.licence else "manifest lacks licence"
         if said or entry.licence is None or entry.purpose is None:
-            return Outcome(url, "refused", said or "manifest lacks purpose")  # what may not be used is not fetched
+            return Outcome(url, "refused", said or "manifest lacks purpose")  # unusable rows are not fetched
         with TemporaryDirectory(dir=folder.parent, prefix=temporary_prefix(folder), suffix=".tmp") as temporary:
             body = Path(temporary) / ROWS
             try:
@@ -192,7 +192,7 @@ class _Collector:
         raise FetchError(f"redirects more than {MAX_REDIRECTS} times")
 
     def _get(self, url: str, limits: Limits, target: Path | None = None) -> tuple[Reply, bytes]:
-        """`get`, once the site's crawl delay (or our own least one) has passed since the last request to it ended."""
+        """`get`, after the site's crawl delay (`min_delay` at least) has passed since its last request ended."""
         site = site_of(url)
         delay = max(self._delays.get(site, 0.0), self._limits.min_delay)
         if site in self._last:

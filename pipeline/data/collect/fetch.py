@@ -1,7 +1,7 @@
-"""One bounded HTTP GET: a deadline over everything, a limit on the body, the redirects left to the caller.
+"""One bounded HTTP GET: one deadline, a limit on the body, no redirects (the caller follows them).
 
-The deadline covers connecting, headers and body, so a server that drips one byte a second is cut off as well as one
-that never ends. Compressed bodies are neither asked for nor accepted: a limit on bytes limits what is stored.
+The deadline covers connecting, headers and body: it cuts off a server that sends one byte a second or never ends.
+Compressed bodies are neither requested nor accepted, so that the limit on bytes limits the stored text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ READ_TIMEOUT = 15.0  # seconds of silence
 
 
 class FetchError(Exception):
-    """The page could not be had; the text says why."""
+    """The page could not be fetched; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Limits:
 
     max_bytes: int
     max_seconds: float
-    content_types: Collection[str] | None = None  # of a 200; None = any
-    cut: bool = False  # True: stop reading at max_bytes; False: more is an error
+    content_types: Collection[str] | None = None  # allowed types of a 200; None = any
+    cut: bool = False  # True: stop reading at max_bytes; False: a longer body is an error
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Status, redirect target (absolute) and what the body came to."""
+    """Status, redirect target (absolute), and the body's size and digest."""
 
     status: int
     location: str | None
@@ -45,7 +45,7 @@ class Reply:
 
 
 def get(url: str, agent: str, limits: Limits, target: Path | None = None) -> tuple[Reply, bytes]:
-    """GET `url` without following redirects; the body of a 2xx goes to `target`, or comes back where that is None.
+    """GET `url` without following redirects; the body of a 2xx is written to `target`, or returned if that is None.
 
     Raises:
         FetchError: no connection, protocol error, a broken-off body, or one of the limits.

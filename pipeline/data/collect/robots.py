@@ -1,11 +1,11 @@
-"""Whether a page may be fetched: RFC 9309, with Protego for the rules.
+"""Decide whether robots.txt lets a page be fetched: RFC 9309, with Protego for the rules.
 
     2xx             the rules, of the first 500 KiB
     3xx             followed up to five times, across hosts; more, or a loop: no permission
     4xx             unavailable: everything is allowed
     5xx, no answer  unreachable: nothing is allowed
-Where the RFC leaves a choice (more than five redirects), the answer is no. Kept per scheme, host and port, 24 h at
-most.
+Where the RFC leaves a choice (more than five redirects), the answer is no. The rules are kept for each scheme, host and
+port, for 24 h at most.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ Fetch = Callable[[str, Limits], tuple[Reply, bytes]]
 
 @dataclass(frozen=True)
 class Decision:
-    """May the page be fetched, why, and how many seconds must lie between two requests to its host."""
+    """Whether the page may be fetched, the reason, and the seconds between two requests to its host."""
 
     allowed: bool
     reason: str
     delay: float = 0.0
-    unreachable: bool = False  # not allowed for want of an answer: another day may bring one
+    unreachable: bool = False  # no answer came; there may be one on another day
 
 
 @dataclass(frozen=True)
 class _Rules:
     fetched: float
-    parsed: Protego | None  # None: no rules; then `open` decides for every page
+    parsed: Protego | None  # None: no rules, and `open` decides for every page
     open: bool
     reason: str
 
 
 class RobotsCache:
-    """Decisions for pages; one robots.txt a host, fetched when it is first needed and again after a day.
+    """Decisions for pages; each host's robots.txt is fetched when it is first needed, and again after a day.
 
     Args:
-        fetch: makes a bounded request; the caller's own may keep its distance between two of them.
+        fetch: makes a bounded request; the caller may pass a function that waits between two requests.
         clock: seconds; a test may move it.
     """
 
@@ -103,13 +103,13 @@ class RobotsCache:
 
 
 def site_of(url: str) -> str:
-    """Scheme, host and port: one robots.txt stands for exactly these."""
+    """Scheme, host and port: a robots.txt is valid for exactly these three."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}".lower()
 
 
 def _parse(body: bytes, truncated: bool) -> Protego:
-    """Rules of a robots.txt; a line that the limit cut in two is dropped, a BOM would hide the first rule."""
+    """Rules of a robots.txt without a line that the limit cut in two, and without a BOM, which hides the first rule."""
     if truncated:
         body = body[: max(body.rfind(b"\n"), body.rfind(b"\r")) + 1]
     return Protego.parse(body.decode("utf-8", errors="replace").removeprefix("\ufeff"))

@@ -1,7 +1,7 @@
-"""The row formats that the data step knows; importing this package registers them. Your own: docs/data.md."""
+"""The built-in row formats; importing this package registers them. docs/data.md says how to add a format."""
 
-# Each registers its formats; the order is the precedence: a row of messages may hold the problem they were made from.
-from pipeline.data.formats import chat, problem, question  # noqa: F401  isort: skip
+# The order of import is the order of precedence: a row with messages may also hold the problem behind them.
+from pipeline.data.formats import chat, problem, question_answer  # noqa: F401  isort: skip
 from pipeline.data.formats.registry import Conversation, Format, Target, ask, load_formats, read_row, register
 
 __all__ = ["Conversation", "Format", "Target", "ask", "load_formats", "read_row", "register"]

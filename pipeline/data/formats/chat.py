@@ -37,7 +37,7 @@ _NO_TEXT = "not text"
 class Messages(Format):
     """`messages`: role and content, with `reasoning_content`, `reasoning` or `thinking`, parts, tool calls.
 
-    Where the user's message is the last one, reasoning and answer stand in fields of the row.
+    Where the last message is the user's, fields of the row hold reasoning and answer.
     """
 
     name = "messages"
@@ -63,7 +63,7 @@ class ShareGPT(Format):
     keys = ("conversations",)
 
     def accepts(self, row: dict[str, Any]) -> bool:
-        """Either spelling of the key."""
+        """Whether the row has either spelling of the key."""
         return any(isinstance(row.get(key), list) for key in ("conversations", "conversation"))
 
     def read(self, row: dict[str, Any]) -> Conversation:
@@ -80,7 +80,7 @@ class PromptCompletion(Format):
     keys = ("prompt", "completion")
 
     def accepts(self, row: dict[str, Any]) -> bool:
-        """A list and a reply."""
+        """Whether the prompt is a list and a reply is present."""
         return _prompt_key(row) is not None and _reply_key(row) is not None
 
     def read(self, row: dict[str, Any]) -> Conversation:
@@ -88,19 +88,19 @@ class PromptCompletion(Format):
         prompt, name = str(_prompt_key(row)), str(_reply_key(row))
         reply, asked = row[name], row[prompt]
         said = reply if isinstance(reply, list) else [{"role": "assistant", "content": value_text(row, name)}]
-        whole = said if said[: len(asked)] == asked else [*asked, *said]  # some repeat the question in the reply
+        whole = said if said[: len(asked)] == asked else [*asked, *said]  # some replies repeat the question
         return conversation(whole, prompt, row, but=name)
 
 
 @register
 class Preference(Format):
-    """`chosen` as the whole conversation, beside a `rejected` one that is not read."""
+    """`chosen` is the whole conversation; `rejected` is not read."""
 
     name = "chosen messages"
     keys = ("chosen", "rejected")
 
     def accepts(self, row: dict[str, Any]) -> bool:
-        """A list."""
+        """Whether `chosen` is a list."""
         return isinstance(row.get("chosen"), list)
 
     def read(self, row: dict[str, Any]) -> Conversation:
@@ -120,11 +120,11 @@ def conversation(messages: Any, key: str, row: dict[str, Any], *, but: str = "")
     """A list of messages as a conversation.
 
     Args:
-        but: a field of the row that holds the reply, and so states nothing beside it.
+        but: the field of the row that holds the reply; it does not count as a stated answer.
 
     Raises:
         BrokenLine: wrong types.
-        RowError: an unknown role, a late system message, content that is no text, or no assistant's turn at the end.
+        RowError: an unknown role, a late system message, content that is no text, or no assistant turn at the end.
     """
     if isinstance(messages, str):  # tables often keep the list as JSON text
         with contextlib.suppress(ValueError, RecursionError):
@@ -160,7 +160,7 @@ def conversation(messages: Any, key: str, row: dict[str, Any], *, but: str = "")
 
 
 def _notes_on(messages: list[Any]) -> list[dict[str, Any]]:
-    """What stands in `info` of the last question and of the reply to it."""
+    """The `info` of the last question and of its reply."""
     return [message["info"] for message in messages[-2:] if isinstance(message.get("info"), dict)]
 
 
@@ -219,7 +219,7 @@ def _reasoning_text(message: dict[str, Any], key: str, where: str) -> str | None
 
 
 def _as_thought(part: Any) -> Any:
-    """A part of a list of reasoning, of whatever type: some carry the text alone, some are locked by their maker."""
+    """One part of a list of reasoning, as thinking: some parts hold only text, some are encrypted by their maker."""
     if not isinstance(part, dict) or part.get("type") in ("redacted_thinking", "reasoning.encrypted"):
         return part if isinstance(part, str) else ""
     return {**part, "type": "thinking"}
@@ -265,7 +265,7 @@ def _part_text(part: dict[str, Any], keys: Sequence[str], where: str) -> str:
         said, thought = _content(value, where)
         return thought or said
     if value is None and part.get("summary") == []:
-        return ""  # reasoning that its maker keeps
+        return ""  # reasoning that its maker withholds
     if not isinstance(value, str):
         raise BrokenLine("wrong type", f"`{where}` has no text")
     return value
@@ -279,7 +279,7 @@ def _parsed(content: str) -> Any:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """A call in OpenAI's shape, its arguments as an object (some sources write them as a string of JSON)."""
+    """A call in OpenAI's shape with its arguments as an object (some sources write them as JSON text)."""
     if not isinstance(call, dict):
         raise BrokenLine("wrong type", f"a tool call must be an object, got {type(call).__name__}")
     inner = call.get("function") if isinstance(call.get("function"), dict) else call

@@ -1,4 +1,4 @@
-"""Reading single fields of a row with a clear error for a wrong type."""
+"""Read single fields of a row, with a clear error for a wrong type."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _STATED = (
     *("answer", "final_answer", "expected_answer", "ground_truth"),
     *("reference_answer", "gold_answer", "correct_answer"),
 )
-_NO_ANSWER = frozenset({"proof", "notfound", "not found", "n/a", "nan", "inf", "-inf", "null"})  # of many tables
+_NO_ANSWER = frozenset({"proof", "notfound", "not found", "n/a", "nan", "inf", "-inf", "null"})  # in many tables
 _VERDICTS = (
     *("correct", "is_correct", "correctness", "answer_correct", "is_verified", "verified"),
     *("is_valid", "problem_is_valid", "solution_is_valid", "question_is_valid"),
 )
 _REFUTED = frozenset({"no", "false", "incorrect", "wrong", "invalid", "incomplete", "fail", "failed"})
-_CUT = frozenset({"length", "max_tokens", "content_filter"})  # why a reply ended, where its writer did not end it
-_CONFIRMED = frozenset({"yes", "true", "valid"})  # beside "Incomplete" there is "Problem not solved" and the like
+_CUT = frozenset({"length", "max_tokens", "content_filter"})  # finish reasons of a reply that was cut off
+_CONFIRMED = frozenset({"yes", "true", "valid"})  # other values say many things: "Incomplete", "Problem not solved"
 _PICTURES = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -45,7 +45,7 @@ def text(row: dict[str, Any], key: str, where: str = "") -> str:
     """A field that must be a string.
 
     Raises:
-        BrokenLine: it is not.
+        BrokenLine: the field is missing or is no string.
     """
     value = row.get(key)
     if not isinstance(value, str):
@@ -59,11 +59,11 @@ def optional(row: dict[str, Any], key: str) -> str | None:
 
 
 def value_text(row: dict[str, Any], key: str) -> str:
-    """An answer's field: a string, or a number or truth value as its text; a list of one such thing is that thing.
+    """An answer's field as text: a string, a number, a truth value, or a list of one of these.
 
     Raises:
         BrokenLine: anything else.
-        RowError: several answers, or a word that stands for none.
+        RowError: several answers, or a word that means "no answer".
     """
     value = row.get(key)
     if isinstance(value, list):
@@ -80,7 +80,7 @@ def value_text(row: dict[str, Any], key: str) -> str:
 
 
 def stated_answer(row: dict[str, Any], *, but: str = "") -> str | None:
-    """A short answer that the row states in a field of its own (`answer`, ...); None where it does not."""
+    """The short answer in the row's answer field (`answer`, ...); None where the row has no such field."""
     for key in _STATED:
         given = row.get(key)
         if key != but and isinstance(given, str | int | float) and strip_message(str(given)):
@@ -97,11 +97,11 @@ def present(row: dict[str, Any], keys: Sequence[str]) -> str | None:
 
 
 def prompt_of(row: dict[str, Any], key: str) -> str:
-    """The question's text, an instruction's `input` below it; a row whose choices are not in it cannot be asked.
+    """The question's text, with an instruction's `input` below it.
 
     Raises:
         BrokenLine: wrong types.
-        RowError: choices stand in another field.
+        RowError: the choices of the question stand in another field, so that nobody could answer it.
     """
     prompt = text(row, key)
     if key == "instruction":
@@ -118,11 +118,11 @@ def prompt_of(row: dict[str, Any], key: str) -> str:
 
 
 def require_usable(row: dict[str, Any]) -> None:
-    """Raise `RowError` where a field of the row's own speaks against the whole row.
+    """Raise `RowError` where a field of the row says that the row cannot be used.
 
     Raises:
-        RowError: its source calls problem or answer wrong, its reply was cut off, or it belongs to a picture, a sound
-            or a video.
+        RowError: the source calls problem or answer wrong, the reply was cut off, or the row belongs to a picture, a
+            sound or a video.
     """
     require_ended(row)
     for name in _VERDICTS:
@@ -136,7 +136,7 @@ def require_usable(row: dict[str, Any]) -> None:
 
 
 def require_ended(fields: dict[str, Any]) -> None:
-    """Raise `RowError` where a row or a message says that its reply was cut off.
+    """Raise `RowError` where the fields of a row or a message say that the reply was cut off.
 
     Raises:
         RowError: a finish reason other than an end, or `truncated`.
@@ -147,10 +147,10 @@ def require_ended(fields: dict[str, Any]) -> None:
 
 
 def ended(reason: Any) -> bool:
-    """Whether a finish reason is none of those that cut a reply off."""
+    """Whether a reply came to its end, by its finish reason."""
     return not (isinstance(reason, str) and reason.strip().lower() in _CUT)
 
 
 def system_of(row: dict[str, Any]) -> str | None:
-    """The row's own system text."""
+    """The system text of the row."""
     return optional(row, "system") if row.get("system") is not None else optional(row, "system_prompt")

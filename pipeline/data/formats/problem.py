@@ -1,4 +1,4 @@
-"""Problems with worked solutions: reasoning in a field of its own, a `solution`, one or several `generations`."""
+"""Problems with worked solutions: a field for the reasoning, a `solution`, one or several `generations`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _TRAJECTORIES = ("thinking_trajectories", "thinking_trajectory")
 
 @register
 class Trajectories(Format):
-    """`thinking_trajectories` and `attempt` to a question, or the same behind a model's name with its `..._grade`."""
+    """A question's `thinking_trajectories` and `attempt`; a model's name and `..._grade` may belong to each."""
 
     name = "trajectories"
     keys = ("question", "thinking_trajectories", "attempt")
 
     def accepts(self, row: dict[str, Any]) -> bool:
-        """A prompt, and a trajectory with its attempt."""
+        """Whether the row has a prompt, and a trajectory with its attempt."""
         return present(row, PROMPTS) is not None and bool(_attempts(row))
 
     def read(self, row: dict[str, Any]) -> Conversation:
@@ -44,7 +44,7 @@ class Trajectories(Format):
 
         Raises:
             BrokenLine: wrong types.
-            RowError: none that its source calls right.
+            RowError: the source calls no attempt right.
         """
         stated = stated_answer({"answer": row.get("solution"), **row})
         right = [
@@ -60,7 +60,7 @@ class Trajectories(Format):
 
 
 def _attempts(row: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The keys of each trajectory, its attempt and its grade; the same words in front of all three."""
+    """The keys of each trajectory, its attempt and its grade; all three keys start with the same words."""
     found = []
     for key in row:
         name = next((name for name in _TRAJECTORIES if key.endswith(name)), None)
@@ -72,13 +72,13 @@ def _attempts(row: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 @register
 class Generations(Format):
-    """`generations` (a list) or `generation`: a model's replies to a problem, with verdicts on them or without."""
+    """`generations` (a list) or `generation`: a model's replies to a problem, with or without verdicts."""
 
     name = "generations"
     keys = ("generations",)
 
     def accepts(self, row: dict[str, Any]) -> bool:
-        """A prompt and at least one generation."""
+        """Whether the row has a prompt and at least one generation."""
         return present(row, PROMPTS) is not None and present(row, _GENERATIONS) is not None
 
     def read(self, row: dict[str, Any]) -> Conversation:
@@ -86,7 +86,7 @@ class Generations(Format):
 
         Raises:
             BrokenLine: generations that are no texts.
-            RowError: none that its source calls correct.
+            RowError: the source calls no generation correct.
         """
         key = str(present(row, _GENERATIONS))
         given = row[key] if isinstance(row[key], list) else [row[key]]
@@ -106,7 +106,7 @@ class Generations(Format):
 
 
 def _whole(row: dict[str, Any], count: int) -> list[bool]:
-    """Which generations came to their end; all where the source says nothing."""
+    """Whether each generation came to its end; True for all where the source says nothing."""
     reasons, complete = row.get("finish_reasons"), row.get("is_reasoning_complete")
     found = [True] * count
     if isinstance(reasons, list) and len(reasons) == count:
@@ -117,7 +117,7 @@ def _whole(row: dict[str, Any], count: int) -> list[bool]:
 
 
 def _verdicts(row: dict[str, Any], count: int) -> list[bool]:
-    """Which generations the source calls correct; all where it says nothing."""
+    """Whether the source calls each generation correct; True for all where it says nothing."""
     for key in _VERDICTS:
         said = row.get(key)
         said = [said] * count if isinstance(said, bool) else said
@@ -128,13 +128,13 @@ def _verdicts(row: dict[str, Any], count: int) -> list[bool]:
 
 @register
 class Reasoned(Format):
-    """A prompt, reasoning in a field of its own, and an answer."""
+    """A prompt, a reasoning field and an answer field."""
 
     name = "reasoning/answer"
     keys = ("prompt", "steps", "answer")
 
     def accepts(self, row: dict[str, Any]) -> bool:
-        """One key of each group."""
+        """Whether the row has one key of each group."""
         question = present(row, PROMPTS)
         replies = [key for key in ANSWERS if key != question]
         return question is not None and present(row, REASONING) is not None and present(row, replies) is not None
@@ -163,7 +163,7 @@ class Solution(Format):
     keys = ("problem", "solution")
 
     def accepts(self, row: dict[str, Any]) -> bool:
-        """A prompt and a solution, and no reply that thinks in tags: the solution is what that one was held against."""
+        """Whether the row has a prompt and a solution. A row whose reply thinks in tags belongs to other formats."""
         replies = [row.get(key) for key in ("output", "response", "completion")]
         thinks = any(isinstance(reply, str) and has_tag(reply) for reply in replies)
         return not thinks and present(row, PROMPTS) is not None and present(row, _SOLUTIONS) is not None

@@ -1,4 +1,4 @@
-"""What a row format is, and the list of them. The first registered format that accepts a row reads it.
+"""The interface of a row format, and the list of formats. The first registered format that accepts a row reads it.
 
     @register
     class Quiz(Format):
@@ -8,8 +8,8 @@
         def read(self, row):
             return Conversation(ask(row["q"]), Target(reasoning=row["working"], text=row["a"]))
 
-Formats from a user's file (`data.formats`) come before the built-in ones. A format says where things stand; splitting,
-checking and counting are the data step's.
+Formats from a user's file (`data.formats`) come before the built-in formats. A format only finds the parts of a row;
+the data step splits, checks and counts them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from typing import Any, ClassVar
 from pipeline.data.think_form import BrokenLine, RowError
 from so8t_core.errors import InputError
 
-Turn = dict[str, Any]  # role and content, and what a tool call needs
+Turn = dict[str, Any]  # role and content, and the fields of a tool call
 
 
 @dataclass(frozen=True)
 class Target:
     """The assistant's last turn as a format found it; the data step splits `text` where `reasoning` is None."""
 
-    text: str = ""  # the reply as it stands, or what follows the reasoning
-    reasoning: str | None = None  # the thinking, where it has a field of its own
-    stated: str | None = None  # the right answer, where a field of its own states it
+    text: str = ""  # the whole reply, or the text after the reasoning
+    reasoning: str | None = None  # the thinking, where it has its own field
+    stated: str | None = None  # the right answer, where it has its own field
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Conversation:
 
 
 class Format:
-    """One row format: `keys` must all be there (not null), `read` makes the conversation."""
+    """One row format: a row must have all `keys` (not null), and `read` makes the conversation."""
 
     name: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]
@@ -67,8 +67,8 @@ class Format:
         raise NotImplementedError
 
 
-FORMATS: list[Format] = []  # built in, in order of precedence
-_OWN: list[Format] = []  # of the user's file, before them
+FORMATS: list[Format] = []  # built-in formats in order of precedence
+_OWN: list[Format] = []  # formats of the user's file, tried first
 _loading: list[list[Format]] = [FORMATS]
 
 
@@ -88,7 +88,7 @@ def register(kind: type[Format]) -> type[Format]:
 
 
 def load_formats(file: str | None) -> None:
-    """Make the formats of a user's Python file (`data.formats`) the first ones; None: only the built-in ones.
+    """Put the formats of a user's Python file (`data.formats`) first; None: only the built-in formats.
 
     Raises:
         InputError: the file is missing, cannot be imported, or registers nothing.
@@ -146,7 +146,7 @@ def read_row(row: dict[str, Any]) -> Conversation:
 
 
 def _checked(found: Any) -> Conversation:
-    """What a user's format returned, once its parts are of the right types."""
+    """Check the types of the conversation that a user's format returned."""
     if not isinstance(found, Conversation):
         raise TypeError(f"`read` must return a Conversation, got {type(found).__name__}")
     for target in (found.target, *found.alternatives):

@@ -1,1 +1,1 @@
-"""Personal data and secrets in text."""
+"""Find personal data and secrets in text."""

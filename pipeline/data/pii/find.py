@@ -1,8 +1,8 @@
-"""Personal and confidential content in text: find it, mask it, show a sample of it without showing it.
+"""Find personal and confidential content in text, mask it, and show the shape of a text that holds some.
 
 It finds e-mail, telephone, My Number, corporate number, card, IBAN, IP and postal addresses, keys and tokens, and marks
-of confidential papers (社外秘). Names of people are out of reach of rules: no list of names is complete, and most names
-are ordinary words. All searching is done on folded text (see `folded_text`); spans refer to the original.
+of confidential papers (社外秘). Rules cannot find names of people: no list of names is complete, and most names are
+ordinary words. The search runs on folded text (see `folded_text`); spans refer to the original.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from pipeline.data.pii.numbers import check_numbers, ibans, ip_addresses, phones
 from pipeline.data.pii.postal_address import addresses
 from pipeline.data.pii.secrets import secrets
 
-_LETTER = (
-    r"[^\W_]"  # domains may be written in any script, and mailboxes; there the words before it cannot be told apart
-)
+_LETTER = r"[^\W_]"  # any script, as domains and mailboxes allow; words joined to it in front cannot be told apart
 _EMAIL = re.compile(
     r"(?:(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+'-]{1,64}|[^\W\d_A-Za-z]{1,16})"
     r"(?:@|%40|&\#64;|\s?アットマーク\s?|\s?[\[(<{]\s?(?:at|アット(?:マーク)?|@)\s?[\])>}]\s?)"
@@ -51,7 +49,7 @@ class Finding:
 
 
 def find(text: str, kinds: Collection[str] = PII_KINDS) -> list[Finding]:
-    """Findings in order of their place, none overlapping another."""
+    """Findings in order of their place, without overlaps."""
     folded = fold(text)
     taken: list[Finding] = []  # in order of their place
     for kind, (start, end) in _claims(folded.text):
@@ -87,7 +85,7 @@ def _claims(text: str) -> Iterator[tuple[PiiKind, tuple[int, int]]]:
 
 
 def mask(text: str, findings: Collection[Finding]) -> str:
-    """`text` with each finding replaced by its kind in brackets; `findings` are `find(text)`."""
+    """`text` with its kind in brackets in place of each finding; `findings` are `find(text)`."""
     out, position = [], 0
     for finding in findings:
         out += [text[position : finding.start], f"[{finding.kind}]"]
@@ -96,9 +94,9 @@ def mask(text: str, findings: Collection[Finding]) -> str:
 
 
 def sample(text: str, findings: Collection[Finding], *, width: int = 80) -> str:
-    """The shape of `text` for a report: findings by kind, letters x, digits 9, kana and kanji 〇; nothing else remains.
+    """The shape of `text` for a report: each finding by its kind, letters as x, digits as 9, kana and kanji as 〇.
 
-    Names stand beside what rules can find, so the words around a finding are as private as the finding itself.
+    Names may stand beside a finding, so the words around it are as private as the finding itself.
     """
     out, position = [], 0
     for finding in findings:

@@ -1,9 +1,9 @@
-"""Text folded for pattern search, with the way back: offsets of the folded text map onto the original.
+"""Text folded for pattern search, with a map from offsets of the folded text to offsets of the original.
 
 Folding covers NFKC forms (full width, half-width kana, mathematical digits), the digits of other scripts, kanji digits
 in runs of two or more (〇九〇), dashes of every kind, and invisible characters (zero width, soft hyphen, joiners,
-variation selectors), which vanish. Circled and raised numbers become spaces: list marks and exponents, not digits.
-Most text changes one character into one, which keeps the offsets; only the rest pays for a map.
+variation selectors), which vanish. Circled and raised numbers become spaces, because they are list marks and exponents.
+Most texts keep their offsets, since each character becomes one character; only the other texts need a map.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _INVISIBLE = re.compile(
 )
 _KANJI_RUN = re.compile("[〇零一二三四五六七八九](?:[-ーｰ]?[〇零一二三四五六七八九])+")
 _KANJI_DIGITS = str.maketrans("〇零一二三四五六七八九ーｰ", "00123456789--")
-_CLUSTER = 64  # characters at most; marks beyond it are another cluster, because they are put in order pair by pair
+_CLUSTER = 64  # characters at most; further marks begin a new cluster, because ordering them takes quadratic time
 _LONG_MARK = re.compile("(?<=[0-9)])[ーｰ~](?=[0-9(〇零一二三四五六七八九])")  # 03ー1234: a long vowel mark as a dash
 
 
@@ -43,7 +43,7 @@ class Folded:
 
     text: str
     origin: Sequence[int] | None
-    length: int  # of the original text
+    length: int  # of the original
 
     def span(self, start: int, end: int) -> tuple[int, int]:
         """Original offsets of `text[start:end]` (not empty); invisible characters inside belong to it."""
@@ -69,7 +69,7 @@ def fold(text: str) -> Folded:
 
 
 def _normalise(text: str) -> tuple[str, list[int]]:
-    """NFKC by clusters (a character and the marks that combine with it), so that each result has one origin."""
+    """NFKC of each cluster (a character and its combining marks), so that each result has one origin."""
     out: list[str] = []
     origin: list[int] = []
     start = 0

@@ -5,8 +5,8 @@
     corporate_number  13 digits, check digit of the Corporate Number (stdnum.jp.cn), T in front allowed
     iban              country's structure and mod 97 (stdnum.iban)
     phone             numbering plan (phonenumbers, Japan by default)
-A bare number passes a check digit by chance one time in nine to eleven: words such as 注文番号 or ISBN in front, a
-currency or an arithmetic sign beside it say that it is something else, unless a word of its own kind stands there.
+A bare number passes a check digit by chance one time in nine to eleven. So it does not count behind a word such as
+注文番号 or ISBN, or beside a currency or an arithmetic sign, unless a word for its own kind stands there.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_numbers(text: str) -> Iterator[tuple[str, Span]]:
 
 
 def _without_last_group(text: str, start: int, end: int) -> int:
-    """End of the number without its last group, 0 for a bare one: `1234 5678 9018 2024` may end in a year."""
+    """End of the number without its last group, 0 if too little is left: `1234 5678 9018 2024` may end in a year."""
     cut = end - len(re.split(_SEP, text[start:end])[-1]) - 1
     return cut if cut - start >= 12 else 0
 
@@ -109,7 +109,7 @@ _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[0-9]{2}(?:[- ]?[A-Za-z0-9]{1,4}
 
 
 def ibans(text: str) -> Iterator[Span]:
-    """Spans of IBANs; the longest valid one at each place, so that words behind it stay outside."""
+    """Spans of IBANs, the longest valid IBAN at each place, without the words behind it."""
     for match in _IBAN.finditer(text):
         for end in range(match.end(), match.start() + 14, -1):
             if not text[end - 1].isalnum() or (end < len(text) and text[end].isascii() and text[end].isalnum()):
@@ -132,7 +132,7 @@ _PHONE = re.compile(
 
 
 def phones(text: str) -> Iterator[Span]:
-    """Spans of telephone numbers that exist in a numbering plan; without a country code, in Japan's."""
+    """Spans of telephone numbers that exist in a numbering plan, which is Japan's without a country code."""
     for match in _PHONE.finditer(text):
         start, end = match.span()
         number = match.group()
@@ -169,7 +169,7 @@ _SECTION = re.compile(r"\s?(?:節|章|項|条|版|系|より(?:前|後)のバー
 
 
 def ip_addresses(text: str) -> Iterator[Span]:
-    """Spans of IP addresses that name a machine: no loopback, unspecified address, netmask or version number."""
+    """Spans of IP addresses of machines, without loopback, unspecified address, netmasks and version numbers."""
     for match in _IPV4.finditer(text):
         before = text[max(0, match.start() - 16) : match.start()]
         if not _VERSION.search(before) and not _SECTION.match(text, match.end()) and _names_a_machine(match.group()):

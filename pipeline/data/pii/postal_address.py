@@ -1,6 +1,6 @@
 """Japanese postal addresses in folded text: a postal code with its mark, or a place with a house number.
 
-A place alone (東京都千代田区で開催) is no address; it becomes one by 丁目, 番地 or a number such as 1-2-3. Without the
+A place alone (東京都千代田区で開催) is no address; with 丁目, 番地 or a number such as 1-2-3 it is one. Without the
 prefecture, a city or ward needs the longer forms. In English order, the number stands first and -ku, -shi follow.
 """
 

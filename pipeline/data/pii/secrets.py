@@ -1,8 +1,8 @@
 """Keys, tokens and passwords in folded text: known formats, and assignments whose value looks random.
 
 A known format (AWS, GitHub, OpenAI-like, JWT, PEM ...) is enough by itself. An assignment (`api_key = "..."`) counts
-when the value has the entropy of a key, H = -sum p log2 p >= 3 bits a character over 16 or more, or is a password of
-letters and digits; placeholders (`YOUR_API_KEY`, `${TOKEN}`, `xxxx`) do not.
+when the value has the entropy of a key (H = -sum p log2 p >= 3 bits a character, 16 characters or more) or is a
+password of letters and digits. Placeholders (`YOUR_API_KEY`, `${TOKEN}`, `xxxx`) do not count.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def secrets(text: str) -> Iterator[Span]:
     position = 0
     while match := _PEM.search(text, position):
         end = _PEM_END.search(text, match.end())
-        position = end.end() if end else len(text)  # a cut-off key is a key up to the end
+        position = end.end() if end else len(text)  # a key that is cut off counts up to the end
         yield match.start(), position
     yield from (match.span() for match in _KNOWN.finditer(text))
     for match in _OPENAI.finditer(text):
@@ -85,9 +85,10 @@ def entropy(text: str) -> float:
 
 
 def _looks_random(value: str) -> bool:
-    """16 characters or more, 3 bits each, changing class as random ones do: words and CamelCase change far less often.
+    """Whether a value has 16 characters or more, 3 bits each, and changes between classes as often as random text.
 
-    Of random letters and digits 0.6 of all neighbours differ in class, of hex 0.47; CamelCase of five-letter words 0.4.
+    Neighbours differ in class at a rate of 0.6 in random letters and digits, 0.47 in hex, and 0.4 in CamelCase of
+    five-letter words.
     """
     if len(value) < 16 or entropy(value) < 3 or not re.search("[A-Za-z]", value):
         return False
@@ -98,7 +99,7 @@ def _looks_random(value: str) -> bool:
 
 
 def _mixed(value: str) -> bool:
-    """Letters and digits both, as password rules ask for."""
+    """Whether a value has letters and digits, as password rules ask for."""
     return bool(re.search("[0-9]", value) and re.search("[A-Za-z]", value))
 
 

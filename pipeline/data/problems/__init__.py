@@ -1,1 +1,1 @@
-"""Generated problems with right answers, one family a file."""
+"""Generated problems with right answers, one kind of problem in each file."""

@@ -1,8 +1,8 @@
-"""What a problem family is: a finite list of cases, prompts in each language, and one worked solution.
+"""The interface of a problem family: a finite list of cases, prompts in each language, and a worked solution.
 
-A family's rows are cases x phrasings, so how many distinct rows exist is counted, not guessed. `solve(language, *case)`
-returns the prompt's slots, the steps and the canonical answer. Held-out families are near relatives of trained ones
-(the same area, another operation or direction) that training never sees.
+A family's rows are cases x phrasings, so that the number of distinct rows is exact. `solve(language, *case)` returns
+the prompt's slots, the steps and the canonical answer. Held-out families are similar to trained families (the same
+area, another operation or direction), and training never sees them.
 """
 
 from __future__ import annotations

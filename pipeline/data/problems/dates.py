@@ -23,7 +23,7 @@ def _date(language: str, month: int, day: int) -> str:
 
 
 def _weekday_chain(language: str, day: int, moves: int, direction: int) -> tuple[str, str]:
-    """The days passed through, counted (without the count a small model never stops going round), and the last."""
+    """(the days on the way, numbered, because without numbers a small model never stops; the last day)."""
     names = [WEEKDAYS[language][(day + direction * k) % 7] for k in range(moves + 1)]
     shown = [name[0] for name in names] if language == "ja" else names
     return " → ".join([shown[0], *(f"{k} {name}" for k, name in enumerate(shown[1:], start=1))]), names[-1]

@@ -12,7 +12,7 @@ from pipeline.data.problems.base import Family, Solution, add_steps, subtract_st
 _PEOPLE = {"ja": ("ケン", "ユイ", "リク", "アキ", "サラ", "トム"), "en": ("Ann", "Ben", "Kim", "Leo", "Mia", "Tom")}
 _YES_NO = {"ja": ("はい", "いいえ"), "en": ("Yes", "No")}
 _PARITY = {"ja": ("偶数", "奇数"), "en": ("even", "odd")}
-# kind, and a class that holds all of it / none of it
+# kind, and a class that holds all of its members / none of them
 _KINDS = {
     "ja": (("犬", "動物", "魚"), ("鳥", "動物", "木"), ("花", "植物", "石"), ("猫", "動物", "花")),
     "en": (

@@ -1,6 +1,6 @@
 """Unit problems: a mixed quantity (`3 m 20 cm`) in its smaller unit.
 
-Trained: m/cm, h/min, kg/g, cm/mm. Held out: km/m, weeks/days, min/s and one way back (cm to m).
+Trained: m/cm, h/min, kg/g, cm/mm. Held out: km/m, weeks/days, min/s, and one reverse direction (cm to m).
 """
 
 from __future__ import annotations

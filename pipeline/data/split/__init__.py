@@ -1,1 +1,1 @@
-"""One assistant text into its steps and its answer, or the reason why that is not certain."""
+"""Split one assistant text into steps and answer, or say why no split is certain."""

@@ -1,4 +1,4 @@
-"""Is a piece of text an answer and nothing else? Used on what stands behind an answer marker."""
+"""Decide whether the text behind an answer marker is an answer and nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.data.split.tags import has_tag
 from pipeline.data.think_form import RowError, strip_message
 from pipeline.data.truth.equality import unwrap
 
-MAX_ANSWER = 400  # characters of an answer that a marker in running text gives
+MAX_ANSWER = 400  # characters of an answer behind a marker in running text
 _PAIRS = {"(": ")", "[": "]", "{": "}", "（": "）", "【": "】", "「": "」", "『": "』"}
 _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<!\b[A-Z])[.!?]\s+\S|[。！？](?=.)")
 _EDGE = ":：=、。,，.)）】」』]>*|"  # no answer begins with one of these
@@ -20,7 +20,7 @@ _GOES_ON = re.compile(
     r"|[でてりし]、|(?:ので|から|ため|けれど|けど|しかし|ただし|いや|待って|ではな|じゃな|または|もしくは|かもしれ|たぶん|おそらく|違う|間違)",
     re.IGNORECASE,
 )
-# No answer but a place where one stands, or none at all.
+# Words that point to an answer elsewhere, or say that there is no answer.
 _ELSEWHERE = re.compile(
     r"(?:as follows|see|given (?:by|in|above|below)|shown|left (?:as|to)|the following|listed|described|explained|"
     r"above|below|(?:in|on) the (?:table|figure|text|list|picture|image|graph))\b|.*[:：]$",
@@ -32,9 +32,9 @@ def require_answer(text: str, *, marker: str) -> str:
     """The answer in `text`, without bold marks, a box or a final full stop.
 
     Args:
-        marker: what stood in front, for the message.
+        marker: the marker in front of the text, for the message.
     Raises:
-        RowError: nothing there, or more than an answer: another sentence, a reason, an alternative, open brackets.
+        RowError: no text, or more than an answer: another sentence, a reason, an alternative, open brackets.
     """
     text = strip_message(text)
     if "\n" in text:
@@ -58,7 +58,7 @@ def require_answer(text: str, *, marker: str) -> str:
 
 
 def _balanced(text: str) -> bool:
-    """Brackets open and close in order; `a)` and half-open intervals are left to mathematics."""
+    """Whether brackets open and close in order; `a)` and half-open intervals pass."""
     if re.fullmatch(r"[\[(][^\[\]()]+,[^\[\]()]+[\])]|\w\)", text):
         return True
     waiting: list[str] = []

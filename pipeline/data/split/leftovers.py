@@ -1,7 +1,7 @@
-"""What another program left in a text: control tokens, calls of tools, unknown tags, half a code block.
+"""Find leftovers of another program in a text: control tokens, tool calls, unknown tags, half a code block.
 
-A row with such a thing is not certain: where the steps end, and whether the answer is one, was decided by marks that
-nobody here knows; and a control token of another model would be trained as text.
+The split of such a row is not certain, because unknown marks separate its steps and its answer. And a control token of
+another model would be trained as text.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _CODE = re.compile(r"^[ \t]*```.*?^[ \t]*```|`[^`\n]+`", re.MULTILINE | re.DOTAL
 
 
 def calls_a_tool(text: str) -> bool:
-    """Whether a text holds a call of a tool, or what one gave back, in the writing of a model family."""
+    """Whether a text holds a tool call or a tool's result, as a model family writes them."""
     return _TOOL.search(text) is not None
 
 
 def require_clean(thought: Thought) -> None:
-    """Nothing in a thought may come from another program's writing.
+    """Refuse a thought with leftovers of another program.
 
     Raises:
-        RowError: a call of a tool, a control token, an unknown tag, a code block that was cut in two, or a word that
-            stands for steps that are not there.
+        RowError: a tool call, a control token, an unknown tag, half a code block, or a word such as "none" in place of
+            the steps.
     """
     if not re.search(r"\w", thought.steps) or thought.steps.lower() in _NO_STEPS:
         raise RowError("no reasoning", f"the steps are {thought.steps[:20]!r}")

@@ -1,7 +1,7 @@
-"""Words that hand over from reasoning to the answer: "The answer is", `**Answer:**`, `####`, 【答え】, `\\boxed{}`.
+"""Markers between reasoning and answer: "The answer is", `**Answer:**`, `####`, 【答え】, `\\boxed{}`.
 
-Colons may be half or full width, brackets and bold of any kind, or missing where the answer is one word. The last one
-counts; connectives ("So", したがって) belong to it. Earlier ones must give the same answer.
+Colons may be half or full width, brackets and bold of any kind, or missing where the answer is one word. The last
+marker counts; connectives ("So", したがって) belong to it. Earlier markers must give the same answer.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ _POLITE = re.compile(r"\s*I hope it is correct\.?\s*\Z", re.IGNORECASE)
 _VERB = re.compile(
     "(?:ます|ました|ません|する|した|なる|なった|いる|いた|ない|なかった|れる|れた|える|えた|でしょう|だろう)$"
 )
-_VALUE = 6  # words of a value that a marker names; more is a sentence, of which only the numbers are compared
+_VALUE = 6  # words of a value behind a marker; of a longer text only the numbers are compared
 _STOPS = "。." + "".join(filter(str.isspace, map(chr, range(0x3001))))
 
 
 @dataclass(frozen=True)
 class Handover:
-    """One place where a text names its answer: the marker's span and what follows it in the same line."""
+    """One place where a text names its answer: the marker's span and the rest of its line."""
 
     kind: str  # english, hashes, japanese (Korean too)
     start: int
@@ -73,7 +73,7 @@ class Handover:
 
 
 def handovers(text: str) -> list[Handover]:
-    """Every marker in running text, in order; boxes are not among them."""
+    """Every marker in running text except boxes, in order."""
     return [Handover(str(m.lastgroup), m.start(), m.end(), m.group()) for m in _HANDOVER.finditer(text)]
 
 
@@ -103,7 +103,8 @@ def split_at_marker(text: str) -> Thought:
     """Split reasoning from the explicit answer that ends it.
 
     Raises:
-        RowError: no explicit answer at the end, nothing before it, more than an answer after it, two different ones.
+        RowError: no explicit answer at the end, no text before it, more than an answer after the marker, or two
+            different answers.
     """
     found, boxed = handovers(text), boxes(text)
     if not found and not boxed:
@@ -123,13 +124,13 @@ def split_at_marker(text: str) -> Thought:
 
 
 def _only_the_box(text: str, handover: Handover, box: tuple[int, int, str]) -> bool:
-    """`The answer is $\\boxed{5}$.`: the box is the answer that the marker announces."""
+    """Whether the box is the whole answer behind the marker, as in `The answer is $\\boxed{5}$.`"""
     between, after = text[handover.end : box[0]], text[box[1] :]
     return not re.sub(r"[\s$*:：(\\\[]|\\\(", "", between) and not re.sub(r"[\s$*.。)\\\]]|です", "", after)
 
 
 def _split_at_box(text: str, found: list[Handover], boxed: list[tuple[int, int, str]]) -> Thought:
-    """A solution whose sentence holds the box: all of it is reasoning, the box's content the answer."""
+    """Split a solution whose sentence holds the box: all of it is reasoning, the box's content is the answer."""
     answer = boxed[-1][2]
     if not answer or len(answer) > 400 or "\n" in answer:
         raise RowError("answer unclear", "the box is empty or holds a text")
@@ -141,7 +142,7 @@ def _split_at_box(text: str, found: list[Handover], boxed: list[tuple[int, int, 
 
 
 def unbox(text: str) -> str:
-    """A text with the content of every box in its place."""
+    """A text with every box replaced by its content."""
     for start, end, content in reversed(boxes(text)):
         text = text[:start] + content + text[end:]
     return text
@@ -163,7 +164,7 @@ def _answer_after(text: str, handover: Handover) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """The answer that a text marks last, None where it marks none that is certain."""
+    """The last marked answer of a text; None where no marked answer is certain."""
     try:
         found, boxed = handovers(text), boxes(text)
         if boxed and (not found or boxed[-1][1] > found[-1].end):
@@ -174,7 +175,7 @@ def final_answer(text: str) -> str | None:
 
 
 def last_named(text: str) -> str | None:
-    """The value behind the last marker or in the last box of a text, whatever follows; None where the text has neither.
+    """The value behind the last marker or in the last box of a text; None where the text has neither.
 
     Raises:
         RowError: a box that is never closed.
@@ -194,18 +195,18 @@ def _require_one_answer(text: str, earlier: list[Handover], boxed: list[tuple[in
 
 
 def _named_by(text: str, handover: Handover) -> str:
-    """The first sentence behind an earlier marker, as far as it can be an answer."""
+    """The first sentence behind an earlier marker, without words that cannot belong to an answer."""
     line = text[handover.end :].lstrip().split("\n", 1)[0]
     sentence = re.split(r"\.(?=[\s*_]|$)|[。!?！？]", line, maxsplit=1)[0]
     return _COPULA.sub("", strip_message(sentence).rstrip("*_ "))
 
 
 def disagrees(named: str, answer: str) -> bool:
-    """Whether a text that a marker announces is another answer; words without a value never disagree."""
+    """Whether the text behind a marker is another answer than `answer`; words without a value never disagree."""
     try:
         named = require_answer(named, marker="")
     except RowError:
-        pass  # more than a value: only its numbers are looked at
+        pass  # more than a value: only its numbers are compared
     else:
         if same_answer(named, answer):
             return False

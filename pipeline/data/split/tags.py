@@ -1,8 +1,8 @@
-"""Thinking between tags: `<think>...</think>` and its kin, anywhere in a text, with the opening one missing or not.
+"""Thinking between tags, `<think>...</think>` and similar, anywhere in a text; the opening tag may be missing.
 
-A split is certain with one pair, in order, of one name; or one closing tag, with the thinking in front of it (templates
-that open the block themselves leave texts so). Nested, repeated, unclosed, crossed or empty-and-alone tags are not. An
-empty block (`<think></think>`) is scaffold of a template and taken out.
+A split is certain with one pair of tags of one name in order, or with one closing tag and the thinking in front of it
+(as templates leave it that open the block themselves). It is not certain with nested, repeated, unclosed or crossed
+tags, or a closing tag without text before it. An empty block (`<think></think>`) comes from a template and is removed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _CHANNELS = re.compile(
 )
 
 
-# A tag that may stand around thinking but is not known: its text is never taken for steps.
+# An unknown tag that may enclose thinking: its text is never taken for steps.
 _LOOKALIKE = re.compile(
     r"(?:[<＜◁]|&lt;)\s*[|/]{0,2}\s*(?:begin_of_|end_of_)?"
     r"(?:think|thought|reason|scratchpad|reflect|inner[_ ]?mono|ant_?thinking|cot\b|chain_of)"
     r"[^<>＜＞\n]{0,40}?(?:[>＞▷]|&gt;)",
     re.IGNORECASE,
 )
-# What a damaged tag leaves in the steps: a tag or a word with > at their start, half a closing tag anywhere.
+# Leftovers of a damaged tag in the steps: a tag or a word with > at their start, half a closing tag anywhere.
 _DEBRIS = re.compile(
     r"\A\s*(?:</?[A-Za-z]|\[/?[A-Za-z_]{1,24}\]|/?[A-Za-z_]{4,24}>)|</?[A-Za-z_]*\s*\Z|</[A-Za-z_]*(?![A-Za-z_]*>)"
 )
@@ -59,7 +59,7 @@ class Tag:
 
 @dataclass(frozen=True)
 class Tagged:
-    """A text taken apart at its thinking tags; `steps` is empty where the block was."""
+    """A text that was split at its thinking tags; `steps` is empty if the block was empty."""
 
     steps: str
     rest: str
@@ -91,10 +91,10 @@ def resembles_tag(text: str) -> bool:
 
 
 def take_thinking(text: str) -> Tagged | None:
-    """A text at its thinking tags; None where it has none.
+    """Split a text at its thinking tags; None where it has no such tag.
 
     Raises:
-        RowError: the tags do not say with certainty what is thinking.
+        RowError: the tags leave it uncertain which text is thinking.
     """
     if "<|channel|>" in text:
         found = _CHANNELS.fullmatch(text)
@@ -132,7 +132,7 @@ def take_answer(text: str) -> tuple[str, str] | None:
     """(text in front, answer) of a text that ends in one answer block; None where it has no such tags.
 
     Raises:
-        RowError: several blocks, an unclosed one, text behind it, or nothing in it.
+        RowError: several blocks, an unclosed or empty block, or text behind the block.
     """
     found = [tag for tag in tags(text) if tag.kind == "answer"]
     names = {tag.name for tag in found if tag.closes} & {tag.name for tag in found if not tag.closes}

@@ -1,4 +1,4 @@
-"""A whole assistant text into steps and answer: /think markers, thinking tags, answer tags, answer markers."""
+"""Split a whole assistant text into steps and answer, by /think markers, thinking tags, answer tags, answer markers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.data.think_form import RowError, Thought, has_marker, require, str
 
 
 def split_text(text: str) -> Thought:
-    """Split a text where its own marks say so; nothing is invented, and what is not certain is refused.
+    """Split a text at its own marks; nothing is invented, and an uncertain split is refused.
 
     Raises:
         RowError: the reason, see docs/data.md.
@@ -42,10 +42,10 @@ def split_text(text: str) -> Thought:
 
 
 def thought_of(steps: str, rest: str) -> Thought:
-    """Steps that are known to be steps, and the text that follows them.
+    """The thought of known steps and the text that follows them.
 
     Raises:
-        RowError: nothing follows, or tags that are not certain.
+        RowError: no text follows, or its tags are not certain.
     """
     if not rest:
         raise RowError("empty answer", "nothing follows the thinking")
@@ -57,7 +57,7 @@ def thought_of(steps: str, rest: str) -> Thought:
 
 
 def reduced(text: str) -> str:
-    """The text behind the thinking: the answer behind its marker, or the whole text where more stands there."""
+    """The answer in the text behind the thinking: the value of its marker, or the whole text if there is more."""
     text = strip_message(text)
     found = handovers(text)
     if len(found) == 1 and found[0].start == 0:
@@ -73,7 +73,7 @@ def reduced(text: str) -> str:
 
 
 def checked(thought: Thought) -> Thought:
-    """The thought, once nothing in it speaks against it.
+    """Return the thought if its parts do not contradict each other.
 
     Raises:
         RowError: tags or markers left over, or steps whose last marked answer is another one.

@@ -1,7 +1,7 @@
-"""Do the steps lead to the answer? What rules can tell: the question's own sum, the last step's, and what it ends in.
+"""Rules that find steps that disagree with their answer: the question's sum, the last step's sum, the last values.
 
-Only what has one reading is judged: an answer that is one number, date or weekday, and a last line that holds such
-things. Everything else has no objection. A unit's change between the last step and the answer is no disagreement.
+The rules judge only answers with one reading (one number, date, weekday or choice), against a last line that holds such
+values. Every other row passes. A change of unit between the last step and the answer is no disagreement.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _QUESTION = re.compile(
 
 
 def objection(prompt: str, steps: str, answer: str) -> str | None:
-    """Why steps and answer, or question and answer, disagree; None where nothing does, or where no rule can tell."""
+    """The reason why the answer disagrees with steps or question; None where it agrees or no rule applies."""
     lines = [line for line in steps.splitlines() if re.search(r"\w", line)]
     line = lines[-1] if lines else ""
     value = quantity(unwrap(answer))
@@ -59,7 +59,7 @@ def _restates(line: str, answer: str) -> bool:
 
 
 def equations(line: str) -> list[tuple[Fraction, Fraction, int]]:
-    """(value of the left side, the right side, where it ends) of every equation of plain numbers in a line."""
+    """(value of the left side, value of the right side, end offset) of every equation of plain numbers in a line."""
     folded = _plain(line)
     found = []
     for match in _EQUATION.finditer(folded):
@@ -130,7 +130,7 @@ def _wrong_sum(line: str) -> str | None:
 
 
 def _against_question(prompt: str, answer: Quantity) -> str | None:
-    """A question that is nothing but a sum has one answer."""
+    """The disagreement with a question that is only a sum."""
     found = _QUESTION.fullmatch(_plain(prompt).strip())
     if found is None or not re.search(r"[-+*/^×÷]", found["sum"].strip().lstrip("+-")):
         return None
@@ -151,7 +151,7 @@ def _against_dates(line: str, answer: str) -> str | None:
 
 
 def _against_choice(steps: str, answer: str) -> str | None:
-    """A choice that the steps call correct against the letter of the answer."""
+    """The disagreement between the letter of the answer and a choice that the steps call correct."""
     letter = re.fullmatch(r"(?:option |choice )?\(?([A-Ja-j])[).:]?(?:\s.{0,80})?", unwrap(answer))
     if letter is None:
         return None
@@ -162,7 +162,7 @@ def _against_choice(steps: str, answer: str) -> str | None:
 
 
 def _against_line(line: str, steps: str, answer: Quantity) -> str | None:
-    """One number as the answer against the numbers of the last line."""
+    """The disagreement between a one-number answer and the numbers of the last line."""
     if dates_in(line) or re.search(r"\d:\d\d|時\s*\d|時半", fold(line)) or answer.unit in ("月", "時", "日"):
         return None
     seen = set(numbers_in(line))
@@ -185,18 +185,18 @@ def _against_line(line: str, steps: str, answer: Quantity) -> str | None:
 
 
 def _combines(seen: set[Fraction], wanted: Fraction) -> bool:
-    """Whether one step of arithmetic on two of the numbers gives the wanted one."""
+    """Whether one arithmetic operation on two of the numbers gives the wanted number."""
     pairs = [(a, b) for a in seen for b in seen if a != b]
     return any(wanted in (a + b, a - b, a * b) or (b and wanted == a / b) for a, b in pairs)
 
 
 def _close(exact: Fraction, answer: Fraction) -> bool:
-    """Equal, or the answer is the exact value rounded."""
+    """Whether the answer equals the exact value or is its rounding."""
     return exact == answer or _rounded(exact, answer)
 
 
 def _other_unit(a: Fraction, b: Fraction) -> bool:
-    """The same quantity in another unit: percent, minutes, dozens of cents, metres."""
+    """Whether the values may be one quantity in two units: percent, cents, minutes, hours, metres."""
     return a != 0 and b != 0 and (a / b in _RATIOS or b / a in _RATIOS)
 
 

@@ -43,7 +43,7 @@ def dates_in(text: str) -> list[Date]:
 
 
 def same_date(a: Date, b: Date) -> bool:
-    """Equal month and day; the years where both have one."""
+    """Whether month and day are equal, and the years too where both dates have one."""
     return a[1:] == b[1:] and (a[0] is None or b[0] is None or a[0] == b[0])
 
 

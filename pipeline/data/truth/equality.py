@@ -1,7 +1,7 @@
-"""Do two answers say the same? "12", "12.0", "十二", "12 個", "\\boxed{12}" do; "12 km" and "12 m" do not.
+"""Decide whether two answers mean the same: "12", "12.0", "十二", "12 個", "\\boxed{12}" do; "12 km" and "12 m" do not.
 
-Text first, then choices, yes and no, numbers with units, dates, times, weekdays, and formulas by math-verify (sympy).
-A unit counts where both answers have one. What no rule knows is compared as text.
+Answers are compared as text, then as choices, yes and no, numbers with units, dates, times, weekdays, and as formulas
+by math-verify (sympy). A unit counts only where both answers have one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import unicodedata
 from pipeline.data.truth.calendar import dates_in, same_date, times_in, weekdays_in
 from pipeline.data.truth.numerals import MEANINGFUL, Quantity, quantity
 
-MAX_MATHS = 120  # characters of an expression that is given to sympy
+MAX_MATHS = 120  # characters of an expression for sympy
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _CHOICE = re.compile(r"(?:option\s+|choice\s+|選択肢\s*)?(?:\(([a-j])\)|([a-j])[).:]?)$")
 _CHOICE_AND_TEXT = re.compile(r"(?:\(([a-j])\)|([a-j])[).:])\s+\S")
@@ -22,7 +22,7 @@ _POWER_TOWER = re.compile(r"(?:\^|\*\*)\s*[\{\(]?\s*(?:\d{3,}|[^+\-=]*(?:\^|\*\*
 
 
 def normalised(answer: str) -> str:
-    """An answer's text without what never matters: width, case, spaces at the ends, one closing full stop."""
+    """An answer's text without differences that never matter: width, case, spaces at the ends, one final full stop."""
     text = unicodedata.normalize("NFKC", answer).strip()
     return (text[:-1].strip() if text.endswith((".", "。")) else text).casefold()
 
@@ -52,7 +52,7 @@ def unwrap(answer: str, *, quotes: bool = True) -> str:
 
 
 def closing_brace(text: str, start: int) -> int:
-    """Index of the brace that closes the one opened just before `start`, escaped ones left out; -1 where none does."""
+    """Index of the brace that closes the brace just before `start`, without escaped braces; -1 where it is missing."""
     depth, at = 1, start
     while at < len(text):
         depth += {"{": 1, "}": -1}.get(text[at], 0)
@@ -63,7 +63,7 @@ def closing_brace(text: str, start: int) -> int:
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Whether two answers say the same; symmetric."""
+    """Whether two answers mean the same; symmetric."""
     if normalised(first) == normalised(second):
         return True
     a, b = (normalised(unwrap(text.strip().rstrip("。"))) for text in (first, second))
@@ -99,7 +99,7 @@ def _same_quantity(a: Quantity, b: Quantity) -> bool:
 
 
 def _same_calendar(a: str, b: str) -> bool:
-    """One date, time or weekday on each side and nothing else of weight."""
+    """Whether both sides are the same one date, time or weekday, with no other word of weight."""
     if max(len(a), len(b)) > 60:
         return False
     dates = dates_in(a), dates_in(b)
@@ -120,13 +120,13 @@ def _hour(hour: int, half: str) -> int:
 
 
 def _hours(hour: int, half: str) -> set[int]:
-    """Hours of the day that a written hour may stand for, as the other side reads it."""
+    """Hours of the day that a written hour may mean."""
     exact = _hour(hour, half)
     return {exact} if half or hour > 12 else {exact, exact % 12, exact % 12 + 12}
 
 
 def _same_maths(a: str, b: str) -> bool:
-    """Equality of formulas and sets; sympy's work is bounded by length, and towers of powers are not given to it."""
+    """Whether formulas or sets are equal; sympy gets only short texts without towers of powers."""
     if (
         max(len(a), len(b)) > MAX_MATHS
         or "\n" in a + b
@@ -134,7 +134,7 @@ def _same_maths(a: str, b: str) -> bool:
     ):
         return False
     if any("=" in text and not re.match(r"[A-Za-z]_?\w?\s*=[^=]+$", text) for text in (a, b)):
-        return False  # a chain of steps, of which math-verify would take the last part
+        return False  # a chain of steps: math-verify would take its last part
     if any(_POWER_TOWER.search(text) for text in (a, b)) or re.search(r"\d{30}", a + b):
         return False
     words = re.sub(r"\\[A-Za-z]+|\b(?:pi|sqrt|sin|cos|tan|log|ln|exp|or|and|inf|infty)\b", "", a + " " + b)
@@ -144,9 +144,9 @@ def _same_maths(a: str, b: str) -> bool:
 
 
 def _verified(a: str, b: str) -> bool:
-    """math-verify's judgement; what it cannot read is not equal.
+    """Whether math-verify finds both equal; an expression that it cannot read is not equal.
 
-    Its own time limit needs the main thread's alarm, which a library must not set; the bounds above take its place.
+    math-verify's time limit needs the main thread's alarm, which a library must not set; `_same_maths` bounds the work.
     """
     import logging
 

@@ -1,6 +1,6 @@
-"""Numbers as people write them (12, 12.0, 1,200, １２, 十二, 1万2千, 1/2, 1 1/2, \\frac{1}{2}, 1.5e3, twelve), units.
+"""Read numbers with units as people write them: 12.0, 1,200, １２, 十二, 1万2千, 1 1/2, \\frac{1}{2}, 1.5e3, twelve.
 
-Values are exact fractions. A unit is what follows (12 個, 12 km, 12%) or a currency in front ($12, ¥12).
+Values are exact fractions. A unit is the word behind a number (12 個, 12 km, 12%) or a currency in front ($12, ¥12).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _ANY_NUMBER = re.compile(
 )
 _MIXED_KANJI = re.compile(r"\d+(?:\.\d+)?[十百千万億兆][\d十百千万億兆]*")
 _MONEY = {"$": "dollar", "¥": "円", "€": "euro", "£": "pound"}
-# Spellings of one unit, each line: the one that is compared, then the others. A plural loses its s first.
+# Each line has the spellings of one unit; the first spelling is compared. A plural loses its s first.
 _SPELLINGS = """
 円 yen jpy
 dollar ドル usd
@@ -88,7 +88,7 @@ l liter litre リットル
 倍 times
 """
 _SAME_UNIT = {other: first for first, *others in map(str.split, _SPELLINGS.strip().splitlines()) for other in others}
-# Marks behind a number that change what it says: no unit that may be left out.
+# Marks behind a number that change its meaning: they may not be left out like a unit.
 MEANINGFUL = {"am", "pm", "a.m", "p.m", "st", "nd", "rd", "th", "番目", "月", "時", "角形", "次", "位", "進数", "番"}
 
 
@@ -160,7 +160,7 @@ def _with_unit(value: Fraction, rest: str, money: str = "") -> Quantity | None:
     if re.search(r"[\\π√]|^[a-z]$(?<![mglsh])", unit):
         return None  # 2π, 3x: a formula
     if re.search(r"[\d=<>,;:()\[\]/*+?!]", unit.replace("km/h", "").replace("m/s", "")) or len(unit) > 40:
-        return None  # more than a number and what it counts
+        return None  # more than a number and its unit
     return Quantity(value, money if money and not unit else _one_spelling(unit))
 
 
@@ -173,8 +173,8 @@ def _one_spelling(unit: str) -> str:
 
 
 def _kanji_value(text: str) -> Fraction | None:
-    """Value of a numeral in kanji, or in digits with 十, 百, 千, 万 between; None for an order without sense."""
-    if all(letter in _KANJI for letter in text):  # written by places: 二〇二六
+    """Value of a numeral in kanji, or in digits with 十, 百, 千, 万 between; None if their order makes no sense."""
+    if all(letter in _KANJI for letter in text):  # one digit a place: 二〇二六
         return Fraction(int("".join(str(_KANJI[letter]) for letter in text))) if len(text) <= MAX_DIGITS else None
     total = section = Fraction(0)
     pending: Fraction | None = None

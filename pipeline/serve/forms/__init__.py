@@ -1,1 +1,1 @@
-"""The forms in which models write their thinking: one class a form, found by name in `registry`."""
+"""The forms in which models write their thinking: one class for each form, found by name in `registry`."""

@@ -1,7 +1,7 @@
-"""The interface of a form of thinking: it has to take a whole generation apart, or to say why it cannot.
+"""The interface of a form of thinking: it splits a whole generation into thinking and answer, or says why it cannot.
 
-`split` accepts one spelling of a form's markers, each where it belongs. A marker of any form, in any spelling,
-elsewhere in the text raises `Odd`.
+`split` accepts one spelling of a form's markers, each in its place. A marker of any form, in any spelling, elsewhere in
+the text raises `Odd`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Form(Protocol):
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """The canonical markers; where a vocabulary has them as control tokens, the engine lets them through."""
+        """The canonical markers; if they are control tokens of a vocabulary, the engine does not refuse them."""
 
     @property
     def instructs(self) -> bool:
@@ -43,13 +43,13 @@ class Form(Protocol):
 
     @property
     def may_skip(self) -> bool:
-        """Whether an empty thinking is in the form: hybrid models write an empty block where they need none."""
+        """Whether the thinking may be empty: hybrid models write an empty block if they need no thinking."""
 
     def split(self, content: str, reasoning: str, *, mixed: bool) -> Parts:
-        """Take a stripped generation apart.
+        """Split a stripped generation into thinking and answer.
 
         Args:
-            reasoning: what an upstream delivered apart from the content; empty where it does no such thing.
+            reasoning: text that an upstream sent apart from the content; otherwise empty.
             mixed: some of the reasoning came after the content had begun.
 
         Raises:

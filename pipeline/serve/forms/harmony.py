@@ -1,10 +1,10 @@
-"""The harmony form of gpt-oss: messages on channels, of which the last one must be `final`.
+"""The harmony form of gpt-oss: messages on channels; the last message must be on the channel `final`.
 
     <|channel|>analysis<|message|>steps<|end|><|start|>assistant<|channel|>final<|message|>answer
 
-Every other channel is thinking (`analysis`, `commentary`); a recipient, a constraint, a tool call, text between the
-messages or a token in another dress is odd. So is a text whose tokens somebody upstream has taken out
-(`assistantfinal`), for nothing tells its parts from each other.
+Every other channel is thinking (`analysis`, `commentary`). A recipient, a constraint, a tool call, text between the
+messages or a token in another spelling is odd. A text from which an upstream has removed the tokens (`assistantfinal`)
+is odd too, because its parts cannot be told apart.
 Source: OpenAI's harmony response format, openai/harmony, docs/format.md.
 """
 
@@ -30,7 +30,7 @@ class Harmony:
     markers = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
 
     def split(self, content: str, reasoning: str, *, mixed: bool) -> Parts:
-        """The messages before the last one together, and the last one, which must be on the channel `final`.
+        """All messages before the last together, and the last message, which must be on the channel `final`.
 
         Raises:
             Odd: the generation does not have this form.

@@ -1,4 +1,4 @@
-"""The form of thinking of a model: what its GGUF file, the Modelfile beside it or its chat template says."""
+"""Find a model's form of thinking, by its GGUF file, the Modelfile beside it or its chat template."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def modelfile_beside(gguf: Path) -> str:
 
 
 def form_of_file(file: GGUFFile, template: str) -> Form:
-    """The form of thinking that the file names by its key; without one, our own where the Modelfile asks for it.
+    """The form of thinking that the file names by its key; without a key, SO8T's form if the Modelfile asks for it.
 
-    A key `base`, and a file without key and Modelfile, stand for the form that the chat template shows.
+    Otherwise, and with the key `base`, it is the form that the chat template shows.
 
     Raises:
         InputError: the key names no form.

@@ -1,7 +1,7 @@
 """A pair of tags around the thinking: `<think>steps</think>answer`, `[THINK]steps[/THINK]answer`, or any other pair.
 
-The opening tag may be missing: many chat templates write it into the prompt. What stands before the one closing tag is
-thinking either way, so nothing before it is ever shown.
+The opening tag may be missing, because many chat templates write it into the prompt. All text before the one closing
+tag is thinking and is never shown.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class Pair:
     """See `pipeline.serve.forms.form.Form`.
 
     Raises:
-        InputError: the two tags cannot be told from each other or from ordinary text.
+        InputError: the two tags are too similar to each other or to ordinary text.
     """
 
     instructs, may_skip = False, True
 
     def __init__(self, name: str, opening: str, closing: str) -> None:
         self.name, self.markers = name, (opening, closing)
-        bare = [skeleton(marker).rstrip("|>") for marker in self.markers]  # a tag that is cut off is one as well
+        bare = [skeleton(marker).rstrip("|>") for marker in self.markers]  # a tag that is cut off counts too
         if not all(map(fold, self.markers)) or opening in closing or closing in opening:
             raise InputError(f"--think-form {name!r}: both tags need a letter or digit, and neither may hold the other")
         self._marks = re.compile("|".join([TAGS, *map(re.escape, bare)]))
@@ -45,5 +45,5 @@ class Pair:
         return Parts(strip_message(steps), strip_message(answer))
 
     def _count(self, text: str) -> int:
-        """Tags of any family, and this pair's, in any dress."""
+        """The number of tags of any family and of this pair, in any spelling."""
         return len(self._marks.findall(skeleton(text)))

@@ -1,6 +1,6 @@
 """Forms by name, and the form that a chat template uses.
 
-Adding one: a class as in `pair.py`, an entry in `_KNOWN`, and, where a template shows it, a text in `_SIGNS`.
+To add a form: write a class as in `pair.py`, an entry in `_KNOWN`, and, if templates show the form, a text in `_SIGNS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PAIRS = {
     "mistral": ("[THINK]", "[/THINK]"),
     "seed": ("<seed:think>", "</seed:think>"),
     "kimi": ("◁think▷", "◁/think▷"),
-    "gemma": ("<|channel>", "<channel|>"),  # behind the first the word `thought` on a line
+    "gemma": ("<|channel>", "<channel|>"),  # the word `thought` on a line follows the first
     "thinking": ("<thinking>", "</thinking>"),
     "thought": ("<thought>", "</thought>"),
     "reasoning": ("<reasoning>", "</reasoning>"),
@@ -43,7 +43,7 @@ def form_named(name: str) -> Form:
 
 
 def form_of_template(source: str) -> Form:
-    """The form whose markers a chat template knows; this pipeline's own where it knows none."""
+    """The form whose markers stand in a chat template; SO8T's form if there are none."""
     found = (name for name, signs in _SIGNS.items() if any(sign in source for sign in signs))
     return FORMS[next(found, SO8T.name)]
 

@@ -1,7 +1,7 @@
-"""An upstream that separates the thinking itself: `reasoning_content`, `reasoning` or `thinking` beside `content`.
+"""The form of an upstream that separates thinking: `reasoning_content`, `reasoning` or `thinking` beside `content`.
 
-llama-server, vLLM and Ollama do this for the models that they know. A reply without any reasoning is odd: nothing tells
-an upstream that separates from one that leaves the thinking in the content. So is reasoning after the content began.
+llama-server, vLLM and Ollama do this for the models that they know. A reply without any reasoning is odd, because the
+upstream may have left the thinking in the content. Reasoning after the beginning of the content is odd too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The pipeline's own form: first line `# 思考ステップ`, one line `# 最終回答`, as `pipeline.data.think_form` writes it.
+"""SO8T's form: first line `# 思考ステップ`, one line `# 最終回答`, as `pipeline.data.think_form` writes it.
 
-After `fold` the words of each marker occur once in the whole text: a second one in any dress, or in prose, is odd.
+After `fold` the words of each marker occur once in the whole text: a second time in any spelling, or in prose, is odd.
 """
 
 from __future__ import annotations

@@ -131,6 +131,14 @@ def test_a_choice_is_proven_on_other_text_and_goes_on_where_it_stopped(
     assert "proven on text that did not rank it" in (tmp_path / "choose.md").read_text(encoding="utf-8")
 
 
+def test_choose_json_is_json_whatever_the_numbers(tmp_path: Path) -> None:
+    broken = measured("A", 10, 0.3, float("inf"))
+    write_choice(Choice([a_rung("A", 10, 0.3)], [broken], None, None, None, []), tmp_path)
+    text = (tmp_path / "choose.json").read_text(encoding="utf-8")
+    record = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert record["measured"][0]["macro"]["mean_kld_interval"][1] == "Infinity"
+
+
 def test_nothing_that_keeps_the_limit_is_no_choice() -> None:
     choice = Choice([a_rung("A", 10, 0.3)], [measured("A", 10, 0.3, 0.5)], None, None, None, [])
     assert answer(choice).startswith("No file keeps the limits")

@@ -16,10 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_kill import Started, _assert_like_undisturbed, _ends_undisturbed, _prepare
+from test_kill import (
+    Started,
+    _assert_ended_undisturbed,
+    _assert_like_undisturbed,
+    _beside,
+    _ends_undisturbed,
+    _prepare,
+)
 from test_run import _execute, _ran
 
-from pipeline.run.steps import STEPS
+from pipeline.config import load_config
+from pipeline.progress import Reporter
+from pipeline.run.steps import STEPS, Run
 from so8t_core.errors import InputError
 from so8t_core.files import sha256_path
 
@@ -145,8 +154,10 @@ def test_a_changed_input_under_finished_steps_runs_what_depends_on_it(
     assert "train: input changed (base)" in capsys.readouterr().err
 
 
-def test_a_second_run_is_refused_and_ctrl_c_keeps_what_is_finished(tiny_dir: Path, tmp_path: Path) -> None:
-    config = _prepare(tiny_dir, tmp_path, "data", "train.steps=2000")  # longer than the second takes to start
+def test_a_second_run_is_refused_and_ctrl_c_keeps_what_is_finished(
+    finished: tuple[Path, object], tmp_path: Path
+) -> None:
+    config = _beside(finished[0], tmp_path, "data", steps=2000)  # longer than the second takes to start
     run = Started(config, "--until", "train")
     assert run.reaches("train"), run.lines
     second = Started(config, "--until", "train")
@@ -158,7 +169,8 @@ def test_a_second_run_is_refused_and_ctrl_c_keeps_what_is_finished(tiny_dir: Pat
     assert run.process.returncode == 130, run.lines
     assert run.lines[-1] == "interrupted; finished steps are kept"
     _assert_like_undisturbed(config, all_of_them=False)
-    _ends_undisturbed(config, "--until", "data")
+    Run(load_config(config), Reporter(quiet=True)).execute(until="data")
+    _assert_ended_undisturbed(config)
 
 
 @pytest.mark.soak

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from made import Made
+from remembered_converter import in_use
 from test_run import TEXT  # the tiny run's settings
 
 from pipeline.cli import main as cli
@@ -126,10 +128,15 @@ def test_width_that_is_no_multiple_of_8_names_the_layer(
 
 
 @pytest.fixture(scope="session")
-def candidate(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def candidate(made: Made, tiny_dir: Path, remembered_converter: Path) -> Path:
+    return made(_candidate, tiny_dir, remembered_converter) / "tiny-F16.gguf"
+
+
+def _candidate(folder: Path, checkpoint: Path, converter: Path) -> None:
     from verification.engines.convert import convert
 
-    return convert(tiny_dir, tmp_path_factory.mktemp("candidate") / "tiny-F16.gguf", outtype="f16")
+    with in_use(converter):
+        convert(checkpoint, folder / "tiny-F16.gguf", outtype="f16")
 
 
 def test_truncated_gguf_is_refused(
@@ -169,16 +176,18 @@ class Verified(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def verified_once(tiny_dir: Path, candidate: Path, tmp_path_factory: pytest.TempPathFactory) -> Verified:
+def verified_once(
+    tiny_dir: Path, candidate: Path, remembered_converter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Verified:
     folder = tmp_path_factory.mktemp("verified")
     mine = folder / "mine.gguf"
     shutil.copyfile(candidate, mine)
     (folder / "loose.yaml").write_text(LOOSE)
     command = ["verify", "--reference", tiny_dir, "--candidate", mine, "--out", folder / "o", "--chunks", 2]
     command += ["--n-ctx", 128, "--cells", "quick", "--ship-n-ctx", 256, "--policy", folder / "loose.yaml", "-q"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli.main", *map(str, command)], capture_output=True, text=True, timeout=500
-    )
+    words = [sys.executable, "-m", "pipeline.cli.main", *map(str, command)]
+    with in_use(remembered_converter):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return Verified(mine, folder / "o" / "report.json", done.stdout)
 
@@ -449,29 +458,22 @@ def test_gate_refuses_a_report_whose_files_changed(
     assert not report.exists()
 
 
-@pytest.fixture(scope="module")
-def tiny_gguf(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from verification.engines.convert import convert
-
-    return convert(tiny_dir, tmp_path_factory.mktemp("gguf") / "tiny-F16.gguf")
-
-
 def test_lint_exits_by_its_verdict(
-    tiny_gguf: Path,
+    candidate: Path,
     tiny_dir: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = ("lint", tiny_gguf, "--reference", tiny_dir, "--out", tmp_path / "out")
+    arguments = ("lint", candidate, "--reference", tiny_dir, "--out", tmp_path / "out")
     code, out, _ = so8t(capfd, monkeypatch, *arguments)
     assert (code, out.splitlines()[0].split(":")[0]) == (0, "PASS")
     assert json.loads((tmp_path / "out" / "lint.json").read_text(encoding="utf-8"))["verdict"] == "pass"
     bad = tmp_path / "bad.gguf"
-    bad.write_bytes(tiny_gguf.read_bytes() + bytes(64))
+    bad.write_bytes(candidate.read_bytes() + bytes(64))
     code, out, _ = so8t(capfd, monkeypatch, "lint", bad)
     assert (code, out.splitlines()[0].split(":")[0]) == (1, "FAIL")
-    bad.write_bytes(tiny_gguf.read_bytes()[:-1])
+    bad.write_bytes(candidate.read_bytes()[:-1])
     code, _, err = so8t(capfd, monkeypatch, "lint", bad)
     assert code == 2
     assert "truncated" in err

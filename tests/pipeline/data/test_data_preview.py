@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
+from test_cli import so8t
 
 from pipeline.config import RunConfig
 from pipeline.data.preview import preview
@@ -35,23 +35,14 @@ def test_every_line_of_a_row_is_masked_or_trained_as_the_trainer_masks_it(tmp_pa
     assert {str(span.style) for span in shown[0].spans} >= {"dim", "bold green"}
 
 
-def test_the_command_shows_counts_and_leaves_no_run_directory(tmp_path: Path) -> None:
-    loaded = config(tmp_path)
-    (tmp_path / "my.yaml").write_text(json.dumps(loaded.model_dump(mode="json")))
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.cli.main",
-        "data",
-        str(tmp_path / "my.yaml"),
-        "--preview",
-        "1",
-        "--quiet",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "trained | # " in done.stdout
-    assert "steps and answer disagree: 1" in " ".join(done.stdout.split())
-    assert "4 rows would be trained on, 1 held out; nothing was written." in " ".join(done.stdout.split())
+def test_the_command_shows_counts_and_leaves_no_run_directory(
+    tmp_path: Path, tiny_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = config(tmp_path).model_dump(mode="json") | {"model": {"base": str(tiny_dir)}}
+    (tmp_path / "my.yaml").write_text(json.dumps(content))
+    code, out, err = so8t(capfd, monkeypatch, "data", tmp_path / "my.yaml", "--preview", 1, "--quiet")
+    assert code == 0, err
+    assert "trained | # " in out
+    assert "steps and answer disagree: 1" in " ".join(out.split())
+    assert "4 rows would be trained on, 1 held out; nothing was written." in " ".join(out.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.yaml", "rows.jsonl"]

@@ -103,7 +103,7 @@ def test_a_split_takes_no_longer_for_a_long_run_of_stops() -> None:
     began = time.process_time()
     with pytest.raises(RowError, match="answer unclear"):
         split_reasoning("考える。\n答えは5" + "." * 200_000 + "x です。")
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 20  # quadratic: hours
 
 
 @given(st.text(), st.sampled_from(["\nThe answer is ", "\n#### ", "\n答えは"]), st.integers(0, 999))

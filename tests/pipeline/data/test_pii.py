@@ -198,9 +198,12 @@ def test_long_text_is_searched_in_linear_time() -> None:
     import time
 
     def seconds(text: str) -> float:
-        started = time.process_time()
-        find(text)
-        return time.process_time() - started
+        spans = []
+        for _ in range(3):  # the least of three: another process may take the cache away in between
+            started = time.process_time()
+            find(text)
+            spans.append(time.process_time() - started)
+        return min(spans)
 
     hostile: list[str] = [
         "a@",
@@ -227,7 +230,6 @@ def test_long_text_is_searched_in_linear_time() -> None:
     ]
     for piece in hostile:
         short, long = piece * 2000, piece * 16000
-        seconds(short)
         # eight times the text: 8 times as long if linear, 64 if quadratic; 50 ms cover what a small text costs anyway
         assert seconds(long) <= 24 * seconds(short) + 0.05, piece
 

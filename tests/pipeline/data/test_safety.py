@@ -162,4 +162,4 @@ def test_a_long_answer_is_no_refusal_and_said_so_at_once() -> None:
 
     began = time.process_time()
     assert not is_refusal("I can't help with that." + "\u0301\u0316" * 100_000)
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 20  # quadratic: hours

@@ -90,7 +90,7 @@ def test_no_end_at_all_is_refused(tmp_path: Path) -> None:
 
 def test_llama_cpp_stops_where_only_config_and_template_say_so(tiny_dir: Path, tmp_path: Path) -> None:
     """An end in config.json beside a generation_config.json, a template in chat_template.jinja alone: both arrive."""
-    from verification.engines.convert import convert
+    from verification.engines.convert import convert_metadata
     from verification.engines.llama_model import LlamaModel
 
     folder = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
@@ -101,10 +101,10 @@ def test_llama_cpp_stops_where_only_config_and_template_say_so(tiny_dir: Path, t
     place(folder, **ends, tokenizer_config=settings)
     assert (folder / "chat_template.jinja").is_file()
     tokenizer = load_tokenizer(folder)
-    with LlamaModel(convert(folder, tmp_path / "before.gguf", outtype="f16"), vocab_only=True) as model:
+    with LlamaModel(convert_metadata(folder, tmp_path / "before.gguf"), vocab_only=True) as model:
         assert not model.is_end(7)  # what the step mends
     complete_stop_set(folder, tokenizer)
-    with LlamaModel(convert(folder, tmp_path / "after.gguf", outtype="f16"), vocab_only=True) as model:
+    with LlamaModel(convert_metadata(folder, tmp_path / "after.gguf"), vocab_only=True) as model:
         assert all(model.is_end(token) for token in (IM_END, 7))
         assert model.chat_template() == tokenizer.chat_template
     assert modelfile("after.gguf", folder, tokenizer, 4096).count("PARAMETER stop") == 2

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from phi3_miniature import miniature_run, run_miniature, save_miniature
+from phi3_miniature import finished_miniature, miniature_run, prepare_miniature, save_miniature
 
 from pipeline.cli import main as cli
 from pipeline.config import load_config
@@ -114,9 +114,14 @@ def test_a_dry_run_finds_nothing_against_all_layers_or_chosen_ones(
         assert [step.name for step in found.steps] == list(STEPS)
 
 
-def test_it_passes_the_gate_on_the_miniature_with_only_base_and_amounts_changed(tmp_path: Path) -> None:
+def test_it_passes_the_gate_on_the_miniature_with_only_base_and_amounts_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_data(tmp_path, rows=60)
-    done = run_miniature(tmp_path, name=BASE, shipped=SHIPPED, amounts=AMOUNTS)
+    config = prepare_miniature(tmp_path, name=BASE, shipped=SHIPPED, amounts=AMOUNTS)
+    monkeypatch.chdir(tmp_path)  # where the relative data files are looked for
+    Run(config, Reporter(quiet=True)).execute()
+    done = finished_miniature(tmp_path)
     report = done.report
     assert report.verdict == "pass", report.summary
     # the rows of both files, each common row once

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_run import TEXT
 
 from pipeline.config import parse_config
@@ -94,6 +95,19 @@ def _prepare(base: Path, folder: Path, until: str, *overrides: str) -> Path:
     return config
 
 
+def _beside(finished: Path, folder: Path, *parts: str, steps: int | None = None) -> Path:
+    """As `_prepare`, with parts of a finished run (`conftest.finished`) as the undisturbed one."""
+    (folder / "undisturbed").mkdir()
+    for part in parts:
+        (folder / "undisturbed" / part).symlink_to(finished / part)
+    settings = yaml.safe_load((finished / "config.resolved.yaml").read_text(encoding="utf-8"))
+    settings["run_dir"] = str(folder / "run")
+    settings["train"]["steps"] = steps or settings["train"]["steps"]
+    config = folder / "run.yaml"
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    return config
+
+
 def _assert_like_undisturbed(config: Path, *, all_of_them: bool) -> None:
     for name in ARTEFACTS:
         found, expected = config.parent / "run" / name, config.parent / "undisturbed" / name
@@ -104,10 +118,14 @@ def _assert_like_undisturbed(config: Path, *, all_of_them: bool) -> None:
 def _ends_undisturbed(config: Path, *options: str) -> Started:
     run = Started(config, *options)
     assert run.end() in (0, 1), run.lines  # 1: the tiny model fails the quality bounds, as it does undisturbed
+    _assert_ended_undisturbed(config)
+    return run
+
+
+def _assert_ended_undisturbed(config: Path) -> None:
     _assert_like_undisturbed(config, all_of_them=True)
     run_dir = config.parent / "run"
     assert [p.name for p in run_dir.iterdir() if p.name.endswith((".old", ".tmp"))] == []
-    return run
 
 
 def _measured(folder: Path) -> dict[str, Any]:
@@ -122,13 +140,13 @@ def _measured(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in report.items() if key not in ("created", "durations")}
 
 
-def test_killed_run_ends_like_an_undisturbed_one(tiny_dir: Path, tmp_path: Path) -> None:
-    config = _prepare(tiny_dir, tmp_path, "convert")
-    run = Started(config, "--until", "convert")
+def test_killed_run_ends_like_an_undisturbed_one(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    config = _beside(finished[0], tmp_path, "data", "adapter", "baked")
+    run = Started(config, "--until", "bake")
     assert run.reaches("train"), run.lines
     assert run.signal(signal.SIGKILL, random.Random(0).uniform(0, 1)), "the run ended before it was killed"
     _assert_like_undisturbed(config, all_of_them=False)
-    _ends_undisturbed(config, "--until", "convert")
+    _ends_undisturbed(config, "--until", "bake")
 
 
 @pytest.mark.soak

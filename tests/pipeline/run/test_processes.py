@@ -68,8 +68,11 @@ def _documented(*words: str) -> list[str]:
 
 def _start(command: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
     """A documented command, as it stands there, in `folder`."""
-    assert command[:2] == ["accelerate", "launch"]
-    words = [sys.executable, "-m", "accelerate.commands.launch", *command[2:], *more]
+    if command[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", *command[1:], *more]
+    else:
+        assert command[:2] == ["accelerate", "launch"]
+        words = [sys.executable, "-m", "accelerate.commands.launch", *command[2:], *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         words, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -140,14 +143,23 @@ def test_one_process_goes_on_from_a_launch(words: tuple[str, ...], alone: Path, 
     _assert_same(alone, _alone(tiny_dir, tmp_path / "two"))
 
 
+TORCHRUN = "torchrun --nproc_per_node 2"
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param("accelerate launch", marks=pytest.mark.soak)])
 def test_two_processes_verify_what_one_verifies(
-    tiny_dir: Path, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: str, tiny_dir: Path, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By both launchers that the page names; accelerate's imports all that training needs, and starts slowly."""
+    assert "or with `torchrun`" in DOCUMENT
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").symlink_to(tiny_dir)
     (tmp_path / "my-model-F16.gguf").symlink_to(tiny_gguf)
     verify("./my-model", ["my-model-F16.gguf"], out="one", chunks=3, n_ctx=64, threads=1)
-    process = _start(_documented("verify"), tmp_path, "--chunks", "3", "--n-ctx", "64", "--threads", "1")
+    command = _documented("verify")
+    if launcher == TORCHRUN:
+        command = [*launcher.split(), *command[command.index("-m") :]]
+    process = _start(command, tmp_path, "--chunks", "3", "--n-ctx", "64", "--threads", "1")
     _, printed = process.communicate(timeout=500)
     assert (tmp_path / "report" / "report.json").is_file(), printed
     assert _measured(tmp_path / "one") == _measured(tmp_path / "report")

@@ -78,6 +78,9 @@ class FakeUpstream:
                 if isinstance(item, bytes):
                     writer.write(item)
                     await writer.drain()
+                elif isinstance(item, threading.Event):
+                    while not item.is_set():
+                        await asyncio.sleep(0.005)
                 else:
                     await asyncio.sleep(item)
                     if reader.at_eof():

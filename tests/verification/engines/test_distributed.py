@@ -129,6 +129,23 @@ def test_the_threads_of_a_machine_are_shared_by_its_processes(monkeypatch: pytes
         distributed.threads_each(10)
 
 
+@pytest.mark.parametrize("gpus", [True, False])
+def test_each_process_takes_its_own_gpu_where_there_are_some(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine without GPUs can show: the calls that `join` makes of torch."""
+    import torch
+    import torch.distributed as dist
+
+    called: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: called.append(("device", number)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: called.append((backend, timeout.days > 7)))
+    monkeypatch.setattr(atexit, "register", lambda leave: called.append(("at the end", leave)))
+    set_variables(monkeypatch, WORLD_SIZE=8, RANK=6, LOCAL_RANK=2)
+    distributed.join()
+    backend = [("device", 2), ("cpu:gloo,cuda:nccl", True)] if gpus else [("gloo", True)]
+    assert called == [*backend, ("at the end", dist.destroy_process_group)]
+
+
 def _share() -> Any:
     called = []
 
@@ -189,7 +206,7 @@ def test_a_process_that_sees_something_else_stops_all_of_them(odd: int) -> None:
 def _leave() -> tuple[bool, bool]:
     import torch.distributed as dist
 
-    distributed.join()
+    distributed.wait()  # as in every launch: nobody leaves while another still connects
     before = dist.is_initialized()
     atexit._run_exitfuncs()
     return before, dist.is_initialized()

@@ -12,7 +12,7 @@ from tiny_gguf import write_tiny
 from so8t_core.errors import InputError
 from verification.contract import file_structure
 from verification.engines.llama_model import LlamaModel
-from verification.engines.stop_tokens import KEYS, add_stop_keys, listed_stops
+from verification.engines.stop_keys import KEYS, add_stop_keys, listed_stops
 from verification.gguf.edit_keys import insert_keys
 from verification.gguf.reader import read_gguf
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from verification.commands.lint_result import LintFinding
 from verification.contract.file_structure import counts, layout, promised_types, vocabulary
 from verification.contract.finding import Cause, Finding, as_check
-from verification.contract.metadata import HARMLESS, against_oracle, is_harmless
+from verification.contract.metadata import against_oracle, is_harmless, unread_differences
 from verification.engines.quantise import quantise
 from verification.fault_catalogue import run as runner
 from verification.fault_catalogue.catalogue import catalogue
@@ -37,6 +37,7 @@ from verification.fault_catalogue.result import HealthyRow, Row, SelfTest
 from verification.gate.report import Check
 from verification.gguf.cache import Memory
 from verification.gguf.candidate import Candidate
+from verification.gguf.key_effects import TABLE
 from verification.gguf.key_types import wanted
 from verification.gguf.reader import STRING, read_gguf
 from verification.gguf.writer import Raw
@@ -219,16 +220,25 @@ def test_no_key_can_change_unnoticed(pair: Healthy, tmp_path: Path, data: st.Dat
     assert not findings or any(key.split("[")[0] in f.where or f.where in key or "token" in key for f in findings)
 
 
-@pytest.mark.parametrize("key", ["general.sampling.temp", "general.tensor_extra.name", "llama.new_switch", "x.y"])
-def test_no_key_can_be_added_unnoticed(pair: Healthy, tmp_path: Path, key: str) -> None:
-    path = set_metadata(pair.files["F16"], tmp_path / "f.gguf", {key: 7.0})
-    assert [f.where for f in against_oracle(read_gguf(path), pair.opened["F16"])] == [key]
+@pytest.mark.parametrize("key", ["general.sampling.temp", "general.tensor_extra.name", "llama.attention.clamp_kqv"])
+def test_no_key_that_llama_cpp_reads_can_be_added_unnoticed(pair: Healthy, tmp_path: Path, key: str) -> None:
+    file = read_gguf(set_metadata(pair.files["F16"], tmp_path / "f.gguf", {key: 7.0}))
+    assert [f.where for f in against_oracle(file, pair.opened["F16"])] == [key]
+    assert unread_differences(file, pair.opened["F16"]) == []
+
+
+@pytest.mark.parametrize("key", ["llama.new_switch", "qwen2.rope.freq_base", "tokenizer.ggml.fast", "x.y"])
+def test_a_key_that_llama_cpp_does_not_read_is_a_note(pair: Healthy, tmp_path: Path, key: str) -> None:
+    file = read_gguf(set_metadata(pair.files["F16"], tmp_path / "f.gguf", {key: 7.0}))
+    assert against_oracle(file, pair.opened["F16"]) == []
+    assert [f.where for f in unread_differences(file, pair.opened["F16"])] == [key]
 
 
 def test_harmless_keys_may_say_anything(bench: Bench, pair: Healthy, tmp_path: Path) -> None:
-    """Words; not the file type and the split count, which other checks hold."""
-    numbers = {"general.file_type", "split.count", "split.no", "split.tensors.count"}
-    rules = {key: wanted(key) for key in sorted(HARMLESS - numbers)}
+    """Words; not the file type, which another check holds."""
+    harmless = {key for key, effect in TABLE.items() if effect.kind == "information" and "{" not in key}
+    lists = {"imatrix.datasets", "tokenizer.chat_templates"}
+    rules = {key: wanted(key) for key in sorted(harmless - lists - {"general.file_type"})}
     words = {key: "anything" if rule is None or rule.allows(STRING, None) else 7 for key, rule in rules.items()}
     path = set_metadata(pair.files["F16"], tmp_path / "f.gguf", words)
     assert judge(pair, path, bench.policy).passed

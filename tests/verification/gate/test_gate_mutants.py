@@ -21,12 +21,16 @@ JUDGES = {
     "verification.engines.distributed": ("test_distributed.py",),
     "verification.weight_parity.hypotheses": ("test_hypotheses.py",),
     "verification.logit_parity.intervals": ("test_bootstrap_exact.py",),
+    "pipeline.cli.exit_codes": ("test_exit_codes.py",),
 }
-ALLOWED = 0.05  # share of survivors
+ALLOWED = 0.02  # share of survivors
+# 11 of its 13 change how many rows a block has or add a bucket that stays empty: none of them changes a number.
+ALLOWED_OF = {"verification.logit_parity.kl": 0.03}
+LEAST = {"pipeline.cli.exit_codes": 25}  # mutants; a runner that finds fewer has become blind
 
 
 def judges_of(module: str) -> list[Path]:
-    return [next(HERE.parent.rglob(name)) for name in JUDGES[module]]
+    return [next((ROOT / "tests").rglob(name)) for name in JUDGES[module]]
 
 
 @pytest.mark.soak
@@ -34,10 +38,10 @@ def judges_of(module: str) -> list[Path]:
 def test_every_surviving_mutant_is_explained(module: str) -> None:
     outcome = judged(module, judges_of(module), jobs=2)
     explained = EXPLAINED.get(module, {})
-    assert outcome.tried == outcome.mutants > 150
+    assert outcome.tried == outcome.mutants >= LEAST.get(module, 150)
     assert sorted(set(outcome.survivors) - set(explained)) == []
     assert sorted(set(explained) - set(outcome.survivors)) == []
-    assert len(outcome.survivors) < ALLOWED * outcome.mutants
+    assert len(outcome.survivors) < ALLOWED_OF.get(module, ALLOWED) * outcome.mutants
 
 
 @pytest.mark.soak

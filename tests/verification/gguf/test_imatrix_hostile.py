@@ -64,7 +64,7 @@ def test_a_damaged_dat_file_is_refused_by_name(tmp_path: Path, name: str) -> Non
         read_imatrix(path)
     assert words in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < 5
 
 
 def test_a_healthy_dat_file_is_values_by_calls(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from sample_report import sample_report
 from verification_models import Family
 
 from so8t_core import InputError, bake, bake_checkpoint, load_adapter
-from so8t_core.quantised import load_quantised, weight_error
 from so8t_core.versions import check_version
+from verification.engines.bitsandbytes_base import load_quantised, weight_error
 from verification.engines.huggingface import load_hf
 from verification.gate.report import Divergence, Report, TrainedFunction
 from verification.gate.statement import check_statement

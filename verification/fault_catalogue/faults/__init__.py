@@ -1,1 +1,1 @@
-"""Faults that people met, planted one at a time: a file for each place where a fault can sit."""
+"""Faults that people met, planted one at a time: one file for each place of a fault."""

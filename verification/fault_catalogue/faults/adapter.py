@@ -1,4 +1,4 @@
-"""Faults of merging: a rotation or a LoRA that is missing, doubled, inverted, or not quite the one that was trained."""
+"""Faults of merging: a rotation or a LoRA that is missing, doubled, inverted, or slightly different."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ OUTPUT = "attn_output.weight"
 
 
 def _from_float(pair: Healthy, source: Path, target: Path, changes: dict[str, Any]) -> None:
-    """Tensors changed before the quantisation: `changes` maps names to functions of the float values."""
+    """Change tensors before the quantisation: `changes` maps names to functions of the float values."""
     kind = read_gguf(source).file_type
     raw = Raw.read(source)
     for info in raw.tensors:
         if info.name in changes:
             values = changes[info.name](pair.opened["F16"].tensors[info.name].values().copy())
-            if kind != "F16":  # what a conversion to F16 between would have left
+            if kind != "F16":  # the rounding of a conversion to F16 in between
                 values = np.asarray(values, dtype=np.float16).astype(np.float32)
             data = quantised_bytes(
                 np.ascontiguousarray(values, dtype=np.float32), pair.opened[kind].tensors[info.name].type
@@ -38,7 +38,7 @@ def _from_float(pair: Healthy, source: Path, target: Path, changes: dict[str, An
 
 
 def _off_by(pair: Healthy, source: Path, target: Path, angle: float) -> None:
-    """One layer's R turned on by a random rotation of which every plane has about this angle."""
+    """Multiply one layer's R by a random rotation with about this angle in every plane."""
     from so8t_core.rotation import exp_so8
 
     def turn(w: Any) -> Any:
@@ -50,7 +50,7 @@ def _off_by(pair: Healthy, source: Path, target: Path, angle: float) -> None:
 
 
 def _with_R(*powers: int) -> Plant:
-    """o_proj of one layer times R to the powers, on top of what is baked already."""
+    """Multiply the baked o_proj of one layer by R to the powers."""
 
     def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
         R = pair.rotation(pair.layers // 2)
@@ -66,7 +66,7 @@ def _with_R(*powers: int) -> Plant:
 
 
 def _with_fold(tensor: str, *powers: int) -> Plant:
-    """`tensor` of one layer times what the adapter does to its input, to the powers, on top of what is baked."""
+    """Multiply the baked `tensor` of one layer by the adapter's map of its input, to the powers."""
 
     def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
         name = layer_of(pair, tensor)
@@ -96,7 +96,7 @@ def _every_target() -> list[Fault]:
             _with_fold(f"{tensor}.weight", *powers),
             (tensor,),
             pair=pair,
-            quick=number == place % len(kinds),  # one of the three in the short run
+            quick=number == place % len(kinds),  # one of the three is in the short run
         )
         for pair, names in targets.items()
         for place, tensor in enumerate(names)
@@ -115,7 +115,7 @@ def _wrong_side(pair: Healthy, source: Path, target: Path, strength: float) -> N
 
 
 def _change_scaled(tensor: str, *, everywhere: bool = False) -> Plant:
-    """base + strength * (reference - base): a merge with another scale, none (0), or done twice (2)."""
+    """base + strength * (reference - base): a merge with another scale, no merge (0), or a double merge (2)."""
 
     def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
         origin, file = pair.sources.base, pair.opened["F16"]
@@ -133,7 +133,7 @@ def _change_scaled(tensor: str, *, everywhere: bool = False) -> Plant:
 
 
 def _base_converted(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """The base's own file under the reference's name."""
+    """The base's file under the reference's name."""
     base, file = pair.sources.base, pair.opened["F16"]
     assert base is not None
     found, middle = inventory(pair.checkpoint, file), target.with_suffix(".float.gguf")

@@ -1,4 +1,4 @@
-"""Faults of the Hugging Face directory: converted with a wrong file in it, or saved with a wrong merge."""
+"""Faults of the Hugging Face directory: a wrong file in it before the conversion, or a wrong merge in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Change = Callable[[Path, float], None]
 
 
 def _converted(change: Change) -> Plant:
-    """The reference's directory with one file changed, through upstream's converter."""
+    """Change one file in the reference's directory, then convert it with upstream's converter."""
 
     def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
         with tempfile.TemporaryDirectory(prefix="so8t-fault-") as scratch:
@@ -63,7 +63,7 @@ def _without(name: str) -> Change:
 
 
 def _saved(tensor: str, change: Callable[[Healthy, Any, float], Any]) -> Plant:
-    """The reference with one tensor of the middle layer saved otherwise; `target` becomes a directory."""
+    """Save the reference with one changed tensor of the middle layer; `target` becomes a directory."""
 
     def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
         shutil.copytree(pair.reference, target, dirs_exist_ok=True)

@@ -1,6 +1,6 @@
-"""Faults where file and checkpoint agree but the engine computes something else, which only logits show.
+"""Faults of the engine: file and checkpoint agree, but the engine computes other logits.
 
-These pairs are healthy files of models that the engine, or the file's number format, cannot hold as they are.
+These pairs are healthy files of models that the engine, or the file's number format, cannot represent exactly.
 """
 
 from __future__ import annotations

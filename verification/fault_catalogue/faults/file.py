@@ -1,4 +1,4 @@
-"""Faults of the file itself: cut, damaged, incomplete, or with something that nobody asked for."""
+"""Faults of the file itself: cut, damaged, incomplete, or with additional data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _cut(pair: Healthy, source: Path, target: Path, strength: float) -> None:
 
 
 def _bit(tensor: str, byte: int) -> Plant:
-    """Bit number `strength` of one byte of a tensor."""
+    """Flip bit number `strength` of one byte of a tensor."""
 
     def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
         flipped_bit(source, target, layer_of(pair, tensor), byte=byte, bit=round(strength))
@@ -29,7 +29,7 @@ def _bit(tensor: str, byte: int) -> Plant:
 
 
 def _extra(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """A tensor that llama.cpp would use and the model has not: RoPE divisors near 1."""
+    """Add a tensor that llama.cpp uses but the model does not have: RoPE divisors near 1."""
     raw = Raw.read(source)
     size = int(read_gguf(source).get("rope.dimension_count")) // 2
     values = (1 + np.float32(strength) * noise((size,), 3)).astype(np.float32)
@@ -38,7 +38,7 @@ def _extra(pair: Healthy, source: Path, target: Path, strength: float) -> None:
 
 
 def _duplicate(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """The same key twice: which one counts depends on the reader."""
+    """Write the same key twice: readers differ in the value that they take."""
     raw = Raw.read(source)
     raw.keys["general.twin"] = raw.keys[f"{read_gguf(source).architecture}.rope.freq_base"]
     raw.write(target)
@@ -52,11 +52,11 @@ def _duplicate(pair: Healthy, source: Path, target: Path, strength: float) -> No
 
 
 def _hidden(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """Data in the padding before the first tensor."""
+    """Write data into the padding before the first tensor."""
     shutil.copyfile(source, target)
     file = read_gguf(source)
     first = min(tensor.offset for tensor in file.tensors.values())
-    if file.header == first:  # no padding there: make some
+    if file.header == first:  # there is no padding: add some
         set_metadata(source, target, {"general.description": "x"})
         file = read_gguf(target)
         first = min(tensor.offset for tensor in file.tensors.values())

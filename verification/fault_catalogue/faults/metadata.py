@@ -222,7 +222,7 @@ FAULTS = [
         ("general.sampling",),
         steps("temperature {:g}", 2.0, 0.81),
     ),
-    Fault("an unknown key of the architecture", "engine settings", _key("rope.unknown_switch", 1), ("unknown_switch",)),
+    Fault("a key of another family", "engine settings", _key("rescale_every_n_layers", 1), ("rescale_every_n_layers",)),
     Fault(
         "a soft-cap that the model has not",
         "window and soft-cap",

@@ -20,7 +20,7 @@ def _set(key: str, value: Any = None) -> Plant:
 
 
 def _flag(key: str) -> Plant:
-    """A truth value turned around; one that is absent counts as false."""
+    """Invert a truth value; a missing one counts as false."""
 
     def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
         set_metadata(source, target, {key: not read_gguf(source).metadata.get(key, False)})
@@ -29,7 +29,7 @@ def _flag(key: str) -> Plant:
 
 
 def _exchanged(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """`strength` pairs of neighbouring ordinary tokens change places."""
+    """Exchange the tokens in `strength` pairs of neighbouring ordinary tokens."""
     raw = Raw.read(source)
     tokens = raw.keys["tokenizer.ggml.tokens"][1]
     for i in range(round(strength)):
@@ -60,7 +60,7 @@ def _template(change: Any) -> Plant:
 
 
 def _padded(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """More tokens than the embedding has rows."""
+    """Write more tokens than the embedding has rows."""
     raw = Raw.read(source)
     for key, item in (("tokens", "[PAD{}]"), ("scores", 0.0), ("token_type", 1)):
         values = raw.keys[f"tokenizer.ggml.{key}"][1]

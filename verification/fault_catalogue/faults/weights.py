@@ -1,4 +1,4 @@
-"""Faults of weights: order, size, another tensor, another way to the same file, numbers out of range."""
+"""Faults of weights: wrong order, scale, tensor, way of making the file, or numbers out of range."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from verification.gguf.reader import read_gguf
 from verification.gguf.writer import Info, Raw
 from verification.weight_parity.hypotheses import halves_to_pairs
 
-HEAD = 64  # rows a head in every pair that these faults use
+HEAD = 64  # rows of a head in every pair that these faults use
 
 
 def _edit(tensor: str, change: Any) -> Plant:
-    """`change(values, strength)` on a tensor of the middle layer."""
+    """Apply `change(values, strength)` to a tensor of the middle layer."""
 
     def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
         edit_tensor(source, target, layer_of(pair, tensor), lambda w: change(w, strength))
@@ -41,7 +41,7 @@ def _noise(w: Any, strength: float) -> Any:
 
 
 def _one(w: Any, strength: float) -> Any:
-    """The largest weight, relative to itself."""
+    """Multiply the largest weight by 1 + `strength`."""
     w.reshape(-1)[np.argmax(np.abs(w))] *= np.float32(1 + strength)
     return w
 
@@ -52,7 +52,7 @@ def _heads(w: Any, strength: float) -> Any:
 
 
 def _fused(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """Phi-3's q | k | v with the k and v rows exchanged."""
+    """Exchange the k and v rows in Phi-3's q | k | v."""
     kv = int(pair.checkpoint.config["num_key_value_heads"]) * HEAD
 
     def change(w: Any) -> Any:
@@ -62,7 +62,7 @@ def _fused(pair: Healthy, source: Path, target: Path, strength: float) -> None:
 
 
 def every_weight(source: Path, target: Path, change: Any) -> Path:
-    """Change every matrix of a file, each with a number of its own."""
+    """Change every matrix of a file; `change` also gets the matrix's number."""
     raw = Raw.read(source)
     tensors = read_gguf(source).tensors
     for number, info in enumerate(raw.tensors):
@@ -76,7 +76,7 @@ def every_weight(source: Path, target: Path, change: Any) -> Path:
 
 
 def _other_weights(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """A finetune near the reference: independent noise on every matrix, quantised as the healthy file was."""
+    """A fine-tune near the reference: independent noise on every matrix, quantised in the same way."""
     middle = target.with_suffix(".float.gguf")
 
     def change(w: Any, number: int) -> Any:
@@ -88,7 +88,7 @@ def _other_weights(pair: Healthy, source: Path, target: Path, strength: float) -
 
 
 def _fewer_bits(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """Every matrix through a float type with fewer bits of mantissa."""
+    """Round every matrix to a float type with fewer bits of mantissa."""
 
     def change(w: Any, number: int) -> Any:
         mantissa, exponent = np.frexp(w)
@@ -98,7 +98,7 @@ def _fewer_bits(pair: Healthy, source: Path, target: Path, strength: float) -> N
 
 
 def _retyped(kind: str, tensor: str) -> Plant:
-    """One tensor in another quantised type, as a mixed recipe or a fallback writes it."""
+    """Write one tensor in another quantised type, as a mixed recipe or a fallback does."""
 
     def plant(pair: Healthy, source: Path, target: Path, strength: float) -> None:
         raw, name = Raw.read(source), layer_of(pair, tensor)
@@ -119,7 +119,7 @@ def _file_type(pair: Healthy, source: Path, target: Path, strength: float) -> No
 
 
 def _head(pair: Healthy, source: Path, target: Path, strength: float) -> None:
-    """A tied model with a head of its own: what an adapter merged into the embedding leaves behind."""
+    """Give a tied model a separate head, as after merging an adapter into the embedding."""
     raw = Raw.read(source)
     embedding = read_gguf(source).tensors["token_embd.weight"]
     values = _noise(embedding.values().copy(), strength).astype(np.float16)
@@ -245,7 +245,7 @@ FAULTS = [
         "other source",
         _other_weights,
         ("tensors",),
-        # 0.01 adds 1 % to the error of a 4-bit type: nothing that its user could notice, and judged healthy
+        # 0.01 adds 1 % to the error of a 4-bit type: a user cannot notice that, and the file is judged healthy
         steps("{:g} of the weights", 0.1, 0.01, 0.001, 0.0001),
         real=0,
         level="Q4_K_M",

@@ -1,5 +1,5 @@
-"""Structure in a quantised tensor's error: each file one estimator, with its standard error and its threshold.
+"""Structure in a quantised tensor's error: each file holds one estimator, its standard error and its threshold.
 
-W is the reference, F the file's dequantised tensor, E = F - W; all (out, in). Rounding has no structure but what its
-blocks share: errors within a block depend on one rounded scale and minimum, so every null draws signs *per block*.
+W is the reference, F the file's dequantised tensor, E = F - W; all (out, in). Rounding errors have structure only
+within a block, where they depend on one rounded scale and minimum. So every null draws signs *per block*.
 """

@@ -1,9 +1,9 @@
-"""The known direction: how much of the change from the base is missing or doubled in a tensor.
+"""The known direction: the share of the change from the base that is missing or doubled in a tensor.
 
-c = <E, D> / |D|^2 with D = reference - base: 0 healthy, -1 not merged, +1 merged twice. Neither the importance matrix
-nor the type nor the rank of D matters. What lies along F is taken out of E first (a matrix scales it). Standard error:
-blocks are independent, so sqrt(sum over blocks <E_b, D_b>^2) / |D|^2. Estimates of several tensors add up with weights
-1 / SE^2.
+c = <E, D> / |D|^2 with D = reference - base: 0 healthy, -1 not merged, +1 merged twice. The estimate does not depend on
+the importance matrix, the type or the rank of D. The part of E along F is removed first, because a matrix scales it.
+Standard error: blocks are independent, so sqrt(sum over blocks <E_b, D_b>^2) / |D|^2. Estimates of several tensors are
+averaged with weights 1 / SE^2.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 CERTAIN = 6.5  # standard errors: P(|z| > 6.5) over 300 tensors is 2e-8
-LEAST = (
-    0.05  # a smaller share of the change is no fault that people make, and correlations of D with W may look like it
-)
+LEAST = 0.05  # people make no faults with a smaller share, and correlations of D with W may look like one
 
 
 @dataclass(frozen=True)
 class Direction:
-    """How much of the change from the base is in the error."""
+    """The share of the change from the base in the error."""
 
     value: float
     standard_error: float
@@ -42,7 +40,7 @@ def direction(values: Array, error: Array, change: Array, *, block: int) -> Dire
     """The share of `change` D in `error` E; None where reference and base are equal.
 
     Args:
-        values: F; all of one shape, rows a multiple of `block` long.
+        values: F; all three have one shape, with rows of a multiple of `block` weights.
     """
     F, E, D = (x.astype(np.float64).reshape(-1, block) for x in (values, error, change))
     square = float(np.vdot(D, D))
@@ -55,7 +53,7 @@ def direction(values: Array, error: Array, change: Array, *, block: int) -> Dire
 
 
 def together(found: Iterable[Direction]) -> Direction | None:
-    """All tensors' estimates as one; None for none."""
+    """The average of several tensors' estimates; None if there is no estimate."""
     known = [one for one in found if one.standard_error > 0]
     if not known:
         return None

@@ -1,12 +1,12 @@
 """A low-rank part in the error: a LoRA missing, merged twice, or of another checkpoint.
 
-The part along F is taken out and every quantisation block divided by its own RMS, so that rounding is white; then the
-singular values are compared with those of the same matrix under random signs *per block* (JUDGE: signs per element
-give a null 2.7 times too small). Ratios to that null, each divided by the ratio of the middle of the spectrum:
-*leading*, the largest of the first; *trailing*, of the last. Rounding has both near 1. A low-rank part lifts the
-leading ones alone. A quantiser with error feedback (GPTQ) colours the whole spectrum: its triangular filter has
-determinant 1, so what it lifts at one end it lowers at the other. Leading without trailing is a fault; both together
-are error feedback, which only the layer's output can judge.
+The part of E along F is removed and every quantisation block is divided by its RMS, so that rounding is white. Then the
+singular values are divided by those of the same matrix with random signs *per block* (JUDGE: signs per element give a
+null 2.7 times too small), and these ratios by the ratio in the middle of the spectrum. *leading* is the largest of the
+first ratios, *trailing* the median of the last. Rounding gives both near 1. A low-rank part raises only the leading
+ratio. A quantiser with error feedback (GPTQ) changes the whole spectrum: its triangular filter has determinant 1, so it
+raises one end and lowers the other. A high leading ratio with a normal trailing one is a fault; a high leading and a
+low trailing ratio are error feedback, on which only the layer's output can decide.
 Measured, healthy, five matrices and six makers: leading <= 1.044, trailing >= 0.973; GPTQ 1.2 to 1.7 and 0.71 to 0.85.
 """
 
@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-ROWS = 768  # more rows and columns are left out evenly: a low-rank part shows in any of them
+ROWS = 768  # of more rows (columns), evenly spaced ones are used: a low-rank part shows in any of them
 COLUMNS = 2048
-DRAWS = 2  # of the null
-LEADING = 1.06  # healthy files' systematic part, on top of chance
+DRAWS = 2  # random draws of the null
+LEADING = 1.06  # largest leading ratio of healthy files, without chance
 CHANCE = 4.0  # standard deviations of the largest singular value
 # the largest singular value of an n x m white matrix fluctuates by about 0.6 n^(-2/3) of itself, n <= m (Tracy-Widom)
 FLUCTUATION = 0.6
@@ -31,7 +31,7 @@ COLOURED = 0.93  # trailing ratio below which the spectrum is coloured as a whol
 
 @dataclass(frozen=True)
 class LowRank:
-    """How the singular values of an error stand to those of rounding."""
+    """The singular values of an error compared with those of rounding."""
 
     leading: float
     trailing: float
@@ -44,11 +44,11 @@ class LowRank:
 
 
 def low_rank(values: Array, error: Array, *, block: int) -> LowRank | None:
-    """The spectrum of `error` E against rounding's; None for a tensor too small to have one.
+    """The spectrum of `error` E compared with that of rounding; None if the tensor is too small or has partial blocks.
 
     Args:
         values: F, (out, in).
-        block: weights that share a scale: the smallest unit of a type, 16 or 32.
+        block: number of weights that share a scale, 16 or 32.
     """
     out, width = values.shape
     if out < 64 or width < 64 or width % block:
@@ -69,7 +69,7 @@ def low_rank(values: Array, error: Array, *, block: int) -> LowRank | None:
     rank = len(found)
     ratio = found / np.maximum(null, 1e-30)
     middle = float(np.median(ratio[rank // 8 : rank // 2])) or 1.0
-    last = slice(rank - max(rank // 16, 4), rank - 1)  # the very last one is taken out along F
+    last = slice(rank - max(rank // 16, 4), rank - 1)  # the very last one was removed with the part along F
     threshold = LEADING + CHANCE * FLUCTUATION * rank ** (-2 / 3) * float(np.sqrt(1 + 1 / DRAWS))
     trailing = float(np.median(ratio[last])) / middle
     return LowRank(float(ratio[:8].max()) / middle, trailing, threshold, trailing < COLOURED)

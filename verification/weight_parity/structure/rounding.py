@@ -1,18 +1,15 @@
-"""Codes that are not the nearest to the reference on the file's own scales.
+"""Counts the codes that are not the nearest to the reference on the file's own scales.
 
-llama.cpp chooses the scales of a K-quant, IQ4 or Q8_0 block first, under whatever importance matrix, and then rounds
-every weight to the nearest value that these scales allow. So whoever has the reference W needs neither the matrix nor
-the maker: each weight must lie in the cell of its code, at most half a step from the dequantised F, or beyond it at the
-end of the range. Healthy, 13 types, three matrices: not one code of 1.5 million lies outside. Other weights leave a
-share near 0.8 d / step of all codes outside, d the standard deviation of their difference.
+llama.cpp first chooses the scales of a K-quant, IQ4 or Q8_0 block, with any importance matrix, and then rounds every
+weight to the nearest value on these scales. So each weight of the reference W must lie in the cell of its code: at most
+half a step from the dequantised F, or beyond F at the end of the range. This test needs neither the matrix nor the
+maker. Healthy, 13 types, three matrices: not one code of 1.5 million lies outside. Other weights put a share near
+0.8 d / step of all codes outside, d the standard deviation of their difference.
 
-Q4_0 to Q5_1 under a matrix are rounded with one scale and stored with another (least squares), as other quantisers may
-do for any type. There, every group that shares a scale must have *some* scale and minimum (a, b) with
-|a w + b - code| <= 1/2: the room that is left for b is concave in a, and its maximum must not be negative.
-
-Tolerance: a float16 scale's last bit, or arithmetic in float16: 2^-10 of the value and of the minimum; a scale below
-float16's normal numbers has a larger last bit, 2^-24.
-Shapes: W, F (out, in); low, high: the ends of the code's range, of the same shape; groups: (out * in / group, group).
+With a matrix, Q4_0 to Q5_1 are rounded with one scale and stored with another (least squares); other quantisers may do
+so for any type. Here every group must have *some* scale and minimum (a, b) with |a w + b - code| <= 1/2: the room that
+is left for b is concave in a, and its maximum must not be negative.
+Shapes: W, F (out, in); low, high: ends of the code's range, of the same shape; groups: (out * in / group, group).
 """
 
 from __future__ import annotations
@@ -31,21 +28,23 @@ Array = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
-LAST_BIT = np.float32(2.0**-10)  # of a float16, relative, at most
+# Tolerance: a float16 scale's last bit, or arithmetic in float16: 2^-10 of the value and of the minimum; a scale below
+# float16's normal numbers has a larger last bit, 2^-24.
+LAST_BIT = np.float32(2.0**-10)
 BATCH = 1 << 20  # weights at a time
-LOOKED = 8192  # groups of a tensor that are searched for other scales
-WIDEST = 0.8, 1.25  # scales that are tried, in the stored one; llama.cpp's search goes 0.9 / 8 = 11 % either way
+LOOKED = 8192  # most groups of a tensor for which other scales are tried
+WIDEST = 0.8, 1.25  # range of tried scales, divided by the stored one; llama.cpp tries 0.9 / 8 = 11 % either way
 THIRD = np.float32(1 / 3)
-STEPS = 20  # of the search for a scale: its interval shrinks to 2/3 each time, to 3e-4 of itself
-_SCALE_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}  # where a block keeps its float16 scale; elsewhere at 0
+STEPS = 20  # steps of the search for a scale: each cuts the interval to 2/3, all together to 3e-4
+_SCALE_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}  # byte offset of a block's float16 scale; 0 in other types
 
 
 @dataclass(frozen=True)
 class _Uniform:
-    """A type whose codes are equally far apart."""
+    """A type whose codes have equal distances."""
 
     codes: tuple[int, int]  # bytes of a block that hold codes
-    steps: int  # between the lowest and the highest code
+    steps: int  # number of steps between the lowest and the highest code
     group: int  # weights that share a scale
     minimum: bool = False  # whether the lowest value is stored
     highest: int = 0xFF  # byte that gives the highest code everywhere
@@ -64,23 +63,23 @@ _UNIFORM = {
     "Q5_K": _Uniform((16, 176), 31, 32, minimum=True),
     "Q6_K": _Uniform((0, 192), 63, 16),
 }
-# codebooks: bytes of a block that hold codes, the byte whose two codes mean 1, the values
+# codebooks: bytes of a block that hold codes, the byte whose two codes stand for 1, the values
 _BOOKS = {
     "IQ4_NL": ((2, 18), 0x88, IQ4_NL.kvalues),
     "IQ4_XS": ((8, 136), 0x88, IQ4_NL.kvalues),
     "MXFP4": ((1, 17), 0x11, MXFP4.kvalues),
 }
-STORED_OTHERWISE = frozenset(("Q4_0", "Q4_1", "Q5_0", "Q5_1"))  # under a matrix; see above
+STORED_OTHERWISE = frozenset(("Q4_0", "Q4_1", "Q5_0", "Q5_1"))  # stored with another scale under a matrix
 
 
 @dataclass(frozen=True)
 class Rounding:
     """The codes of one tensor that are not the nearest."""
 
-    rows: Counts  # (out,): such codes in each row
+    rows: Counts  # (out,): codes in each row that are not the nearest
     columns: Counts  # (in,)
-    unexplained: float  # of `STORED_OTHERWISE`: share of the groups that no other scale explains either
-    unexplained_rows: Counts  # (out,): such groups in each row, of those that were looked at
+    unexplained: float  # types in `STORED_OTHERWISE`: share of the groups that no other scale explains
+    unexplained_rows: Counts  # (out,): unexplained groups in each row, among the searched groups
 
     @property
     def count(self) -> int:
@@ -92,7 +91,7 @@ class Rounding:
 
 
 def has_cells(kind: str) -> bool:
-    """Whether the codes of a type are chosen one by one, so that each has a cell (lattice types' are not)."""
+    """Whether the codes of a type are chosen one by one, so that each has a cell; not so in lattice types."""
     return kind in _UNIFORM or kind in _BOOKS
 
 
@@ -100,8 +99,9 @@ def rounding(tensor: GGUFTensor, values: Array, wanted: Array, *, saved: float =
     """Count the codes whose cell does not hold the reference's weight; None for a type without cells, or without bytes.
 
     Args:
-        values: F, what the tensor dequantises to; `wanted` W; both (out, in).
-        saved: half a rounding of the type that the reference is saved in, relative: its maker may have had more bits.
+        values: F, the tensor's dequantised values; `wanted` W; both (out, in).
+        saved: half a rounding of the type that the reference is saved in, relative: the file's maker may have had
+            weights with more bits.
     """
     if not has_cells(tensor.type) or not tensor.raw.size:
         return None
@@ -132,8 +132,8 @@ def rounding(tensor: GGUFTensor, values: Array, wanted: Array, *, saved: float =
 def _outside(kind: str, raw: Raw, values: Array, wanted: Array, ends: tuple[Array, Array] | None, saved: float) -> Mask:
     """Whether each weight lies outside of the cell of its code, (out, in).
 
-    Of equally spaced codes only weights further than half a step from their value are asked: the tolerance of every
-    such type exceeds what float32 rounds in the sum, so that the others lie inside.
+    For equally spaced codes, only weights further than half a step from their value are tested. All others lie inside,
+    because the tolerance of every such type exceeds the rounding of the float32 sum.
     """
     last, block = _last_bit(kind, raw), GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
     if ends is None:
@@ -158,7 +158,7 @@ def _outside(kind: str, raw: Raw, values: Array, wanted: Array, ends: tuple[Arra
 
 
 def nearest_values(tensor: GGUFTensor, values: Array, wanted: Array) -> Array | None:
-    """W rounded to the nearest values on the tensor's own scales, (out, in); None as in `rounding`."""
+    """W rounded to the nearest values on the tensor's scales, (out, in); None as in `rounding`."""
     if not has_cells(tensor.type) or not tensor.raw.size:
         return None
     found = np.empty_like(values)
@@ -176,12 +176,15 @@ def nearest_values(tensor: GGUFTensor, values: Array, wanted: Array) -> Array | 
 
 
 def _without_scale(kind: _Uniform, low: Array, high: Array, values: Array, wanted: Array) -> Mask:
-    """Groups (groups, group) whose codes no scale and minimum give; those without a step are left out."""
+    """Whether no scale and minimum gives a group's codes, (groups,); False for a group without a step.
+
+    The arrays are (groups, group).
+    """
     step = (high - low)[:, :1] / np.float32(kind.steps)
     found = np.zeros(len(low), dtype=np.bool_)
     used = step[:, 0] != 0
     step = step[used]
-    zero = low[used][:, :1] if kind.minimum else np.zeros_like(step)  # where codes are counted from
+    zero = low[used][:, :1] if kind.minimum else np.zeros_like(step)  # the value of code 0
     codes, W, first, last = ((x[used] - zero) / step for x in (values, wanted, low, high))
     codes = np.rint(codes)
     below = np.where(codes <= first + np.float32(0.25), -np.inf, codes - np.float32(0.5))
@@ -194,8 +197,8 @@ def _without_scale(kind: _Uniform, low: Array, high: Array, values: Array, wante
 def _has_room(W: Array, below: Array, above: Array, least: Array, *, shift: bool) -> Mask:
     """Whether some a leaves at least `least` of room for b in below <= a W + b <= above, (groups,).
 
-    W, below, above: (groups, weights). Without `shift` b is 0. The room is concave in a, so thirds are cut off; a group
-    that has room is not searched further.
+    W, below, above: (groups, weights). Without `shift` b is 0. The room is concave in a, so a ternary search finds its
+    maximum; the search of a group ends when it has enough room.
     """
 
     def room(a: Array) -> Array:
@@ -231,9 +234,9 @@ def _batches(tensor: GGUFTensor, rows: int) -> Iterator[tuple[slice, Raw]]:
 
 
 def _last_bit(kind: str, raw: Raw) -> Array:
-    """The last bit of every block's float16 scale, or minimum, relative, of a normal number at least; (blocks,)."""
+    """The last bit of every block's float16 scale or minimum, relative, at least 2^-10; (blocks,)."""
     size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
-    if kind == "MXFP4":  # a power of two
+    if kind == "MXFP4":  # the scale is a power of two
         return np.zeros(raw.size // size, dtype=np.float32)
     at, ends = _SCALE_AT.get(kind, 0), 4 if kind in _UNIFORM and _UNIFORM[kind].minimum else 2
     stored = np.ascontiguousarray(raw.reshape(-1, size)[:, at : at + ends]).view("<f2").astype(np.float32)
@@ -243,7 +246,7 @@ def _last_bit(kind: str, raw: Raw) -> Array:
 
 
 def _filled(kind: str, raw: Raw, shape: tuple[int, ...], codes: tuple[int, int], byte: int) -> Array:
-    """What the blocks mean with every code byte set to `byte`."""
+    """The dequantised values of the blocks with every code byte set to `byte`."""
     blocks = raw.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]).copy()
     blocks[:, slice(*codes)] = byte
     return GGUFTensor("", shape, kind, blocks.reshape(-1)).values()
@@ -257,7 +260,7 @@ def _ends(kind: str, raw: Raw, shape: tuple[int, ...]) -> tuple[Array, Array]:
 
 
 def _book(kind: str, raw: Raw, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """A codebook's unit of every weight, its values in order, and the middles between them."""
+    """The unit of every weight, the codebook's values in order, and the middles between these values."""
     codes, one, values = _BOOKS[kind]
     book = np.unique(np.asarray(values, dtype=np.float32))
     cuts: Array = (book[1:] + book[:-1]) * np.float32(0.5)
@@ -269,7 +272,7 @@ def _book_cells(kind: str, raw: Raw, values: Array) -> tuple[Array, Array]:
     unit, _, cuts = _book(kind, raw, values.shape)
     at = np.searchsorted(cuts, values / np.where(unit == 0, np.float32(1), unit))
     edges = np.concatenate([[-np.inf], cuts, [np.inf]]).astype(np.float32)
-    with np.errstate(invalid="ignore"):  # infinity times zero, of empty blocks
+    with np.errstate(invalid="ignore"):  # infinity times zero in empty blocks
         one, two = edges[at] * unit, edges[at + 1] * unit
     below = np.where(unit == 0, -np.inf, np.minimum(one, two)).astype(np.float32)
     above = np.where(unit == 0, np.inf, np.maximum(one, two)).astype(np.float32)

@@ -1,8 +1,9 @@
-"""A scale left in a tensor, a row or column group: c = <E, F> / <F, F>, the factor by which F should be smaller.
+"""The wrong scale of a tensor or a group of rows or columns: c = <E, F> / <F, F>, the share by which F is too large.
 
 A least-squares quantiser leaves E orthogonal to F (c = 0); an unbiased one leaves E orthogonal to W, which gives
-c = |E|^2 / |F|^2. An importance matrix moves c between and below, by an amount that depends on the type and is measured
-with the own quantiser on the tensor itself. Standard error, errors independent: sqrt(sum (E - c F)^2 F^2) / sum F^2.
+c = |E|^2 / |F|^2. With an importance matrix c lies between these or below, depending on the type; this range is
+measured with llama.cpp's quantiser on the same tensor. Standard error, errors independent:
+sqrt(sum (E - c F)^2 F^2) / sum F^2.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 SIGMA = 1.4826  # median absolute deviation of a Gaussian variable -> its standard deviation
-ENOUGH = 32  # groups from which their own spread is known
+ENOUGH = 32  # least number of groups that show their spread
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class GroupScale:
-    """The row or column group whose scale stands out most from the tensor's."""
+    """The group of rows or columns whose scale differs most from the other groups'."""
 
     index: int
-    value: float  # its scale less the median of all
+    value: float  # the group's scale minus the median of all groups
     z: float
 
 
@@ -46,10 +47,10 @@ def scale(values: Array, error: Array) -> Scale:
 
 
 def group_scale(values: Array, error: Array, *, axis: int, size: int = 1) -> GroupScale:
-    """The group of `size` neighbouring rows (axis 0) or columns (axis 1) of (O, I) arrays that stands out most.
+    """The group of `size` neighbouring rows (axis 0) or columns (axis 1) of (O, I) arrays with the largest z.
 
-    z counts in the groups' own spread where there are enough of them: a matrix moves each a little, so their standard
-    errors are too small.
+    With enough groups, z counts in the spread of the groups if it exceeds the standard error: a matrix changes each
+    group a little, so standard errors are too small.
     """
     found, errors = group_scales(values, error, axis=axis, size=size)
     apart = found - np.median(found)

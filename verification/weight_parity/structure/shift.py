@@ -1,7 +1,7 @@
 """A constant added to a tensor: mean(E), relative to the reference's root mean square.
 
-K-quants with a minimum are biased themselves (1e-3 of the RMS was measured, 41 standard errors from zero), so a shift
-is compared with what the own quantiser leaves, never with zero. Standard error of the mean: rms(E) / sqrt(weights).
+K-quants with a minimum have a bias (1e-3 of the RMS was measured, 41 standard errors from zero), so a shift is compared
+with the shift of llama.cpp's quantiser, never with zero. Standard error of the mean: rms(E) / sqrt(weights).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Shift:
-    """The mean error of a tensor, in the reference's RMS."""
+    """The mean error of a tensor, divided by the reference's RMS."""
 
     value: float
     standard_error: float

@@ -22,7 +22,7 @@ class Alpaca(Format):
 
 
 class _Pair(Format):
-    """A question's key and a reply's."""
+    """A format of two keys: one for the question, one for the reply."""
 
     def read(self, row: dict[str, Any]) -> Conversation:
         """See `Format.read`."""

@@ -10,8 +10,8 @@ import torch
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[int]:
-    """Run the block with `count` torch threads (None: as many as torch has); yield that number, restore the caller's
-    after it.
+    """Run the block with `count` torch threads (None: as many as torch has); yield that number, restore the former
+    number at the end.
 
     The last bits of a sum depend on the number of threads, so later results must not depend on `count`.
     """

@@ -1,10 +1,10 @@
-"""Stop tokens that llama.cpp would not stop at, written into keys of a GGUF file.
+"""Writes a checkpoint's stop tokens that llama.cpp does not know into keys of a GGUF file.
 
 llama.cpp ends a generation at the ids of `eos_token_id`, `eot_token_id` and `eom_token_id`, and at tokens whose text is
-on a list of its own. The stop set of a checkpoint is a list in generation_config.json, or in config.json where there is
-no such file; upstream's converter takes one id of it. Phi-3.5's list has <|assistant|>, whose text llama.cpp does not
-know: such ids go into the free keys, eom before eot, because nothing but the stop set reads eom. What finds no key is
-left to the check `contract.stop_set`.
+in llama.cpp's list. The stop set of a checkpoint is a list in generation_config.json, or in config.json if there is no
+such file; upstream's converter uses one id of this list. Phi-3.5's list has <|assistant|>, whose text llama.cpp does
+not know. Such ids go into the free keys, eom before eot, because only the stop set reads eom. If no key is free, the
+check `contract.stop_set` reports the stop token.
 Source: llama.cpp, src/llama-vocab.cpp (special_eog_ids).
 """
 
@@ -22,9 +22,9 @@ KEYS = ("tokenizer.ggml.eom_token_id", "tokenizer.ggml.eot_token_id")
 
 
 def eos_ids(path: Path) -> list[int]:
-    """`eos_token_id` of a configuration file, a number or a list, in its order; empty where there is none.
+    """`eos_token_id` of a configuration file, a number or a list, in its order; empty if there is none.
 
-    A model with a vision part names it in `text_config`.
+    A model with a vision part has the key in `text_config`.
 
     Raises:
         InputError: the file is damaged.
@@ -37,7 +37,7 @@ def eos_ids(path: Path) -> list[int]:
 
 
 def listed_stops(directory: Path) -> set[int]:
-    """The eos ids at which transformers stops: generation_config.json's, or config.json's where there is no such file.
+    """The eos ids at which transformers stops: from generation_config.json, or config.json if there is no such file.
 
     Raises:
         InputError: the file is damaged.
@@ -47,9 +47,9 @@ def listed_stops(directory: Path) -> set[int]:
 
 
 def add_stop_keys(gguf: Path, directory: Path) -> dict[str, int]:
-    """Make llama.cpp stop where the checkpoint in `directory` says; returns the keys that were written.
+    """Make llama.cpp stop at the stop tokens of the checkpoint in `directory`; returns the written keys.
 
-    The file is only rewritten when a stop is missing (a copy of its data, nothing in memory).
+    The file is rewritten only if a stop token is missing (its data is copied, not held in memory).
 
     Raises:
         InputError: llama.cpp cannot load the file's vocabulary.
@@ -58,7 +58,7 @@ def add_stop_keys(gguf: Path, directory: Path) -> dict[str, int]:
     wanted = listed_stops(directory) - {file.metadata.get("tokenizer.ggml.eos_token_id")}
     if not wanted:
         return {}
-    with Vocabulary(gguf) as model:  # of a stranger's tokenizer: what ends llama.cpp must not end this process
+    with Vocabulary(gguf) as model:  # an untrusted tokenizer may end llama.cpp, but not this process
         if model.refused:
             raise InputError(f"llama.cpp does not load the vocabulary of {gguf}: {model.refused}")
         missing = sorted(t for t in wanted if 0 <= t < model.vocab_size and not model.is_end(t))

@@ -1,8 +1,8 @@
-"""Quantised bases for training (QLoRA): how they are loaded, and how far their weights lie from the original's.
+"""Quantised bases for training (QLoRA): loads them, and measures their weights against the original weights.
 
-8 bit: one int8 scale a row (LLM.int8). 4 bit: nf4 in blocks of 64 with quantised scales. Nothing is ever merged into
-them: the bake starts from the original checkpoint, so what is shipped differs from what was trained by the
-quantisation of the base; `weight_error` is that difference in the weights.
+8 bit: one int8 scale a row (LLM.int8). 4 bit: nf4 in blocks of 64 with quantised scales. Nothing is ever merged into a
+quantised base: the bake starts from the original checkpoint. So the shipped model differs from the trained model by the
+quantisation of the base; `weight_error` is this difference in the weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def load_quantised(directory: str | Path, kind: Quantization, *, device: int | s
     on a GPU.
 
     Raises:
-        InputError: bitsandbytes is missing or known to be wrong.
+        InputError: bitsandbytes is missing, or its version is known to be wrong.
         OSError, ValueError: transformers cannot load the directory.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -55,10 +55,10 @@ def load_quantised(directory: str | Path, kind: Quantization, *, device: int | s
 
 
 def weight_error(model: nn.Module, original: Callable[[str], Tensor]) -> tuple[float, int]:
-    """(||quantised - original|| / ||original|| over all quantised weights together, how many they are), Frobenius norm.
+    """(||quantised - original|| / ||original|| over all quantised weights together, their number), Frobenius norm.
 
     Args:
-        original: gives the original weight (out, in) of a tensor name, e.g. "model.layers.0.self_attn.o_proj.weight".
+        original: returns the original weight (out, in) of a tensor name, "model.layers.0.self_attn.o_proj.weight".
 
     Raises:
         InputError: the model has no quantised weight.
@@ -68,7 +68,7 @@ def weight_error(model: nn.Module, original: Callable[[str], Tensor]) -> tuple[f
     apart = whole = 0.0
     count = 0
     for name, module in model.named_modules():
-        # The layer's own: an adapter around it shows the same one.
+        # the weight of the layer itself: an adapter around the layer shows the same weight
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if type(weight).__name__ not in ("Params4bit", "Int8Params"):
             continue

@@ -1,0 +1,51 @@
+"""Work in a child of the test's process: as killable as a program of its own, without its seconds of imports.
+
+For work that computes with one thread: threads do not survive a fork, and OpenMP waits for its own for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+
+
+def forked(work: Callable[[], object]) -> subprocess.CompletedProcess[str]:
+    """How the child ended (below 0: the signal), and what it said: 0 where `work` returned, 1 where it raised."""
+    return begin(work)()
+
+
+def begin(work: Callable[[], object]) -> Callable[[], subprocess.CompletedProcess[str]]:
+    """Start a child; the function waits for its end."""
+    streams = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - `end` closes them
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for number, stream in enumerate(streams, start=1):
+                os.dup2(stream.fileno(), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            work()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def end() -> subprocess.CompletedProcess[str]:
+        _, status = os.waitpid(child, 0)
+        said = []
+        for stream in streams:
+            with stream:
+                stream.seek(0)
+                said.append(stream.read().decode("utf-8", "replace"))
+        return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), *said)
+
+    return end
