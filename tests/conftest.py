@@ -28,6 +28,12 @@ from warm_programs import POSSIBLE, Warm, WarmChildren, WarmConverter, program
 sys.path += [str(folder) for folder in sorted(Path(__file__).parent.rglob("*")) if any(folder.glob("*.py"))]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share the cores: numpy's threads are made when plugins import it, before a worker takes its share."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # shared parts are made before the first file's own fixtures
