@@ -491,10 +491,14 @@ def test_no_converter_leaves_the_verdict_incomplete(
     assert "$SO8T_CONVERTER" in check.detail
 
 
-def test_an_unknown_family_is_not_passed(baked: Baked, tmp_path: Path) -> None:
+def test_a_file_that_says_it_has_experts_is_judged_by_the_conversion_and_refused(baked: Baked, tmp_path: Path) -> None:
+    """No rule maps experts; the conversion of the reference has the same tensors and no such key."""
     path = faults.set_metadata(baked.files["F16"], tmp_path / "f.gguf", {"llama.expert_count": 8})
     report = examine(baked, path)
-    assert {c.name for c in report.checks if c.status == "not evaluated"} == {"inventory", "weights", "hypotheses"}
+    assert report.verdict == "fail"
+    assert "llama.expert_count" in {f.where for c in report.checks if c.status == "fail" for f in c.findings}
+    held = {c.name for c in report.checks if c.status == "pass"}
+    assert {"inventory", "weights"} <= held
 
 
 def test_an_adapter_without_a_reference_is_refused(baked: Baked) -> None:
