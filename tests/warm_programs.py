@@ -50,8 +50,10 @@ class Warm:
     """One process that has imported a program, and the command lines that start forks of it."""
 
     def __init__(self, entry: str, environment: Mapping[str, str] | None = None) -> None:
-        self.entry, self._folder = entry, tempfile.TemporaryDirectory(prefix="so8t-")  # a socket's path must be short
-        self.socket = Path(self._folder.name) / "s"
+        # A socket's path must be short. No `TemporaryDirectory`: a fork of this process that ends as programs do would
+        # remove it.
+        self.entry, self._owner = entry, os.getpid()
+        self.socket = Path(tempfile.mkdtemp(prefix="so8t-")) / "s"
         self.environment = dict(os.environ if environment is None else environment)
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
@@ -74,13 +76,15 @@ class Warm:
         return [sys.executable, "-I", "-S", __file__, "run", str(self.socket), *map(str, arguments)]
 
     def close(self) -> None:
-        """End the process; forks that still run go on."""
+        """End the process; forks that still run go on. A fork of the owner ends nothing."""
+        if os.getpid() != self._owner:
+            return
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
             self._process.wait()
             self._process = None
-        self._folder.cleanup()
+        shutil.rmtree(self.socket.parent, ignore_errors=True)
 
 
 class WarmConverter:

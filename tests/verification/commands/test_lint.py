@@ -491,14 +491,15 @@ def test_no_converter_leaves_the_verdict_incomplete(
     assert "$SO8T_CONVERTER" in check.detail
 
 
-def test_a_file_that_says_it_has_experts_is_judged_by_the_conversion_and_refused(baked: Baked, tmp_path: Path) -> None:
-    """No rule maps experts; the conversion of the reference has the same tensors and no such key."""
+def test_a_file_that_names_another_family_is_judged_by_the_conversion(baked: Baked, tmp_path: Path) -> None:
     path = faults.set_metadata(baked.files["F16"], tmp_path / "f.gguf", {"llama.expert_count": 8})
     report = examine(baked, path)
     assert report.verdict == "fail"
-    assert "llama.expert_count" in {f.where for c in report.checks if c.status == "fail" for f in c.findings}
-    held = {c.name for c in report.checks if c.status == "pass"}
-    assert {"inventory", "weights"} <= held
+    assert "llama.expert_count" in found(report)["oracle_metadata"]
+    assert not [check.name for check in report.checks if check.status == "not evaluated"]
+    assert {row.drawer for row in report.tensors} == {"proven"}
+    wrong = faults.transposed(path, tmp_path / "w.gguf", OUTPUT)
+    assert "transposed" in found(examine(baked, wrong))["hypotheses"]
 
 
 def test_an_adapter_without_a_reference_is_refused(baked: Baked) -> None:

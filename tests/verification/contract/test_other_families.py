@@ -15,6 +15,8 @@ from verification.gguf.reader import FILE_TYPES, GGUFFile, GGUFTensor
 from verification.logit_parity.compare import compare_rows
 from verification.logit_parity.kl import DivergenceAccumulator
 from verification.logit_parity.run_modes import Passage
+from verification.weight_parity import checks
+from verification.weight_parity.expected import Inventory
 
 
 def file_of(architecture: str, tensors: dict[str, tuple[tuple[int, ...], str]], **metadata: Any) -> GGUFFile:
@@ -110,6 +112,24 @@ def test_layers_that_predict_further_tokens_count_as_blocks_where_config_json_ha
     for wrong in (file_of("qwen35", {}, block_count=3), file_of("qwen35", {}, block_count=4, nextn_predict_layers=1)):
         assert [f.where for f in against_config(config, wrong)] == ["qwen35.block_count"]
     assert [f.where for f in against_config({"num_hidden_layers": 2}, with_them)] == ["qwen35.block_count"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "oracle", "lost"),
+    [
+        ("gemma4", {"token_embd.weight"}, []),  # its converter writes blk.0.layer_output_scale.weight
+        ("gemma4", {"token_embd.weight", "output_norm.weight"}, ["output_norm.weight"]),
+        ("gemma4", set(), ["blk.0.layer_output_scale"]),
+        ("llama", {"token_embd.weight"}, ["blk.0.layer_output_scale"]),
+    ],
+)
+def test_the_conversion_says_what_a_family_that_is_not_mapped_must_hold(
+    architecture: str, oracle: set[str], lost: list[str]
+) -> None:
+    file = file_of(architecture, {"token_embd.weight": ((8, 256), "F16")})
+    found = Inventory({}, [], ["blk.0.layer_output_scale"], [])
+    check = checks._inventory(file, found, oracle, [], "x")
+    assert (check.value, check.detail) == (len(lost), ", ".join(f"missing {name}" for name in lost))
 
 
 def test_latent_attention_is_no_contradiction() -> None:
