@@ -275,6 +275,18 @@ def test_what_an_adapter_does_to_an_input_is_a_rotation_or_a_fold_without_its_lo
     assert same(rotated(W, shuffled), W @ P.T @ dense(exp_so8(again.double())) @ P @ Q)
 
 
+def test_a_fold_is_undone_and_doubled_but_turns_no_rows() -> None:
+    """Scale and shuffle act on the input; a square W could hold the same map on its left, which no program computes."""
+    rng = np.random.default_rng(4)
+    theta = torch.from_numpy(rng.normal(0, 0.5, (2, 28)).astype(np.float32))
+    fold = rotation_of(Fold(loras=[], theta=theta, log_scale=torch.from_numpy(rng.normal(0, 0.3, 16))))
+    W = weights(16, 16)
+    found = table(Known("o", W, rotation=fold))
+    assert "rotated on the wrong side (R @ W)" not in found
+    assert same(rotated(found["not rotated (R missing)"], fold), W)
+    assert same(found["rotated twice"], rotated(W, fold))
+
+
 @pytest.mark.parametrize(
     ("best", "code"),
     [
