@@ -209,8 +209,7 @@ def serve(entry: str, address: str) -> None:
                     os._exit(0)
                 watchers.add(watcher)
                 connection.close()
-    for pid in watchers:
-        os.waitpid(pid, 0)
+    # Watchers that are left go on: their clients may be children that end with the process which waits for this one.
 
 
 def _watch(connection: socket.socket, main: Callable[[], object]) -> None:
