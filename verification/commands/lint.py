@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,12 +128,10 @@ def lint(
         if sources is not None:
             target = Path(scratch) / "converted.gguf"
             whole = not is_known(opened)  # then the conversion says what every tensor should be
-            less = PREDICTION in left_out(sources.reference, opened)
-            convert_it = partial(
-                _oracle, oracle, sources.reference, target, converter, whole=whole, prediction=not less
-            )
-            converted = pool.submit(convert_it)
-            run.timed("weights", lambda: run.against_weights(sources, converted if whole else None))
+            absent = left_out(sources.reference, opened)
+            how = {"whole": whole, "prediction": PREDICTION not in absent}
+            converted = pool.submit(_oracle, oracle, sources.reference, target, converter, **how)
+            run.timed("weights", lambda: run.against_weights(sources, absent, converted if whole else None))
         with loaded.result() as model:
             run.timed("file", lambda: run.itself(model, alone=sources is None))
             if sources is not None:
@@ -355,10 +352,11 @@ class _Run:
         except ChildDied as error:
             self.add("end_of_turn", [aborts(str(error))])
 
-    def against_weights(self, sources: Sources, converted: Future[Path] | None) -> None:
+    def against_weights(self, sources: Sources, absent: dict[str, list[str]], converted: Future[Path] | None) -> None:
         """Compare the inventory and every tensor's values with the reference's.
 
         Args:
+            absent: parts of the reference that the file leaves out, with their tensors (`left_out`).
             converted: the reference's conversion, for a family that is not mapped by principle.
         """
         file, conversion = self.file, None
@@ -367,11 +365,10 @@ class _Run:
         else:
             try:
                 conversion = read_gguf(converted.result())
-                why = "" if conversion.tensors else "the conversion that was given holds metadata alone"
+                if not conversion.tensors:
+                    raise InputError("the conversion that was given holds metadata alone")
             except InputError as error:
-                why = str(error)
-            if conversion is None or why:
-                why = f"{file.architecture or 'this family'} is not mapped by principle, and {why}"
+                why = f"{file.architecture or 'this family'} is not mapped by principle, and {error}"
                 for name in ("inventory", "weights", "hypotheses"):
                     self.skip(name, why)
                 return
@@ -384,7 +381,7 @@ class _Run:
         ]
         odd += [Finding(name, "a place in the file", "no GGUF name", again) for name in found.unmapped]
         self.add("inventory", odd)
-        if absent := left_out(sources.reference, file):
+        if absent:
             action = "nothing, if the file is to hold the text model alone"
             groups = [
                 Finding(

@@ -161,11 +161,11 @@ def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str, pre
         limit = _SECONDS + sum(path.stat().st_size for path in weights.paths) / _BYTES_A_SECOND
         command = [sys.executable, str(home / SCRIPT), str(given), "--outfile", os.path.abspath(out_file), *options]
         command += ["--model-name", name]
-        done = _started(command if prediction else [*command, _WITHOUT_MTP], home, limit, hf_dir)
-        if not prediction and _NO_SUCH_CHOICE in done.stderr:
-            done = _started(command, home, limit, hf_dir)
-        if prediction and done.returncode != 0 and _NO_MTP_LAYERS in done.stderr:
-            done = _started([*command, _WITHOUT_MTP], home, limit, hf_dir)
+        ways = [(command, _NO_MTP_LAYERS), ([*command, _WITHOUT_MTP], _NO_SUCH_CHOICE)]  # each with its refusal
+        (first, refusal), (second, _) = ways if prediction else reversed(ways)
+        done = _started(first, home, limit, hf_dir)
+        if done.returncode != 0 and refusal in done.stderr:
+            done = _started(second, home, limit, hf_dir)
         if done.returncode != 0 or not out_file.is_file():
             said = _tail(done.stderr).replace(str(given), str(hf_dir))
             because = f" (signal {-done.returncode})" if done.returncode < 0 else ""
