@@ -97,15 +97,16 @@ def blocks() -> dict[str, dict[str, float]]:
             matrix = even_matrix(kind, W.shape)
             raws = [quantised_bytes(x, kind, matrix) for x in (W, other)]
             own, tensor = (GGUFTensor("", W.shape, kind, raw) for raw in raws if raw is not None)
-            A, B, V = (x.reshape(-1, size) for x in (own.values(), tensor.values(), W))
+            values, twin = tensor.values(), own.values()
+            A, B, V = (x.reshape(-1, size) for x in (twin, values, W))
             moved = np.abs(A - B).max(axis=1) > 2 * LAST_BIT * np.abs(A).max(axis=1)
             theirs, mine = (((x - V).astype(np.float64) ** 2).sum(axis=1) for x in (B, A))
-            matrices = None if matrix is None else np.tile(matrix, (len(W), 1))
+            matrices = None if matrix is None else matrix[None]
             one_type = found.setdefault(kind, dict.fromkeys(("blocks", "moved", "worse", "damaged"), 0.0))
             one_type["blocks"] += len(A)
             one_type["moved"] += int(moved.sum())
             one_type["worse"] += int((moved & (theirs > WORSE * mine)).sum())
-            one_type["damaged"] += damaged_blocks(tensor, own.values(), W, W, moved, matrices)
+            one_type["damaged"] += damaged_blocks(tensor, values, twin, W, W, moved, matrices)
     return found
 
 

@@ -15,7 +15,6 @@ Q5_1 fit the scale again after the codes are chosen, so there a block is looked 
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +37,7 @@ _SAME = 1 + 2.0**-10  # two sums of the same squared errors, in float32
 
 def damaged_blocks(
     tensor: GGUFTensor,
+    values: Array,
     own: Array,
     start: Array,
     wanted: Array,
@@ -47,15 +47,15 @@ def damaged_blocks(
     """Number of damaged blocks of a tensor, all arrays with rows of its width: (rows, in).
 
     Args:
-        tensor: the file's, of a type that the quantiser writes, in shape (rows, in).
+        tensor: the file's, of a type that the quantiser writes.
+        values: its values.
         own: the values of the own quantiser's bytes.
         start: the values that the quantiser starts from.
         wanted: the reference's weights.
         asked: (blocks,), the blocks that may be damaged; the others are equal to the own quantiser's.
-        matrices: the importance matrix of each row; rows of one matrix stand together.
+        matrices: (groups, in), the importance matrices; each group has as many rows, in order (experts).
     """
     per_row = len(asked) // len(wanted)
-    values = tensor.values()
     mine, theirs = _errors(values, wanted, per_row), _errors(own, wanted, per_row)
     ratio = np.where(asked.reshape(mine.shape), mine, 0.0) / np.maximum(theirs, np.finfo(np.float64).tiny)
     worst = ratio.max(axis=1, initial=0.0)
@@ -64,7 +64,7 @@ def damaged_blocks(
     rows = rows[worst[rows] > least]
     if len(rows) == 0:
         return 0
-    matrix = None if matrices is None else matrices[rows]
+    matrix = None if matrices is None else matrices[rows * len(matrices) // len(wanted)]
     bound = _worst_answers(tensor.type, start[rows], wanted[rows], theirs[rows], matrix)
     left = (ratio[rows] > least) & (mine[rows] > _SAME * bound)
     if not left.any():
@@ -107,16 +107,11 @@ def _worst_answers(kind: str, start: Array, wanted: Array, own_errors: Float64, 
 
 
 def _quantised(kind: str, rows: Array, matrices: Array | None) -> Array:
-    """The quantiser's values for rows (rows, in), each under its own matrix."""
-    if matrices is None:
-        groups = [slice(0, len(rows))]
-    else:
-        starts = [0, *(np.flatnonzero((matrices[1:] != matrices[:-1]).any(axis=1)) + 1), len(rows)]
-        groups = [slice(a, b) for a, b in pairwise(starts)]
+    """The quantiser's values for rows (rows, in), each under its own matrix of `matrices` (rows, in)."""
+    parts = [(rows, None)] if matrices is None else list(zip(rows[:, None], matrices, strict=True))
     made = []
-    for group in groups:
-        part = rows[group]
-        raw = quantised_bytes(part, kind, None if matrices is None else matrices[group.start])
+    for part, matrix in parts:
+        raw = quantised_bytes(part, kind, matrix)
         assert raw is not None  # the quantiser has made this type of these rows before
         made.append(GGUFTensor("", part.shape, kind, raw).values())
     return np.concatenate(made)

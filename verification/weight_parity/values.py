@@ -176,10 +176,9 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
         own_error = _error(own_values, wanted.values)[0]
         unequal = (own_raw != tensor.raw).reshape(blocks, -1).any(axis=1)
         differ = int(np.count_nonzero(unequal))
-        beyond = _beyond_last_bit(values.reshape(blocks, -1), own_values.reshape(blocks, -1))
         assert nearest is not None
         if 0 < differ <= (1 - SAME_MAKER) * blocks:  # elsewhere other blocks are another maker's, not damage
-            damaged = _damaged(tensor, wanted, nearest, own_values, unequal & beyond)
+            damaged = _damaged(tensor, values, wanted, nearest, own_values, unequal)
         held = hold(tensor, own_raw, nearest.values, imatrix=wanted.importance is not None)
         if held.within and not findings:
             bare = dataclasses.replace(bare, explanation="by another build or machine")
@@ -189,16 +188,15 @@ def _quant(tensor: GGUFTensor, wanted: Wanted) -> Measured:
     return Measured(result, values, own_values, own_raw, nearest)
 
 
-def _damaged(tensor: GGUFTensor, wanted: Wanted, start: Start, own: Array, asked: npt.NDArray[np.bool_]) -> int:
-    """Damaged blocks of a tensor of any number of axes; `asked` (blocks,) as in `damaged_blocks`."""
+def _damaged(
+    tensor: GGUFTensor, values: Array, wanted: Wanted, start: Start, own: Array, unequal: npt.NDArray[np.bool_]
+) -> int:
+    """Damaged blocks of a tensor of any number of axes; `unequal` (blocks,): its bytes are not the own quantiser's."""
+    asked = unequal & _beyond_last_bit(values.reshape(len(unequal), -1), own.reshape(len(unequal), -1))
     shape = (-1, wanted.values.shape[-1])
-    target = wanted.values.reshape(shape)
-    matrices = None
-    if wanted.importance is not None:  # (channels,), or one matrix an expert
-        each = wanted.importance.reshape(shape)
-        matrices = np.repeat(each, len(target) // len(each), axis=0)
-    flat = dataclasses.replace(tensor, shape=target.shape)
-    return damaged_blocks(flat, own.reshape(shape), start.values.reshape(shape), target, asked, matrices)
+    matrices = None if wanted.importance is None else wanted.importance.reshape(shape)
+    file, twin, begin, target = (array.reshape(shape) for array in (values, own, start.values, wanted.values))
+    return damaged_blocks(tensor, file, twin, begin, target, asked, matrices)
 
 
 def _beyond_last_bit(values: Array, own: Array) -> npt.NDArray[np.bool_]:

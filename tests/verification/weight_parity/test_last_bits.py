@@ -56,7 +56,8 @@ def damaged(kind: str, W: np.ndarray, raw: np.ndarray, matrices: np.ndarray | No
     """Damaged blocks of a tensor with `each` blocks a row."""
     own = own_bytes(kind, W) if matrices is None else own_bytes(kind, W, matrices[0])
     asked = (raw.reshape(len(W) * each, -1) != own.reshape(len(W) * each, -1)).any(axis=1)
-    return damaged_blocks(tensor(kind, W, raw), tensor(kind, W, own).values(), W, W, asked, matrices)
+    file = tensor(kind, W, raw)
+    return damaged_blocks(file, file.values(), tensor(kind, W, own).values(), W, W, asked, matrices)
 
 
 def flipped(raw: np.ndarray) -> np.ndarray:
@@ -141,5 +142,5 @@ def test_each_row_is_asked_under_its_own_matrix(monkeypatch: pytest.MonkeyPatch)
     file = tensor("Q4_K", W, np.concatenate([own_bytes("Q4_K", W[i : i + 4], matrices[i]) for i in (0, 4)]))
     mine = tensor("Q4_K", W, own_bytes("Q4_K", W)).values()
     asked = np.ones(8, dtype=np.bool_)
-    assert damaged_blocks(file, mine, W, W, asked, matrices) == 0
-    assert damaged_blocks(file, mine, W, W, asked, matrices[::-1].copy()) > 0
+    assert damaged_blocks(file, file.values(), mine, W, W, asked, matrices) == 0
+    assert damaged_blocks(file, file.values(), mine, W, W, asked, matrices[::-1].copy()) > 0
