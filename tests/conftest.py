@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 import pytest
 from made import Made
 from remembered_converter import remembering, warm
-from warm_programs import POSSIBLE, Warm, WarmChildren, WarmConverter, program
+from warm_programs import Warm, WarmChildren, WarmConverter, program
 
 # A test may use the parts of another room's tests: each folder's modules are found, and no two have one name.
 sys.path += [str(folder) for folder in sorted(Path(__file__).parent.rglob("*")) if any(folder.glob("*.py"))]
@@ -62,8 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 def so8t(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The program for shell scripts and `subprocess`, without the seconds of its imports (`warm_programs.py`)."""
     warm = Warm("so8t", {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
-    words = warm.words() if POSSIBLE else [sys.executable, "-m", "pipeline.cli.main"]
-    yield program(tmp_path_factory.mktemp("so8t") / "so8t", words)
+    yield program(tmp_path_factory.mktemp("so8t") / "so8t", warm.words())
     warm.close()
 
 

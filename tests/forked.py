@@ -6,6 +6,7 @@ For work that computes with one thread: threads do not survive a fork, and OpenM
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -13,12 +14,18 @@ import traceback
 from collections.abc import Callable
 
 
-def forked(work: Callable[[], object]) -> subprocess.CompletedProcess[str]:
-    """How the child ended (below 0: the signal), and what it said: 0 where `work` returned, 1 where it raised."""
+class Ended(subprocess.CompletedProcess[str]):
+    """The end of a child (`returncode` below 0: the signal), its two streams, and its resources."""
+
+    usage: resource.struct_rusage  # of the child and its own children
+
+
+def forked(work: Callable[[], object]) -> Ended:
+    """Run `work` in a child; `returncode` is 0 if it returned, 1 if it raised, or the code that it exited with."""
     return begin(work)()
 
 
-def begin(work: Callable[[], object]) -> Callable[[], subprocess.CompletedProcess[str]]:
+def begin(work: Callable[[], object]) -> Callable[[], Ended]:
     """Start a child; the function waits for its end."""
     streams = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - `end` closes them
     child = os.fork()
@@ -39,13 +46,15 @@ def begin(work: Callable[[], object]) -> Callable[[], subprocess.CompletedProces
             sys.stderr.flush()
             os._exit(code)
 
-    def end() -> subprocess.CompletedProcess[str]:
-        _, status = os.waitpid(child, 0)
+    def end() -> Ended:
+        _, status, usage = os.wait4(child, 0)
         said = []
         for stream in streams:
             with stream:
                 stream.seek(0)
                 said.append(stream.read().decode("utf-8", "replace"))
-        return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), *said)
+        ended = Ended([], os.waitstatus_to_exitcode(status), *said)
+        ended.usage = usage
+        return ended
 
     return end

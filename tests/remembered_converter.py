@@ -67,13 +67,10 @@ def _store(home: Path) -> Path:
 @contextlib.contextmanager
 def warm(home: Path) -> Iterator[None]:
     """A process of this worker that has imported the real script, for whatever `home` does not remember."""
-    from warm_programs import POSSIBLE, Warm
+    from warm_programs import Warm
 
     from verification.engines.convert import _environment
 
-    if not POSSIBLE:
-        yield
-        return
     script = (home / REAL).read_text(encoding="utf-8")
     process = Warm(script, _environment(Path(script).parent))
     _store(home).mkdir(exist_ok=True)

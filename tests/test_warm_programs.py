@@ -132,6 +132,25 @@ def test_a_child_is_the_script_that_was_asked_for(warm: Warm) -> None:
     children.close()
 
 
+def test_code_runs_as_python_runs_it_and_finds_nothing_of_this_project() -> None:
+    code = "import sys; print(sys.argv, sys.path[0], __name__, 'so8t_core' in sys.modules); sys.exit('the end')"
+    python = Warm("python")
+    ended = python.run("-c", code, "a b", 3)
+    usual = subprocess.run([sys.executable, "-c", code, "a b", "3"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (usual.returncode, usual.stdout, usual.stderr)
+    python.close()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"), [("so8t", ["-m", "pipeline.cli.main"]), ("python", []), ("x.py", ["x.py"])]
+)
+def test_where_no_process_can_be_warm_a_start_is_the_usual_one(
+    entry: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("warm_programs.POSSIBLE", False)
+    assert Warm(entry).words("a", 1) == [sys.executable, *words, "a", "1"]
+
+
 def test_the_program_of_shell_scripts_is_so8t(so8t: Path) -> None:
     usual = [sys.executable, "-m", "pipeline.cli.main"]
     for words in (["--version"], ["gate", "nowhere"], ["lint", "--explain"]):

@@ -3,9 +3,9 @@
 `Warm(entry)` starts that process at the first use. `Warm.words(...)` is a command line for `subprocess`: a small client
 that hands its arguments, environment, working directory, standard streams, ignored signals and cores to a fork, passes
 on the signals that it gets, and ends as the fork ends: by its exit code or by its signal. A fork whose client is killed
-is killed too. `entry` is "so8t", the path of a script, or "children": any script, with
-what the product's small children import. What a module reads of the environment when it is imported is
-read once, so a caller that changes such a variable (`READ_AT_IMPORT`) gets an ordinary start.
+is killed too. `entry` is "so8t"; "python": `-c CODE`, with the large packages imported and nothing of this project's;
+"children": any script, with what the product's small children import; or the path of a script. A module reads its part
+of the environment once, so a caller that changes such a variable (`READ_AT_IMPORT`) gets an ordinary start.
 
 As a script: `serve ENTRY SOCKET`, or `run SOCKET ARGUMENTS...`.
 """
@@ -33,6 +33,7 @@ from typing import Any
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "PYTHON", "LD_", "XDG_", "HOME")
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 POSSIBLE = hasattr(os, "pidfd_open")  # Linux; elsewhere every program is started as usual
+USUAL = {"so8t": ["-m", "pipeline.cli.main"], "python": [], "children": []}  # entry -> Python's words; or the script
 
 
 def read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
@@ -66,6 +67,8 @@ class Warm:
 
     def words(self, *arguments: object) -> list[str]:
         """The command line of one start."""
+        if not POSSIBLE:
+            return [sys.executable, *USUAL.get(self.entry, [self.entry]), *map(str, arguments)]
         with self._lock:
             if self._process is None:
                 command = [sys.executable, __file__, "serve", self.entry, str(self.socket)]
@@ -75,6 +78,10 @@ class Warm:
                 assert self._process.stdout is not None
                 assert self._process.stdout.readline() == "ready\n", f"{self.entry} cannot be imported"
         return [sys.executable, "-I", "-S", __file__, "run", str(self.socket), *map(str, arguments)]
+
+    def run(self, *arguments: object, cwd: str | Path = "/") -> subprocess.CompletedProcess[str]:
+        """The end of one start, and its two streams."""
+        return subprocess.run(self.words(*arguments), capture_output=True, text=True, cwd=cwd)
 
     def close(self) -> None:
         """End the process; forks that still run go on. A fork of the owner ends nothing."""
@@ -127,8 +134,6 @@ class WarmChildren:
 
     def Popen(self, command: list[str], **more: Any) -> subprocess.Popen[bytes]:
         """`subprocess.Popen` of a Python script, by a fork."""
-        if not POSSIBLE:
-            return subprocess.Popen(command, **more)
         kind = json.dumps(read_at_import(more["env"]), sort_keys=True)
         with self._lock:
             if kind not in self._warm:
@@ -175,6 +180,23 @@ def _children() -> Callable[[], object]:
     return main
 
 
+def _python() -> Callable[[], object]:
+    """Runs the code behind `-c`."""
+    import bitsandbytes  # noqa: F401
+    import torch  # noqa: F401
+    from transformers import modeling_utils  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    sys.path.remove(str(Path(__file__).parent))
+
+    def main() -> None:
+        del sys.argv[0]
+        sys.path.insert(0, "")
+        exec(sys.argv.pop(1), {"__name__": "__main__"})
+
+    return main
+
+
 def _script(path: str) -> Callable[[], object]:
     import runpy
 
@@ -187,7 +209,7 @@ def serve(entry: str, address: str) -> None:
     """Answer until the standard input ends."""
     import gc
 
-    main = {"so8t": _so8t, "children": _children}.get(entry, lambda: _script(entry))()
+    main = {"so8t": _so8t, "python": _python, "children": _children}.get(entry, lambda: _script(entry))()
     gc.collect()
     gc.freeze()  # or a fork's collector would copy every page
     with socket.socket(socket.AF_UNIX) as listener:

@@ -198,7 +198,7 @@ def test_the_result_loads_where_so8t_is_not_installed(tmp_path, base, adapter, w
         "torch.save(model(input_ids=ids).logits.detach(), sys.argv[2])\n"
         "assert 'so8t_core' not in sys.modules\n"
     )
-    done = warm_python.run(code, out, tmp_path / "logits.pt", cwd=tmp_path)
+    done = warm_python.run("-c", code, out, tmp_path / "logits.pt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert gap(torch.load(tmp_path / "logits.pt"), want) < tolerance(want)
 

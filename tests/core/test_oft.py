@@ -9,7 +9,7 @@ import pytest
 import torch
 from core_models import IDS, LORA, gap, logits, randomise, tiny_llama
 from peft import OFTConfig, PeftModel, get_peft_model
-from warm_python import WarmPython
+from warm_programs import Warm
 
 from so8t_core import InputError, SO8TConfig, attach, exp_so8, export_oft, gates, import_oft, load_adapter, save_adapter
 from so8t_core.rotation import plane_angles
@@ -37,7 +37,7 @@ def test_stock_oft_gives_the_same_logits(angle: float, layers: list[int] | None,
         assert gap(logits(tiny_llama()), want) > 1e-2  # so that equality means something
 
 
-def test_stock_oft_needs_no_so8t(tmp_path: Path, warm_python: WarmPython) -> None:
+def test_stock_oft_needs_no_so8t(tmp_path: Path, warm_python: Warm) -> None:
     want = _saved(tmp_path / "so8t", angle=1.0)
     export_oft(tmp_path / "so8t", tmp_path / "oft")
     tiny_llama().save_pretrained(tmp_path / "base")
@@ -48,7 +48,7 @@ def test_stock_oft_needs_no_so8t(tmp_path: Path, warm_python: WarmPython) -> Non
         f"m = PeftModel.from_pretrained(m, {str(tmp_path / 'oft')!r}).eval()\n"
         f"torch.save(m(input_ids=torch.tensor({IDS.tolist()})).logits.detach(), {str(tmp_path / 'out.pt')!r})"
     )
-    done = warm_python.run(code)
+    done = warm_python.run("-c", code)
     assert done.returncode == 0, done.stderr
     assert gap(torch.load(tmp_path / "out.pt"), want) <= 2e-6 * max(1.0, want.abs().max().item())
 

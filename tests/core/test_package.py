@@ -7,7 +7,7 @@ import sys
 import warnings
 
 import pytest
-from warm_python import WarmPython
+from warm_programs import Warm
 
 import so8t_core
 from so8t_core.versions import check_version
@@ -26,13 +26,13 @@ def test_errors_load_without_torch() -> None:
     assert _python("import sys, so8t_core.errors; print('torch' in sys.modules)") == "False"
 
 
-def said(warm_python: WarmPython, code: str) -> str:
-    done = warm_python.run("import sys; assert not {'peft', 'so8t_core'} & set(sys.modules)\n" + code)
+def said(warm_python: Warm, code: str) -> str:
+    done = warm_python.run("-c", "import sys; assert not {'peft', 'so8t_core'} & set(sys.modules)\n" + code)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def test_method_is_registered_beside_a_loaded_peft_and_by_any_name(warm_python: WarmPython) -> None:
+def test_method_is_registered_beside_a_loaded_peft_and_by_any_name(warm_python: Warm) -> None:
     check = "print('SO8T' in peft.utils.PeftType.__members__)"
     assert said(warm_python, f"import peft, so8t_core; {check}") == "True"
     names = "so8t_core.SO8TConfig; so8t_core.attach"
@@ -40,7 +40,7 @@ def test_method_is_registered_beside_a_loaded_peft_and_by_any_name(warm_python: 
     assert said(warm_python, f"import peft; {check}") == "False"
 
 
-def test_a_config_is_enough_for_get_peft_model_whatever_was_imported_first(warm_python: WarmPython) -> None:
+def test_a_config_is_enough_for_get_peft_model_whatever_was_imported_first(warm_python: Warm) -> None:
     """so8t_core before peft, and no other name of it: the method was in PEFT's names but not in its tables."""
     code = "import so8t_core; so8t_core.SO8TConfig; import peft.mapping as m; "
     assert said(warm_python, code + "print('SO8T' in m.PEFT_TYPE_TO_TUNER_MAPPING)") == "True"

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,7 +38,8 @@ Run = Callable[[Iterable[list[str]]], Iterator[Ended]]  # each command's end, in
 def command_pool() -> Iterator[Run]:
     """The process of the children, as a function that has it run commands."""
     root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    path = os.pathsep.join(map(str, (root, root / "tests")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
     with subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
     ) as pool:
@@ -58,6 +58,7 @@ def command_pool() -> Iterator[Run]:
 
 
 def _serve() -> None:
+    from forked import forked
     from transformers import AutoTokenizer  # noqa: F401 - seconds of every command that has a reference
 
     from pipeline.cli import main as program
@@ -69,39 +70,27 @@ def _serve() -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            begin = time.monotonic()
-            child = os.fork()
-            if child == 0:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.argv = ["so8t", *json.loads(line)]
-                code = 99
-                try:
-                    program.main()
-                except SystemExit as ended:
-                    code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
-                finally:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(code)
-            _, status, usage = os.wait4(child, 0)
-            seconds = time.monotonic() - begin
-            found = []
-            for stream in (err, out):
-                stream.seek(0)
-                found.append(stream.read().decode("utf-8", "replace"))
-            answer = {
-                "status": os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0,
-                "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
-                "seconds": seconds,
-                "cpu": usage.ru_utime + usage.ru_stime,
-                "megabytes": usage.ru_maxrss / 1024,
-                "error": found[0],
-                "output": found[1],
-            }
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+
+        def work(words: list[str] = json.loads(line)) -> None:  # noqa: B008 - the words of this line
+            sys.argv = ["so8t", *words]
+            try:
+                program.main()
+            except Exception:
+                sys.exit(99)  # no command ends so
+
+        begin = time.monotonic()
+        ended = forked(work)
+        answer = {
+            "status": max(ended.returncode, 0),
+            "signal": max(-ended.returncode, 0),
+            "seconds": time.monotonic() - begin,
+            "cpu": ended.usage.ru_utime + ended.usage.ru_stime,
+            "megabytes": ended.usage.ru_maxrss / 1024,
+            "error": ended.stderr,
+            "output": ended.stdout,
+        }
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -129,8 +129,9 @@ def lint(
             target = Path(scratch) / "converted.gguf"
             whole = not is_known(opened)  # then the conversion says what every tensor should be
             absent = left_out(sources.reference, opened)
-            how = {"whole": whole, "prediction": PREDICTION not in absent}
-            converted = pool.submit(_oracle, oracle, sources.reference, target, converter, **how)
+            converted = pool.submit(
+                _oracle, oracle, sources.reference, target, converter, whole=whole, prediction=PREDICTION not in absent
+            )
             run.timed("weights", lambda: run.against_weights(sources, absent, converted if whole else None))
         with loaded.result() as model:
             run.timed("file", lambda: run.itself(model, alone=sources is None))

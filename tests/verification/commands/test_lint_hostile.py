@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from command_pool import Ended, Run, command_pool
 from gguf_bytes import F32, I32, U32, Parts, Tensor, Value
 from gguf_mutations import TEMPLATE, bpe, llama, mutate, seeds, spm
 from hostile_pairs import Healthy, damaged_pair, healthy_pair
-from warm_programs import POSSIBLE, Warm
+from warm_programs import Warm
 
 from verification.commands.lint import lint
 from verification.commands.lint_result import LintReport
@@ -255,8 +254,7 @@ def plain_use(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Pa
     warm = Warm(str(script))
 
     def accepts(path: Path) -> bool:
-        words = warm.words(path) if POSSIBLE else [sys.executable, str(script), str(path)]
-        return subprocess.run(words, capture_output=True).returncode == 0
+        return subprocess.run(warm.words(path), capture_output=True).returncode == 0
 
     yield accepts
     warm.close()
