@@ -36,7 +36,6 @@ from verification.logit_parity.text import DEFAULT_CORPUS, read_corpus
 
 POINTS_NAME, FINALISTS_NAME, CONFIRMED_NAME = "points.json", "finalists.json", "confirmed.json"
 TEXT_TOKENS = 256
-KEPT = Path(__file__).parents[1] / "results" / "study_forms"  # trainings of earlier machines, in the repository
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,7 @@ class Points:
 
     def __init__(self, shop: Workshop, folder: Path, plan: Selection, name: str) -> None:
         self.shop, self.plan, self.folder, self.path = shop, plan, folder, folder / name
-        paths = [path for path in (KEPT / name, self.path) if path.is_file()]
-        known = [point for path in paths for point in json.loads(path.read_text(encoding="utf-8"))]
+        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
         self.known: dict[str, dict[str, Any]] = {point["key"]: point for point in known}
         bos = shop.tokenizer.bos_token_id if getattr(shop.tokenizer, "add_bos_token", False) else None
         text = read_corpus(DEFAULT_CORPUS, shop.tokenizer, n_ctx=TEXT_TOKENS, chunks=plan.text_chunks, bos=bos)
