@@ -41,9 +41,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _collector_spares_what_is_loaded() -> None:
-    """What stood before a test file is garbage of none of its tests: torch's and transformers' million objects.
+    """Objects that exist before a test file, a million of torch and transformers, are left out of its collections.
 
-    A full collection walks all that live, and `verify` asks for one after every stage.
+    A full collection visits every live object, and `verify` runs one after every stage.
     """
     gc.collect()
     gc.freeze()
@@ -88,13 +88,13 @@ def warm_children() -> Iterator[None]:
 
 @pytest.fixture
 def cold_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verifier's children as processes of their own, as users have them."""
+    """Start each child of the verifier as a new process, as in ordinary use."""
     monkeypatch.setattr(sys.modules["verification.engines.child"], "subprocess", subprocess)
 
 
 @pytest.fixture
 def cold_converter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's converter in a process of its own, as users start it."""
+    """Start upstream's converter as a new process, as in ordinary use."""
     monkeypatch.setattr(sys.modules["verification.engines.convert"], "subprocess", subprocess)
 
 
@@ -108,7 +108,7 @@ def remembered_converter(made: Made) -> Iterator[Path]:
 
 @pytest.fixture
 def conversions_remembered(remembered_converter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was converted before in this run is not converted again."""
+    """A conversion that this run has made before is copied."""
     monkeypatch.setenv("SO8T_CONVERTER", str(remembered_converter))
 
 

@@ -1,6 +1,6 @@
-"""Work in a child of the test's process: as killable as a program of its own, without its seconds of imports.
+"""Run a function in a fork of the test's process: it can be killed like a program, and needs no new imports.
 
-For work that computes with one thread: threads do not survive a fork, and OpenMP waits for its own for ever.
+The function must compute with one thread: threads do not survive a fork, and OpenMP would wait for them for ever.
 """
 
 from __future__ import annotations

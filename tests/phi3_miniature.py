@@ -432,12 +432,12 @@ class MiniatureRun:
 
     @property
     def cpu_seconds(self) -> float:
-        """Of a run in a process of its own, with its children."""
+        """Processor seconds of a run in a new process, with those of its children."""
         return float(json.loads((self.root / "took.json").read_text())["cpu_seconds"])
 
     @property
     def peak_bytes(self) -> int:
-        """Of the run's own process."""
+        """Peak memory of the run's process."""
         return int(json.loads((self.root / "took.json").read_text())["peak_bytes"])
 
     def file(self, kind: str) -> Path:

@@ -54,7 +54,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The longest ModuleList named `layers`: the decoder's blocks.
 
     Raises:
-        InputError: the model has no such list.
+        InputError: the model has no ModuleList named `layers`.
     """
     found = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "layers" and isinstance(m, nn.ModuleList)]
     if not found:

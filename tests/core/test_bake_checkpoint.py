@@ -171,7 +171,7 @@ def test_two_at_once_into_one_place_leave_one_of_both_whole(tmp_path, base, adap
 
 
 def on_disks(*disks: tuple[Path, str, str]) -> tuple[str, ...]:
-    """A command prefix that gives the process file systems of its own: place, size, and what prepares it there."""
+    """A command prefix that mounts new file systems for one process; each has a place, a size and a preparation."""
     prefix = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
     mounts = [
         f'mkdir -p "{disk}" && mount -t tmpfs -o size={size} none "{disk}" && cd "{disk}" && {prepare}'

@@ -36,7 +36,7 @@ def smollm2_file() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2_file: Path) -> Any:
-    """SmolLM2's."""
+    """SmolLM2's tokenizer."""
     return verification_models.smollm2_tokenizer()
 
 
@@ -48,7 +48,7 @@ def family(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture(scope="session")
 def wide_family(made: Made, smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """The same with SmolLM2's vocabulary, for what depends on it."""
+    """The same model with SmolLM2's vocabulary, for tests that depend on that vocabulary."""
     return Family.found(made(verification_models.make_wide_family), tmp_path_factory.mktemp("family") / "work")
 
 
