@@ -113,6 +113,7 @@ COME_IN: dict[str, tuple[Row, str]] = {
     "braces of a set": ({"problem": "Which?", "solution": f"{STEPS} \\boxed{{{SET}}}"}, SET),
     "a heading": (said(f"{STEPS}\n### 答え\n42"), "42"),
     "an arrow": (said(f"{STEPS}\n答え→42"), "42"),
+    "a bracketed heading in the line": (said(f"【思考】{STEPS}【回答】42です。"), "42"),
     "an inner product": (said(f"<x, y> is the product. {STEPS}\nThe answer is 42."), "42"),
     "tags of a page": (said(f"<p>{STEPS}</p> Hence &lt; 43.\nThe answer is 42."), "42"),
     "code": (said(f"```html\n<analysis>x</analysis>\n```\n{STEPS} `</internal>`\nThe answer is 42."), "42"),
@@ -176,6 +177,9 @@ STAY_OUT: dict[str, tuple[Row, str]] = {
     "a code block cut by a tag": (said(f"```\n<think>\n{STEPS}\n</think>\n```\n42"), UNCLEAR),
     "one or the other": (said("6掛ける7は42です。\n答えは42か43です。"), "answer unclear"),
     "a question": (said("6掛ける7は42です。\n答えは何でしょうか。"), "answer unclear"),
+    "a bracketed heading that is spoken of": (said("6掛ける7は42です。【答え】という見出しで書く"), "no reasoning"),
+    "another bracket behind the heading": (said("6掛ける7は42です。【答え】42【単位】個"), "no reasoning"),
+    "a bracketed heading and a doubt": (said("6掛ける7は42です。【答え】42か43"), "answer unclear"),
     "on a condition": (said(f"{STEPS}\nThe answer is 42 if x is even."), "answer unclear"),
 } | {
     f"'{text}'": (said(f"{STEPS}\nThe answer is {text}"), "answer unclear")
