@@ -38,6 +38,7 @@ class Limits:
     cpu: float  # seconds of processor time a question
     wall: float  # seconds on the clock a question
     answer: int = 1 << 26  # bytes of one answer
+    files: int = 0  # bytes of one file that the child writes (RLIMIT_FSIZE)
 
 
 class ChildDied(Exception):
@@ -161,7 +162,7 @@ def serve(prepare: Callable[[], Callable[[Message], Message]]) -> None:
     """
     limits = Limits(**json.loads(sys.argv[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a child answers over its pipes and writes no file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits.files, limits.files))
     resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # text that a library prints must not be an answer

@@ -14,10 +14,8 @@ Source: llama.cpp, src/llama-quant.cpp and ggml/include/ggml.h.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,6 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 from llama_cpp._ggml import libggml
@@ -119,12 +116,17 @@ def quantise(
         if origin.file_type == type_name.upper():
             shutil.copyfile(source, temporary)
         else:
-            _run(source, temporary, number, threads, imatrix or {})
+            run_quantiser(source, temporary, number, threads, imatrix or {})
         read_gguf(temporary)
     return target
 
 
-def _run(source: Path, target: Path, number: int, threads: int | None, imatrix: Importance) -> None:
+def run_quantiser(source: Path, target: Path, number: int, threads: int | None, imatrix: Importance) -> None:
+    """Have llama.cpp write `source` as the file type `number` to `target`, which is left half-written by an error.
+
+    Raises:
+        InputError: llama.cpp refuses.
+    """
     quiet()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = number
@@ -217,50 +219,6 @@ def nominal_types(file: GGUFFile) -> list[NominalType]:
             nominal = options[0] if options else tensor.type
         rows.append(NominalType(tensor.name, row, nominal, tensor.type))
     return rows
-
-
-def preset_types(file: GGUFFile, *, imatrix: bool) -> dict[str, str]:
-    """The type that llama.cpp's recipe for the file type gives each tensor.
-
-    llama.cpp decides by names, row lengths and the model's sizes. So a file of the same tensors with two rows each is
-    quantised, which takes milliseconds for any model.
-
-    Args:
-        imatrix: whether to give an importance matrix for every tensor, which changes some recipes.
-
-    Raises:
-        InputError: llama.cpp has no such recipe, or the recipe needs a matrix.
-    """
-    with tempfile.TemporaryDirectory(prefix="so8t-recipe-") as scratch:
-        thin, made = Path(scratch) / "thin.gguf", Path(scratch) / "made.gguf"
-        writer = GGUFWriter(thin, file.architecture)
-        writer.add_file_type(1)
-        for key, value in file.metadata.items():
-            if not key.startswith(f"{file.architecture}."):
-                continue
-            if isinstance(value, list):
-                if value:
-                    writer.add_array(key, value)
-            elif isinstance(value, bool):
-                writer.add_bool(key, value)
-            elif isinstance(value, int):
-                writer.add_uint32(key, value)
-            elif isinstance(value, float):
-                writer.add_float32(key, value)
-            else:
-                writer.add_string(key, str(value))
-        importance = {}
-        for tensor in file.tensors.values():
-            shape = (*(min(2, size) for size in tensor.shape[:-1]), *tensor.shape[-1:])
-            kind: type = np.float16 if len(shape) > 1 else np.float32
-            writer.add_tensor(tensor.name, np.zeros(shape, dtype=kind))
-            importance[tensor.name] = np.ones(math.prod(shape[:-2]) * shape[-1], dtype=np.float32)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        _run(thin, made, type_number(file.file_type), 1, importance if imatrix else {})
-        return {name: tensor.type for name, tensor in read_gguf(made).tensors.items()}
 
 
 def main_type(file_type: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,15 +21,17 @@ from pipeline.serve.forms import harmony, pair, separated, so8t
 from so8t_core.errors import InputError
 
 # how a form is made of its module
-FORMS: dict[ModuleType, tuple[list[str], Callable[[Any, Kit], Any]]] = {
-    so8t: (["so8t"], lambda module, kit: module.So8t()),
-    pair: (
-        ["think", "mistral", "<scratchpad>...</scratchpad>"],
-        lambda module, kit: module.Pair(kit.name, *kit.form.markers),
-    ),
-    harmony: (["harmony"], lambda module, kit: module.Harmony()),
-    separated: (["separated"], lambda module, kit: module.Separated()),
+FORMS: dict[ModuleType, Callable[[Any, Kit], Any]] = {
+    so8t: lambda module, kit: module.So8t(),
+    pair: lambda module, kit: module.Pair(kit.name, *kit.form.markers),
+    harmony: lambda module, kit: module.Harmony(),
+    separated: lambda module, kit: module.Separated(),
 }
+
+
+def module_of(kit: Kit) -> ModuleType:
+    """The module of a kit's form."""
+    return sys.modules[type(kit.form).__module__]
 
 
 def source_of(module: ModuleType) -> str:
@@ -87,20 +90,19 @@ def hold(module: ModuleType, source: str, laws: Iterable[Callable[..., None]]) -
                 law(judged, kit)
     elif module is folding:
         with exchanged(folding, source):
-            for name, kit in KITS.items():
-                again = next(form for form, (names, _) in FORMS.items() if name in names)
+            for kit in KITS.values():
+                again = module_of(kit)
                 for law in laws:
-                    law(guard, replace(kit, form=FORMS[again][1](again, kit)))
+                    law(guard, replace(kit, form=FORMS[again](again, kit)))
     else:
-        names, make = FORMS[module]
         changed = load(source, "form_mutant")
         if module is pair:
             pairs_are_checked(changed)
         if module is harmony:
             thoughts_are_lines(changed)
-        for name in names:
-            for law in laws:
-                law(guard, replace(KITS[name], form=make(changed, KITS[name])))
+        for kit in KITS.values():
+            for law in laws if module_of(kit) is module else []:
+                law(guard, replace(kit, form=FORMS[module](changed, kit)))
 
 
 def survivors(module: ModuleType, laws: Iterable[Callable[..., None]]) -> tuple[list[str], int]:
@@ -121,6 +123,7 @@ NAMES = [module.__name__.rpartition(".")[2] for module in MODULES]
 # Changes that change nothing: `reasoning + data` is made of bytes whatever its second part is.
 SAME = {
     "Guard.close | bytes(self._data) | call dropped",
+    "Separated | False | flipped (number 2)",  # without any reasoning `split` has raised before this is asked
     "Pair.__init__ | '|>' | text changed",  # a skeleton has no capital letters
     "Harmony.split | for step in steps if step | filter dropped",  # for the type checker: none is None there
 }
