@@ -9,6 +9,7 @@ import pytest
 
 from verification.engines.quantise import quantised_bytes
 from verification.gguf.reader import GGUFTensor
+from verification.weight_parity import judge as judging
 from verification.weight_parity.judge import judge
 from verification.weight_parity.own_quantiser import log_normal
 from verification.weight_parity.places import Heads
@@ -154,3 +155,29 @@ def test_cells_prove_little_of_a_reference_on_a_grid() -> None:
     scaled = tensor(row, "Q4_K")
     (finding,) = judge(scaled, scaled.values(), grid).findings
     assert finding.cause == "a row scaled"
+
+
+def worse_search(amount: float) -> tuple[GGUFTensor, np.ndarray, np.ndarray]:
+    """Weights on a grid, rounded to nearest on scales that were searched for other weights: (tensor, values, weights).
+
+    Another build misses the grid in this way.
+    """
+    grid = tensor(W, "Q4_K", None).values()
+    made = tensor(grid + np.float32(amount * W.std()) * NOISE, "Q5_K", None)
+    values = nearest_values(made, made.values(), grid)
+    assert values is not None
+    return made, values, grid
+
+
+def test_a_search_that_misses_the_grid_is_rounding_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = judge(*worse_search(0.03))
+    assert (found.nearest, found.open, found.findings) == (True, "", ())
+    assert 1.2 < found.allowed < found.ratio < 1.6
+    monkeypatch.setattr(judging, "_off_grid", lambda kind, W: 0.0)
+    assert "times the own quantiser's" in judge(*worse_search(0.03)).open
+
+
+def test_an_error_above_the_types_own_is_not_excused_by_a_grid() -> None:
+    found = judge(*worse_search(0.2))
+    assert found.ratio > 1.9
+    assert found.open or found.findings
