@@ -17,6 +17,7 @@ if __name__ == "__main__":  # run as the child: import from the package's root, 
     sys.path[0] = sys.argv[2]
 
 from verification.engines.child import Child, ChildDied, Limits, Message, serve
+from verification.gguf.admission import MAX_BLOCKS
 
 if TYPE_CHECKING:
     from verification.gguf.reader import GGUFFile
@@ -34,7 +35,7 @@ def preset_types(file: GGUFFile) -> list[dict[str, str]]:
     prefix = f"{file.architecture}."
     question = {
         "architecture": file.architecture,
-        "keys": {key: value for key, value in file.metadata.items() if key.startswith(prefix)},
+        "keys": {key: value for key, value in file.metadata.items() if key.startswith(prefix) and _is_short(value)},
         "shapes": {tensor.name: list(tensor.shape) for tensor in file.tensors.values()},
         "type": file.file_type,
     }
@@ -49,6 +50,11 @@ def preset_types(file: GGUFFile) -> list[dict[str, str]]:
         except ChildDied:
             pass
     return [types for types in found if types]
+
+
+def _is_short(value: object) -> bool:
+    """Whether a key can hold sizes of a model: a list has one number for each block, or a few."""
+    return not isinstance(value, list) or len(value) <= MAX_BLOCKS
 
 
 def answer(question: Message) -> Message:
