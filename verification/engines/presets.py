@@ -17,9 +17,10 @@ if __name__ == "__main__":  # run as the child: import from the package's root, 
     sys.path[0] = sys.argv[2]
 
 from verification.engines.child import Child, ChildDied, Limits, Message, serve
-from verification.gguf.admission import MAX_BLOCKS
 
 if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
     from verification.gguf.reader import GGUFFile
 
 # bytes of data; seconds of processor time (the tables of the IQ types take one); seconds on the clock; bytes of one
@@ -32,12 +33,16 @@ def preset_types(file: GGUFFile) -> list[dict[str, str]]:
 
     A recipe that llama.cpp does not have, or that the quantiser refuses or dies of, is left out.
     """
-    prefix = f"{file.architecture}."
+    from verification.gguf.admission import MAX_BLOCKS  # imported here: the child sets its limits first
+
+    def is_size(key: str, value: object) -> bool:  # a list of sizes has one number for each block, or a few
+        return key.startswith(f"{file.architecture}.") and not (isinstance(value, list) and len(value) > MAX_BLOCKS)
+
     question = {
+        "do": "write",
         "architecture": file.architecture,
-        "keys": {key: value for key, value in file.metadata.items() if key.startswith(prefix) and _is_short(value)},
+        "keys": {key: value for key, value in file.metadata.items() if is_size(key, value)},
         "shapes": {tensor.name: list(tensor.shape) for tensor in file.tensors.values()},
-        "type": file.file_type,
     }
     found: list[dict[str, str]] = []
     with (
@@ -45,63 +50,69 @@ def preset_types(file: GGUFFile) -> list[dict[str, str]]:
         Child(Path(__file__), _LIMITS, name="llama.cpp's quantiser") as child,
     ):
         try:
+            child.ask({**question, "folder": scratch})
             for matrix in (False, True):
-                found.append(child.ask({**question, "matrix": matrix, "folder": scratch})["types"])
+                found.append(child.ask({"do": "quantise", "type": file.file_type, "matrix": matrix})["types"])
         except ChildDied:
             pass
     return [types for types in found if types]
 
 
-def _is_short(value: object) -> bool:
-    """Whether a key can hold sizes of a model: a list has one number for each block, or a few."""
-    return not isinstance(value, list) or len(value) <= MAX_BLOCKS
+def add_key(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add a key with the type that its Python type gives; integers are unsigned, an empty text or list is left out."""
+    from gguf import GGUFValueType
+
+    if value not in ("", []):
+        kind = GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, GGUFValueType.UINT32 if kind is GGUFValueType.INT32 else kind)
 
 
-def answer(question: Message) -> Message:
-    """Answer one question of `preset_types` in the child; no types if llama.cpp refuses."""
-    import numpy as np
-    from gguf import GGUFWriter
+class _Quantiser:
+    """The code that runs in the child: one file with two rows of each tensor."""
 
-    from so8t_core.errors import InputError
-    from verification.engines.quantise import run_quantiser, type_number
-    from verification.gguf.reader import read_gguf
+    def __init__(self) -> None:
+        self.thin, self.importance = Path(), dict[str, Any]()
 
-    thin, made = Path(question["folder"]) / "thin.gguf", Path(question["folder"]) / "made.gguf"
-    writer = GGUFWriter(thin, question["architecture"])
-    writer.add_file_type(1)
-    for key, value in question["keys"].items():
-        _add(writer, key, value)
-    importance = {}
-    for name, whole in question["shapes"].items():
-        shape = (*(min(2, size) for size in whole[:-1]), *whole[-1:])
-        kind: type = np.float16 if len(shape) > 1 else np.float32
-        writer.add_tensor(name, np.zeros(shape, dtype=kind))
-        importance[name] = np.ones(math.prod(shape[:-2]) * shape[-1], dtype=np.float32)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    try:
-        run_quantiser(thin, made, type_number(question["type"]), 1, importance if question["matrix"] else {})
-    except InputError:
-        return {"types": {}}
-    return {"types": {name: tensor.type for name, tensor in read_gguf(made).tensors.items()}}
+    def answer(self, question: Message) -> Message:
+        """Answer one question of `preset_types`."""
+        return {"write": self.write, "quantise": self.quantise}[question["do"]](question)
 
+    def write(self, question: Message) -> Message:
+        """Write the file."""
+        import numpy as np
+        from gguf import GGUFWriter
 
-def _add(writer: Any, key: str, value: Any) -> None:
-    """Add a key of the model's sizes to a GGUF file."""
-    if isinstance(value, list):
-        if value:
-            writer.add_array(key, value)
-    elif isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    else:
-        writer.add_string(key, str(value))
+        self.thin = Path(question["folder"]) / "thin.gguf"
+        writer = GGUFWriter(self.thin, question["architecture"])
+        writer.add_file_type(1)
+        for key, value in question["keys"].items():
+            add_key(writer, key, value)
+        for name, whole in question["shapes"].items():
+            shape = (*(min(2, size) for size in whole[:-1]), *whole[-1:])
+            kind: type = np.float16 if len(shape) > 1 else np.float32
+            writer.add_tensor(name, np.zeros(shape, dtype=kind))
+            self.importance[name] = np.ones(math.prod(shape[:-2]) * shape[-1], dtype=np.float32)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return {}
+
+    def quantise(self, question: Message) -> Message:
+        """Each tensor's type in the quantised file; no types if llama.cpp refuses."""
+        from so8t_core.errors import InputError
+        from verification.engines.quantise import run_quantiser, type_number
+        from verification.gguf.reader import read_gguf
+
+        made = self.thin.with_name("made.gguf")
+        try:
+            run_quantiser(
+                self.thin, made, type_number(question["type"]), 1, self.importance if question["matrix"] else {}
+            )
+        except InputError:
+            return {"types": {}}
+        return {"types": {name: tensor.type for name, tensor in read_gguf(made).tensors.items()}}
 
 
 if __name__ == "__main__":
-    serve(lambda: answer)
+    serve(lambda: _Quantiser().answer)

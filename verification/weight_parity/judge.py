@@ -95,6 +95,7 @@ def judge(
     nearest = codes is not None and not codes.count
     findings: list[Finding] = _clipped(tensor, F, W)
     spectrum = None
+    off_grid = 0.0  # not measured
     # `along` excludes the part of the change that llama.cpp's quantiser loses too
     if (
         along is not None
@@ -113,8 +114,10 @@ def judge(
             findings += _structure(tensor, F, W, E, whole, moved, spread, spectrum, block)
     if codes is not None and codes.count and not findings:
         findings += _scaled(tensor, F, W, codes, whole, saved=saved)
-    elif nearest and spread and not findings and _on_grid(tensor.type, W[at], spread):  # errors far inside their cells
-        findings += _placed(tensor, by_scale(tensor.type, F, W, spread, at, heads))
+    elif nearest and spread and not findings:
+        off_grid = _off_grid(tensor.type, W[at])
+        if spread[0].error < OFF_GRID * off_grid:  # dequantised weights, whose errors lie far inside their cells
+            findings += _placed(tensor, by_scale(tensor.type, F, W, spread, at, heads))
     if spread and not findings:
         explained = codes is not None and not codes.unexplained and (nearest or tensor.type in STORED_OTHERWISE)
         findings += _placed(tensor, by_size(tensor, F, W, spread, at, rows=not explained))
@@ -124,25 +127,20 @@ def judge(
     why = ""
     if not findings:
         why = _open(tensor, F, W, codes, spectrum, saved=saved)
-        if not why and ratio > allowed and not (nearest and _as_off_grid(tensor.type, W[at], spread, ratio)):
+        if not why and ratio > allowed and not _misses_grid(tensor.type, ratio, spread, off_grid):
             why = f"error {ratio:.3g} times the own quantiser's, {allowed:.3g} without error feedback"
     return Judgement(
         ratio, allowed, whole, moved, spectrum, along, tuple(findings), why, None if codes is None else nearest
     )
 
 
-def _on_grid(kind: str, W: Array, spread: Sequence[Own]) -> bool:
-    """Whether the rows have far less error than the same weights in another order: then they were dequantised."""
-    return bool(spread) and spread[0].error < OFF_GRID * _off_grid(kind, W)
-
-
-def _as_off_grid(kind: str, W: Array, spread: Sequence[Own], ratio: float) -> bool:
-    """Whether an error above that of llama.cpp's quantiser here is no larger than the type's error on other weights.
+def _misses_grid(kind: str, ratio: float, spread: Sequence[Own], off_grid: float) -> bool:
+    """Whether nearest codes with more error than those of llama.cpp's quantiser have no more than off a grid.
 
     On a grid the search for a block's scale finds the grid or misses it. A build that contracts a * b + c misses it
     more often: its Q5_K tensors of dequantised weights have up to 1.33 times the error. Q8_0 has no search.
     """
-    return kind != "Q8_0" and bool(spread) and ratio * spread[0].error <= _off_grid(kind, W)
+    return kind != "Q8_0" and bool(off_grid) and ratio * spread[0].error <= off_grid
 
 
 def _off_grid(kind: str, W: Array) -> float:

@@ -100,8 +100,8 @@ def hold(module: ModuleType, source: str, laws: Iterable[Callable[..., None]]) -
             pairs_are_checked(changed)
         if module is harmony:
             thoughts_are_lines(changed)
-        for kit in KITS.values():
-            for law in laws if module_of(kit) is module else []:
+        for kit in (kit for kit in KITS.values() if module_of(kit) is module):
+            for law in laws:
                 law(guard, replace(kit, form=FORMS[module](changed, kit)))
 
 

@@ -18,6 +18,7 @@ from verification.commands.lint import lint
 from verification.commands.lint_result import LintReport
 from verification.commands.lint_terminal import headline
 from verification.commands.repository import candidates_of
+from verification.engines.presets import add_key
 
 WIDTH = 32
 
@@ -26,16 +27,7 @@ def write(path: Path, arch: str, keys: dict[str, object], shapes: dict[str, tupl
     """A file by gguf-py's writer: keys by their Python type, tensors out of fixed numbers."""
     writer = GGUFWriter(path, arch)
     for key, value in keys.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        else:
-            writer.add_string(key, str(value))
+        add_key(writer, key, value)
     for seed, (name, shape) in enumerate(shapes.items()):
         writer.add_tensor(name, numbers(int(np.prod(shape)), seed).reshape(shape))
     writer.write_header_to_file()

@@ -192,7 +192,7 @@ def test_without_its_options_the_entry_point_costs_nothing(tmp_path: Path) -> No
     )
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path / 'site')!r}]\nimport pytest\n"
-        # langchain brings a plugin of its own, which imports pydantic
+        # langsmith, which langchain-openai installs, has a pytest plugin that imports pydantic
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'no:langsmith_plugin', '-W', 'error']))"
     )
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}

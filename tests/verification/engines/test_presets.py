@@ -38,8 +38,10 @@ def test_the_child_answers_as_the_same_code_does_here(whole: Path, tmp_path: Pat
     keys = {key: value for key, value in file.metadata.items() if key.startswith("llama.")}
     keys |= {"llama.a": 0.5, "llama.b": True, "llama.c": "x", "llama.d": [1, 2], "llama.e": []}
     shapes = {tensor.name: list(tensor.shape) for tensor in file.tensors.values()}
-    question = {"architecture": "llama", "keys": keys, "shapes": shapes, "type": "Q4_K_M", "folder": str(tmp_path)}
-    assert [presets.answer({**question, "matrix": matrix})["types"] for matrix in (False, True)] == found
+    code = presets._Quantiser()
+    code.answer({"do": "write", "architecture": "llama", "keys": keys, "shapes": shapes, "folder": str(tmp_path)})
+    question = {"do": "quantise", "type": "Q4_K_M"}
+    assert [code.answer({**question, "matrix": matrix})["types"] for matrix in (False, True)] == found
 
 
 def test_a_long_list_is_no_size_of_a_model(whole: Path, tmp_path: Path) -> None:
