@@ -54,10 +54,10 @@ class Workshop:
                 build_dataset(self.arms[BASE].config.data, self.tokenizer, temporary, seed)
         return out
 
-    def key(self, arm: Arm, seed: int) -> str:
-        """The settings and digests that a result depends on."""
+    def key(self, arm: Arm, seed: int, *, training_only: bool = False) -> str:
+        """The settings and digests that a result depends on; of a training alone, those of `train`."""
         parts = {
-            "config": arm.config.model_dump(mode="json"),
+            "config": (arm.train if training_only else arm.config).model_dump(mode="json"),
             "method": arm.method,
             "peft": arm.peft,
             "dtype": self.study.base_dtype,

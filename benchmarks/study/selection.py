@@ -147,7 +147,7 @@ class Points:
     ) -> dict[str, Any]:
         """Train and measure `arm`, unless the result is stored."""
         tuned = at_rate(arm, rate, steps)
-        key = f"{self.shop.key(tuned, seed)} {steps} {rate:g}"
+        key = f"{self.shop.key(tuned, seed, training_only=True)} {steps} {rate:g}"
         if key not in self.known:
             title = f"{arm.name} {steps} steps {rate:g} seed {seed}"
             work = self.folder / "checkpoints"

@@ -213,7 +213,7 @@ def _faults(ended: Ended, *, most: float = SECONDS) -> list[str]:
     bad += [f"exit status {ended.status}"] if ended.status not in (0, 1, 2) else []
     bad += ["a traceback"] if "Traceback" in ended.error + ended.output else []
     lines = len(ended.error.strip().splitlines())
-    bad += [f"{lines} lines on stderr"] if lines > (2 if ended.status == 2 else 0) else []
+    bad += [f"{lines} lines on stderr"] if lines > 2 else []
     bad += [f"{ended.cpu:.1f} s of processor time"] if ended.cpu > most else []
     return bad + ([f"{ended.megabytes:.0f} MB"] if ended.megabytes > MEGABYTES else [])
 
