@@ -10,8 +10,10 @@ strip the space after them, and the stop tokens that llama.cpp does not know by 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 from so8t_core.checkpoint_admission import admit_config
 from so8t_core.errors import InputError
-from so8t_core.files import atomic_dir, atomic_file, read_json
+from so8t_core.files import atomic_dir, atomic_file, explain_os_errors, read_json
 from verification.engines.converter_input import converter_input
 from verification.engines.program_digests import SCRIPT, converter_digest
 from verification.engines.sandbox import require_loadable
@@ -48,6 +50,7 @@ _PASSED = (
 )
 _IMPORTED = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "yaml", "tqdm")
 _SECONDS, _BYTES_A_SECOND = 600.0, 2e6  # time limit: this, plus the weights' bytes at a slow disk's speed
+_FULL = re.compile("No space left on device|Not enough free space")  # Python's words, and those of numpy's tofile
 _WITHOUT_MTP, _NO_SUCH_CHOICE = "--no-mtp", "--mtp / --no-nextn are not supported"
 # the assertion of Qwen3.5's class where a fine-tune has lost its layers for several-token prediction (MTP)
 _NO_MTP_LAYERS = "assert self.opt_num_mtp_layers"
@@ -150,13 +153,19 @@ def convert_metadata(
     """
     hf_dir, out_file = Path(hf_dir), Path(out_file)
     admit_config(hf_dir)
-    _run(find_converter(converter), hf_dir, out_file, default_name(hf_dir), "--vocab-only", prediction=prediction)
-    add_stop_keys(out_file, hf_dir)
+    with explain_os_errors(out_file):
+        _run(find_converter(converter), hf_dir, out_file, default_name(hf_dir), "--vocab-only", prediction=prediction)
+        add_stop_keys(out_file, hf_dir)
     return out_file
 
 
 def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str, prediction: bool) -> None:
-    """Start the converter on the checkpoint's data and wait for its file."""
+    """Start the converter on the checkpoint's data and wait for its file.
+
+    Raises:
+        InputError: it fails, or takes too long.
+        OSError: the disk is full.
+    """
     with converter_input(hf_dir) as (given, weights, notes):
         limit = _SECONDS + sum(path.stat().st_size for path in weights.paths) / _BYTES_A_SECOND
         command = [sys.executable, str(home / SCRIPT), str(given), "--outfile", os.path.abspath(out_file), *options]
@@ -167,6 +176,8 @@ def _run(home: Path, hf_dir: Path, out_file: Path, name: str, *options: str, pre
         if done.returncode != 0 and refusal in done.stderr:
             done = _started(second, home, limit, hf_dir)
         if done.returncode != 0 or not out_file.is_file():
+            if _FULL.search(done.stderr):
+                raise OSError(errno.ENOSPC, "", os.path.abspath(out_file))
             said = _tail(done.stderr).replace(str(given), str(hf_dir))
             because = f" (signal {-done.returncode})" if done.returncode < 0 else ""
             hint = f" Note: {notes[-1]}" if notes else ""
@@ -228,5 +239,6 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 def _tail(text: str, lines: int = 3) -> str:
-    kept = [line.strip() for line in text.splitlines() if line.strip()]
+    """The last lines, without those that only point (^^^^) or show progress."""
+    kept = [line.strip() for line in text.splitlines() if line.strip(" ^~") and "%|" not in line]
     return " | ".join(kept[-lines:]) or "it said nothing"

@@ -23,17 +23,18 @@ from verification.gate.stored import REPORT_FILES
 from verification.show.write import load_report
 
 # stage: legs that were finished when it began, with base, adapter and one F16 and one Q8_0 file
+BAKED = {"contract", "bake", "dtype", "controls"}
 STAGES = {
     "oracle": set(),
     "files": set(),
-    "reference": {"contract", "quantise"},
-    "bake": {"contract", "quantise"},
-    "saved precision": {"contract", "quantise"},
-    "F16": {"contract", "quantise", "bake", "dtype", "controls"},
-    "Q8_0": {"contract", "quantise", "bake", "dtype", "controls"},
-    "noise floor": {"contract", "quantise", "bake", "dtype", "controls", "cells"},
-    "base": {"contract", "quantise", "bake", "dtype", "controls", "cells"},
-    "base Q8_0": {"contract", "quantise", "bake", "dtype", "controls", "cells"},
+    "reference": {"contract"},
+    "bake": {"contract"},
+    "saved precision": {"contract", "bake"},
+    "F16": BAKED,
+    "Q8_0": BAKED,
+    "noise floor": BAKED | {"quantise", "cells"},
+    "base": BAKED | {"quantise", "cells"},
+    "base Q8_0": BAKED | {"quantise", "cells"},
 }
 QUICK = ("oracle", "files")  # the rest in `tox -e soak`
 
@@ -60,6 +61,7 @@ def test_sigint_in_a_stage_leaves_a_report_without_a_verdict(stage: str, family:
                 chunks=2,
                 n_ctx=64,
                 threads=1,
+                base_damage=True,
                 progress=stop,
             )
     finally:
@@ -151,7 +153,8 @@ def test_ctrl_c_at_any_time_of_a_process_leaves_no_pass_and_no_litter(wide_famil
         if not finished:
             os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=120)
-        assert list(temporary.iterdir()) == [], error
+        # torch makes its compiler's folder as soon as transformers is imported; it stays empty
+        assert [p for p in temporary.rglob("*") if not p.name.startswith("torchinductor_")] == [], error
         report: Any = load_report(out) if (out / "report.json").exists() else None
         if process.returncode != 130:
             assert process.returncode in ((0, 1) if finished or report else (-signal.SIGINT,)), error
