@@ -7,12 +7,11 @@ is killed too. `entry` is "so8t"; "python": `-c CODE`, with the large packages i
 "children": any script, with what the product's small children import; or the path of a script. A module reads its part
 of the environment once, so a caller that changes such a variable (`READ_AT_IMPORT`) gets an ordinary start.
 
-As a script: `serve ENTRY SOCKET`, or `run SOCKET ARGUMENTS...`.
+As a script: `serve ENTRY SOCKET`. The client is `warm_client.py`.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import json
 import os
@@ -30,8 +29,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from warm_client import PASSED_ON
+
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "PYTHON", "LD_", "XDG_", "HOME")
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+CLIENT = Path(__file__).with_name("warm_client.py")
 POSSIBLE = hasattr(os, "pidfd_open")  # Linux; elsewhere every program is started as usual
 USUAL = {"so8t": ["-m", "pipeline.cli.main"], "python": [], "children": []}  # entry -> Python's words; or the script
 
@@ -77,7 +78,7 @@ class Warm:
                 )
                 assert self._process.stdout is not None
                 assert self._process.stdout.readline() == "ready\n", f"{self.entry} cannot be imported"
-        return [sys.executable, "-I", "-S", __file__, "run", str(self.socket), *map(str, arguments)]
+        return [sys.executable, "-I", "-S", str(CLIENT), str(self.socket), *map(str, arguments)]
 
     def run(self, *arguments: object, cwd: str | Path = "/") -> subprocess.CompletedProcess[str]:
         """The end of one start, and its two streams."""
@@ -170,7 +171,13 @@ def _children() -> Callable[[], object]:
     """Runs the script that its first argument names."""
     import runpy
 
+    sys.path.append(str(Path(__file__).parents[1]))
+    import gguf  # noqa: F401
+    import jinja2.sandbox  # noqa: F401
     import llama_cpp  # noqa: F401
+
+    from verification.engines import quantise  # noqa: F401
+    from verification.gguf import reader  # noqa: F401
 
     def main() -> None:
         del sys.argv[0]
@@ -202,6 +209,11 @@ def _script(path: str) -> Callable[[], object]:
 
     sys.path[0] = str(Path(path).parent)
     runpy.run_path(path, run_name="imported")
+    # what upstream's converter imports when it meets a checkpoint
+    import torch._dynamo  # noqa: F401
+    from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+    from transformers.models.llama import configuration_llama  # noqa: F401
+
     return lambda: runpy.run_path(path, run_name="__main__")
 
 
@@ -301,38 +313,5 @@ def _become(asked: dict[str, Any], streams: list[int], main: Callable[[], object
     os._exit(status & 0xFF)
 
 
-# --- the client
-
-
-def run(address: str, arguments: list[str]) -> None:
-    """Have a fork run, and end as it ends."""
-    asked = {
-        "arguments": arguments,
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-        "ignored": [int(number) for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN],
-        "cores": sorted(os.sched_getaffinity(0)),
-    }
-    data = json.dumps(asked).encode()
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address)
-    length = f"{len(data):8}".encode()
-    connection.sendmsg([length], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
-    connection.sendall(data)
-    child = int(connection.recv(8, socket.MSG_WAITALL))
-    for number in PASSED_ON:
-        if int(number) not in asked["ignored"]:
-            signal.signal(number, lambda number, _: os.kill(child, number))
-    status = int(connection.recv(8, socket.MSG_WAITALL))
-    if os.WIFSIGNALED(status):
-        with contextlib.suppress(OSError):  # SIGKILL has no handler
-            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
-        os.kill(os.getpid(), os.WTERMSIG(status))
-    os._exit(os.waitstatus_to_exitcode(status))
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve(*sys.argv[2:4])
-    else:
-        run(sys.argv[2], sys.argv[3:])
+    serve(*sys.argv[2:4])

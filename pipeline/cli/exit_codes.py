@@ -5,12 +5,10 @@ Only `of_verdict` turns a verdict into a code, so that no verdict but a pass end
 
 from __future__ import annotations
 
-import signal
-
 PASSED = 0  # passed, or done
 NOT_RELEASED = 1  # fail, inconclusive or incomplete: the report says which
 BAD_INPUT = 2  # or it could not run
-READER_GONE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 141
+READER_GONE = 141  # 128 + SIGPIPE; Windows has no such signal
 
 
 def of_verdict(verdict: str) -> int:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,8 +144,8 @@ def _with_words(node: Any, words: dict[str, Any]) -> Any:
     return {key: _with_words(value, words) for key, value in node.items()}
 
 
-def to_html(report: Report) -> str:
-    """The whole page; the same report gives the same bytes."""
+@cache
+def _page_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("verification.show"),
         autoescape=True,
@@ -155,7 +156,13 @@ def to_html(report: Report) -> str:
     )
     environment.filters.update(_FILTERS)
     environment.filters["breakable"] = _breakable
-    return environment.get_template("report.html.j2").render(_context(report), figures=_figures(report))
+    return environment
+
+
+def to_html(report: Report) -> str:
+    """The whole page; the same report gives the same bytes."""
+    page = _page_environment().get_template("report.html.j2")
+    return page.render(_context(report), figures=_figures(report))
 
 
 def to_markdown(report: Report) -> str:
@@ -163,8 +170,8 @@ def to_markdown(report: Report) -> str:
     return render_markdown("report.md.j2", **_context(report))
 
 
-def render_markdown(template: str, **fields: Any) -> str:
-    """A Markdown template filled with its fields; every text is escaped."""
+@cache
+def _markdown_environment() -> Environment:
     environment = Environment(  # not HTML: `finalize` escapes Markdown's markup
         loader=PackageLoader("verification.show"),
         autoescape=False,
@@ -174,7 +181,12 @@ def render_markdown(template: str, **fields: Any) -> str:
         finalize=lambda value: _markdown_escape(value) if isinstance(value, str) else value,
     )
     environment.filters.update(_FILTERS)
-    return environment.get_template(template).render(fields)
+    return environment
+
+
+def render_markdown(template: str, **fields: Any) -> str:
+    """A Markdown template filled with its fields; every text is escaped."""
+    return _markdown_environment().get_template(template).render(fields)
 
 
 def _context(report: Report) -> dict[str, Any]:

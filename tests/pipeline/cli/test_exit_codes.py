@@ -22,13 +22,3 @@ def test_a_pass_alone_ends_with_0(verdict: str) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, 137)])
 def test_a_signal_gives_the_code_that_a_shell_gives(number: int, code: int) -> None:
     assert exit_codes.of_signal(number) == code
-
-
-def test_where_no_signal_tells_that_a_reader_is_gone_the_code_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows has no SIGPIPE."""
-    import importlib
-
-    with monkeypatch.context() as without:
-        without.delattr(signal, "SIGPIPE")
-        assert importlib.reload(exit_codes).READER_GONE == 141
-    assert importlib.reload(exit_codes).READER_GONE == 141

